@@ -1,0 +1,152 @@
+"""One process or many: the world that torchrun describes, and the few collectives that training needs."""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shared.cli import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank in 0..size-1, its rank on this machine and its device."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def slice(self, count: int) -> slice:
+        """Return this rank's contiguous part of a global batch of `count`; UserError when ranks cannot share evenly."""
+        if count % self.size:
+            raise UserError(f"a batch of {count} cannot be shared evenly by {self.size} processes")
+        part = count // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+
+def start(device: str | None = None) -> World:
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone without a process group.
+
+    `device`: "cpu", "cuda", "cuda:1", "mps" or None for a GPU where there is one. Raises UserError when a machine has
+    fewer GPUs than processes on it, or the device asked for is absent.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    here = _device(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", rank=rank, world_size=size)
+    return World(rank, size, local_rank, here)
+
+
+def _device(asked: str | None, local_rank: int, local_size: int) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked is None:
+        asked = "cuda" if gpus else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise UserError(f"unknown device {asked!r}: expected cpu, cuda, cuda:N or mps") from None
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps was asked for, but this machine has none")
+    if device.type != "cuda":
+        return device
+    if device.index is not None and local_size == 1:
+        if device.index >= gpus:
+            raise UserError(f"device {asked} was asked for, but this machine has {gpus} GPU(s)")
+        return device
+    if gpus < local_size:
+        raise UserError(f"{local_size} GPU(s) were asked for on this machine, but it has {gpus}; "
+                        "start fewer processes or choose the device cpu")
+    return torch.device("cuda", local_rank)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks."""
+    if world.size > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """Return the sum over ranks, without gradient; the tensor itself for one rank."""
+    if world.size == 1:
+        return tensor.detach()
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def mean(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """Return the mean over ranks, without gradient; the tensor itself for one rank."""
+    return sum_(tensor, world) / world.size if world.size > 1 else tensor.detach()
+
+
+@torch.no_grad()
+def gather(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """Concatenate the equally shaped tensors of all ranks along dimension 0, in rank order, without gradient."""
+    if world.size == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(world.size)]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def broadcast_module(net: torch.nn.Module, world: World) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if world.size > 1:
+        for tensor in net.state_dict().values():
+            # A collective wants contiguous memory, which a channels_last weight is not.
+            value = tensor.contiguous()
+            dist.broadcast(value, src=0)
+            tensor.copy_(value)
+
+
+def broadcast_value(value: Any, world: World) -> Any:
+    """Return rank 0's picklable `value` on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def data_parallel(net: torch.nn.Module, world: World, **options: Any) -> torch.nn.Module:
+    """Wrap `net` so that gradients are averaged over ranks; return it unchanged for one rank.
+
+    Buffers are not broadcast at each forward: state that has to agree is computed from the global batch.
+    """
+    if world.size == 1:
+        return net
+    broadcast_module(net, world)
+    ids = [world.device] if world.device.type == "cuda" else None
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, **options}
+    return torch.nn.parallel.DistributedDataParallel(net, device_ids=ids, **options)
+
+
+def unwrap(net: torch.nn.Module) -> torch.nn.Module:
+    """Return the network inside data-parallel and compile wrappers."""
+    while True:
+        if isinstance(net, torch.nn.parallel.DistributedDataParallel):
+            net = net.module
+        elif hasattr(net, "_orig_mod"):
+            net = net._orig_mod
+        else:
+            return net

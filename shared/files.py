@@ -1,0 +1,57 @@
+"""Files that are complete or absent: written under a temporary name, flushed, renamed."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from shared.cli import UserError
+
+
+@contextmanager
+def atomic(path: str | os.PathLike, mode: str = "wb", previous: str | os.PathLike | None = None) -> Iterator[IO]:
+    """Yield a file that becomes `path` when the block ends without an error, and vanishes otherwise.
+
+    `previous`: where the former `path`, if there is one, is kept. A process killed at any moment leaves the old file,
+    the new one, or (between the two renames) `previous` alone; never a part of a file under the final name.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        with open(temporary, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the renames last through a power cut, where the system can (Windows cannot open a folder)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_dir(path: str | os.PathLike) -> Path:
+    """Create the folder with its parents and return it; raise UserError when it cannot be created or written to."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into the folder {folder}")
+    return folder
