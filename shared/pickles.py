@@ -49,22 +49,46 @@ class _ArrayType:
     """Stands for numpy.ndarray, which itself would accept any shape and buffer."""
 
 
-def _empty_array(kind: Any, shape: tuple[int, ...], typecode: bytes | str) -> np.ndarray:
-    if kind is not _ArrayType or tuple(shape) != (0,):
+class _DType:
+    """A number type; what a pickle adds to it may only be the byte order."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biufc" or self.dtype.subdtype is not None:
+            raise pickle.UnpicklingError(f"arrays of type {code!r} are not read")
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder({"|": "="}.get(state[1], state[1]))
+
+
+class _Array:
+    """An array on its way; its state brings type, shape and data."""
+
+    value = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, data = state
+        self.value = _from_buffer(data, dtype, shape, "F" if fortran else "C").value
+
+
+def _empty_array(kind: Any, shape: tuple[int, ...], typecode: bytes | str) -> _Array:
+    if kind is not _ArrayType:
         raise pickle.UnpicklingError("malformed array")
-    return np.empty(0, np.uint8)  # its state, set next, brings shape and data
+    return _Array()
 
 
-def _dtype(code: str, align: bool = False, copy: bool = True) -> np.dtype:
-    dtype = np.dtype(code, align=bool(align), copy=bool(copy))
-    if dtype.hasobject:
-        raise pickle.UnpicklingError("arrays of objects are not read")
-    return dtype
+def _raw(data: bytes | str) -> bytes:
+    return data.encode("latin1") if isinstance(data, str) else bytes(data)
 
 
-def _scalar(dtype: np.dtype, data: bytes | str) -> np.generic:
-    raw = data.encode("latin1") if isinstance(data, str) else data
-    return np.frombuffer(raw, dtype=dtype, count=1)[0]
+def _from_buffer(data: bytes | str, dtype: _DType, shape: tuple[int, ...], order: str) -> _Array:
+    array = _Array()
+    array.value = np.frombuffer(_raw(data), dtype=dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+    return array
+
+
+def _scalar(dtype: _DType, data: bytes | str) -> Any:
+    return np.frombuffer(_raw(data), dtype=dtype.dtype, count=1)[0].item()
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -73,25 +97,37 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _from_buffer(data: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    return np.frombuffer(data, dtype=dtype).reshape(shape, order=order)
+def _no_bytes() -> bytes:
+    return b""  # how protocols below 3 spell empty bytes
 
 
 # Every spelling under which Python 2 and 3, NumPy 1 and 2 have written plain arrays and scalars.
 NUMPY_NAMES: dict[tuple[str, str], Callable] = {
     ("numpy", "ndarray"): _ArrayType,
-    ("numpy", "dtype"): _dtype,
+    ("numpy", "dtype"): _DType,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty_array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
 }
 
 
-def load_numpy_pickle(data: bytes | IO[bytes], source: str) -> Any:
-    """Read a pickle of dicts, lists, tuples, text, numbers and plain NumPy arrays, as the CIFAR batches are.
+def _finished(value: Any) -> Any:
+    """Return `value` with every array in its containers in place of its stand-in."""
+    if isinstance(value, _Array):
+        return value.value
+    if isinstance(value, dict):
+        return {key: _finished(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_finished(item) for item in value)
+    return value
 
-    Python 2 strings become str by latin1. Raises UserError for anything else.
+
+def load_numpy_pickle(data: bytes | IO[bytes], source: str) -> Any:
+    """Read a pickle of dicts, lists, tuples, text, numbers and plain numeric arrays, as the CIFAR batches are.
+
+    Python 2 strings become str by latin1; NumPy scalars become Python numbers. Raises UserError for anything else.
     """
     stream = io.BytesIO(data) if isinstance(data, (bytes, bytearray, memoryview)) else data
-    return restricted_load(stream, NUMPY_NAMES, source)
+    return _finished(restricted_load(stream, NUMPY_NAMES, source))

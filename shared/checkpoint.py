@@ -1,0 +1,78 @@
+"""Checkpoints: complete or absent, checked before use, read without running anything."""
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.cli import UserError
+from shared.files import atomic
+
+
+def previous_path(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values to `path`; the file that was there stays as `<path>.previous`."""
+    with atomic(path, previous=previous_path(path)) as file:
+        torch.save(dict(content), file)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the dict in a torch.save file: tensors (on the CPU) and plain values only.
+
+    Every record's CRC is checked first, so a changed byte is found. Raises UserError for a file that is absent, cut
+    short, damaged, or holds anything but tensors and plain values; such a file is never loaded in another way.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{path}: damaged checkpoint (record {damaged} fails its checksum)")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).replace("\n", " ")
+        named = reason[reason.find("GLOBAL"):].split(" was not")[0] if "GLOBAL" in reason else "cut short or damaged"
+        raise UserError(f"{path}: refused, not a file of tensors and plain values ({named}); nothing of it was run"
+                        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError, zipfile.BadZipFile,
+            NotImplementedError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and not isinstance(error, (EOFError, zipfile.BadZipFile)) and error.errno:
+            raise
+        raise UserError(f"{path}: cut short or damaged, not a readable checkpoint") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint (it holds a {type(content).__name__})")
+    return content
+
+
+def load_newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return (file, content) of `path`, or of `<path>.previous` with a warning if `path` is damaged or missing.
+
+    None where neither exists; UserError where there is something but nothing readable.
+    """
+    problems = []
+    for candidate in (path, previous_path(path)):
+        if not candidate.exists():
+            continue
+        try:
+            content = read_checkpoint(candidate)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem}; using {candidate}", stacklevel=2)
+        return candidate, content
+    if problems:
+        raise UserError(f"{problems[0]}; remove it to start from the beginning")
+    return None
