@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Set up, then ruff and pytest:  bash tests/run.sh [--all] [pytest arguments]
+# --all also runs the slow tests. Everything else goes to pytest, e.g. `bash tests/run.sh tests/edm -k sampler`.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+selection=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    selection=()
+    shift
+fi
+arguments=("$@")
+source shared/env.sh --extra test || exit $?
+
+# The tests are small: one thread is faster than several, and the sums are the same on every machine.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+status=0
+ruff check . || status=$?
+python -m pytest -q "${selection[@]}" "${arguments[@]}" || status=$?
+exit "$status"
