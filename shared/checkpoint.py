@@ -48,8 +48,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError, zipfile.BadZipFile,
             NotImplementedError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and not isinstance(error, (EOFError, zipfile.BadZipFile)) and error.errno:
-            raise
+        if isinstance(error, PermissionError):
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         raise UserError(f"{path}: cut short or damaged, not a readable checkpoint") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint (it holds a {type(content).__name__})")

@@ -9,6 +9,7 @@ import difflib
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -36,6 +37,7 @@ def run_main(main: Callable[..., Any]) -> NoReturn:
     A UserError, a click or argparse error and a full or read-only disk end in one line on stderr; the exit status is
     2 for what the user can mend, 1 for a diverged run, 130 for Ctrl-C.
     """
+    warnings.formatwarning = _one_line_warning
     try:
         if hasattr(main, "make_context"):  # a click command
             main.main(standalone_mode=False)
@@ -56,6 +58,12 @@ def run_main(main: Callable[..., Any]) -> NoReturn:
             raise
         _fail(error.format_message(), 2)
     sys.exit(0)
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *_: Any) -> str:
+    # Ours are for the user and carry no class; those of libraries say which kind they are.
+    kind = "warning" if category is UserWarning else category.__name__
+    return f"{kind}: {' '.join(str(message).split())}\n"
 
 
 def _fail(message: str, status: int) -> NoReturn:

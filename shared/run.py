@@ -130,6 +130,7 @@ class Run:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{path}: its {name} does not fit this run: {reason}") from None
         self.step, self.finished = int(saved.get("step", 0)), bool(saved.get("finished", False))
+        self._sums, self._counts = dict(saved.get("log_sums", {})), dict(saved.get("log_counts", {}))
         self.state, self.seconds = dict(saved.get("state", {})), float(saved.get("seconds", 0.0))
         self.resumed_from = path
 
@@ -145,7 +146,8 @@ class Run:
         write_checkpoint(self._path, {
             **parts, **self.extra(), "step": self.step, "finished": self.finished, "seconds": self.seconds,
             "state": self.state, "config": json.loads(json.dumps(self.config, default=str)),
-            "stats_bytes": self._stats.tell()})
+            "stats_bytes": self._stats.tell(), "log_counts": self._counts,
+            "log_sums": {name: float(value) for name, value in self._sums.items()}})
 
     # ---------------------------------------------------------------------------------------------------- steps
 
@@ -154,6 +156,7 @@ class Run:
 
         SIGTERM, SIGUSR1 (and Ctrl-C once) end the step at hand, save, and leave with status 143, 138 (130).
         """
+        self.finished = self.finished and self.step >= total
         handlers = self._catch_signals()
         self._bar = Progress(self.desc, total, "it", initial=self.step, shown=self.world.main)
         try:
@@ -303,5 +306,5 @@ class Run:
 
             self._board = SummaryWriter(str(self.outdir / "tensorboard"), purge_step=self.step or None)
         if self.resumed_from is not None:
-            state = "finished" if self.finished else f"continuing at step {self.step}"
-            self.print(f"{state}: {self.resumed_from} ({duration(self.seconds)} so far)")
+            state = "finished after" if self.finished else "continuing at"
+            self.print(f"{state} step {self.step}: {self.resumed_from} ({duration(self.seconds)} so far)")

@@ -1,0 +1,61 @@
+"""Starting the project's programs in tests, the way a user does."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Return the environment of a program under test: the project importable, one thread, no accelerator."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+def start(script: str | Path, *args: str | Path, cwd: Path | None = None, ranks: int = 1,
+          **extra: str) -> subprocess.Popen:
+    """Start a script of the project; with `ranks` > 1 under torchrun on this machine."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd or ROOT, text=True,
+                            env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(script: str | Path, *args: str | Path, cwd: Path | None = None, ranks: int = 1, status: int = 0,
+        timeout: float = 300, **extra: str) -> subprocess.CompletedProcess:
+    """Run a script to its end and check its exit status."""
+    process = start(script, *args, cwd=cwd, ranks=ranks, **extra)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == status, f"exit status {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def one_line_error(result: subprocess.CompletedProcess) -> str:
+    """Return the error line, having checked that it is the only thing said on stderr besides warnings."""
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("warning:")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+def assert_same(a, b, path: str = "") -> None:
+    """Check two nested structures of tensors and plain values for bitwise equality."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), f"{path} differs"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), f"{path}: {a.keys()} and {b.keys()}"
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for number, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{path}/{number}")
+    else:
+        assert a == b, f"{path}: {a} and {b}"
