@@ -1,0 +1,116 @@
+"""Pictures of a report: image grids, curves, confusion matrices. Each function writes one PNG file."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Above this many classes the counts inside the cells and the class names become unreadable and are left out.
+READABLE_CLASSES = 20
+
+
+def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: str = "", scale: int | None = None) -> None:
+    """Write one row of images per entry of `rows`: label -> uint8 [n, C, H, W] with C = 1 or 3; rows may differ in n.
+
+    scale: screen pixels per image pixel (nearest neighbour, so that pixels stay visible); None: about 48 per image.
+    """
+    shapes = {images.shape[1:] for images in rows.values() if len(images)}
+    if len(shapes) != 1:
+        raise ValueError(f"expected images of one shape, got {sorted(shapes)}")
+    channels, height, width = shapes.pop()
+    scale = scale or max(1, round(48 / height))
+    columns = max(len(images) for images in rows.values())
+    gap = 2
+    canvas = np.full((len(rows) * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, 3), 255, np.uint8)
+    for r, images in enumerate(rows.values()):
+        for c, image in enumerate(images):
+            pixels = np.broadcast_to(image, (3, height, width)).transpose(1, 2, 0)
+            top, left = r * (height * scale + gap), c * (width * scale + gap)
+            canvas[top:top + height * scale, left:left + width * scale] = pixels.repeat(scale, 0).repeat(scale, 1)
+    names = [str(name) for name in rows]
+    margin = 0.1 * max(len(name) for name in names) + 0.3  # inches
+    figure = _figure(canvas.shape[1] / 100 + margin, canvas.shape[0] / 100 + (0.4 if title else 0.1))
+    inches = figure.get_size_inches()
+    axes = figure.add_axes((margin / inches[0], 0.05 / inches[1],
+                            canvas.shape[1] / 100 / inches[0], canvas.shape[0] / 100 / inches[1]))
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_yticks([r * (height * scale + gap) + height * scale / 2 for r in range(len(names))], names)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=10)
+    _save(figure, path)
+
+
+def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], path: str | os.PathLike,
+           xlabels: Mapping[str, str] | None = None) -> None:
+    """Write panels side by side: panel title -> line name -> (x, y). `xlabels`: panel title -> text below its axis.
+
+    Values that are not finite leave gaps in their line.
+    """
+    figure = _figure(4.2 * max(1, len(panels)), 3.2)
+    for position, (title, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), position)
+        for name, (x, y) in lines.items():
+            axes.plot(x, y, label=name, marker="." if len(x) < 30 else None, linewidth=1.2)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel((xlabels or {}).get(title, ""), fontsize=9)
+        axes.grid(alpha=0.3)
+        if lines:
+            axes.legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str], path: str | os.PathLike) -> None:
+    """Write confusion matrices side by side: title -> int counts [C, C], row = true class, column = predicted class.
+
+    The colour is the share of the row (true class); the text in a cell is the count.
+    """
+    names = [str(name) for name in classes]
+    size = min(12.0, max(3.2, 0.38 * len(names)))
+    figure = _figure((size + 0.8) * len(matrices), size + 0.9)
+    for position, (title, counts) in enumerate(matrices.items(), start=1):
+        counts = np.asarray(counts)
+        if counts.shape != (len(names), len(names)):
+            raise ValueError(f"{title}: expected counts for {len(names)} classes, got shape {counts.shape}")
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axes = figure.add_subplot(1, len(matrices), position)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("predicted", fontsize=9)
+        axes.set_ylabel("true", fontsize=9)
+        if len(names) > READABLE_CLASSES:
+            continue
+        rotation = 90 if max(map(len, names)) > 3 else 0
+        axes.set_xticks(range(len(names)), names, fontsize=8, rotation=rotation)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if share[row, column] > 0.5 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=colour)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # The canvas without pyplot: no window system is asked for, and nothing is left in a global list of figures.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    with atomic(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
