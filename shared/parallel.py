@@ -1,0 +1,54 @@
+"""Work spread over all cores, its results in order, never more of them in flight than the cores need."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import TypeVar
+
+from shared.cli import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use; FEWLABEL_CORES overrules it."""
+    given = os.environ.get("FEWLABEL_CORES", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield function(item) for each item in order, computed in processes.
+
+    `function` must be importable and should take a chunk of work. `items` is read no further ahead than twice the
+    number of cores, so a stream of any length fits. Small work (a single item) and a single core stay in this process.
+    """
+    workers, items = cores(), iter(items)
+    head = list(islice(items, 2))
+    if workers == 1 or len(head) < 2 or multiprocessing.current_process().daemon:
+        yield from map(function, head)
+        yield from map(function, items)
+        return
+    # Forked workers start at once and only touch NumPy and Pillow; elsewhere forking is not safe or not there.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    try:
+        pending = deque(pool.submit(function, item) for item in head)
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker process ended without a result: it ran out of memory or was killed") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
