@@ -17,8 +17,9 @@ Arguments that all samplers share:
     noise        noise(step) gives the unit Gaussian noise of a stochastic step; only called when S_churn > 0, and then
                  at every step, in order. Default: torch's global generator.
 
-References: Karras et al. 2022 (arXiv 2206.00364); Lu et al. 2022, DPM-Solver++ (2211.01095); Zhang and Chen 2022, DEIS
-(2204.13902); Ho and Salimans 2022, classifier-free guidance (2207.12598); Karras et al. 2024, autoguidance (2406.02507).
+References (arXiv): Karras et al. 2022 (2206.00364); Lu et al. 2022, DPM-Solver++ (2211.01095); Zhang and Chen 2022,
+DEIS (2204.13902); Ho and Salimans 2022, classifier-free guidance (2207.12598); Karras et al. 2024, autoguidance
+(2406.02507).
 """
 from __future__ import annotations
 
@@ -277,36 +278,12 @@ def dpm_solver_pp_2m(model: Model, latents: Tensor, *, num_steps: int = 18, sigm
 
 
 @torch.no_grad()
-def dpm_solver_pp_3m(model: Model, latents: Tensor, *, num_steps: int = 18, sigma_min: float = 0.002,
-                     sigma_max: float = 80.0, rho: float = 7.0, limits: tuple[float, float] = NO_LIMITS,
-                     round_sigma: Rounding = unrounded, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Sample with the three-step exponential integrator of DPM-Solver++: third order, num_steps denoiser calls.
-
-    The parabola through the last three denoised images, as a function of lambda = -log sigma, is integrated exactly.
-    """
-    sigmas = round_sigma(edm_sigmas(num_steps, *_clip(sigma_min, sigma_max, limits), rho)).tolist()
-    x = latents.to(dtype) * sigmas[0]
-    history: list[tuple[float, Tensor]] = []  # (lambda, denoised), newest first
-    for sigma, following in pairwise([*sigmas, 0.0]):
-        history = [(-math.log(sigma), _denoise(model, x, sigma)), *history[:2]]
-        if following > 0:
-            h = math.log(sigma / following)
-            moments = [1 - math.exp(-h)]  # of exp(-h (1 - u)) h du on [0, 1], by parts from one to the next
-            for power in range(1, len(history)):
-                moments.append(1 - power / h * moments[-1])
-            x = following / sigma * x + _extrapolate(history, h, moments)
-        else:
-            x = history[0][1]
-    return x
-
-
-@torch.no_grad()
 def deis_sampler(model: Model, latents: Tensor, *, order: int = 3, num_steps: int = 18, sigma_min: float = 0.002,
                  sigma_max: float = 80.0, rho: float = 7.0, limits: tuple[float, float] = NO_LIMITS,
                  round_sigma: Rounding = unrounded, dtype: torch.dtype = torch.float64) -> Tensor:
     """Sample with tAB-DEIS, Adams-Bashforth of `order` 1, 2 or 3 over uneven steps: num_steps denoiser calls.
 
-    The polynomial through the last `order` slopes (predicted unit noise), as a function of sigma, is integrated exactly.
+    The polynomial in sigma through the last `order` slopes (predicted unit noise) is integrated exactly.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order: expected 1, 2 or 3, got {order}")
@@ -316,18 +293,16 @@ def deis_sampler(model: Model, latents: Tensor, *, order: int = 3, num_steps: in
     for sigma, following in pairwise([*sigmas, 0.0]):
         history = [(sigma, (x - _denoise(model, x, sigma)) / sigma), *history[:order - 1]]
         h = following - sigma
-        x = x + _extrapolate(history, h, [h / (power + 1) for power in range(len(history))])
+        for weight, (_, slope) in zip(_adams_weights([level for level, _ in history], h), history, strict=True):
+            x = x + h * weight * slope
     return x
 
 
-def _extrapolate(history: Sequence[tuple[float, Tensor]], h: float, moments: Sequence[float]) -> Tensor:
-    """Integrate the polynomial through (time, value) pairs, newest first, over a step of length h from the newest.
-
-    moments[p] is the integral of u^p over the step, u running from 0 to 1, under the measure of the method.
-    """
-    nodes = np.array([(time - history[0][0]) / h for time, _ in history])
-    weights = np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(moments)).tolist()
-    return sum(weight * value for weight, (_, value) in zip(weights, history, strict=True))
+def _adams_weights(times: Sequence[float], h: float) -> list[float]:
+    """Weights of values at `times`, newest first, in the mean over [times[0], times[0] + h] of their polynomial."""
+    nodes = (np.array(times) - times[0]) / h
+    means = 1 / np.arange(1, len(times) + 1)  # of u^0, u^1, ... over u in [0, 1]
+    return np.linalg.solve(np.vander(nodes, increasing=True).T, means).tolist()
 
 
 # ---------------------------------------------------------------- shared by all
