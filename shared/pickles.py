@@ -18,9 +18,10 @@ Allowed = Mapping[tuple[str, str], Callable]
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, stream: IO[bytes], allowed: Allowed, source: str, encoding: str) -> None:
+    def __init__(self, stream: IO[bytes], allowed: Allowed, source: str, encoding: str,
+                 persistent: Callable[[Any], Any] | None) -> None:
         super().__init__(stream, encoding=encoding)
-        self._allowed, self._source = allowed, source
+        self._allowed, self._source, self._persistent = allowed, source, persistent
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -29,15 +30,21 @@ class _Reader(pickle.Unpickler):
             raise UserError(f"{self._source}: refused, it asks for {module}.{name}, which is not part of such a file; "
                             "nothing of it was run") from None
 
+    def persistent_load(self, identity: Any) -> Any:
+        if self._persistent is None:
+            raise pickle.UnpicklingError("it refers to data outside of it")
+        return self._persistent(identity)
 
-def restricted_load(stream: IO[bytes], allowed: Allowed, source: str, encoding: str = "latin1") -> Any:
+
+def restricted_load(stream: IO[bytes], allowed: Allowed, source: str, encoding: str = "latin1",
+                    persistent_load: Callable[[Any], Any] | None = None) -> Any:
     """Read one pickled object from `stream`, resolving only the (module, name) pairs in `allowed`.
 
-    `source` names the file in messages. Raises UserError for any other name and for a file that is cut short or is
-    not a pickle.
+    `source` names the file in messages; `persistent_load` resolves references to data beside the pickle. Raises
+    UserError for any other name and for a file that is cut short or is not a pickle.
     """
     try:
-        return _Reader(stream, allowed, source, encoding).load()
+        return _Reader(stream, allowed, source, encoding, persistent_load).load()
     except UserError:
         raise
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,

@@ -1,0 +1,175 @@
+"""The files that the published EDM and TDSM code writes, read without running anything they carry.
+
+`network-snapshot-*.pkl` and `training-state-*.pt` pickle whole modules together with their source code, which the
+published loader executes. Here every module becomes an inert record of its attributes; from the records come the
+class name, the constructor arguments and the tensors, and the embedded source is never looked at. Any name beyond the
+few that such files consist of is refused.
+"""
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+
+from shared.archives import read_members, zip_members
+from shared.cli import UserError
+from shared.pickles import NUMPY_NAMES, restricted_load
+
+DEEPEST = 32  # levels of modules in modules; published networks have five
+STORAGE_TYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+                 "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+                 "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+class PublishedNetwork(NamedTuple):
+    """What a pickled network is made of: class name, constructor keywords, tensors by state_dict name."""
+
+    class_name: str
+    init_kwargs: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def read_pickle(file: IO[bytes], source: str) -> dict[str, Any]:
+    """Read a network-snapshot pickle: its dict, with a Record in place of every module. Raises UserError."""
+    content = restricted_load(file, NAMES, source)
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: expected a dict as in a network snapshot, found {type(content).__name__}")
+    return content
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read a training-state ZIP of torch.save: its dict, with a Record in place of every module. Raises UserError."""
+    source = str(path)
+    members = {member.name: member for member in zip_members(path)}
+    main = next((name for name in members if name.endswith("/data.pkl")), None)
+    if main is None:
+        raise UserError(f"{source}: expected a file written by torch.save, found a ZIP without data.pkl")
+    folder = main.removesuffix("data.pkl")
+    storages: dict[str, torch.Tensor] = {}
+
+    def storage(identity: tuple) -> torch.Tensor:
+        kind, dtype, key, _, count = identity
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or f"{folder}data/{key}" not in members:
+            raise pickle.UnpicklingError("malformed reference to a tensor")
+        if key not in storages:
+            data = next(read_members(path, [members[f"{folder}data/{key}"]]))
+            if len(data) != count * dtype.itemsize:
+                raise pickle.UnpicklingError(f"tensor data {key} has {len(data)} bytes, expected {count} numbers")
+            storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return storages[key]
+
+    if f"{folder}byteorder" in members and next(read_members(path, [members[f"{folder}byteorder"]])) != b"little":
+        raise UserError(f"{source}: written on a big-endian machine; convert it there first")
+    content = restricted_load(io.BytesIO(next(read_members(path, [members[main]]))), NAMES, source,
+                              persistent_load=storage)
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: expected a dict as in a training state, found {type(content).__name__}")
+    return content
+
+
+def describe(module: Any, source: str) -> PublishedNetwork:
+    """Take class name, constructor keywords and tensors out of a network's Record. Raises UserError."""
+    if not isinstance(module, Record) or not isinstance(module.class_name, str):
+        raise UserError(f"{source}: holds no network of the published form")
+    init_args, init_kwargs = module.state.get("_init_args", ()), module.state.get("_init_kwargs")
+    if init_args or not isinstance(init_kwargs, dict) or not is_plain(init_kwargs):
+        raise UserError(f"{source}: the constructor arguments of {module.class_name} are not plain keywords")
+    tensors: dict[str, torch.Tensor] = {}
+    _collect(module, "", tensors, source, depth=0)
+    return PublishedNetwork(module.class_name, dict(init_kwargs), tensors)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value consists of None, numbers, text, lists, tuples and dicts only."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+# ---------------------------------------------------------------- what the names in such a pickle stand for
+
+class Record:
+    """A module that stays data: its class name (None for plain containers) and its attributes."""
+
+    class_name: str | None = None
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.state = _expect(state, dict)
+
+
+def _persistent_object(meta: dict[str, Any]) -> Record:
+    record = Record()
+    record.class_name = _expect(meta["class_name"], str)
+    record.state = _expect(meta["state"], dict)
+    return record
+
+
+def _parameter(data: torch.Tensor, requires_grad: bool, hooks: Any) -> torch.Tensor:
+    return _expect(data, torch.Tensor)
+
+
+def _storage_from_bytes(data: bytes) -> torch.Tensor:
+    try:
+        storage = torch.load(io.BytesIO(_expect(data, bytes)), map_location="cpu", weights_only=True)
+        return torch.empty(0, dtype=storage.dtype).set_(storage)
+    except (RuntimeError, AttributeError) as error:
+        raise pickle.UnpicklingError(f"malformed tensor data ({str(error).splitlines()[0]})") from None
+
+
+def _tensor(storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool,
+            hooks: Any, metadata: Any = None) -> torch.Tensor:
+    if math.prod(size) > _expect(storage, torch.Tensor).numel():
+        raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} in {storage.numel()} numbers")
+    try:
+        return storage.as_strided(size, stride, offset)  # checks that every element lies inside
+    except RuntimeError as error:
+        raise pickle.UnpicklingError(f"malformed tensor ({str(error).splitlines()[0]})") from None
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise pickle.UnpicklingError(f"found {type(value).__name__} where {kind.__name__} belongs")
+    return value
+
+
+NAMES: dict[tuple[str, str], Callable] = {
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
+    ("torch.nn.modules.container", "ModuleDict"): Record,
+    ("dnnlib.util", "EasyDict"): dict,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch.storage", "_load_from_bytes"): _storage_from_bytes,
+    **{("torch", name): dtype for name, dtype in STORAGE_TYPES.items()},
+    # Skip scales and initial gains are NumPy numbers.
+    **{name: read for name, read in NUMPY_NAMES.items() if name[1] in ("dtype", "scalar", "encode")},
+}
+
+
+def _collect(module: Record, prefix: str, tensors: dict[str, torch.Tensor], source: str, depth: int) -> None:
+    if depth > DEEPEST:
+        raise UserError(f"{source}: refused, its modules are nested more than {DEEPEST} deep")
+    hidden = module.state.get("_non_persistent_buffers_set", ())
+    for name, tensor in [*module.state.get("_parameters", {}).items(), *module.state.get("_buffers", {}).items()]:
+        if tensor is not None and name not in hidden:
+            if not isinstance(tensor, torch.Tensor):
+                raise UserError(f"{source}: {prefix}{name} is no tensor")
+            tensors[prefix + name] = tensor
+    for name, child in module.state.get("_modules", {}).items():
+        if child is not None:
+            if not isinstance(child, Record):
+                raise UserError(f"{source}: {prefix}{name} is no module")
+            _collect(child, f"{prefix}{name}.", tensors, source, depth + 1)
