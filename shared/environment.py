@@ -2,8 +2,8 @@
 
     python shared/environment.py [--extra test]
 
-prints the folder that holds the `python` to use: that of the Python it is started with when this has every package in
-the minimum version of pyproject.toml, otherwise `.venv/bin`, made from the exact set of requirements.txt. The stamp
+prints the path of the `python` to use: that of the Python it is started with when this has every package in the minimum
+version of pyproject.toml, otherwise `.venv/bin/python`, made from the exact set of requirements.txt. The stamp
 file in `.venv` is written last, so an interrupted installation has none and is made again; a lock lets only one
 process install at a time. `shared/env.sh` is how shell scripts call it.
 """
@@ -55,11 +55,11 @@ def unsatisfied(minimum: dict[str, str]) -> list[str]:
 
 
 def active_python(extras: Iterable[str]) -> Path | None:
-    """The folder of the running Python when it has all packages and is what `python` beside it starts, else None."""
-    folder = Path(sys.executable).parent
-    if not (folder / "python").exists() or unsatisfied(minimum_versions(extras)):
+    """The running Python when it has all packages, else None; scripts call it `python`, so it must have that name."""
+    python = Path(sys.executable).with_name("python")
+    if not python.exists() or unsatisfied(minimum_versions(extras)):
         return None
-    return folder
+    return python
 
 
 def stamp_text() -> str:
@@ -83,14 +83,13 @@ def make_venv(venv: Path) -> None:
     print(f"Installing the packages of requirements.txt into {venv} (once; about 6 GB with CUDA)", file=sys.stderr)
     if venv.exists():
         shutil.rmtree(venv)
-    run([sys.executable, "-m", "venv", str(venv)], f"{sys.executable} -m venv failed: install your system's python3-venv")
+    run([sys.executable, "-m", "venv", str(venv)],
+        f"{sys.executable} -m venv failed (its message is above): install your system's package python3-venv")
     python = str(venv / "bin" / "python")
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    run(
-        [python, "-m", "pip", "install", "--disable-pip-version-check", *quiet, "-r", str(ROOT / "requirements.txt")],
+    run([python, "-m", "pip", "install", "--disable-pip-version-check", *quiet, "-r", str(ROOT / "requirements.txt")],
         "pip could not install requirements.txt (its message is above): check the network and the free disk space "
-        "(about 6 GB), then run the same command again",
-    )
+        "(about 6 GB), then run the same command again")
     # One line in a .pth file makes the packages importable from any folder, as an editable install would.
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     (venv / "lib" / version / "site-packages" / "fewlabel.pth").write_text(f"{ROOT}\n")
@@ -98,14 +97,14 @@ def make_venv(venv: Path) -> None:
 
 
 def find_python(extras: Iterable[str] = (), venv: Path = ROOT / ".venv") -> Path:
-    """The folder of the Python to use; makes `venv` when the active Python lacks something and `venv` is not complete.
+    """The Python to use; makes `venv` when the active Python lacks something and `venv` is not complete.
 
     Raises:
         SetupError: the installation failed.
     """
-    folder = active_python(extras)
-    if folder is not None:
-        return folder
+    python = active_python(extras)
+    if python is not None:
+        return python
     if not is_complete(venv):
         lock = venv.with_name(venv.name + ".lock")
         try:
@@ -116,11 +115,11 @@ def find_python(extras: Iterable[str] = (), venv: Path = ROOT / ".venv") -> Path
             fcntl.flock(handle, fcntl.LOCK_EX)
             if not is_complete(venv):  # another process may have made it while this one waited
                 make_venv(venv)
-    return venv / "bin"
+    return venv / "bin" / "python"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the folder of the Python to use; install .venv when needed.")
+    parser = argparse.ArgumentParser(description="Print the path of the Python to use; install .venv when needed.")
     parser.add_argument("--extra", action="append", default=[], help="also require this list of pyproject.toml")
     try:
         print(find_python(parser.parse_args().extra))

@@ -1,0 +1,298 @@
+"""Dual pseudo training (DPT) end to end: the commands of the README in order, each printed before it runs.
+
+You et al., "Diffusion Models and Semi-Supervised Learners Benefit Mutually with Few Labels", NeurIPS 2023
+(arXiv 2302.10586). Started by run_all.sh. Stage 1 trains a classifier on few labels and labels the training images
+with it; stage 2 trains a diffusion model on these pseudo-labels and generates images of every class; stage 3 trains
+the classifier again with the generated images. The same command again skips what is complete and continues what is not.
+"""
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.cli import Parser, UserError, nearest, run_main
+from shared.steps import Runner, Step
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between data sets. Flags that are not here have the published defaults.
+
+    labels: labelled images in all; 0: all that have a label. last: generate.sh makes the images 0..last of each class.
+    shape: in the name of the zip. config: file of TorchSSL/config for stage 1; that of stage 3 ends in _aug<last>.
+    checkpoint: the classifier that labels the images; the published recipe takes the best one on the test set, the
+    others the last one, so that the test set selects nothing.
+    """
+
+    labels: int = 40
+    last: int = 1000
+    shape: str = "-32x32"
+    config: str | None = None
+    checkpoint: str = "latest_model.pth"
+    classifier: str = ""
+    diffusion: str = "--batch-gpu=32"
+
+
+# The digits are 8x8 and gray: a network of 0.2 million parameters, trained for 80 thousand images. The published
+# learning-rate ramp (10 million images) would outlast the run.
+DIGITS_DIFFUSION = ("--batch=128 --cbase=16 --cres=1,2 --num-blocks=1 --attn-resolutions=4 --dropout=0.1 --augment=0 "
+                    "--duration=0.08 --lr=4e-3 --lr-rampup=3 --lr-decay=0.3 --tick=5")
+RECIPES = {
+    "digits": Recipe(10, 100, "-8x8", "freematch_digits_10_1", diffusion=DIGITS_DIFFUSION),
+    "cifar10": Recipe(config="freematch_cifar10_40_1", checkpoint="model_best.pth"),
+    "cifar100": Recipe(400, classifier="--num_classes=100 --widen_factor=8 --weight_decay=0.001"),
+    "svhn": Recipe(),
+    "stl10": Recipe(shape="-96x96", classifier="--net=WideResNetVar"),
+    "mnist": Recipe(),
+}
+OWN_IMAGES = Recipe(labels=0, shape="")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def stage_list(text: str) -> set[int]:
+    if not text or set(text.split(",")) - {"1", "2", "3"}:
+        raise argparse.ArgumentTypeError(f"expected some of 1,2,3 separated by commas, got {text!r}")
+    return {int(stage) for stage in text.split(",")}
+
+
+def words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"cannot be split into flags ({error}): {text!r}") from None
+
+
+def joined(argv: list[str]) -> list[str]:
+    """Return the arguments with --stageN-args and its value as one, or a value that begins with -- would be a flag."""
+    found: list[str] = []
+    for argument in argv:
+        if found and found[-1] in ("--stage1-args", "--stage2-args", "--stage3-args"):
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="bash run_all.sh", description=__doc__.split("\n\n")[1].partition("run_all.sh. ")[2],
+                    allow_abbrev=False)
+    add = parser.add_argument
+    add("--dataset", default="digits", metavar="NAME", help="digits (default, needs no download), cifar10, cifar100, "
+        "svhn, stl10, mnist, or the path of your own images: a folder with train/<class>/ and test/<class>/, or a zip "
+        "with dataset.json. A published set that is not in TorchSSL/data is fetched")
+    add("--labels", type=whole_number(1), metavar="N", help="labelled images in all [digits 10, cifar100 400, your "
+        "own: all that have a label, others 40]")
+    add("--images-per-class", type=whole_number(1), metavar="N", help="generated images [digits 101, others 1001]")
+    add("--seed", type=whole_number(0), default=1, metavar="S", help="first seed [1]")
+    add("--seeds", type=whole_number(1), default=1, metavar="N", help="repeat with N seeds and report mean, standard "
+        "deviation and differences [1]")
+    add("--controls", action="store_true", help="also run what else could explain a gain: another training seed, twice "
+        "the iterations, pseudo-labelled real images in place of generated ones (all, and as many of every class)")
+    add("--gpus", type=whole_number(1), metavar="N", help="GPUs of stage 2 [all visible ones]; stages 1 and 3 use "
+        "every visible one")
+    add("--stages", type=stage_list, default={1, 2, 3}, metavar="LIST", help="which stages to run [1,2,3]")
+    add("--out", metavar="DIR", help="put everything below DIR [TorchSSL/saved_models, TorchSSL/data-aug and "
+        "EDM/training-runs, the report in runs/]")
+    for stage, script in ((1, "freematch.py"), (2, "train.py"), (3, "freematch.py")):
+        add(f"--stage{stage}-args", type=words, default=[], metavar='"..."', help=f"further flags of its {script}")
+    add("-n", "--dry-run", action="store_true", help="print the commands and run nothing")
+    options = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
+    if options.dataset not in RECIPES:
+        if not Path(options.dataset).exists():
+            raise UserError(f"--dataset {options.dataset}: neither one of {', '.join(RECIPES)} nor a path that exists"
+                            f"{nearest(options.dataset, RECIPES)}")
+        options.dataset = str(Path(options.dataset).resolve())
+    return options
+
+
+class Experiment:
+    """The commands of one seed. Paths are as typed in TorchSSL/ and EDM/, where the commands run."""
+
+    def __init__(self, options: argparse.Namespace, seed: int, report: Path) -> None:
+        self.options, self.seed, self.report = options, seed, report
+        self.dataset = options.dataset
+        self.recipe = RECIPES.get(self.dataset, OWN_IMAGES)
+        title = Path(self.dataset).name.removesuffix(".zip")
+        self.labels = options.labels or self.recipe.labels
+        self.last = options.images_per_class - 1 if options.images_per_class else self.recipe.last
+        self.gpus = options.gpus or visible_gpus()
+        self.name = f"freematch_{title}_{self.labels}_{seed}"
+        self.zip_name = f"freematch-{self.labels}-seed{seed}-{title}{self.recipe.shape}"
+
+        # Without --out the folders are those of the published commands.
+        own = options.out is not None
+        out = str(Path(options.out or ".").resolve())
+        self.saved, self.saved_from_edm = (f"{out}/saved_models",) * 2 if own else ("./saved_models",
+                                                                                   "../TorchSSL/saved_models")
+        self.images, self.images_from_edm = (f"{out}/data-aug",) * 2 if own else ("./data-aug", "../TorchSSL/data-aug")
+        self.models, self.models_from_torchssl = (f"{out}/training-runs",) * 2 if own else ("training-runs",
+                                                                                           "../EDM/training-runs")
+        self.stage1, self.stage3 = f"{self.saved}/{self.name}", f"{self.saved}/{self.name}_aug{self.last}"
+        # The published folder of images does not tell data sets and seeds apart, and the published training command
+        # numbers its folder: both are kept for the published experiment alone.
+        self.published = (self.dataset, self.labels, seed, own) == ("cifar10", 40, 1, False) and not options.stage2_args
+        self.generated = f"nums_{self.last}" if self.published else f"{self.name}/nums_{self.last}"
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps one by one; later ones may depend on what earlier ones have written."""
+        yield Step("data", "The data set: fetched where it is missing; classes, counts, sizes, duplicates", "TorchSSL",
+                   ["python", "check_data.py", f"--dataset={self.dataset}", "--download"], report=True)
+        stages = {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}
+        for number in sorted(self.options.stages):
+            yield from stages[number]()
+        if self.options.controls:
+            yield from self.controls()
+        yield self.report_step()
+
+    def classifier(self, name: str, stage: int = 1, seed: int | None = None) -> list[str]:
+        """Return the freematch.py command of a run, saying what its configuration file does not."""
+        recipe, seed = self.recipe, self.seed if seed is None else seed
+        command = ["python", "freematch.py"]
+        if recipe.config:
+            config = recipe.config if stage == 1 else f"{recipe.config}_aug{recipe.last}"
+            command += ["--c", f"config/{config}.yaml"]
+            command += [f"--num_labels={self.labels}"] * (self.labels != recipe.labels)
+            command += [f"--seed={seed}"] * (seed != 1) + [f"--save_name={name}"] * (name != config)
+        else:
+            command += [f"--dataset={self.dataset}", *words(recipe.classifier), f"--num_labels={self.labels}",
+                        f"--seed={seed}", f"--save_name={name}"]
+        return command + [f"--save_dir={self.saved}"] * (self.saved != "./saved_models")
+
+    def stage_1(self) -> Iterator[Step]:
+        stage1, checkpoint = self.stage1, f"{self.stage1}/{self.recipe.checkpoint}"
+        yield Step("classifier", "Stage 1: train the classifier on the few labels", "TorchSSL",
+                   [*self.classifier(self.name), *self.options.stage1_args], output=f"{stage1}/result.json")
+        cifar10 = self.dataset == "cifar10"
+        source = ["--data_path", "./data/cifar-10-batches-py"] if cifar10 else [f"--dataset={self.dataset}"]
+        pseudo = f"{stage1}/" + ("cifar-10-python.tar.gz" if cifar10 else f"{self.name}-pseudo.npz")
+        yield Step("pseudo-labels", "Generate pseudo-labels", "TorchSSL",
+                   ["python", "get_labels.py", *([] if cifar10 else source), "--load_path", checkpoint, "--save_path",
+                    f"{stage1}/"], append_to=f"{stage1.removeprefix('./')}/get_labels.log",
+                   output=f"{stage1}/pseudo_label.npy", inputs=(checkpoint,))
+        yield Step("pseudo-data set", "Make a data set with pseudo-labels in place of the true ones", "TorchSSL",
+                   ["python", "pseudo_dataset.py", *source, "--save_path", stage1],
+                   output=pseudo, inputs=(f"{stage1}/pseudo_label.npy",))
+        yield Step("zip", "Convert it for EDM", "TorchSSL",
+                   ["python", "dataset_tool.py", f"--source={pseudo}", f"--dest={stage1}/{self.zip_name}.zip"],
+                   output=f"{stage1}/{self.zip_name}.zip", inputs=(pseudo,))
+
+    def stage_2(self) -> Iterator[Step]:
+        data = f"{self.saved_from_edm}/{self.name}/{self.zip_name}.zip"
+        launch = ["python"] if self.gpus == 1 else ["torchrun", "--standalone", f"--nproc_per_node={self.gpus}"]
+        where = [f"--outdir={self.models}"] if self.published else [f"--outdir={self.model_folder()}", "--nosubdir"]
+        seed = [] if self.published else [f"--seed={self.seed}"]
+        yield Step("diffusion model", "Stage 2: train the diffusion model on the pseudo-labels", "EDM",
+                   [*launch, "train.py", *where, f"--data={data}", "--cond=1", "--arch=ddpmpp",
+                    *words(self.recipe.diffusion), *seed, *self.options.stage2_args],
+                   output=f"{self.model_folder()}/result.json", inputs=(data,))
+        snapshot = f"{self.model_folder()}/network-snapshot-latest.pkl"
+        yield Step("generated images", f"Generate the images 0 to {self.last} of every class", "EDM",
+                   ["bash", "generate.sh", str(self.last), f"{self.images_from_edm}/{self.generated}",
+                    snapshot if Path(snapshot).is_absolute() else f"./{snapshot}", str(self.gpus)],
+                   output=f"{self.images_from_edm}/{self.generated}", inputs=(snapshot,))
+
+    def model_folder(self) -> str:
+        """Return the run folder of stage 2, as typed in EDM/; before a numbered one exists, the name it will get."""
+        if not self.published:
+            return f"{self.models}/{self.zip_name}"
+        folder = ROOT / "EDM" / self.models
+        numbered = sorted(path.name for path in folder.glob("[0-9]*-*") if path.is_dir())
+        ours = [name for name in numbered if f"-{self.zip_name}-cond-ddpmpp-edm-gpus" in name]
+        number = int(numbered[-1].partition("-")[0]) + 1 if numbered else 0
+        new = f"{number:05d}-{self.zip_name}-cond-ddpmpp-edm-gpus{self.gpus}-batch512-fp32"
+        return f"{self.models}/{ours[-1] if ours else new}"
+
+    def stage_3(self) -> Iterator[Step]:
+        yield Step("classifier again", "Stage 3: train the classifier with the generated images", "TorchSSL",
+                   [*self.classifier(Path(self.stage3).name, stage=3), f"--aug_path={self.images}/{self.generated}",
+                    *self.options.stage3_args],
+                   output=f"{self.stage3}/result.json", inputs=(f"{self.images}/{self.generated}",))
+
+    def controls(self) -> Iterator[Step]:
+        same_labels, args = f"--label_idx={self.stage1}/sampled_label_idx.npy", self.options.stage1_args
+        real = f"{self.images}/{self.name}"
+
+        def train(kind: str, title: str, command: list[str], inputs: tuple[str, ...] = ()) -> Step:
+            return Step(f"control {kind}", f"Control: {title}", "TorchSSL", command,
+                        output=f"{self.saved}/{self.name}_{kind}/result.json", inputs=inputs)
+
+        yield train("other_seed", "stage 1 with another training seed and the same labels",
+                    [*self.classifier(f"{self.name}_other_seed", seed=self.seed + 1000), same_labels, *args])
+        yield train("twice", "stage 1 with the iterations of stages 1 and 3 together",
+                    [*self.classifier(f"{self.name}_twice"), *args, f"--num_train_iter={2 * self.iterations()}"])
+        yield Step("real images", "Pseudo-labelled real images: all of them, and as many of every class", "TorchSSL",
+                   ["python", "pseudo_folder.py", f"--dataset={self.dataset}",
+                    f"--labels={self.stage1}/pseudo_label.npy", f"--dest={real}", f"--per_class={self.last + 1}",
+                    f"--seed={self.seed}"],
+                   output=f"{real}/real_balanced", inputs=(f"{self.stage1}/pseudo_label.npy",))
+        for kind, title in (("real_all", "all pseudo-labelled real images in place of generated ones"),
+                            ("real_balanced", "as many pseudo-labelled real images of every class")):
+            yield train(kind, title, [*self.classifier(f"{self.name}_{kind}", stage=3), f"--aug_path={real}/{kind}",
+                                      *self.options.stage3_args], inputs=(f"{real}/real_balanced",))
+
+    def iterations(self) -> int:
+        """Return --num_train_iter of stage 1, wherever it is said."""
+        config = ROOT / "TorchSSL" / "config" / f"{self.recipe.config}.yaml"
+        said = config.read_text().replace(":", " ").split() if self.recipe.config and config.exists() else []
+        said += " ".join(self.options.stage1_args).replace("=", " ").replace("--", "").split()
+        found = [value for key, value in zip(said, said[1:], strict=False) if key == "num_train_iter"]
+        return int(found[-1]) if found and found[-1].isdigit() else 2**20
+
+    def report_step(self) -> Step:
+        model = self.model_folder()
+        report = self.report if self.options.out else Path("..") / self.report.relative_to(ROOT)
+        command = ["python", "report.py", f"--out={report}", f"--dataset={self.dataset}",
+                   f"--stage1={self.stage1}", f"--stage2={model if Path(model).is_absolute() else f'../EDM/{model}'}",
+                   f"--images={self.images}/{self.generated}", f"--stage3={self.stage3}"]
+        return Step("report", "The report", "TorchSSL", command, report=True)
+
+
+def visible_gpus() -> int:
+    """Return the number of GPUs that nvidia-smi lists, at least 1."""
+    import subprocess
+
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return 1
+    return max(1, sum(line.startswith("GPU ") for line in listed.splitlines()))
+
+
+def main() -> None:
+    options = parse()
+    title = Path(options.dataset).name.removesuffix(".zip")
+    labels = options.labels or RECIPES.get(options.dataset, OWN_IMAGES).labels
+    seeds = range(options.seed, options.seed + options.seeds)
+    span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"
+    out = Path(options.out).resolve() if options.out else ROOT / "runs" / f"{title}_{labels}_{span}"
+    folders = [out] if len(seeds) == 1 else [out / f"seed_{seed}" for seed in seeds]
+
+    with Runner(ROOT, out, dry_run=options.dry_run) as runner:
+        for seed, folder in zip(seeds, folders, strict=True):
+            runner.history = folder / "commands.jsonl"
+            for step in Experiment(options, seed, folder).steps():
+                runner.run(step)
+        if len(seeds) > 1:
+            runner.history = out / "commands.jsonl"
+            runner.run(Step("report of all seeds", "Mean and standard deviation over the seeds", "TorchSSL",
+                            ["python", "report.py", f"--out={out}", *(f"--seed_report={folder}" for folder in folders)],
+                            report=True))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run_main(main)

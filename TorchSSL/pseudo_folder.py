@@ -1,0 +1,74 @@
+"""Folders of pseudo-labelled real images, as `--aug_path` takes them: a control for stage 3 of DPT.
+
+    python pseudo_folder.py --dataset=digits --labels=./saved_models/freematch_digits_10_1/pseudo_label.npy \\
+        --dest=./data-aug/freematch_digits_10_1 --per_class=101
+
+Writes <dest>/real_all, every training image under its pseudo-label, and <dest>/real_balanced, the same number of every
+class, drawn with --seed; a class that has fewer repeats them. If stage 3 gains as much from these as from generated
+images, the gain is not due to the generation.
+"""
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from shared.cli import Parser, UserError, run_main
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--dataset", "-ds", default="cifar10", help="name of a data set, or a path [%(default)s]")
+    parser.add_argument("--data_dir", default="./data", help="folder of the data sets [%(default)s]")
+    parser.add_argument("--labels", required=True, help="the pseudo_label.npy of get_labels.py")
+    parser.add_argument("--dest", required=True, help="folder for real_all/ and real_balanced/")
+    parser.add_argument("--per_class", type=int, default=1001, help="images of every class in real_balanced "
+                        "[%(default)s]")
+    parser.add_argument("--seed", type=int, default=1, help="of the draw [%(default)s]")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    options = parse()
+    from pathlib import Path
+
+    import numpy as np
+
+    from shared.images import ImageSet
+    from shared.writers import write_folder
+    from TorchSSL.data import load_pools
+
+    images = load_pools(options.dataset, options.data_dir, download=False)[0]
+    labels = np.load(options.labels, allow_pickle=False)
+    if labels.shape != (len(images),):
+        raise UserError(f"--labels: {options.labels} holds {labels.size} labels, {options.dataset} has {len(images)} "
+                        "training images; give the pseudo_label.npy of that data set")
+    pseudo = ImageSet(images.images, labels.astype(np.int64), images.classes, images.name)
+    for name, chosen in (("real_all", pseudo),
+                         ("real_balanced", pseudo.subset(balanced(labels, options.per_class, options.seed)))):
+        folder = Path(options.dest) / name
+        if folder.exists():
+            shutil.rmtree(folder)
+        write_folder(chosen, folder)
+        print(f"{folder}: {len(chosen)} images, per class {np.bincount(chosen.labels).tolist()}")
+
+
+def balanced(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Return int64 positions: `per_class` of every class in `labels` [N], each image as evenly often as possible."""
+    import numpy as np
+
+    from shared.randomness import numpy_rng
+
+    chosen = []
+    for label in np.unique(labels):
+        positions = numpy_rng(seed, int(label), "balanced pseudo-labels").permutation(np.flatnonzero(labels == label))
+        chosen.append(np.resize(positions, per_class))
+    return np.concatenate(chosen)
+
+
+if __name__ == "__main__":
+    run_main(main)

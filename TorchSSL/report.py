@@ -1,0 +1,245 @@
+"""The report of a DPT experiment: accuracies of both classifiers, pseudo-labels, times, and pictures.
+
+    python report.py --out=../runs/digits_10_1 --dataset=digits --stage1=./saved_models/freematch_digits_10_1 \\
+        --stage2=../EDM/training-runs/freematch-10-seed1-digits-8x8 \\
+        --images=./data-aug/freematch_digits_10_1/nums_100 --stage3=./saved_models/freematch_digits_10_1_aug100
+
+Writes report.json, report.md and PNG files into --out from whatever of the stages is there; what is missing is null.
+Controls are found beside stage 1, as <stage1>_other_seed, _twice, _real_all and _real_balanced. With --seed_report,
+once per folder that holds a report.json, it writes mean, standard deviation and differences over these instead.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.cli import Parser, UserError, run_main
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CONTROLS = {"other_seed": "stage 1, another training seed, same labels",
+            "twice": "stage 1, the iterations of stages 1 and 3 together",
+            "real_all": "stage 3 with all pseudo-labelled real images in place of generated ones",
+            "real_balanced": "stage 3 with as many pseudo-labelled real images of every class"}
+HARDWARE = ("device", "hardware", "threads", "processes", "precision")
+FEATURE_IMAGES = 10_000  # at most so many images of each kind enter the distance of features
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--out", required=True, help="folder for report.json, report.md and the pictures")
+    add("--dataset", default="digits", help="name of the data set, or a path [%(default)s]")
+    add("--data_dir", default="./data", help="folder of the data sets [%(default)s]")
+    add("--stage1", help="run folder of stage 1")
+    add("--stage2", help="run folder of the diffusion model")
+    add("--images", help="folder of the generated images")
+    add("--stage3", help="run folder of stage 3")
+    add("--seed_report", action="append", default=[], help="a folder with the report.json of one seed")
+    options = parser.parse_args(argv)
+    if not options.seed_report and not options.stage1:
+        raise UserError("--stage1: name the run folder of stage 1, or give --seed_report folders")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    from shared.files import atomic, make_dir
+
+    out = make_dir(options.out)
+    if options.seed_report:
+        from TorchSSL.report_text import seeds_markdown
+        from TorchSSL.seed_statistics import over_seeds
+
+        content = over_seeds([read_json(Path(folder) / "report.json", required=True) for folder in options.seed_report])
+        text = seeds_markdown(content)
+    else:
+        from TorchSSL.report_text import run_markdown
+
+        content = collect(options, out)
+        text = run_markdown(content)
+    with atomic(out / "report.json", "w") as file:
+        json.dump(content, file, indent=1)
+    with atomic(out / "report.md", "w") as file:
+        file.write(text)
+    print(text)
+    print(f"{out / 'report.md'}, report.json and the pictures are in {out}")
+
+
+def collect(options: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Gather what the stages have written, and draw the pictures into `out`."""
+    from shared.steps import seconds_by_step
+
+    stage1 = Path(options.stage1)
+    results = {"stage1": read_json(stage1 / "result.json"),
+               "stage3": read_json(Path(options.stage3) / "result.json") if options.stage3 else None}
+    controls = {name: read_json(stage1.with_name(f"{stage1.name}_{name}") / "result.json") for name in CONTROLS}
+    accuracy = {stage: result["accuracy"] if result else None for stage, result in results.items()}
+    last = {stage: values["last"] if values else None for stage, values in accuracy.items()}
+    pseudo = read_json(stage1 / "pseudo_label.json") or {}
+    classes = pseudo.get("classes") or (results["stage1"] or {}).get("classes", [])
+    by_class = dict(zip(classes, pseudo.get("agreement_by_class", []), strict=False))
+    first = results["stage1"] or {}
+    seconds = seconds_by_step(out / "commands.jsonl")
+    return {
+        "dataset": options.dataset, "labels": first.get("num_labels"), "seed": first.get("seed"),
+        "training_images": first.get("unlabeled_images"), "test_images": first.get("test_images"),
+        "stage1_accuracy": last["stage1"], "pseudo_label_accuracy": pseudo.get("agreement"),
+        "pseudo_label_accuracy_by_class": by_class, "pseudo_label_counts": pseudo.get("pseudo_label_counts"),
+        "stage3_accuracy": last["stage3"],
+        "difference": last["stage3"] - last["stage1"] if None not in last.values() else None,
+        "accuracy": accuracy,
+        "iterations": {stage: result["iterations"] if result else None for stage, result in results.items()},
+        "controls": {name: result["accuracy"] for name, result in controls.items() if result},
+        "generated": generated_images(options, classes, out),
+        "seconds": group_seconds(seconds), "seconds_by_step": seconds,
+        "hardware": {stage: {key: result.get(key) for key in HARDWARE} for stage, result in results.items() if result},
+        "versions": versions(), "pictures": draw(options, results, classes, out)}
+
+
+def read_json(path: Path, required: bool = False) -> dict[str, Any] | None:
+    """Return the content of a JSON file; None, or a UserError if it is `required`, where there is none."""
+    if not path.is_file():
+        if required:
+            raise UserError(f"{path} does not exist; it is written by report.py for one seed")
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and repeat the step that writes it") from None
+
+
+def group_seconds(seconds: dict[str, float]) -> dict[str, float]:
+    """Return seconds of the stages, the controls and in total, from those of the steps (names of TorchSSL/dpt.py)."""
+    groups = {"classifier": "stage1", "pseudo-labels": "stage1", "pseudo-data set": "stage1", "zip": "stage1",
+              "diffusion model": "stage2", "generated images": "stage2", "classifier again": "stage3"}
+    total: dict[str, float] = {}
+    for step, value in seconds.items():
+        group = groups.get(step) or ("controls" if step.startswith("control") else "other")
+        total[group] = total.get(group, 0.0) + value
+    return {**{name: round(value, 1) for name, value in total.items()}, "total": round(sum(total.values()), 1)}
+
+
+def versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision", "numpy")}}
+
+
+# -------------------------------------------------------------------------------------------------- generated images
+
+def generated_images(options: argparse.Namespace, classes: Sequence[str], out: Path) -> dict[str, Any] | None:
+    """Count the generated images, draw a grid of them, and measure how far their features are from real ones.
+
+    The features are those of stage 1's own classifier: the number tells runs on this data set with the same
+    classifier apart, and is no FID. For scale, the same distance between real test and training images is given.
+    """
+    checkpoint = Path(options.stage1) / "latest_model.pth"
+    if not options.images or not Path(options.images).is_dir() or not checkpoint.exists():
+        return None
+    import numpy as np
+
+    from shared.datasets import load_dataset
+    from shared.images import read_images
+    from shared.plots import image_grid
+    from TorchSSL.data import load_pools
+
+    train = load_pools(options.dataset, options.data_dir, download=False)[0]
+    test = load_dataset(options.dataset, "test", options.data_dir)
+    images = read_images(options.images, channels=train.channels, num_classes=train.num_classes)
+    rows = {name: images.images[np.flatnonzero(images.labels == c)[:12]] for c, name in enumerate(classes[:20])}
+    image_grid({name: row for name, row in rows.items() if len(row)}, out / "generated.png",
+               "Generated images, one class a row")
+    features = {name: classifier_features(checkpoint, options, part) for name, part in
+                (("generated", images), ("train", train), ("test", test))}
+    return {
+        "images": len(images), "by_class": np.bincount(images.labels, minlength=train.num_classes).tolist(),
+        "feature_distance": frechet_distance(features["generated"], features["train"]),
+        "feature_distance_of_test_images": frechet_distance(features["test"], features["train"]),
+        "feature_distance_is": (
+            f"Frechet distance between {features['train'].shape[1]} pooled features of stage 1's classifier, "
+            f"{len(features['generated'])} generated against {len(features['train'])} real training images "
+            f"(for scale: {len(features['test'])} real test images against the same); not comparable with FID")}
+
+
+def classifier_features(checkpoint: Path, options: argparse.Namespace, images: Any) -> np.ndarray:
+    """Return float64 [n, D] pooled features of evenly spaced images, by the averaged weights of a checkpoint."""
+    import numpy as np
+    import torch
+
+    from shared.distributed import World
+    from TorchSSL.classifier import load_classifier
+    from TorchSSL.data import Pool, normalisation
+    from TorchSSL.get_labels import parse as prediction_options
+
+    prediction = prediction_options([f"--dataset={options.dataset}", f"--load_path={checkpoint}"])
+    classifier = load_classifier(str(checkpoint), prediction, images, images.num_classes)
+    mean, std = (classifier.mean, classifier.std) if classifier.mean else normalisation(options.dataset, images)
+    device = World().device
+    pool, net = Pool(images, tuple(mean), tuple(std), device), classifier.net.to(device)
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), FEATURE_IMAGES)).round().astype(np.int64))
+    with torch.no_grad():
+        parts = [net(pool.normalised(chosen[start:start + 256]), return_feature=True)[1]
+                 for start in range(0, len(chosen), 256)]
+    return torch.cat(parts).double().cpu().numpy()
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the Frechet distance of two Gaussians with the moments of features [n, D] and [m, D]."""
+    import numpy as np
+
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # The trace of the root of their product is the sum of the roots of its eigenvalues, which are real and >= 0.
+    eigenvalues = np.linalg.eigvals(covariances[0] @ covariances[1])
+    root = np.sqrt(np.maximum(eigenvalues.real, 0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + sum(np.trace(c) for c in covariances) - 2 * root)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+def draw(options: argparse.Namespace, results: dict[str, Any], classes: Sequence[str], out: Path) -> list[str]:
+    """Draw confusion matrices and training curves; return the names of all pictures in `out`."""
+    import numpy as np
+
+    from shared.plots import confusion_matrices, curves
+
+    titles = {"stage1": "Stage 1", "stage3": "Stage 3"}
+    matrices = {f"{titles[stage]}: {100 * result['accuracy']['last']:.1f} %": np.array(result["confusion_matrix"])
+                for stage, result in results.items() if result}
+    if matrices:
+        confusion_matrices(matrices, classes, out / "confusion.png")
+    folders = {"Stage 1": options.stage1, "Stage 3": options.stage3}
+    lines = {title: read_lines(Path(folder) / "stats.jsonl") for title, folder in folders.items() if folder}
+    diffusion = read_lines(Path(options.stage2) / "stats.jsonl") if options.stage2 else []
+    panels = {
+        "Accuracy on the test set": {title: series(found, "step", "eval/top-1-acc") for title, found in lines.items()},
+        "Loss of the classifier": {title: series(found, "step", "train/total_loss") for title, found in lines.items()},
+        "Unlabelled images used": {title: series(found, "step", "train/utilisation") for title, found in lines.items()},
+        "Loss of the diffusion model": {"Stage 2": series(
+            [{"kimg": line["Progress/kimg"]["mean"], "loss": line["Loss/loss"]["mean"]} for line in diffusion
+             if "Progress/kimg" in line and "Loss/loss" in line], "kimg", "loss")}}
+    panels = {title: {name: line for name, line in found.items() if line[0]} for title, found in panels.items()}
+    panels = {title: found for title, found in panels.items() if found}
+    if panels:
+        curves(panels, out / "curves.png", {title: "thousand images" if "diffusion" in title else "iteration"
+                                            for title in panels})
+    return [name for name in ("generated.png", "curves.png", "confusion.png") if (out / name).exists()]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def series(lines: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Return the points of the lines that have both keys."""
+    points = [(line[x], line[y]) for line in lines if x in line and y in line]
+    return [point[0] for point in points], [point[1] for point in points]
+
+
+if __name__ == "__main__":
+    run_main(main)

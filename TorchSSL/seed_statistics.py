@@ -1,0 +1,64 @@
+"""DPT over several seeds: mean, standard deviation, and paired differences with their standard errors."""
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the aggregate of the report.json contents of single seeds, of one data set and number of labels.
+
+    Accuracies are those of the last iteration. The plain keys (stage1_accuracy, ...) are means over the seeds.
+    """
+    columns: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "stage1_accuracy": lambda report: report["stage1_accuracy"],
+        "pseudo_label_accuracy": lambda report: report["pseudo_label_accuracy"],
+        "stage3_accuracy": lambda report: report["stage3_accuracy"]}
+    for name in dict.fromkeys(name for report in reports for name in report["controls"]):
+        columns[f"control_{name}"] = lambda report, name=name: report["controls"].get(name, {}).get("last")
+    values = {name: [read(report) for report in reports] for name, read in columns.items()}
+    values["stage1_two_runs"] = [
+        (first + second) / 2 if None not in (first, second) else None
+        for first, second in zip(values["stage1_accuracy"], values.get("control_other_seed", []), strict=False)]
+
+    stage3 = values["stage3_accuracy"]
+    differences = {f"stage3_minus_{name}": difference(stage3, found) for name, found in values.items()
+                   if name not in ("stage3_accuracy", "pseudo_label_accuracy")}
+    first = reports[0]
+    classes = list(first["pseudo_label_accuracy_by_class"])
+    return {
+        **{key: first[key] for key in ("dataset", "labels", "training_images", "test_images", "iterations")},
+        "seeds": [report["seed"] for report in reports],
+        **{name: mean(values[name]) for name in ("stage1_accuracy", "pseudo_label_accuracy", "stage3_accuracy")},
+        "pseudo_label_accuracy_by_class": {
+            name: mean([report["pseudo_label_accuracy_by_class"].get(name) for report in reports]) for name in classes},
+        "seconds": {name: mean([report["seconds"].get(name) for report in reports])
+                    for name in dict.fromkeys(name for report in reports for name in report["seconds"])},
+        "summary": {name: {"mean": mean(found), "standard_deviation": deviation(found), "seeds": len(known(found)),
+                           "by_seed": found} for name, found in values.items() if known(found)},
+        "differences": {name: found for name, found in differences.items() if found},
+        "hardware": first["hardware"], "versions": first["versions"]}
+
+
+def known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    return statistics.fmean(known(values)) if known(values) else None
+
+
+def deviation(values: Sequence[float | None]) -> float | None:
+    """Return the standard deviation of a sample (n - 1), None for fewer than two values."""
+    return statistics.stdev(known(values)) if len(known(values)) > 1 else None
+
+
+def difference(a: Sequence[float | None], b: Sequence[float | None]) -> dict[str, Any] | None:
+    """Return mean and standard error of the differences a - b of the seeds that have both, and how many are above 0."""
+    pairs = [x - y for x, y in zip(a, b, strict=False) if x is not None and y is not None]
+    if not pairs:
+        return None
+    spread = deviation(pairs)
+    return {"mean": statistics.fmean(pairs), "standard_error": None if spread is None else spread / len(pairs) ** 0.5,
+            "positive": sum(pair > 0 for pair in pairs), "seeds": len(pairs)}
