@@ -69,6 +69,14 @@ def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = ".
                                    lambda allocate: read(split, files, allocate)))
 
 
+def has_split(name_or_path: str | Path, split: str) -> bool:
+    """Return whether a data set by that name, or the user's own set at that path, has such a split."""
+    if str(name_or_path) in NAMES:
+        return split in SPLITS[str(name_or_path)]
+    path = Path(name_or_path)
+    return path.exists() and layout_of(path) is None and _part(path, split)[0] is not None
+
+
 def _image_set(name: str, stored: Stored) -> ImageSet:
     return ImageSet(stored.images, stored.labels, stored.classes, name)
 

@@ -1,0 +1,91 @@
+"""The batch of a step: which images, which views of them. A function of (seed, step) alone, on any number of ranks."""
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from shared.augment import WeakPolicy, draw_strong, draw_weak, strong, weak
+from shared.distributed import World
+from shared.randaugment import to_device
+from shared.randomness import numpy_rng
+from TorchSSL.data import Pool, TrainingData
+
+
+@dataclass
+class Batch:
+    """One rank's part of a step's batch, on its device.
+
+    labeled: float32 [B, C, H, W], weak views, normalised. labels: int64 [B]. views: float32 [uratio * B, C, H, W] each,
+    of the same unlabelled images, in the order the algorithm names them. index: int64 [uratio * B], their positions in
+    the unlabelled set. truth: int64, their true labels or -1: for metrics only, no loss may look at it.
+    """
+
+    labeled: torch.Tensor
+    labels: torch.Tensor
+    views: tuple[torch.Tensor, ...] = ()
+    index: torch.Tensor | None = None
+    truth: torch.Tensor | None = None
+
+
+class Batches:
+    """Makes the batch of any step.
+
+    views: "weak" (flip and shift) or "strong" (RandAugment and cutout, then its own flip and shift) for each view of an
+    unlabelled image. size: labelled images in the global batch; every rank has an equal part of it.
+    """
+
+    def __init__(self, data: TrainingData, options: argparse.Namespace, world: World, views: tuple[str, ...],
+                 size: int) -> None:
+        self.data, self.options, self.world, self.views = data, options, world, views
+        self.labeled = Pool(data.labeled, data.mean, data.std, world.device)
+        self.unlabeled = Pool(data.unlabeled, data.mean, data.std, world.device)
+        self.policy = WeakPolicy(options.weak_flip, options.weak_pad, options.weak_pad_mode, options.weak_subpixel)
+        self.memory_format = torch.contiguous_format if options.strict else torch.channels_last
+        # Drawn for the global batch, labelled images first, then view after view; this rank's part of each.
+        self.counts = [size] + [size * options.uratio] * len(views)
+        self.parts = [world.slice(count) for count in self.counts]
+        starts = np.cumsum([0, *self.counts])
+        self.rows = np.concatenate([start + np.arange(part.start, part.stop)
+                                    for start, part in zip(starts, self.parts, strict=False)])
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of `step`."""
+        size, device = self.data.unlabeled.size, self.world.device
+        labeled = self.labeled_positions(step)[self.parts[0]]
+        images = [self.labeled.take(labeled)]
+        index = None
+        if self.views:
+            count, part = self.counts[1], self.parts[1]
+            unlabeled = self.rng(step, "unlabeled").integers(len(self.unlabeled), size=count)[part]
+            plain, index = self.unlabeled.take(unlabeled), to_device(unlabeled, device)
+        for number, view in enumerate(self.views):
+            if view == "strong":
+                draws = draw_strong(count, self.rng(step, f"strong {number}"), size, self.options.strong_ops)
+                images.append(strong(plain, draws[part]))
+            else:
+                images.append(plain)
+        draws = draw_weak(sum(self.counts), self.rng(step, "weak"), size, self.policy)[self.rows]
+        joint = weak(torch.cat(images), draws, self.data.mean, self.data.std)
+        joint = joint.contiguous(memory_format=self.memory_format)
+        first, *views = joint.split([len(part) for part in images])
+        return Batch(first, self.labeled.labels[to_device(labeled, device)], tuple(views), index,
+                     None if index is None else self.unlabeled.labels[index])
+
+    def labeled_positions(self, step: int) -> np.ndarray:
+        """Draw the global labelled batch, with replacement: uniformly, or with a share of real images.
+
+        A share that is no whole number of images is met on average.
+        """
+        rng, count = self.rng(step, "labeled"), self.counts[0]
+        real, share = self.data.num_real, self.options.real_fraction
+        if share is None:
+            return rng.integers(len(self.labeled), size=count)
+        from_real = int(count * share + rng.random())
+        return np.concatenate([rng.integers(real, size=from_real),
+                               rng.integers(real, len(self.labeled), size=count - from_real)])
+
+    def rng(self, step: int, purpose: str) -> np.random.Generator:
+        return numpy_rng(self.options.seed, step, purpose)

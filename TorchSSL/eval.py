@@ -1,0 +1,50 @@
+"""Test accuracy of a trained classifier.
+
+    python eval.py --load_path ./saved_models/freematch_cifar10_40_1/model_best.pth
+
+Prints the published metrics as fractions; the last line is `Test Accuracy: <fraction>`.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from shared.cli import UserError, run_main
+from TorchSSL.get_labels import NETWORK_FLAGS, PREDICTION_FLAGS
+from TorchSSL.options import Flag, build_parser
+
+OUTPUT_FLAGS = (Flag("--json", str, None, "also write metrics and confusion matrix to this file"),)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options; what is not given follows the training, where the checkpoint is one of ours."""
+    groups = {"prediction": PREDICTION_FLAGS, "output": OUTPUT_FLAGS, "network": NETWORK_FLAGS}
+    return build_parser("eval", __doc__, groups).parse_with_yaml(argv)
+
+
+def main() -> None:
+    options = parse()
+    import torch
+
+    from shared.files import atomic
+    from TorchSSL.classifier import predict_split
+    from TorchSSL.evaluation import confusion_matrix, confusion_text, metrics
+
+    logits, images = predict_split(options, "test")
+    if images.labels.min() < 0 or images.labels.max() >= logits.shape[1]:
+        raise UserError(f"{options.dataset}: every test image needs a label in 0..{logits.shape[1] - 1}")
+    found = metrics(logits, torch.from_numpy(images.labels), auc=True)
+    counts = confusion_matrix(images.labels, logits.argmax(1).numpy(), logits.shape[1])
+    if options.json is not None:
+        with atomic(options.json, "w") as file:
+            json.dump({**found, "confusion_matrix": counts.tolist(), "classes": list(images.classes),
+                       "images": len(images), "load_path": options.load_path}, file, indent=1)
+    print(confusion_text(counts))
+    for name, value in found.items():
+        print(f"{name} {value:.6g}")
+    print(f"Test Accuracy: {found['eval/top-1-acc']}")
+
+
+if __name__ == "__main__":
+    run_main(main)

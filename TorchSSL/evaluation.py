@@ -1,0 +1,92 @@
+"""Evaluation: predictions in eval mode, the published metrics and the confusion matrix.
+
+Metrics are fractions under their published names: `eval/loss` (mean cross-entropy in nats), `eval/top-1-acc`,
+`eval/top-5-acc`, macro `eval/precision`, `eval/recall`, `eval/F1`, and `eval/AUC` (macro average over all ordered pairs
+of classes of the area under the ROC curve, of softmax scores).
+"""
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from shared.distributed import World, gather
+from TorchSSL.data import Pool
+
+# One-vs-one AUC looks at every pair of classes: beyond this many classes it is left to the last evaluation.
+AUC_EVERY_TIME = 20
+
+
+@torch.no_grad()
+def predict(net: torch.nn.Module, pool: Pool, batch_size: int = 1024, world: World | None = None) -> torch.Tensor:
+    """Return float32 logits [N, C] of all images of `pool` in order, on its device; each rank computes its part.
+
+    net: in eval mode; takes normalised float [n, channels, H, W].
+    """
+    world = world or World()
+    part = -(-len(pool) // world.size)  # the last parts repeat the last image, so that all ranks gather equal shapes
+    indices = np.minimum(np.arange(world.rank * part, (world.rank + 1) * part), len(pool) - 1)
+    if not part:
+        raise ValueError("there is nothing to predict: the pool is empty")
+    logits = [net(pool.normalised(indices[start:start + batch_size])).float() for start in range(0, part, batch_size)]
+    return gather(torch.cat(logits), world)[:len(pool)]
+
+
+def metrics(logits: torch.Tensor, labels: torch.Tensor, auc: bool | None = None) -> dict[str, float]:
+    """Return the published metrics of float logits [N, C] for int64 labels [N] in 0..C-1.
+
+    auc: whether to compute `eval/AUC`; None: up to 20 classes. It is left out where a class is absent from `labels`.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    labels = labels.to(logits.device)
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    truth, predicted = labels.cpu().numpy(), logits.argmax(1).cpu().numpy()
+    precision, recall, f1, _ = precision_recall_fscore_support(truth, predicted, average="macro", zero_division=0)
+    values = {
+        "eval/loss": F.cross_entropy(logits, labels).item(),
+        "eval/top-1-acc": float(np.mean(predicted == truth)),
+        "eval/top-5-acc": top.any(1).double().mean().item(),
+        "eval/precision": float(precision),
+        "eval/recall": float(recall),
+        "eval/F1": float(f1),
+    }
+    if auc is None:
+        auc = logits.shape[1] <= AUC_EVERY_TIME
+    if auc and len(np.unique(truth)) == logits.shape[1]:
+        values["eval/AUC"] = _auc(truth, logits.softmax(1).double().cpu().numpy())
+    return values
+
+
+def _auc(truth: np.ndarray, scores: np.ndarray) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    if scores.shape[1] == 2:
+        return float(roc_auc_score(truth, scores[:, 1]))
+    scores = scores / scores.sum(1, keepdims=True)
+    return float(roc_auc_score(truth, scores, multi_class="ovo", average="macro"))
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return int64 counts [C, C]: row = true class, column = predicted class."""
+    counts = np.bincount(np.asarray(labels) * num_classes + np.asarray(predicted), minlength=num_classes ** 2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def confusion_text(counts: np.ndarray) -> str:
+    """Return the row-normalised confusion matrix as the text that the log carries."""
+    rows = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    with np.printoptions(precision=2, suppress=True, threshold=10_000, linewidth=1000):
+        return f"confusion matrix:\n{rows}"
+
+
+@contextlib.contextmanager
+def eval_mode(net: torch.nn.Module):
+    """Put `net` into eval mode for the block, then back into the mode it was in."""
+    was_training = net.training
+    try:
+        yield net.eval()
+    finally:
+        net.train(was_training)
