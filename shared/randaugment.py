@@ -1,0 +1,215 @@
+"""RandAugment's 14 image operations (Cubuk et al. 2020) on batches, byte for byte those of Pillow.
+
+Images are uint8 [N, C, H, W] with C = 3 (Pillow's mode RGB) or 1 (mode L), on any device. Which operation an image
+gets, and how much of it, is known on the host, so that images are grouped by operation without waiting for the device:
+`apply` sorts the batch, and every operation then works on one contiguous part.
+"""
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# From which range the magnitude v of an operation is drawn, uniformly. The geometric ones stand together: they are
+# computed in one go.
+RANGES = {
+    "Identity": (0, 1),
+    "Rotate": (-30, 30),         # degrees, counter-clockwise
+    "ShearX": (-0.3, 0.3),
+    "ShearY": (-0.3, 0.3),
+    "TranslateX": (-0.3, 0.3),   # share of the width
+    "TranslateY": (-0.3, 0.3),   # share of the height
+    "Posterize": (4, 8),         # int(v) bits are kept
+    "Solarize": (0, 256),        # values from v on are inverted
+    "Brightness": (0.05, 0.95),  # share of the image, the rest being black,
+    "Contrast": (0.05, 0.95),    # or its mean grey,
+    "Color": (0.05, 0.95),       # or its grey image,
+    "Sharpness": (0.05, 0.95),   # or its smoothed image
+    "AutoContrast": (0, 1),
+    "Equalize": (0, 1),
+}
+OPERATIONS = tuple(RANGES)
+GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return a small host array as a tensor on `device`, without waiting for the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def apply(images: Tensor, operations: np.ndarray, magnitudes: np.ndarray) -> Tensor:
+    """Apply to image i the operations OPERATIONS[operations[i, 0]], then OPERATIONS[operations[i, 1]], and so on.
+
+    images: uint8 [N, C, H, W]. operations: integers [N, K]. magnitudes: float64 [N, K], within RANGES.
+    Returns uint8 [N, C, H, W], a new tensor.
+    """
+    place = np.arange(len(images))  # images[i] is number place[i] of the given batch
+    for chosen, v in zip(operations.T, magnitudes.T, strict=True):
+        order = np.argsort(chosen[place], kind="stable")
+        place = place[order]
+        images = images.index_select(0, to_device(order, images.device))
+        apply_sorted(images, chosen[place], v[place])
+    return images.index_select(0, to_device(np.argsort(place), images.device))
+
+
+def apply_sorted(images: Tensor, operations: np.ndarray, v: np.ndarray) -> None:
+    """Apply one operation an image, in place. operations: integers [N], ascending. v: their magnitudes [N]."""
+    starts = np.searchsorted(operations, np.arange(len(OPERATIONS) + 1))
+
+    def part(first: str, last: str) -> slice:
+        return slice(starts[OPERATIONS.index(first)], starts[OPERATIONS.index(last) + 1])
+
+    def update(here: slice, function, *parameters: np.ndarray) -> None:
+        if here.start < here.stop:
+            images[here] = function(images[here], *(to_device(array, images.device) for array in parameters))
+
+    here = part(GEOMETRIC[0], GEOMETRIC[-1])
+    update(here, affine, fixed_point(np.array(OPERATIONS)[operations[here]], v[here], *images.shape[2:]))
+    here = part("Posterize", "Posterize")
+    update(here, posterize, v[here].astype(np.int64))
+    here = part("Solarize", "Solarize")
+    update(here, solarize, np.ceil(v[here]).astype(np.int16))
+    for name, function in {"Brightness": brightness, "Contrast": contrast, "Color": color,
+                           "Sharpness": sharpness}.items():
+        here = part(name, name)
+        update(here, function, v[here].astype(np.float32))
+    update(part("AutoContrast", "AutoContrast"), autocontrast)
+    update(part("Equalize", "Equalize"), equalize)
+
+
+def per_image(parameter: Tensor) -> Tensor:
+    return parameter.reshape(-1, 1, 1, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Geometry
+
+def fixed_point(names: np.ndarray, v: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return where the geometric operations sample their input, as int32 [N, 6]: (A, B, C, D, E, F) of N images.
+
+    Output pixel (x, y) takes input pixel ((A x + B y + C) >> 16, (D x + E y + F) >> 16).
+    """
+    # Input position (a x + b y + c, d x + e y + f) of the output position (x, y), both in pixels, centres at .5.
+    a, e = np.ones((2, len(v)))
+    b, c, d, f = np.zeros((4, len(v)))
+    rotate = names == "Rotate"
+    turn = -np.radians(v[rotate])
+    a[rotate] = e[rotate] = np.cos(turn)
+    b[rotate], d[rotate] = np.sin(turn), -np.sin(turn)
+    c[rotate] = a[rotate] * (-width / 2) + b[rotate] * (-height / 2) + width / 2  # the centre stays where it is
+    f[rotate] = d[rotate] * (-width / 2) + e[rotate] * (-height / 2) + height / 2
+    b[names == "ShearX"] = v[names == "ShearX"]
+    d[names == "ShearY"] = v[names == "ShearY"]
+
+    def nearest(x: np.ndarray) -> np.ndarray:
+        return np.trunc(x * 65536 + np.where(x >= 0, 0.5, -0.5))
+
+    coefficients = nearest(np.stack([a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5], axis=1))
+    # Pillow moves an image by whole pixels without rounding the shift to 1/65536 first.
+    for name, column, shift in ("TranslateX", 2, width), ("TranslateY", 5, height):
+        moved = names == name
+        coefficients[moved, column] = np.floor(v[moved] * shift + 0.5) * 65536
+    return coefficients.astype(np.int32)
+
+
+def affine(images: Tensor, coefficients: Tensor) -> Tensor:
+    """Sample every image where its six integers (see fixed_point) say; black outside the image."""
+    channels, height, width = images.shape[1:]
+    a, b, c, d, e, f = coefficients.reshape(-1, 6, 1, 1).unbind(1)
+    y = torch.arange(height, dtype=torch.int32, device=images.device).reshape(1, -1, 1)
+    x = torch.arange(width, dtype=torch.int32, device=images.device).reshape(1, 1, -1)
+    column = (a * x + (b * y + c)) >> 16
+    row = (d * x + (e * y + f)) >> 16
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    source = (row * width + column).mul_(inside).to(torch.int64).flatten(1).unsqueeze(1)
+    sampled = images.flatten(2).gather(2, source.expand(-1, channels, -1))
+    return sampled.reshape(images.shape).mul_(inside.unsqueeze(1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Levels
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep the highest `bits` (integers [N], 0..8) of every value."""
+    return images & per_image((256 - 2 ** (8 - bits)).to(torch.uint8))
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert the values from `threshold` (integers [N], 0..256) on."""
+    return torch.where(images < per_image(threshold), images, 255 - images)
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Stretch every channel to 0..255; a channel of one value stays."""
+    low, high = images.amin((2, 3)).double(), images.amax((2, 3)).double()
+    # Tensor by tensor: number by tensor would be a product with a rounded reciprocal, another table in 11 % of cases.
+    scale = (torch.full_like(low, 255) / (high - low)).unsqueeze(2)
+    level = torch.arange(256, dtype=torch.float64, device=images.device)
+    stretched = level * scale + (-low.unsqueeze(2) * scale)
+    table = torch.where((high > low).unsqueeze(2), stretched, level).clamp(0, 255).to(torch.uint8)
+    return look_up(images, table)
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Flatten every channel's histogram."""
+    values = images.flatten(2).to(torch.int64)
+    histogram = values.new_zeros((*values.shape[:2], 256))
+    histogram.scatter_add_(2, values, torch.ones_like(values))
+    brightest = images.amax((2, 3)).to(torch.int64).unsqueeze(2)
+    step = (values.shape[2] - histogram.gather(2, brightest)) // 255
+    below = histogram.cumsum(2) - histogram
+    level = torch.arange(256, device=images.device)
+    flat = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
+    table = torch.where(step > 0, flat, level).to(torch.uint8)  # one level alone makes the step 0 as well
+    return look_up(images, table)
+
+
+def look_up(images: Tensor, table: Tensor) -> Tensor:
+    """Replace every value by its entry in the table, uint8 [N, C, 256], of its image and channel."""
+    return table.gather(2, images.flatten(2).to(torch.int64)).reshape(images.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blends: float32, as separate steps, because a fused multiply-add rounds one byte in a million differently
+
+def blend(degenerate: Tensor, images: Tensor, share: Tensor) -> Tensor:
+    """Return trunc(d + share (x - d)) of images x and degenerates d, broadcast to each other; share: float32 [N]."""
+    degenerate = degenerate.float()
+    return (images.float() - degenerate).mul_(per_image(share)).add_(degenerate).to(torch.uint8)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Return the luma, int32 [N, 1, H, W] in 0..255, rounded as Pillow does."""
+    if images.shape[1] == 1:
+        return images.to(torch.int32)
+    red, green, blue = images.to(torch.int32).split(1, dim=1)
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+
+
+def brightness(images: Tensor, share: Tensor) -> Tensor:
+    return images.float().mul_(per_image(share)).to(torch.uint8)
+
+
+def contrast(images: Tensor, share: Tensor) -> Tensor:
+    pixels = images.shape[2] * images.shape[3]
+    total = grey(images).sum((1, 2, 3), keepdim=True)
+    return blend((2 * total + pixels) // (2 * pixels), images, share)  # the mean, halves upward
+
+
+def color(images: Tensor, share: Tensor) -> Tensor:
+    return blend(grey(images), images, share)
+
+
+def sharpness(images: Tensor, share: Tensor) -> Tensor:
+    return blend(smooth(images), images, share)
+
+
+def smooth(images: Tensor) -> Tensor:
+    """Average 3x3 neighbourhoods, the centre five times, rounded to nearest; the outermost pixels stay."""
+    smoothed = images.clone()
+    wide = images.to(torch.int16)
+    rows = wide[:, :, :-2] + wide[:, :, 1:-1] + wide[:, :, 2:]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[:, :, 1:-1, 1:-1]
+    smoothed[:, :, 1:-1, 1:-1] = (total + 6) // 13
+    return smoothed
