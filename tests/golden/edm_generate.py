@@ -1,0 +1,116 @@
+"""generate.py and generate.sh end to end on the CPU, per-seed draws, seed lists and the split into batches."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import EDM
+from EDM.downloads import cache_prefix
+from EDM.generate import main
+from EDM.options import parse_int_list
+from EDM.seeds import SeedGenerators, split_batches
+from EDM.snapshots import PRECONDITIONERS, save_snapshot
+from tests.golden.cases import arrays, facts, fill, index
+
+CASES = {case["case"] for case in index("edm")["cases"] if case["kind"] in ("rng", "end to end")} | {"misc"}
+
+
+def cases(kind: str) -> list[dict]:
+    return [case for case in index("edm")["cases"] if case["kind"] == kind]
+
+
+def misc() -> dict:
+    return facts("edm", next(case["file"] for case in index("edm")["cases"] if case["case"] == "misc"))
+
+
+def snapshot_of(network: dict, path: Path) -> Path:
+    arguments = dict(network)
+    kind = PRECONDITIONERS[arguments.pop("preconditioner")]
+    save_snapshot(path, fill(kind(**arguments)).eval())
+    return path
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize("case", cases("rng"), ids=lambda case: case["case"])
+def test_draws_of_a_seed(case: dict) -> None:
+    stored = {name.split("/")[1]: value for name, value in arrays("edm", case["file"]).items()
+              if name in case["arrays"]}
+    generators = SeedGenerators(stored["seeds"].tolist())
+    shape = stored["latents"].shape[1:]
+    assert np.array_equal(generators.normal(shape).numpy(), stored["latents"])
+    assert np.array_equal(generators.integers(10).numpy(), stored["class_idx"])
+    for name in ("noise0", "noise1"):
+        assert np.array_equal(generators.normal(shape, torch.float64).numpy(), stored[name])
+
+
+@pytest.mark.parametrize("case", cases("end to end"), ids=lambda case: case["case"])
+def test_generated_images(case: dict, tmp_path: Path) -> None:
+    network = snapshot_of(case["network"], tmp_path / "network-snapshot-000000.pkl")
+    for name, run in case["runs"].items():
+        outdir = tmp_path / name
+        main.main([f"--network={network}", f"--outdir={outdir}", "--device=cpu", *run["args"]], standalone_mode=False)
+        assert sorted(str(path.relative_to(outdir)) for path in outdir.rglob("*.png")) == sorted(run["files"])
+        made = np.stack([pixels(outdir / file) for file in sorted(run["files"])]).astype(int)
+        difference = np.abs(made - arrays("edm", case["file"])[name])
+        assert difference.max() <= 1 and (difference > 0).mean() <= 0.01, name
+
+
+@pytest.mark.parametrize("text", list(misc()["parse_int_list"]))
+def test_seed_list(text: str) -> None:
+    expected = misc()["parse_int_list"][text]
+    if expected == "ValueError":
+        with pytest.raises(ValueError):
+            parse_int_list(text)
+    else:
+        assert parse_int_list(text) == expected
+
+
+@pytest.mark.parametrize("split", misc()["batch_split"], ids=lambda s: f"{s['seeds']}-{s['max_batch']}-{s['ranks']}")
+def test_batches_of_each_rank(split: dict) -> None:
+    parts = split_batches(range(split["seeds"]), split["max_batch"], split["ranks"])
+    assert [seed for part in parts for seed in part] == list(range(split["seeds"]))
+    for rank, expected in enumerate(split["per_rank"]):
+        own = parts[rank::split["ranks"]]
+        lengths = [len(part) for part in own]
+        assert len(own) == expected["batches"] and sum(lengths) == expected["total"]
+        assert lengths[:len(expected["first_lengths"])] == expected["first_lengths"]
+        assert lengths[-1] == expected["last_length"]
+
+
+@pytest.mark.parametrize("url", list(misc()["download_cache_prefix"]))
+def test_cache_prefix(url: str) -> None:
+    assert cache_prefix(url) == misc()["download_cache_prefix"][url]
+
+
+def test_generate_sh(tmp_path: Path) -> None:
+    num, save_dir, model, processes = misc()["generate_sh"]["arguments"]
+    runs = misc()["generate_sh"]["runs"]
+    network = {**cases("end to end")[0]["network"], "label_dim": len(runs)}
+    snapshot_of(network, tmp_path / model)
+    script = Path(EDM.__file__).parent / "generate.sh"
+    done = subprocess.run(["bash", str(script), num, save_dir, model, processes, "--device=cpu"], cwd=tmp_path,
+                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert all(run["nproc_per_node"] == int(processes) for run in runs) and f"{processes} process(es)" in done.stdout
+    for run in runs:
+        files = sorted((tmp_path / run["outdir"]).glob("*.png"))
+        assert len(files) == run["images"] == len(parse_int_list(run["seeds"]))
+        assert [str(files[i].relative_to(tmp_path)) for i in (0, -1)] == [run["first"], run["last"]]
+    assert {path.name for path in (tmp_path / save_dir).iterdir()} == {str(run["class_idx"]) for run in runs}
+
+    last = runs[-1]  # one run a class, as published, gives the same files
+    main.main([f"--outdir={tmp_path / 'single'}", f"--seeds={last['seeds']}", f"--class={last['class_idx']}",
+               f"--network={tmp_path / last['network']}", "--device=cpu"], standalone_mode=False)
+    for path in (tmp_path / "single").glob("*.png"):
+        assert np.array_equal(pixels(path), pixels(tmp_path / last["outdir"] / path.name))
