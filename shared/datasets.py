@@ -70,11 +70,13 @@ def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = ".
 
 
 def has_split(name_or_path: str | Path, split: str) -> bool:
-    """Return whether a data set by that name, or the user's own set at that path, has such a split."""
-    if str(name_or_path) in NAMES:
-        return split in SPLITS[str(name_or_path)]
-    path = Path(name_or_path)
-    return path.exists() and layout_of(path) is None and _part(path, split)[0] is not None
+    """Return whether a data set by name, or the user's own by path, has that split; no file of a named one is read."""
+    path, name = Path(name_or_path), str(name_or_path)
+    if name in NAMES:
+        return split in SPLITS[name]
+    if layout_of(path) is not None:
+        return split in ("train", "test")
+    return path.exists() and _part(path, split)[0] is not None
 
 
 def _image_set(name: str, stored: Stored) -> ImageSet:
