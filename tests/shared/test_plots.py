@@ -1,0 +1,40 @@
+"""Pictures: the right size, the right pixels, and clear refusals."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.plots import confusion_matrices, curves, image_grid
+
+
+def test_image_grid_shows_every_image_enlarged_without_blending(tmp_path):
+    red, blue = np.zeros((2, 3, 4, 4), np.uint8), np.zeros((1, 3, 4, 4), np.uint8)
+    red[:, 0], blue[:, 2] = 255, 255
+    image_grid({"red": red, "blue": blue}, tmp_path / "grid.png", "title", scale=10)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")).reshape(-1, 3)
+    for colour, images in (((255, 0, 0), 2), ((0, 0, 255), 1)):
+        # 40x40 screen pixels an image; the renderer may lose a row or column at the edges.
+        assert 0.9 * 1600 * images <= (pixels == colour).all(1).sum() <= 1.1 * 1600 * images
+
+
+def test_gray_images_and_rows_of_different_lengths(tmp_path):
+    rows = {str(c): np.full((c + 1, 1, 8, 8), 10 * c, np.uint8) for c in range(3)}
+    image_grid(rows, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size[0] > 3 * 48
+    with pytest.raises(ValueError, match="one shape"):
+        image_grid({"a": np.zeros((1, 1, 8, 8), np.uint8), "b": np.zeros((1, 3, 8, 8), np.uint8)}, tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_curves_with_gaps(tmp_path):
+    curves({"loss": {"run": ([1, 2, 3], [1.0, float("nan"), 2.0])}, "empty": {}}, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size == (840, 320)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 30])
+def test_confusion_matrices(tmp_path, classes):
+    counts = np.eye(classes, dtype=np.int64) * 5
+    names = [f"class {c}" for c in range(classes)]
+    confusion_matrices({"one": counts, "two": counts}, names, tmp_path / "confusion.png")
+    assert Image.open(tmp_path / "confusion.png").size[0] > 600
+    with pytest.raises(ValueError, match="two: expected counts for"):
+        confusion_matrices({"two": counts[1:]}, names, tmp_path / "no.png")
