@@ -208,7 +208,7 @@ def cutout(images: Tensor, draws: StrongDraws, colour: tuple[int, ...] | None = 
     rows = to_device(covered(draws.cutout_centre[:, 1], height), images.device)
     square = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
     paint = to_device(np.array(colour, np.uint8).reshape(1, -1, 1, 1), images.device)
-    return torch.where(square, paint, images)
+    return (images * ~square).add_(paint * square)  # several times faster than torch.where on bytes
 
 
 def rotate_quarter_turns(images: Tensor, turns: np.ndarray) -> Tensor:

@@ -137,7 +137,7 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Invert the values from `threshold` (integers [N], 0..256) on."""
-    return torch.where(images < per_image(threshold), images, 255 - images)
+    return images ^ (255 * (images >= per_image(threshold)).to(torch.uint8))
 
 
 def autocontrast(images: Tensor) -> Tensor:
