@@ -1,0 +1,113 @@
+"""run_all.sh prints the published commands, refuses mistakes in one line, and answers without loading anything."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.shared.programs import ROOT, environment, one_line_error
+
+PUBLISHED = """
+python freematch.py --c config/freematch_cifar10_40_1.yaml
+python get_labels.py --load_path ./saved_models/freematch_cifar10_40_1/model_best.pth --save_path \
+./saved_models/freematch_cifar10_40_1/ >> saved_models/freematch_cifar10_40_1/get_labels.log
+python pseudo_dataset.py --data_path ./data/cifar-10-batches-py --save_path ./saved_models/freematch_cifar10_40_1
+python dataset_tool.py --source=./saved_models/freematch_cifar10_40_1/cifar-10-python.tar.gz \
+--dest=./saved_models/freematch_cifar10_40_1/freematch-40-seed1-cifar10-32x32.zip
+torchrun --standalone --nproc_per_node=4 train.py --outdir=training-runs \
+--data=../TorchSSL/saved_models/freematch_cifar10_40_1/freematch-40-seed1-cifar10-32x32.zip --cond=1 --arch=ddpmpp \
+--batch-gpu=32
+bash generate.sh 1000 ../TorchSSL/data-aug/nums_1000 \
+./training-runs/00000-freematch-40-seed1-cifar10-32x32-cond-ddpmpp-edm-gpus4-batch512-fp32/network-snapshot-latest.pkl 4
+python freematch.py --c config/freematch_cifar10_40_1_aug1000.yaml --aug_path=./data-aug/nums_1000
+""".strip().splitlines()
+
+
+def run_all(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
+    result = subprocess.run(["bash", str(ROOT / "run_all.sh"), *map(str, arguments)], cwd="/", text=True,
+                            capture_output=True, env=environment(PATH=path), check=False)
+    assert result.returncode == status, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result
+
+
+def commands(*arguments: str | Path) -> list[str]:
+    """The printed commands of the method: those after the look at the data, up to the report."""
+    lines = [line for line in run_all("--dry-run", *arguments).stdout.splitlines() if line and line[0] != "#"]
+    return [line for line in lines if not re.match(r"cd |python (check_data|report)\.py ", line)]
+
+
+def test_cifar10_is_the_published_commands_word_for_word():
+    assert commands("--dataset=cifar10", "--gpus=4") == PUBLISHED
+    assert commands("--dataset=cifar10", "--gpus=1")[4].startswith("python train.py --outdir=training-runs --data=")
+
+
+def test_everything_is_pasted_in_the_right_folders():
+    lines = run_all("--dry-run", "--dataset=cifar10").stdout.splitlines()
+    assert [line for line in lines if line.startswith("cd ")] == ["cd TorchSSL", "cd ../EDM", "cd ../TorchSSL"]
+
+
+def test_digits_need_no_option_and_select_nothing_on_the_test_set():
+    found = commands()
+    assert found[0] == "python freematch.py --c config/freematch_digits_10_1.yaml"
+    assert "latest_model.pth" in found[1] and "model_best" not in " ".join(found)
+    assert found == commands("--dataset", "digits", "--seed", "1", "--labels", "10", "--images-per-class", "101")
+
+
+def test_seeds_labels_and_stages_tell_their_folders_apart():
+    found = commands("--seeds=2", "--seed=3", "--labels=20", "--images-per-class=50")
+    assert len(found) == 14
+    assert found[0].endswith("--num_labels=20 --seed=3 --save_name=freematch_digits_20_3")
+    assert found[13].endswith("--num_labels=20 --seed=4 --save_name=freematch_digits_20_4_aug49 "
+                              "--aug_path=./data-aug/freematch_digits_20_4/nums_49")
+    assert " --seed=4" in found[11] and found[12].startswith("bash generate.sh 49 ")
+    assert len(commands("--stages=2")) == 2 and len(commands("--stages=1,3")) == 5
+
+
+def test_controls_keep_the_labels_and_change_one_thing_each():
+    found = commands("--controls")
+    assert len(found) == 12
+    other, twice, _, everything, balanced = found[7:]
+    assert "--seed=1001 " in other and "--label_idx=./saved_models/freematch_digits_10_1/sampled_label_idx.npy" in other
+    assert "--num_train_iter=600" in twice and "--seed=" not in twice
+    for command, name in ((everything, "real_all"), (balanced, "real_balanced")):
+        assert "freematch_digits_10_1_aug100.yaml" in command
+        assert command.endswith(f"--aug_path=./data-aug/freematch_digits_10_1/{name}")
+    assert "--num_train_iter=14" in " ".join(commands("--controls", "--stage1-args", "--num_train_iter=7"))
+
+
+def test_own_images_and_an_own_output_folder(tmp_path):
+    own = tmp_path / "my images"
+    own.mkdir()
+    found = commands("--dataset", own, "--out", tmp_path / "out", "--stage2-args", "--duration=1", "--gpus=1")
+    assert not (tmp_path / "out").exists()
+    assert found[0].startswith(f"python freematch.py '--dataset={own}' --num_labels=0 --seed=1 ")
+    assert f"{tmp_path}/out/training-runs/freematch-0-seed1-my images" in found[4] and found[4].endswith("--duration=1")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--datset=digits"], 'unknown argument --datset=digits (did you mean "--dataset"?)'),
+    (["--dataset=cifar11"], 'neither one of digits, cifar10, .* nor a path that exists .did you mean "cifar10".'),
+    (["--labels=none"], "--labels: expected a whole number of at least 1, got 'none'"),
+    (["--seeds=0"], "--seeds: expected a whole number of at least 1, got '0'"),
+    (["--stages=1,4"], "--stages: expected some of 1,2,3 separated by commas, got '1,4'"),
+    (["--stage1-args", "--save_name='a"], "--stage1-args: cannot be split into flags"),
+    (["--out"], "--out: expected one argument"),
+])
+def test_a_mistake_is_one_line_and_status_2(arguments, message):
+    error = one_line_error(run_all(*arguments, status=2))
+    assert message in error or re.search(message, error)
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot create the folder" in one_line_error(run_all("--out", tmp_path / "file" / "out", status=2))
+
+
+def test_help_loads_neither_torch_nor_numpy():
+    assert "--images-per-class" in run_all("--help").stdout
+    check = "import sys; import TorchSSL.dpt, TorchSSL.report, TorchSSL.pseudo_folder, TorchSSL.check_data\n" \
+            "sys.exit(bool({'torch', 'numpy', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", check], env=environment(), check=True)
