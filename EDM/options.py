@@ -140,32 +140,36 @@ def choose_folder(flags: SimpleNamespace, options: dict[str, Any], world_size: i
     keeps the seed it was started with: `options["seed"]` is set to it.
     """
     if flags.nosubdir:
-        folder, former = flags.outdir, read_options(flags.outdir)
-        if former is None:
-            return folder, None
-        changed = differences(former, options, ignore_seed=flags.seed is None)
-        if changed:
-            raise UserError(f"{folder} holds a run with other options ({'; '.join(changed[:3])}); give the options it "
-                            "was started with, or another --outdir")
-        if in_use(folder):
-            raise UserError(f"{folder} is being written to by a running process; wait for it, or choose another "
-                            "--outdir")
-        options["seed"] = former["seed"]
-        return folder, f"Continuing the run in {folder}"
+        return flags.outdir, _continue_in(flags, options)
     runs = numbered_runs(flags.outdir)
     same = re.compile(r"\d+-" + re.escape(run_description(flags, "GPUS")).replace("gpusGPUS", r"gpus\d+"))
-    for _, name in reversed(runs):
-        if not same.fullmatch(name):
-            continue
-        folder = os.path.join(flags.outdir, name)
+    newest = next((name for _, name in reversed(runs) if same.fullmatch(name)), None)
+    if newest is not None:
+        folder = os.path.join(flags.outdir, newest)
         former = read_options(folder)
-        if (former is None or is_finished(folder) or not os.path.exists(os.path.join(folder, LOCK_FILE))
-                or in_use(folder) or differences(former, options, ignore_seed=flags.seed is None)):
-            break
-        options["seed"] = former["seed"]
-        return folder, f"Continuing the unfinished run {folder}"
+        if (former is not None and (Path(folder) / LOCK_FILE).exists() and not is_finished(folder)
+                and not differences(former, options, ignore_seed=flags.seed is None) and not in_use(folder)):
+            options["seed"] = former["seed"]
+            return folder, f"Continuing the unfinished run {folder}"
     number = runs[-1][0] + 1 if runs else 0
     return os.path.join(flags.outdir, f"{number:05d}-{run_description(flags, world_size)}"), None
+
+
+def _continue_in(flags: SimpleNamespace, options: dict[str, Any]) -> str | None:
+    folder = Path(flags.outdir)
+    former = read_options(folder)
+    if former is None:
+        return None
+    changed = differences(former, options, ignore_seed=flags.seed is None)
+    if changed:
+        if not any(folder.glob("checkpoint.pt*")) and not any(folder.glob("network-snapshot-*")):
+            return None  # it ended before its first step
+        raise UserError(f"{folder} holds a run with other options ({'; '.join(changed[:3])}); give the options it was "
+                        "started with, or another --outdir")
+    if in_use(folder):
+        raise UserError(f"{folder} is being written to by a running process; wait for it, or choose another --outdir")
+    options["seed"] = former["seed"]
+    return f"Continuing the run in {folder}"
 
 
 def read_options(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -175,7 +179,7 @@ def read_options(folder: str | os.PathLike) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
-        raise UserError(f"{folder}/{OPTIONS_FILE} is damaged (not JSON); remove it or choose another --outdir") from None
+        raise UserError(f"{folder}/{OPTIONS_FILE} is not JSON; remove it or choose another --outdir") from None
     return options if isinstance(options, dict) and "seed" in options else None
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from EDM.dataset import TrainingSet
 
 MILLION = "million images"
+COMPLETE = "complete"
 
 
 class IntList(click.ParamType):
@@ -167,28 +168,25 @@ def print_options(options: dict[str, Any], flags: SimpleNamespace, world_size: i
 
 def launch(flags: SimpleNamespace) -> None:
     """Agree with the other processes on what to do, prepare the folder, and train."""
-    from EDM.options import batch_rounds, is_finished, lock, write_options
+    from EDM.options import batch_rounds
+
+    world_size, dataset, agreed = int(os.environ.get("WORLD_SIZE", 1)), None, None
+    if int(os.environ.get("RANK", 0)) == 0:
+        try:
+            batch_rounds(flags.batch, flags.batch_gpu, world_size)
+            options, continued, dataset = plan(flags, world_size)
+        except UserError as error:
+            agreed = error
+    if isinstance(agreed, UserError) and world_size == 1:
+        raise agreed  # before torch is imported
+
     from shared import distributed
-    from shared.files import make_dir
 
     world = distributed.start(flags.device)
-    agreed: Any = None
-    dataset = held = None
-    if world.main:
+    held = None
+    if world.main and agreed is None:
         try:
-            batch_rounds(flags.batch, flags.batch_gpu, world.size)
-            options, continued, dataset = plan(flags, world.size)
-            folder = options["run_dir"]
-            if is_finished(folder):
-                agreed = "complete"
-                print(f"{folder} is already complete: {folder}/network-snapshot-latest.pkl")
-            else:
-                print_options(options, flags, world.size)
-                print(continued or "Creating output directory...", flush=True)
-                make_dir(folder)
-                held = lock(folder)
-                write_options(folder, options)
-                agreed = options
+            agreed, held = prepare(options, continued, flags, world_size)
         except UserError as error:
             agreed = error
     agreed = distributed.broadcast_value(agreed, world)
@@ -197,16 +195,36 @@ def launch(flags: SimpleNamespace) -> None:
         if world.main:
             raise agreed
         sys.exit(agreed.status)
-    if agreed != "complete":
+    if agreed != COMPLETE:
         from EDM.training import train
 
         if dataset is None:  # rank 0 has decoded it by now
             dataset = open_data(flags.data, flags.cond, flags.xflip)
-        train(agreed, dataset, world, precision=flags.arithmetic, strict=flags.strict,
-              compiled=bool(flags.compile), checkpoint_seconds=flags.checkpoint_seconds)
+        train(agreed, dataset, world, precision=flags.arithmetic, strict=flags.strict, compiled=bool(flags.compile),
+              checkpoint_seconds=flags.checkpoint_seconds)
     distributed.stop()
     if held is not None:
         held.close()
+
+
+def prepare(options: dict[str, Any], continued: str | None, flags: SimpleNamespace,
+            world_size: int) -> tuple[dict[str, Any] | str, IO | None]:
+    """Make the run's folder; return the options (COMPLETE where nothing is left to do) and the lock on the folder."""
+    from EDM.options import is_finished, lock, write_options
+    from shared.files import make_dir
+
+    folder = options["run_dir"]
+    if is_finished(folder):
+        print(f"{folder} is already complete: see {os.path.join(folder, 'network-snapshot-latest.pkl')}")
+        return COMPLETE, None
+    print_options(options, flags, world_size)
+    print(continued or "Creating output directory...", flush=True)
+    make_dir(folder)
+    held = lock(folder)
+    if held is None:
+        raise UserError(f"{folder} is being written to by another process")
+    write_options(folder, options)
+    return options, held
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+"""A table of a network's modules: parameters, buffers and output shapes."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+
+DEEPEST = 2
+
+
+def module_table(net: torch.nn.Module, batch: int) -> str:
+    """Return a table of the modules that a preconditioned network calls, down to calls within calls within the network.
+
+    Shapes are those for `batch` images; they come from a pass on the meta device, which computes nothing. A parameter
+    is counted in the first row it belongs to, so that the columns add up.
+    """
+    twin = copy.deepcopy(net).to("meta").train()
+    names = {module: name or "<top-level>" for name, module in twin.named_modules()}
+    rows: list[tuple[str, ...]] = []
+    depth, counted = 0, set()
+
+    def count(tensors: Iterable[torch.Tensor]) -> str:
+        new = {id(tensor): tensor for tensor in tensors if id(tensor) not in counted}
+        counted.update(new)
+        return str(sum(tensor.numel() for tensor in new.values()) or "-")
+
+    def enter(module: torch.nn.Module, inputs: tuple) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth <= DEEPEST:
+            rows.append((names[module], count(module.parameters()), count(module.buffers()), str(list(output.shape)),
+                         str(output.dtype).removeprefix("torch.")))
+
+    for module in twin.modules():
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    images = torch.zeros([batch, net.img_channels, net.img_resolution, net.img_resolution], device="meta")
+    twin(images, torch.ones([batch], device="meta"), torch.zeros([batch, net.label_dim], device="meta"))
+
+    counted.clear()
+    total = ("Total", count(twin.parameters()), count(twin.buffers()), "-", "-")
+    rows = [("Module", "Parameters", "Buffers", "Output shape", "Datatype"), *rows, total]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join(["", lines[0], rule, *lines[1:-1], rule, lines[-1], ""])

@@ -1,0 +1,232 @@
+"""Training of a diffusion model: one step, the schedules, the loop ("Elucidating the Design Space of Diffusion-Based
+Generative Models", Karras et al., arXiv 2206.00364, appendix F).
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from EDM.augment import AugmentPipe
+from EDM.batches import Batch, Batches
+from EDM.dataset import TrainingSet
+from EDM.dropout import set_dropout_keys
+from EDM.loss import LOSSES, EDMLoss, VELoss, VPLoss
+from EDM.options import FREE_KEYS, RESULT_FILE, batch_rounds
+from EDM.order import InfiniteOrder
+from EDM.preconditioning import PRECONDITIONERS
+from EDM.states import load_start, save_state, write_snapshots
+from EDM.table import module_table
+from EDM.ticks import Moments, TickClock, TickSchedule, stats_line, status_line
+from shared import distributed
+from shared.distributed import World
+from shared.ema import EMA, half_life_beta
+from shared.files import atomic
+from shared.randomness import torch_rng
+from shared.run import Run
+
+Loss = EDMLoss | VPLoss | VELoss
+
+
+# --------------------------------------------------------------------------------------------------------- one step
+
+def learning_rate(nimg: int, base: float, rampup_kimg: float, total_kimg: int, decay: float = 0.0) -> float:
+    """Return the learning rate of the step that follows `nimg` images.
+
+    It rises linearly over the first `rampup_kimg` thousand images (the first step has rate 0) and falls linearly to 0
+    over the last share `decay` of the `total_kimg` thousand images of the run.
+    """
+    total = total_kimg * 1000
+    rate = base * min(nimg / max(rampup_kimg * 1000, 1e-8), 1)
+    return rate * min(max(total - nimg, 0) / (decay * total), 1) if decay else rate
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one process in one step, for its n images.
+
+    level: [n, 1, 1, 1], from which the loss makes noise levels. noise: [n, C, R, R], standard normal.
+    augment: parameters of the augmentation, or None. seed, nimg: from which the dropout masks follow, None for masks
+    from torch's own generator.
+    """
+
+    level: torch.Tensor
+    noise: torch.Tensor
+    augment: Any = None
+    dropout: tuple[int, int] | None = None
+
+
+def draw(loss_fn: Loss, augment: AugmentPipe | None, seed: int, nimg: int, batch: int, shape: Sequence[int],
+         places: np.ndarray, device: torch.device) -> Draws:
+    """Draw for the global batch of `batch` images [C, R, R] = `shape` that starts at image number `nimg`, and return
+    what belongs to the images at `places` [n] in it. So the numbers do not depend on how many processes share it."""
+    mine = torch.from_numpy(places).to(device)
+    level = loss_fn.draw(batch, torch_rng(seed, nimg, "noise level", device))
+    noise = torch.randn([batch, *shape], generator=torch_rng(seed, nimg, "noise", device), device=device)
+    parameters = augment.draw(batch, torch_rng(seed, nimg, "augmentation", device)) if augment is not None else None
+    return Draws(level[mine], noise[mine], None if parameters is None else parameters[mine], (seed, nimg))
+
+
+def training_step(model: torch.nn.Module, loss_fn: Loss, augment: AugmentPipe | None, optimizer: torch.optim.Optimizer,
+                  ema: EMA, batch: Batch, draws: Draws, *, lr: float, beta: float, rounds: int = 1,
+                  loss_scaling: float = 1.0, precision: str = "fp32") -> torch.Tensor:
+    """Do one training step; return [3] sums over this process: loss, loss², parameters with a non-finite gradient.
+
+    model: the preconditioned network, alone or in DistributedDataParallel. batch, draws: the images and random numbers
+    of this process. lr: learning rate. beta: ema <- beta ema + (1 - beta) net. rounds: number of parts in which the
+    images go through the network; their gradients add up. The gradient is that of `loss_scaling` x the mean over the
+    global batch of the loss summed over pixels; it is not divided by `loss_scaling`, as Adam does not see scales.
+    precision: "bf16" computes the network under autocast.
+    """
+    net = distributed.unwrap(model)
+    count = len(batch.images)
+    part = count // rounds
+    sums = torch.zeros(2, device=batch.images.device)
+    optimizer.zero_grad(set_to_none=True)
+    for start in range(0, count, part):
+        here = slice(start, start + part)
+        if draws.dropout is not None:
+            set_dropout_keys(net, *draws.dropout, batch.places[here])
+        images, augment_labels = batch.images[here], None
+        if augment is not None:
+            images, augment_labels = augment.apply(images, draws.augment[here])
+        # Gradients travel between processes in the last round only.
+        waits = start + part < count and model is not net
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = loss_fn(model, images, batch.labels[here], augment_labels, draws.level[here], draws.noise[here])
+            loss.sum().mul(loss_scaling / count).backward()
+        with torch.no_grad():
+            sums += torch.stack([loss.sum(), loss.square().sum()])
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    replaced = replace_non_finite([p.grad for p in net.parameters() if p.grad is not None])
+    optimizer.step()
+    ema.update(net, beta)
+    return torch.cat([sums, replaced[None]])
+
+
+@torch.no_grad()
+def replace_non_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Replace in place NaN by 0 and ±infinity by ±1e5; return how many of the tensors held any, a float32 scalar."""
+    # The largest magnitude of a tensor is finite exactly if all of it is.
+    bad = ~torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite()
+    if bad.device.type != "cpu" or bad.any():  # asking a GPU would have to wait for it
+        for gradient in gradients:
+            torch.nan_to_num_(gradient, nan=0, posinf=1e5, neginf=-1e5)
+    return bad.sum(dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------ what is trained
+
+def choose_precision(asked: str | None, device: torch.device, strict: bool) -> str:
+    """Return fp32, bf16 or fp16: what was asked for, else bf16 on a GPU that has it and fp32 elsewhere."""
+    if asked == "fp16" and device.type != "cuda":
+        return "fp32"  # as published: fp16 is for GPUs
+    if asked is not None:
+        return asked
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if fast and not strict else "fp32"
+
+
+def build(options: Mapping[str, Any], dataset: TrainingSet, device: torch.device
+          ) -> tuple[torch.nn.Module, Loss, AugmentPipe | None]:
+    """Return the network on `device` with its initial weights, the loss and the augmentation."""
+    # The option dictionary names classes by their published modules.
+    net_kwargs, loss_kwargs = dict(options["network_kwargs"]), dict(options["loss_kwargs"])
+    make_net = PRECONDITIONERS[net_kwargs.pop("class_name").removeprefix("training.networks.")]
+    make_loss = LOSSES[loss_kwargs.pop("class_name").removeprefix("training.loss.")]
+    # As published, torch's seed is the first draw of NumPy's generator; the same one on every rank.
+    torch.manual_seed(np.random.RandomState(options["seed"] % (1 << 31)).randint(1 << 31))
+    net = make_net(img_resolution=dataset.resolution, img_channels=dataset.num_channels, label_dim=dataset.label_dim,
+                   **net_kwargs)
+    augment = None
+    if "augment_kwargs" in options:
+        augment = AugmentPipe(**{k: v for k, v in options["augment_kwargs"].items() if k != "class_name"})
+    return net.to(device), make_loss(**loss_kwargs), augment
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+
+def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, precision: str | None = None,
+          strict: bool = False, compiled: bool = False, checkpoint_seconds: float = 600.0) -> None:
+    """Train as the published option dictionary says, and leave the published files in options["run_dir"].
+
+    Continues from the folder's checkpoint, if there is one. precision: fp32, bf16, fp16 or None (see
+    `choose_precision`). strict: the published arithmetic, without fused or compiled operations. checkpoint_seconds:
+    time between two checkpoints.
+    """
+    device, folder = world.device, Path(options["run_dir"])
+    precision = choose_precision(precision, device, strict)
+    total_kimg, batch_size, seed = options["total_kimg"], options["batch_size"], options["seed"]
+    at_once, rounds = batch_rounds(batch_size, options["batch_gpu"], world.size)
+    torch.backends.cudnn.benchmark = options["cudnn_benchmark"]
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+    net, loss_fn, augment = build(options, dataset, device)
+    ema = EMA(net, buffers="keep")
+    adam = {name: value for name, value in options["optimizer_kwargs"].items() if name != "class_name"}
+    optimizer = torch.optim.Adam(net.parameters(), **adam, **({"foreach": False} if strict else {"fused": True}))
+    order = InfiniteOrder(len(dataset), seed)
+    losses = Moments(device)
+    run = Run(folder, options, dict(net=net, ema=ema, optimizer=optimizer, order=order, losses=losses), world,
+              ignore=FREE_KEYS, save_seconds=checkpoint_seconds, log_every=1 << 62, image_batch=batch_size)
+    if run.resumed_from is None:
+        run.state["start_nimg"] = load_start(options, net, ema, optimizer, order)
+    schedule = TickSchedule(batch_size, total_kimg, options["kimg_per_tick"], options["snapshot_ticks"],
+                            options["state_dump_ticks"], run.state["start_nimg"])
+    model = distributed.data_parallel(net, world)
+    if compiled:
+        net.model.compile()
+    batches = Batches(dataset, order, batch_size, world)
+    if run.resumed_from is None:
+        run.print(module_table(net, at_once))
+    run.print(f"Training for {total_kimg} kimg from {schedule.nimg(run.step) / 1000:.1f}: {precision} on "
+              f"{world.size} x {device.type}, {rounds} round(s) of {at_once} images")
+
+    clock = TickClock(device, run.seconds, schedule.nimg(run.step))
+    shape = [dataset.num_channels, dataset.resolution, dataset.resolution]
+    for step in run.steps(schedule.steps):
+        nimg = schedule.nimg(step)
+        batch = batches(nimg)
+        draws = draw(loss_fn, augment, seed, nimg, batch_size, shape, batch.places, device)
+        lr = learning_rate(nimg, adam["lr"], options.get("lr_rampup_kimg", 10000), total_kimg,
+                           options.get("lr_decay", 0.0))
+        beta = half_life_beta(batch_size, options["ema_halflife_kimg"] * 1000, nimg,
+                              options.get("ema_rampup_ratio", 0.05))
+        sums = training_step(model, loss_fn, augment, optimizer, ema, batch, draws, lr=lr, beta=beta, rounds=rounds,
+                             loss_scaling=options["loss_scaling"], precision=precision)
+        sums = distributed.sum_(sums, world)
+        losses.add(batch_size * int(np.prod(shape)), sums[:2])
+        run.log(loss=sums[0] / (batch_size * int(np.prod(shape))), non_finite_gradients=sums[2])
+
+        tick = schedule.tick(step)
+        if tick is not None:
+            means = run.means()  # stops here if a loss was not finite
+            values = clock.measure(tick, schedule.nimg(step + 1))
+            run.print(status_line(values))
+            if means["non_finite_gradients"] > 0:
+                run.print(f"warning: non-finite gradients were replaced in {means['non_finite_gradients']:.3g} tensors "
+                          "a step since the last tick; if that goes on, try a lower --lr or --ls")
+            if name := schedule.snapshot(step):
+                write_snapshots(folder, name, ema.module, options["dataset_kwargs"], world)
+            if (name := schedule.state_dump(step)) and world.main:
+                save_state(folder / name, net, ema, optimizer, order, schedule.nimg(step + 1))
+            line = stats_line(losses.entry(), values)
+            run.record({"Loss/loss": line["Loss/loss"]["mean"], **values}, line)
+            clock.resume()
+
+    if world.main:
+        last = schedule.snapshot(schedule.steps - 1)
+        with atomic(folder / RESULT_FILE, "w") as file:
+            file.write(json.dumps(dict(nimg=schedule.nimg(schedule.steps), seed=seed, snapshot=last,
+                                       seconds=round(run.seconds, 1), precision=precision, device=device.type,
+                                       processes=world.size, torch=torch.__version__), indent=2))
+    run.print(f"Done: {folder / 'network-snapshot-latest.pkl'}")

@@ -1,0 +1,277 @@
+"""train.py: interruptions, accumulation, transfer and resume, folders, mistakes."""
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import click
+import pytest
+import torch
+
+from EDM.options import RESULT_FILE, in_use, lock, read_options
+from EDM.snapshots import load_network
+from EDM.train import main
+from EDM.training import learning_rate, replace_non_finite
+from shared.cli import Diverged, UserError
+from tests.edm.training_runs import STEPS, TINY, checkpoint, largest_difference, losses, outcome, write_set
+from tests.shared.programs import assert_same, one_line_error, run, start
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("data") / "tiny.zip")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_arithmetic(tmp_path_factory):
+    """One thread here as in the programs that are started, since sums depend on it in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWLABEL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    torch.set_num_threads(threads)
+
+
+def train(outdir: Path, data: Path, *more: str) -> Path:
+    """Train in this process and return the run's folder."""
+    main.main([f"--outdir={outdir}", f"--data={data}", *TINY, *more], standalone_mode=False)
+    return Path(outdir)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """A run that nothing interrupts."""
+    return train(tmp_path_factory.mktemp("runs") / "whole", data, "--nosubdir")
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+
+
+# ------------------------------------------------------------------------------------------------- interruptions
+
+def test_killed_at_any_moment_gives_the_same_bits(tmp_path, data, whole, capsys):
+    folder = tmp_path / "run"
+    command = ["EDM/train.py", f"--outdir={folder}", f"--data={data}", *TINY, "--nosubdir", "--checkpoint-seconds=0.1"]
+    saved = folder / "checkpoint.pt"
+    moments = [lambda: (folder / "training_options.json").exists(),  # before the first step
+               lambda: (folder / "network-snapshot-000000.pkl").exists(),  # after the first tick
+               lambda: saved.exists() and saved.stat().st_mtime_ns != before,  # at the next checkpoint
+               lambda: (folder / "network-snapshot-000001.pkl").exists()]  # while finishing
+    for reached in moments:
+        before = saved.stat().st_mtime_ns if saved.exists() else 0
+        process = start(*command)
+        wait_for(reached, process)
+        process.kill()
+        process.communicate()
+        assert not (folder / RESULT_FILE).exists()
+    main.main(command[1:], standalone_mode=False)
+    assert_same(outcome(folder), outcome(whole))
+    assert "Continuing the run in" in capsys.readouterr().out
+    main.main(command[1:], standalone_mode=False)
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_sigterm_saves_the_step_at_hand(tmp_path, data, whole):
+    folder = tmp_path / "run"
+    command = ["EDM/train.py", f"--outdir={folder}", f"--data={data}", *TINY, "--nosubdir"]
+    process = start(*command)
+    wait_for((folder / "network-snapshot-000000.pkl").exists, process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 143
+    assert 0 < checkpoint(folder)["step"] < STEPS
+    main.main(command[1:], standalone_mode=False)
+    assert_same(outcome(folder), outcome(whole))
+
+
+def test_two_processes_train_the_same_network(tmp_path, data, whole):
+    command = ["EDM/train.py", f"--outdir={tmp_path}", f"--data={data}", *TINY, "--checkpoint-seconds=0.1"]
+    both = tmp_path / "00000-tiny-cond-ddpmpp-edm-gpus2-batch16-fp32"
+    run(*command, ranks=2)
+    assert [entry["num"] for entry in losses(both)] == [entry["num"] for entry in losses(whole)]
+    for ours, theirs in zip(losses(both), losses(whole), strict=True):
+        assert ours["mean"] == pytest.approx(theirs["mean"], rel=1e-4)
+    for name in ("net", "ema"):
+        assert largest_difference(checkpoint(both)[name], checkpoint(whole)[name]) < 1e-3
+
+
+def test_a_run_continues_with_another_number_of_processes(tmp_path, data, whole):
+    command = ["EDM/train.py", f"--outdir={tmp_path}", f"--data={data}", *TINY, "--checkpoint-seconds=0.05"]
+    folder = tmp_path / "00000-tiny-cond-ddpmpp-edm-gpus2-batch16-fp32"
+    process = start(*command, ranks=2)
+    wait_for((folder / "checkpoint.pt").exists, process)
+    process.terminate()
+    process.communicate()
+    done = checkpoint(folder)["step"]
+    assert 0 < done < STEPS
+    main.main(command[1:], standalone_mode=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
+    assert checkpoint(folder)["finished"]
+    assert largest_difference(checkpoint(folder)["net"], checkpoint(whole)["net"]) < 1e-3
+
+
+# ----------------------------------------------------------------------------------- accumulation, transfer, resume
+
+def test_accumulation_changes_nothing(tmp_path, data, whole):
+    parts = train(tmp_path / "parts", data, "--nosubdir", "--batch-gpu=4")
+    for ours, theirs in zip(losses(parts), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert largest_difference(checkpoint(parts)["net"], checkpoint(whole)["net"]) < 1e-3
+
+
+def test_resume_from_a_training_state_is_exact(tmp_path, data):
+    long = train(tmp_path / "long", data, "--nosubdir", "--duration=0.002")
+    resumed = train(tmp_path / "resumed", data, "--nosubdir", "--duration=0.002",
+                    f"--resume={long / 'training-state-000001.pt'}")
+    for name in ("net", "ema", "optimizer", "order"):
+        assert_same(checkpoint(resumed)[name], checkpoint(long)[name])
+
+
+def test_transfer_starts_from_the_weights_of_a_snapshot(tmp_path, data, whole):
+    source = whole / "network-snapshot-latest.pkl"
+    # One step, of learning rate 0: the network is still that of the snapshot.
+    folder = train(tmp_path / "next", data, "--nosubdir", f"--transfer={source}", "--duration=0.001", "--batch=1000")
+    assert_same(checkpoint(folder)["net"], load_network(source).state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------- folders
+
+def test_folders_are_numbered_and_finished_runs_are_left_alone(tmp_path, data):
+    few = ("--duration=0.0001", "--batch=1000")
+    name = "tiny-cond-ddpmpp-edm-gpus1-batch1000-fp32"
+    for number in range(2):
+        train(tmp_path, data, *few)
+        assert (tmp_path / f"{number:05d}-{name}" / RESULT_FILE).exists()
+    (tmp_path / f"00001-{name}" / RESULT_FILE).unlink()  # as if it had been interrupted
+    train(tmp_path, data, *few, "--lr=1e-3")
+    assert (tmp_path / f"00002-{name}").exists()  # other options: another run
+    os.rename(tmp_path / f"00002-{name}", tmp_path / "00002-other")
+    train(tmp_path, data, *few)
+    assert (tmp_path / f"00001-{name}" / RESULT_FILE).exists()
+    assert sorted(os.listdir(tmp_path)) == [f"00000-{name}", f"00001-{name}", "00002-other"]
+
+
+def test_an_interrupted_run_keeps_its_random_seed(tmp_path, data):
+    command = [f"--outdir={tmp_path}", f"--data={data}", *(flag for flag in TINY if not flag.startswith("--seed")),
+               "--duration=0.0001", "--batch=1000", "--nosubdir"]
+    main.main(command, standalone_mode=False)
+    seed = read_options(tmp_path)["seed"]
+    (tmp_path / RESULT_FILE).unlink()
+    main.main(command, standalone_mode=False)
+    assert read_options(tmp_path)["seed"] == seed
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    assert not in_use(tmp_path)
+    held = lock(tmp_path)
+    assert in_use(tmp_path) and lock(tmp_path) is None
+    held.close()
+    assert not in_use(tmp_path)
+
+
+def test_files_of_a_run(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names >= {"training_options.json", "log.txt", "stats.jsonl", "checkpoint.pt", "result.json",
+                     "network-snapshot-000000.pkl", "network-snapshot-000001.pkl", "network-snapshot-latest.pkl",
+                     "training-state-000001.pt"}
+    assert (whole / "network-snapshot-latest.pkl").read_bytes() == (whole / "network-snapshot-000001.pkl").read_bytes()
+    net = load_network(whole / "network-snapshot-latest.pkl")
+    assert_same(net.state_dict(), checkpoint(whole)["ema"])
+    log = (whole / "log.txt").read_text()
+    assert "tick 0     kimg 0.0" in log and "<top-level>" in log and "Training options" not in log
+
+
+# ---------------------------------------------------------------------------------------------------- arithmetic
+
+def test_learning_rate_rises_and_falls():
+    rates = [learning_rate(n, 2.0, rampup_kimg=1, total_kimg=10, decay=0.3)
+             for n in (0, 500, 1000, 7000, 8500, 10000, 10100)]
+    assert rates == pytest.approx([0, 1, 2, 2, 1, 0, 0])
+
+
+def test_non_finite_gradients_are_replaced_and_counted():
+    nan, inf = float("nan"), float("inf")
+    gradients = [torch.tensor([1.0, nan]), torch.tensor([[3e5, -3e5]]), torch.tensor([inf, -inf]).to(torch.float32)]
+    assert replace_non_finite(gradients) == 2
+    assert torch.cat([g.flatten() for g in gradients]).tolist() == [1, 0, 3e5, -3e5, 1e5, -1e5]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
+    with pytest.raises(Diverged, match="not finite at step"):
+        train(tmp_path / "run", data, "--nosubdir", "--lr=1e30", "--lr-rampup=0")
+    assert not (tmp_path / "run" / "network-snapshot-000001.pkl").exists()
+    assert not (tmp_path / "run" / RESULT_FILE).exists()
+
+
+# ------------------------------------------------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize("more, message", [
+    (["--data={tmp}/none.zip"], "--data: .*No such file"),
+    (["--data={tmp}/cut.zip"], "--data: .*cut.zip"),
+    (["--data={tmp}/unlabelled.zip"], "--cond=True requires labels specified in dataset.json"),
+    (["--outdir={tmp}/file"], "file"),
+    (["--batch-gpu=5"], "--batch-gpu=5 does not divide the 16 images"),
+    (["--transfer={tmp}/none.pkl"], "--transfer: no such file"),
+    (["--transfer={tmp}/cut.pkl"], "cut.pkl: .*cut short"),
+    (["--transfer={whole}/network-snapshot-latest.pkl", "--cbase=16"], "snapshot of another network"),
+    (["--transfer={whole}/checkpoint.pt"], "checkpoint.pt"),
+    (["--resume={tmp}/training-state-000001.pt"], "training-state-000001.pt: .*"),
+    (["--resume={whole}/training-state-000001.pt", "--cbase=16"], "training-state-000001.pt: .*another network"),
+    (["--precond=vp", "--sigma-data=1"], "--sigma-data.*--precond=edm"),
+    (["--strict", "--compile=1"], "--strict and --compile=1"),
+    (["--device=nonsense"], "unknown device 'nonsense'"),
+    (["--cres=1;2"], "'1;2' is not a list"),
+], ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_mistakes_end_in_one_line(tmp_path, data, whole, more, message):
+    (tmp_path / "cut.zip").write_bytes(data.read_bytes()[:1000])
+    (tmp_path / "file").touch()
+    write_set(tmp_path / "unlabelled.zip", labels=False)
+    (tmp_path / "cut.pkl").write_bytes((whole / "network-snapshot-latest.pkl").read_bytes()[:5000])
+    (tmp_path / "training-state-000001.pt").write_bytes((whole / "training-state-000001.pt").read_bytes()[:5000])
+    before = outcome(whole)
+    with pytest.raises((UserError, click.ClickException)) as error:
+        train(tmp_path / "out", data, "--nosubdir", *(flag.format(tmp=tmp_path, whole=whole) for flag in more))
+    text = error.value.format_message() if isinstance(error.value, click.ClickException) else str(error.value)
+    assert "\n" not in text
+    train(tmp_path / "out", data, "--nosubdir", "--duration=0.0001", "--batch=1000")  # it leaves nothing in the way
+    assert re.search(message, text), text
+    assert_same(outcome(whole), before)
+
+
+def test_another_run_in_the_folder_is_not_overwritten(tmp_path, data, whole):
+    before = outcome(whole)
+    with pytest.raises(UserError, match="optimizer_kwargs.lr: 0.005 there, 0.001 here"):
+        train(whole, data, "--nosubdir", "--lr=1e-3")
+    assert_same(outcome(whole), before)
+
+
+def test_a_checkpoint_cut_short_is_replaced_by_the_one_before(tmp_path, data, whole):
+    folder = train(tmp_path / "run", data, "--nosubdir", "--checkpoint-seconds=0.1")
+    (folder / RESULT_FILE).unlink()
+    for name in ("checkpoint.pt", "checkpoint.pt.previous"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:len(content) // 2])
+        if name == "checkpoint.pt":
+            with pytest.warns(UserWarning, match="using .*previous"):
+                train(folder, data, "--nosubdir")
+            assert_same(checkpoint(folder), checkpoint(whole))
+            (folder / RESULT_FILE).unlink()
+            (folder / "checkpoint.pt").write_bytes(content[:len(content) // 2])
+    with pytest.raises(UserError, match="checkpoint.pt: cut short"):
+        train(folder, data, "--nosubdir")
+
+
+def test_mistakes_exit_with_status_2(tmp_path, data):
+    arguments = ["EDM/train.py", f"--outdir={tmp_path}/out", f"--data={data}", *TINY]
+    line = one_line_error(run(*arguments, "--data=none.zip", status=2))
+    assert line == "error: --data: [Errno 2] No such file or directory: 'none.zip'"
+    line = one_line_error(run(*arguments, "--device=cuda", status=2))
+    assert "GPU" in line
+    assert not (tmp_path / "out").exists()
