@@ -43,8 +43,11 @@ def read_pickle(file: IO[bytes], source: str) -> dict[str, Any]:
     return content
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Read a training-state ZIP of torch.save: its dict, with a Record in place of every module. Raises UserError."""
+def read_zip(path: Path) -> dict[str, Any]:
+    """Read the ZIP that torch.save writes, such as a training state: its dict, with a Record in place of every module.
+
+    Sizes and checksums are verified. Raises UserError.
+    """
     source = str(path)
     members = {member.name: member for member in zip_members(path)}
     main = next((name for name in members if name.endswith("/data.pkl")), None)
@@ -69,7 +72,7 @@ def read_state(path: Path) -> dict[str, Any]:
     content = restricted_load(io.BytesIO(next(read_members(path, [members[main]]))), NAMES, source,
                               persistent_load=storage)
     if not isinstance(content, dict):
-        raise UserError(f"{source}: expected a dict as in a training state, found {type(content).__name__}")
+        raise UserError(f"{source}: expected a dict, found {type(content).__name__}")
     return content
 
 
@@ -123,8 +126,8 @@ def _storage_from_bytes(data: bytes) -> torch.Tensor:
     try:
         storage = torch.load(io.BytesIO(_expect(data, bytes)), map_location="cpu", weights_only=True)
         return torch.empty(0, dtype=storage.dtype).set_(storage)
-    except (RuntimeError, AttributeError) as error:
-        raise pickle.UnpicklingError(f"malformed tensor data ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, AttributeError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
+        raise pickle.UnpicklingError("tensor data that torch's weights-only reader refuses") from None
 
 
 def _tensor(storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool,

@@ -163,8 +163,8 @@ def claim_archive(archive: Path, settings: Mapping[str, Any], overwrite: bool) -
         return False
     old = _read_record(archive_record(archive))
     if old != json.loads(json.dumps(settings)):
-        raise UserError(f"{archive} exists and holds something else"
-                        f"{f' ({_difference(old, settings)})' if old else ''}; choose another --outdir or add --overwrite")
+        why = f" ({_difference(old, settings)})" if old else ""
+        raise UserError(f"{archive} exists and holds something else{why}; choose another --outdir or add --overwrite")
     shutil.rmtree(work_folder(archive), ignore_errors=True)
     return True
 

@@ -15,11 +15,8 @@ nothing that the file brings along.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +25,12 @@ from typing import Any
 import torch
 
 from EDM.downloads import local_file
-from EDM.preconditioning import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
-from EDM.published import Record, describe, is_plain, read_pickle, read_state
+from EDM.preconditioning import PRECONDITIONERS
+from EDM.published import Record, describe, is_plain, read_pickle, read_zip
 from shared.cli import UserError, nearest
 from shared.files import atomic
 
 FORMAT = "fewlabel network snapshot"
-PRECONDITIONERS = {kind.__name__: kind for kind in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Snapshot:
         try:
             with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
                 net = PRECONDITIONERS[self.class_name](**self.init_kwargs)
-        except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ZeroDivisionError, OverflowError) as error:
+        except (UserError, TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
             raise UserError(f"{self.source}: no {self.class_name} can be made from its constructor arguments "
                             f"({error})") from None
         load_weights(net, self.state_dict, self.source)
@@ -91,7 +87,8 @@ def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") ->
     return read_snapshot(path).build().to(device)
 
 
-def save_snapshot(path: str | os.PathLike, net: torch.nn.Module, dataset_kwargs: Mapping[str, Any] | None = None) -> None:
+def save_snapshot(path: str | os.PathLike, net: torch.nn.Module,
+                  dataset_kwargs: Mapping[str, Any] | None = None) -> None:
     """Write `net` (one of PRECONDITIONERS; of a training run, the EMA) to `path`: complete or not at all."""
     write_snapshot(path, Snapshot(type(net).__name__, dict(net.init_kwargs), net.state_dict(),
                                   dict(dataset_kwargs or {}), str(path)))
@@ -140,7 +137,7 @@ def load_training_state(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises UserError when the file is missing, damaged, hostile or something else.
     """
-    content = read_state(local_file(path))
+    content = read_zip(local_file(path))
     if not {"net", "optimizer_state"} <= content.keys() or not isinstance(content["optimizer_state"], dict):
         raise UserError(f"{path}: expected a training state with the keys net and optimizer_state")
     net = content["net"]
@@ -157,20 +154,10 @@ def digest(path: str | os.PathLike) -> str:
 
 
 def _from_torch(file: Path, source: str) -> Snapshot:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise UserError(f"{source}: damaged at {damaged}")
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise UserError(f"{source}: refused, not a network snapshot ({reason}); nothing of it was run") from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        raise UserError(f"{source}: cut short or not a network snapshot ({str(error).splitlines()[0]})") from None
-    if isinstance(content, dict) and {"net", "optimizer_state"} <= content.keys():
+    content = read_zip(file)
+    if {"net", "optimizer_state"} <= content.keys():
         raise UserError(f"{source}: is a training state; give the network-snapshot-*.pkl beside it")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise UserError(f"{source}: not a network snapshot (it lacks the entry format: {FORMAT!r})")
     return _checked(content, content.get("state_dict"), source)
 

@@ -1,0 +1,131 @@
+"""From seeds to images: a network, a sampler and an arithmetic, put together."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from EDM import samplers
+from EDM.samplers import Model, denoiser, guided
+from EDM.seeds import SeedGenerators
+from shared.cli import UserError
+
+# On a CPU, results differ in the last bit between batches of a few images (other matrix kernels) but not from here on,
+# so smaller batches are filled up. Then an image is the same bytes whatever the batch and the number of processes.
+SMALLEST_CPU_BATCH = 16
+STOCHASTIC = ("edm", "ablation")
+
+
+class SeedSampler:
+    """Makes the images of seeds, as the published generate.py does.
+
+    net, guide: preconditioned networks (EDM/preconditioning.py) in eval mode on the device to sample on.
+    sampler: edm, ablation, dpmpp-2m, deis-2 or deis-3; `arguments` go to it (see EDM/samplers.py).
+    guidance: scale of `guided`; the guide is `guide`, or `net` without its class labels.
+    precision: fp32, bf16 or fp16; None: what the network was made for, else bf16 on a GPU that has it, else fp32.
+    fast: channels_last memory; False is the published way. compile: compile the network first.
+    """
+
+    def __init__(self, net: torch.nn.Module, *, sampler: str = "edm", guide: torch.nn.Module | None = None,
+                 guidance: float = 1.0, precision: str | None = None, fast: bool = True, compile: bool = False,
+                 **arguments: Any) -> None:
+        if guidance != 1 and guide is None and not net.label_dim:
+            raise UserError("guidance without a guide needs a class-conditional network")
+        if guide is not None and ((guide.img_channels, guide.img_resolution) != (net.img_channels, net.img_resolution)
+                                  or guide.label_dim not in (0, net.label_dim)):
+            raise UserError("the guide does not fit the network: other image size, channels or number of classes")
+        self.device = next(net.parameters()).device
+        self.precision = precision or _own_precision(net, self.device)
+        self.sampler, self.arguments, self.guidance = sampler, arguments, guidance
+        self.net = self._prepared(net, fast, compile)
+        self.guide = self.net if guide is None else self._prepared(guide, fast, compile)
+        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        # Apple GPUs have no float64.
+        self.state_dtype = torch.float32 if self.device.type == "mps" else torch.float64
+
+    @torch.inference_mode()
+    def images(self, seeds: Sequence[int], classes: Sequence[int | None] | None = None,
+               rows: int | None = None) -> torch.Tensor:
+        """Return one image per seed: uint8 [len(seeds), C, R, R] on the device.
+
+        classes: class of each image; None there or for all: drawn from the seed. rows: batch size that the network
+        sees; more than len(seeds) is filled up. Raises UserError when an image is not finite.
+        """
+        rows = rows or len(seeds)
+        generators = SeedGenerators(seeds, self.device)
+
+        def filled(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+        latents = filled(generators.normal(self.shape))
+        labels = None
+        if self.net.label_dim:
+            drawn = generators.integers(self.net.label_dim).tolist()  # drawn even where a class is given, as published
+            chosen = [own if given is None else given
+                      for own, given in zip(drawn, classes or [None] * len(seeds), strict=True)]
+            labels = filled(torch.eye(self.net.label_dim, device=self.device)[chosen])
+
+        run, arguments = samplers.edm_sampler, dict(self.arguments)
+        if self.sampler in STOCHASTIC:
+            run = samplers.edm_sampler if self.sampler == "edm" else samplers.ablation_sampler
+            arguments["noise"] = lambda step: filled(generators.normal(self.shape, self.state_dtype))
+        elif self.sampler == "dpmpp-2m":
+            run = samplers.dpm_solver_pp_2m
+        else:
+            run = samplers.deis_sampler
+            arguments["order"] = {"deis-2": 2, "deis-3": 3}[self.sampler]
+        images = run(self._model(labels), latents, limits=(self.net.sigma_min, self.net.sigma_max),
+                     round_sigma=self._round_sigma, dtype=self.state_dtype, **arguments)[:len(seeds)]
+
+        finite = torch.isfinite(images).flatten(1).all(1)
+        if not finite.all():
+            raise UserError(f"the image of seed {seeds[finite.long().argmin().item()]} is not finite; try fp32, other "
+                            "sampler settings or another snapshot")
+        return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)  # truncated, as published
+
+    def classes(self, seeds: Sequence[int]) -> list[int]:
+        """Return the class that each seed draws; -1 for an unconditional network."""
+        if not self.net.label_dim:
+            return [-1] * len(seeds)
+        classes = []
+        for seed in seeds:
+            generators = SeedGenerators([seed], self.device)
+            generators.normal(self.shape)
+            classes.append(generators.integers(self.net.label_dim).item())
+        return classes
+
+    def batch_rows(self, batches: Sequence[Sequence[Any]]) -> int:
+        """Return the `rows` under which the images of `batches` depend on neither batch nor process."""
+        largest, total = max(map(len, batches)), sum(map(len, batches))
+        return max(largest, SMALLEST_CPU_BATCH) if self.device.type == "cpu" and total > 1 else largest
+
+    def _model(self, labels: torch.Tensor | None) -> Model:
+        model = denoiser(self.net, labels)
+        if self.guidance != 1:
+            guide_labels = labels if self.guide is not self.net and self.guide.label_dim else None
+            model = guided(model, denoiser(self.guide, guide_labels), self.guidance)
+        if self.precision == "fp32" or self.net.use_fp16:
+            return model
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+
+        def autocast(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(self.device.type, dtype):
+                return model(x, sigma)
+
+        return autocast
+
+    def _prepared(self, net: torch.nn.Module, fast: bool, compile: bool) -> torch.nn.Module:
+        net.use_fp16 = self.precision == "fp16" and self.device.type == "cuda"
+        if fast:
+            net = net.to(memory_format=torch.channels_last)
+        return torch.compile(net) if compile else net
+
+    def _round_sigma(self, sigmas: torch.Tensor) -> torch.Tensor:
+        return self.net.round_sigma(sigmas.to(self.device, self.state_dtype)).cpu().double()
+
+
+def _own_precision(net: torch.nn.Module, device: torch.device) -> str:
+    if device.type != "cuda":
+        return "fp32"
+    return "fp16" if net.use_fp16 else "bf16" if torch.cuda.is_bf16_supported() else "fp32"
