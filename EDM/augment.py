@@ -57,7 +57,8 @@ class AugmentPipe:
                            contrast=contrast, lumaflip=lumaflip, hue=hue, saturation=saturation)
         self.multipliers = {name: multiplier for name, multiplier in multipliers.items() if multiplier > 0}
         self.translate_int_max, self.scale_std, self.rotate_frac_max = translate_int_max, scale_std, rotate_frac_max
-        self.aniso_std, self.aniso_rotate_prob, self.translate_frac_std = aniso_std, aniso_rotate_prob, translate_frac_std
+        self.aniso_std, self.aniso_rotate_prob = aniso_std, aniso_rotate_prob
+        self.translate_frac_std = translate_frac_std
         self.brightness_std, self.contrast_std, self.saturation_std = brightness_std, contrast_std, saturation_std
         self.hue_max = hue_max
         self.label_dim = len(self._labels({name: torch.zeros(1) for name in COLUMNS}, 1, 1))

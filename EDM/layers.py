@@ -39,10 +39,13 @@ class Init:
         return weight, torch.nn.Parameter(draw(fan_in, fan_out, shape[0]) * self.bias) if bias else None
 
 
+DEFAULT_INIT = Init()
+
+
 class Linear(torch.nn.Module):
     """y = x Wᵀ + b for x [..., in_features]."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, init: Init = Init()) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, init: Init = DEFAULT_INIT) -> None:
         super().__init__()
         self.weight, self.bias = init.parameters((out_features, in_features), bias)
 
@@ -59,7 +62,7 @@ class Conv2d(torch.nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True, up: bool = False,
                  down: bool = False, resample_filter: Sequence[float] = (1, 1), fused_resample: bool = False,
-                 init: Init = Init()) -> None:
+                 init: Init = DEFAULT_INIT) -> None:
         super().__init__()
         self.kernel, self.up, self.down, self.fused_resample = kernel, up, down, fused_resample
         self.weight, self.bias = None, None

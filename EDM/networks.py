@@ -10,7 +10,7 @@ or [1], class_labels one-hot [N, label_dim] or None, augment_labels [N, augment_
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +26,11 @@ class UNetBlock(torch.nn.Module):
     The embedding [N, emb_channels] either is added to the features (`adaptive_scale` False) or scales and shifts them.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, up: bool = False, down: bool = False,
-                 heads: int = 0, dropout: float = 0.0, skip_scale: float = 1.0, eps: float = 1e-5,
-                 resample_filter: Sequence[float] = (1, 1), resample_proj: bool = False, adaptive_scale: bool = True,
-                 init: Init = Init(), init_zero: Init = Init(weight=0), init_attn: Init | None = None) -> None:
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, init: Init, init_zero: Init,
+                 init_attn: Init | None = None, up: bool = False, down: bool = False, heads: int = 0,
+                 dropout: float = 0.0, skip_scale: float = 1.0, eps: float = 1e-5,
+                 resample_filter: Sequence[float] = (1, 1), resample_proj: bool = False,
+                 adaptive_scale: bool = True) -> None:
         super().__init__()
         self.heads, self.skip_scale, self.adaptive_scale = heads, skip_scale, adaptive_scale
         resample = dict(up=up, down=down, resample_filter=resample_filter)

@@ -1,4 +1,4 @@
-"""Preconditioned denoisers D(x; σ, class, augmentation): what turns a raw network F into an estimate of the clean image.
+"""Preconditioned denoisers D(x; σ, class, augmentation): they turn a raw network F into an estimate of the clean image.
 
 D = c_skip·x + c_out·F(c_in·x; c_noise), with the coefficients of table 1 of "Elucidating the Design Space of
 Diffusion-Based Generative Models" (Karras et al., arXiv 2206.00364) for VP, VE, iDDPM and EDM. Every class is called as
@@ -28,8 +28,7 @@ class EDMPrecond(torch.nn.Module):
                  sigma_min: float = 0, sigma_max: float = float("inf"), sigma_data: float = 0.5,
                  model_type: str = "DhariwalUNet", **model_kwargs: Any) -> None:
         super().__init__()
-        self.init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, use_fp16=use_fp16,
-                                sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, model_type=model_type, **model_kwargs)
+        self.init_kwargs = as_called(locals())
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.use_fp16, self.sigma_min, self.sigma_max, self.sigma_data = use_fp16, sigma_min, sigma_max, sigma_data
         self.model = build_network(model_type, img_resolution, img_channels, img_channels, label_dim, model_kwargs)
@@ -54,8 +53,7 @@ class VPPrecond(torch.nn.Module):
                  beta_d: float = 19.9, beta_min: float = 0.1, M: int = 1000, epsilon_t: float = 1e-5,
                  model_type: str = "SongUNet", **model_kwargs: Any) -> None:
         super().__init__()
-        self.init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, use_fp16=use_fp16,
-                                beta_d=beta_d, beta_min=beta_min, M=M, epsilon_t=epsilon_t, model_type=model_type, **model_kwargs)
+        self.init_kwargs = as_called(locals())
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.use_fp16, self.beta_d, self.beta_min, self.M, self.epsilon_t = use_fp16, beta_d, beta_min, M, epsilon_t
         self.sigma_min, self.sigma_max = float(self.sigma(epsilon_t)), float(self.sigma(1))
@@ -68,7 +66,7 @@ class VPPrecond(torch.nn.Module):
         return x - sigma * call_network(self, c_in * x, c_noise, class_labels, augment_labels, force_fp32)
 
     def sigma(self, t: torch.Tensor | float) -> torch.Tensor:
-        """Return the noise level at time t, in float32: near 0 its last digits cancel, and published limits keep that."""
+        """Return the noise level at time t in float32. Near 0 its digits cancel; the published limits have that in."""
         t = torch.as_tensor(t, dtype=torch.float32)
         return (0.5 * self.beta_d * t**2 + self.beta_min * t).exp().sub(1).sqrt()
 
@@ -89,8 +87,7 @@ class VEPrecond(torch.nn.Module):
                  sigma_min: float = 0.02, sigma_max: float = 100, model_type: str = "SongUNet",
                  **model_kwargs: Any) -> None:
         super().__init__()
-        self.init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, use_fp16=use_fp16,
-                                sigma_min=sigma_min, sigma_max=sigma_max, model_type=model_type, **model_kwargs)
+        self.init_kwargs = as_called(locals())
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.use_fp16, self.sigma_min, self.sigma_max = use_fp16, sigma_min, sigma_max
         self.model = build_network(model_type, img_resolution, img_channels, img_channels, label_dim, model_kwargs)
@@ -114,8 +111,7 @@ class iDDPMPrecond(torch.nn.Module):
                  C_1: float = 0.001, C_2: float = 0.008, M: int = 1000, model_type: str = "DhariwalUNet",
                  **model_kwargs: Any) -> None:
         super().__init__()
-        self.init_kwargs = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, use_fp16=use_fp16,
-                                C_1=C_1, C_2=C_2, M=M, model_type=model_type, **model_kwargs)
+        self.init_kwargs = as_called(locals())
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.use_fp16, self.C_1, self.C_2, self.M = use_fp16, C_1, C_2, M
         self.model = build_network(model_type, img_resolution, img_channels, 2 * img_channels, label_dim, model_kwargs)
@@ -156,6 +152,12 @@ class iDDPMPrecond(torch.nn.Module):
 
 PRECONDITIONERS = {"EDMPrecond": EDMPrecond, "VPPrecond": VPPrecond, "VEPrecond": VEPrecond,
                    "iDDPMPrecond": iDDPMPrecond}
+
+
+def as_called(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a constructor from its local names: what rebuilds the same network."""
+    arguments = {name: value for name, value in scope.items() if name not in ("self", "__class__", "model_kwargs")}
+    return {**arguments, **scope["model_kwargs"]}
 
 
 def build_network(model_type: str, img_resolution: int, in_channels: int, out_channels: int, label_dim: int,

@@ -1,0 +1,66 @@
+"""Preconditioners: coefficients, labels that reach the network, denoised images, rounding of noise levels."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from EDM.preconditioning import PRECONDITIONERS
+from tests.golden.cases import facts, fill, index
+from tests.golden.edm_networks import bound, tensors
+
+PRECONDITIONER_CASES = [case for case in index("edm")["cases"] if case["kind"] == "preconditioner"]
+CASES = {case["case"] for case in PRECONDITIONER_CASES}
+
+
+@pytest.fixture(scope="module", params=PRECONDITIONER_CASES, ids=lambda case: case["case"])
+def denoiser(request) -> tuple[dict, torch.nn.Module, dict[str, torch.Tensor]]:
+    case = request.param
+    net, given = fill(PRECONDITIONERS[case["network"]](**case["constructor"]).eval()), tensors(case)
+    if "freqs" in given:
+        net.model.map_noise.freqs.copy_(given["freqs"])
+    return case, net, given
+
+
+def test_denoiser_state(denoiser):
+    case, net, _ = denoiser
+    expected = facts("edm", case["state_file"])
+    expected = list(expected.items()) if isinstance(expected, dict) else expected
+    assert [[name, list(tensor.shape)] for name, tensor in net.state_dict().items()] == [list(e) for e in expected]
+    assert (net.sigma_min, net.sigma_max) == (float(case["sigma_min"]), float(case["sigma_max"]))
+
+
+def test_denoised_images(denoiser):
+    case, net, given = denoiser
+    seen = {}
+    hook = net.model.register_forward_pre_hook(lambda _, inputs: seen.update(enumerate(inputs)))
+    with torch.no_grad():
+        denoised = net(given["x"], given["sigma"], given.get("class_labels"))
+    hook.remove()
+    relative = bound(case["tolerance"]["F_input, c_noise"])
+    # Near σ = 0 the time of the VP process cancels in float32: the published tolerance there is 1e-3.
+    relative_noise = 1e-3 if case["network"] == "VPPrecond" else relative
+    torch.testing.assert_close(seen[0], given["F_input"], rtol=relative, atol=relative)
+    torch.testing.assert_close(seen[1], given["c_noise"], rtol=relative_noise, atol=1e-6)
+    if "class_labels_seen" in given:
+        assert torch.equal(seen[2], given["class_labels_seen"])
+    else:
+        assert seen[2] is None
+    error = (denoised - given["D"]).abs().flatten(1).amax(1)
+    assert (error <= bound(case["tolerance"]["D"]) * given["D"].abs().flatten(1).amax(1)).all()
+
+
+def test_rounding_of_noise_levels(denoiser):
+    case, net, given = denoiser
+    rounded = net.round_sigma(given["round_in"])
+    assert rounded.dtype == given["round_in"].dtype and torch.equal(rounded, given["round_out"])
+    if "round_index" in given:
+        assert torch.equal(net.round_sigma(given["round_in"], return_index=True), given["round_index"])
+    if "u" in given:
+        torch.testing.assert_close(net.u, given["u"], rtol=bound(case["tolerance"]["round_out, round_index"]), atol=0)
+
+
+def test_times_of_noise_levels(denoiser):
+    _, net, given = denoiser
+    if "sigma_of_t" in given:
+        torch.testing.assert_close(net.sigma(given["t"]), given["sigma_of_t"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(net.sigma_inv(given["sigma_of_t"]), given["t_of_sigma"], rtol=1e-3, atol=1e-6)
