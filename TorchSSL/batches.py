@@ -34,7 +34,8 @@ class Batches:
     """Makes the batch of any step.
 
     views: "weak" (flip and shift) or "strong" (RandAugment and cutout, then its own flip and shift) for each view of an
-    unlabelled image. size: labelled images in the global batch; every rank has an equal part of it.
+    unlabelled image. size: labelled images in the global batch; every rank has an equal part of it. Raises UserError
+    where the images are too small for the weak augmentation.
     """
 
     def __init__(self, data: TrainingData, options: argparse.Namespace, world: World, views: tuple[str, ...],
@@ -43,6 +44,7 @@ class Batches:
         self.labeled = Pool(data.labeled, data.mean, data.std, world.device)
         self.unlabeled = Pool(data.unlabeled, data.mean, data.std, world.device)
         self.policy = WeakPolicy(options.weak_flip, options.weak_pad, options.weak_pad_mode, options.weak_subpixel)
+        draw_weak(1, np.random.default_rng(0), data.unlabeled.size, self.policy)  # refuses what does not fit, now
         self.memory_format = torch.contiguous_format if options.strict else torch.channels_last
         # Drawn for the global batch, labelled images first, then view after view; this rank's part of each.
         self.counts = [size] + [size * options.uratio] * len(views)

@@ -100,6 +100,7 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
     shares = tuple(data.class_shares)
     learner = algorithm(options, Setting(data.num_classes, len(data.unlabeled), shares, world))
     trainer = Trainer(net, learner, options, world, precision)
+    batches = Batches(data, options, world, learner.views, batch_size)
     config = {**method_config(options), "precision": precision, "num_classes": data.num_classes,
               "labeled_images": len(data.labeled), "unlabeled_images": len(data.unlabeled)}
     open_folder(folder, options, config, data, world)
@@ -114,7 +115,6 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
     run.print(describe(data, options, world, precision))
 
     warm_up = learner.supervised_steps
-    batches = Batches(data, options, world, learner.views, batch_size)
     test = Pool(data.test, data.mean, data.std, world.device)
     for step in run.steps(warm_up + options.num_train_iter):
         started = time.perf_counter()
