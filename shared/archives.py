@@ -20,9 +20,11 @@ from shared.cli import UserError
 
 MAX_ENTRIES = 2_000_000         # ImageNet has 1.3 million images
 MIN_BYTES_PER_ENTRY = 160       # both headers of an entry and the smallest PNG that holds a picture
-MAX_MEMBER_BYTES = 1 << 30
+MAX_MEMBER_BYTES = 1 << 28      # the largest image that is decoded, and a CIFAR-100 batch, take less
 MAX_RATIO = 100                 # unpacked to packed; photographs reach 2, plain drawings 20
 SMALL = 1 << 20                 # below this an entry may have any ratio
+MAX_TAR_ENTRIES = 10_000        # of the archives of batches, which hold less than ten
+MAX_TAR_BYTES = 1 << 30
 READ_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, struct.error,
                NotImplementedError, UnicodeDecodeError, ValueError)
 
@@ -129,20 +131,20 @@ def _read_entry(file, member: Member) -> bytes:
 
 def read_tar(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
     """Yield (name, content) of the `wanted` regular files of a tar, in archive order, in one pass."""
-    unpacked, limit = 0, max(SMALL, MAX_RATIO * path.stat().st_size)
+    unpacked = 0
     try:
         with tarfile.open(path) as archive:
             for count, member in enumerate(archive):
                 check_name(member.name, path)
                 unpacked += member.size
-                if count > MAX_ENTRIES or member.size > MAX_MEMBER_BYTES or unpacked > limit:
+                if count > MAX_TAR_ENTRIES or member.size > MAX_MEMBER_BYTES or unpacked > MAX_TAR_BYTES:
                     raise UserError(f"{path}: refused at {member.name!r}, it unfolds to more than such a file holds")
                 if not (member.isfile() or member.isdir()):
                     raise UserError(f"{path}: refused, the entry {member.name!r} is a link or a device")
                 if member.isfile() and member.name in wanted:
                     yield member.name, archive.extractfile(member).read()
     except READ_ERRORS as error:
-        raise UserError(f"{path}: cut short or not a tar archive ({error})") from None
+        raise UserError(f"{path}: cut short or not a tar archive ({str(error).partition(chr(10))[0]})") from None
 
 
 def read_gzip(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -74,8 +75,8 @@ def cached(name: str, key: object, build: Build) -> Stored:
     and the arrays lie in a temporary file.
     """
     digest = hashlib.sha256(json.dumps([FORMAT, key]).encode()).hexdigest()[:20]
-    root = Path(os.environ.get("FEWLABEL_CACHE") or Path.home() / ".cache" / "fewlabel")
-    entry = root / f"{name}-{digest}"
+    root = Path(os.environ.get("FEWLABEL_CACHE") or os.path.expanduser("~/.cache/fewlabel"))
+    entry = root / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}-{digest}"
     stored = _load(entry)
     if stored is None:
         try:
@@ -174,7 +175,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _shrink(root: Path) -> None:
     """Remove the entries that were not used for longest until the rest fits, and what killed processes left."""
-    limit = float(os.environ.get("FEWLABEL_CACHE_GB") or DEFAULT_GB) * 1e9
+    given = os.environ.get("FEWLABEL_CACHE_GB") or str(DEFAULT_GB)
+    try:
+        limit = float(given) * 1e9
+    except ValueError:
+        raise UserError(f"FEWLABEL_CACHE_GB must be a number of gigabytes, got {given!r}") from None
     for left in root.glob(".part-*"):
         if time.time() - left.stat().st_mtime > DAY:
             shutil.rmtree(left, ignore_errors=True)

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from shared.archives import zip_members
 from shared.cache import Allocate, Stored, cached, fingerprint
 from shared.cifar import CIFAR10, CIFAR100, Layout, class_names, layout_of, read_batches, read_mnist
 from shared.cli import UserError, nearest
@@ -213,12 +215,18 @@ def _part(path: Path, split: str) -> tuple[Path | None, str]:
         divided = any((path / f"{other}{end}").exists() for other in ("train", "test") for end in ("", ".zip", ".npz"))
         return (path if split == "train" and not divided else None), ""
     if path.suffix.lower() == ".zip":
-        names = find_images(path).names
-        if any(name.startswith(f"{split}/") for name in names):
+        state = path.stat()
+        folders = _top_folders(path, state.st_size, state.st_mtime_ns)
+        if split in folders:
             return path, f"{split}/"
-        divided = any(name.startswith(("train/", "test/")) for name in names)
-        return (path if split == "train" and not divided else None), ""
+        return (path if split == "train" and not folders & {"train", "test"} else None), ""
     return (path if split == "train" else None), ""
+
+
+@lru_cache(maxsize=8)
+def _top_folders(path: Path, size: int, changed: int) -> frozenset[str]:
+    """Return the top-level folders of a ZIP; its size and time of change are the key to what is remembered."""
+    return frozenset(member.name.partition("/")[0] for member in zip_members(path) if "/" in member.name)
 
 
 def _folder_classes(train: Path) -> list[str] | None:

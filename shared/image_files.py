@@ -52,8 +52,8 @@ def pillow_suffixes() -> frozenset[str]:
 def find_images(path: Path, suffixes: frozenset[str] | None = None, prefix: str = "") -> ImageFiles:
     """List the images below a folder or in a ZIP, sorted by name as text.
 
-    `suffixes`: file name endings in lower case (default: what Pillow decodes). `prefix`: only the names that begin so,
-    with it cut off. Raises UserError if the path is neither, or a ZIP is damaged or hostile.
+    `suffixes`: file name endings in lower case (default: what Pillow decodes). `prefix`: only the names that begin so.
+    Raises UserError if the path is neither, or a ZIP is damaged or hostile.
     """
     suffixes = pillow_suffixes() if suffixes is None else suffixes
     if path.is_dir():
@@ -66,11 +66,11 @@ def find_images(path: Path, suffixes: frozenset[str] | None = None, prefix: str 
     for name in dict.fromkeys((LABEL_FILE, prefix + LABEL_FILE)):
         for member in found:
             if member.name == name:
-                labels.update(_read_labels(path, member, name.removesuffix(LABEL_FILE), prefix))
+                labels.update(_read_labels(path, member, name.removesuffix(LABEL_FILE)))
     images = [m for m in found if m.name.startswith(prefix) and os.path.splitext(m.name)[1].lower() in suffixes
               and not m.name.rpartition("/")[2].startswith("._")]  # what macOS leaves beside each file
     images.sort(key=lambda member: member.name)
-    return ImageFiles(path, tuple(images), {name.removeprefix(prefix): label for name, label in labels.items()})
+    return ImageFiles(path, tuple(images), labels)
 
 
 def walk(folder: Path) -> list[str]:
@@ -81,16 +81,15 @@ def walk(folder: Path) -> list[str]:
             for root, _, names in os.walk(folder, followlinks=True) for name in names]
 
 
-def _read_labels(path: Path, member: Member, folder: str, prefix: str) -> dict[str, object]:
-    """Return name -> label for the names below `prefix` that a dataset.json in `folder` lists."""
+def _read_labels(path: Path, member: Member, folder: str) -> dict[str, object]:
+    """Return name -> label as listed by a dataset.json, whose names are relative to its `folder`."""
     where = f"{path}: {member.name}"
     try:
         content = json.loads(next(read_members(path, [member])))
         pairs = content.get("labels") or []
-        listed = {folder + str(name).replace("\\", "/"): label for name, label in pairs}
+        return {folder + str(name).replace("\\", "/"): label for name, label in pairs}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f'{where} must hold {{"labels": [["file", class], ...]}} ({error})') from None
-    return {name: label for name, label in listed.items() if name.startswith(prefix)}
 
 
 def listed_labels(files: ImageFiles) -> Labels | None:

@@ -115,7 +115,7 @@ def read_images(path: str | Path, *, resolution: int | None = None, channels: in
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     options = [channels, list(classes) if classes is not None else None, part]
-    key, name = [fingerprint(path), options], path.stem if path.is_file() else path.name
+    key, name = [fingerprint(path), options], path.stem if path.is_file() else path.resolve().name
     if path.is_dir():
         stored = cached(name, key, lambda allocate: _decode_folder(path, channels, classes, allocate))
     elif path.suffix.lower() == ".npz":
@@ -230,7 +230,7 @@ def _read_npz(path: Path, allocate: Allocate) -> Stored:
                         f"{', '.join(names) or 'nothing'}")
     try:
         with np.load(path, allow_pickle=False) as arrays, arrays.zip.open("images.npy") as stream:
-            images = _stream_images(path, stream, allocate)
+            images = _stream_images(path, stream, arrays.zip.getinfo("images.npy").file_size, allocate)
             labels = arrays["labels"] if "labels" in arrays else np.full(len(images), -1)
             classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
     except (*READ_ERRORS, MemoryError, TypeError) as error:
@@ -245,12 +245,14 @@ def _read_npz(path: Path, allocate: Allocate) -> Stored:
     return Stored(images, labels.astype(np.int64), tuple(classes or map(str, range(count))))
 
 
-def _stream_images(path: Path, stream: IO[bytes], allocate: Allocate) -> np.ndarray:
-    """Copy the array of an .npy stream a chunk at a time."""
+def _stream_images(path: Path, stream: IO[bytes], size: int, allocate: Allocate) -> np.ndarray:
+    """Copy the array of an .npy stream of `size` bytes a chunk at a time."""
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, fortran, dtype = read_header[np.lib.format.read_magic(stream)](stream)
     if len(shape) != 4 or dtype != np.uint8 or fortran or not shape[0] or not {1, 3} & {shape[1], shape[3]}:
         raise UserError(f"{path}: `images` must be uint8 [N, 1 or 3, H, W] in C order, got {dtype} {list(shape)}")
+    if math.prod(shape) > size:
+        raise UserError(f"{path}: cut short, `images` should be {list(shape)}")
     last = shape[1] not in (1, 3)  # channels last
     array = allocate((shape[0], shape[3], *shape[1:3]) if last else shape)
     for start in range(0, len(array), CHUNK):

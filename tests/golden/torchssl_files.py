@@ -1,4 +1,4 @@
-"""Files that the TorchSSL tools write and read: pseudo-labels, the pseudo data set, its ZIP, folders of extra images."""
+"""Files that the TorchSSL tools write and read: pseudo-labels, pseudo data set, its ZIP, folders of extra images."""
 from __future__ import annotations
 
 import pickle
