@@ -7,6 +7,7 @@ The same command again continues a run that was interrupted.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -200,11 +201,10 @@ def launch(flags: SimpleNamespace) -> None:
 
         if dataset is None:  # rank 0 has decoded it by now
             dataset = open_data(flags.data, flags.cond, flags.xflip)
-        train(agreed, dataset, world, precision=flags.arithmetic, strict=flags.strict, compiled=bool(flags.compile),
-              checkpoint_seconds=flags.checkpoint_seconds)
+        with held or contextlib.nullcontext():
+            train(agreed, dataset, world, precision=flags.arithmetic, strict=flags.strict,
+                  compiled=bool(flags.compile), checkpoint_seconds=flags.checkpoint_seconds)
     distributed.stop()
-    if held is not None:
-        held.close()
 
 
 def prepare(options: dict[str, Any], continued: str | None, flags: SimpleNamespace,

@@ -240,9 +240,16 @@ def test_mistakes_end_in_one_line(tmp_path, data, whole, more, message):
         train(tmp_path / "out", data, "--nosubdir", *(flag.format(tmp=tmp_path, whole=whole) for flag in more))
     text = error.value.format_message() if isinstance(error.value, click.ClickException) else str(error.value)
     assert "\n" not in text
-    train(tmp_path / "out", data, "--nosubdir", "--duration=0.0001", "--batch=1000")  # it leaves nothing in the way
     assert re.search(message, text), text
     assert_same(outcome(whole), before)
+
+
+def test_a_run_that_failed_before_its_first_step_is_not_in_the_way(tmp_path, data, whole):
+    (tmp_path / "cut.pkl").write_bytes((whole / "network-snapshot-latest.pkl").read_bytes()[:5000])
+    few = ("--nosubdir", "--duration=0.0001", "--batch=1000")
+    with pytest.raises(UserError):
+        train(tmp_path / "out", data, *few, f"--transfer={tmp_path}/cut.pkl")
+    train(tmp_path / "out", data, *few)
 
 
 def test_another_run_in_the_folder_is_not_overwritten(tmp_path, data, whole):
