@@ -25,6 +25,7 @@ from shared.cli import UserError
 from shared.images import read_images
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 NETWORK = dict(img_resolution=8, img_channels=3, label_dim=3, model_type="SongUNet", model_channels=16,
                channel_mult=[1, 1], num_blocks=1, attn_resolutions=[4])
 
@@ -65,11 +66,11 @@ def pngs(outdir: Path) -> dict[str, bytes]:
     return {str(path.relative_to(outdir)): path.read_bytes() for path in outdir.rglob("*.png")}
 
 
-def run(*arguments: str | Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+def run(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess:
     launch = [sys.executable] if processes == 1 else \
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*launch, str(ROOT / "EDM/generate.py"), *map(str, arguments)], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment})
+    return subprocess.run([*launch, str(ROOT / "EDM/generate.py"), *map(str, arguments)], env=ENVIRONMENT,
+                          capture_output=True, text=True, timeout=300)
 
 
 # ---------------------------------------------------------------- an image is a function of network, seed and class
@@ -187,7 +188,7 @@ def test_killed_and_repeated_gives_the_same_bytes(networks: dict[str, Path], tmp
     outdir = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, str(ROOT / "EDM/generate.py"), f"--outdir={outdir}", *flags],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+                               env=ENVIRONMENT)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and len(list(outdir.glob("*.png"))) < 16:
         time.sleep(0.01)
@@ -201,7 +202,7 @@ def test_killed_and_repeated_gives_the_same_bytes(networks: dict[str, Path], tmp
     main.main([f"--outdir={outdir}", *flags], standalone_mode=False)
     main.main([f"--outdir={tmp_path / 'whole'}", *flags], standalone_mode=False)
     assert pngs(outdir) == pngs(tmp_path / "whole") and len(pngs(outdir)) == 64
-    assert sorted(path.name for path in outdir.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert {path.name for path in outdir.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
     unchanged = sum(mtime == (outdir / name).stat().st_mtime_ns for name, mtime in kept.items())
     assert unchanged == len(kept) - 1
 
@@ -322,7 +323,8 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert "--S_churn" in done.stdout and done.stdout.endswith("False False\n"), done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["3", "out", "net.pkl"], ["x", "out", "net.pkl", "1"], ["3", "out", "net.pkl", "0"]])
+@pytest.mark.parametrize("arguments", [["3", "out", "net.pkl"], ["x", "out", "net.pkl", "1"],
+                                       ["3", "out", "net.pkl", "0"]])
 def test_generate_sh_usage(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run(["bash", str(ROOT / "EDM/generate.sh"), *arguments], cwd=tmp_path, capture_output=True,
                           text=True, timeout=60)
