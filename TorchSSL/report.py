@@ -174,14 +174,13 @@ def classifier_features(checkpoint: Path, options: argparse.Namespace, images: A
 
     from shared.distributed import World
     from TorchSSL.classifier import load_classifier
-    from TorchSSL.data import Pool, normalisation
+    from TorchSSL.data import Pool
     from TorchSSL.get_labels import parse as prediction_options
 
     prediction = prediction_options([f"--dataset={options.dataset}", f"--load_path={checkpoint}"])
     classifier = load_classifier(str(checkpoint), prediction, images, images.num_classes)
-    mean, std = (classifier.mean, classifier.std) if classifier.mean else normalisation(options.dataset, images)
     device = World().device
-    pool, net = Pool(images, tuple(mean), tuple(std), device), classifier.net.to(device)
+    pool, net = Pool(images, classifier.mean, classifier.std, device), classifier.net.to(device)
     chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), FEATURE_IMAGES)).round().astype(np.int64))
     with torch.no_grad():
         parts = [net(pool.normalised(chosen[start:start + 256]), return_feature=True)[1]

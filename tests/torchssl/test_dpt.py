@@ -36,7 +36,7 @@ def run_all(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProc
 def commands(*arguments: str | Path) -> list[str]:
     """The printed commands of the method: those after the look at the data, up to the report."""
     lines = [line for line in run_all("--dry-run", *arguments).stdout.splitlines() if line and line[0] != "#"]
-    return [line for line in lines if not re.match(r"cd |python (check_data|report)\.py ", line)]
+    return [line for line in lines if not re.match(r"cd |export |python (check_data|report)\.py ", line)]
 
 
 def test_cifar10_is_the_published_commands_word_for_word():
