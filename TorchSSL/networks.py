@@ -243,8 +243,10 @@ def unused_parameters(net: nn.Module) -> list[str]:
 
 def leave_to_data_parallel(net: nn.Module) -> None:
     """Tell DistributedDataParallel not to wait for gradients that never come, instead of searching the graph for them
-    at every step."""
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, unused_parameters(net))
+    at every step. It may wrap the network itself or the compiled one."""
+    names = unused_parameters(net)
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        net, [prefix + name for prefix in ("", "_orig_mod.") for name in names])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

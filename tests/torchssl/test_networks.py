@@ -67,10 +67,10 @@ def test_data_parallel_does_not_wait_for_unused_parameters() -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         net = sync_batchnorm(small(), World(0, 2))
-        wrapped = torch.nn.parallel.DistributedDataParallel(net)
-        for _ in range(3):  # a parameter that is waited for makes the second step fail
-            gradients(wrapped, torch.randn(4, 3, 16, 16))
-        assert torch.nn.parallel.DistributedDataParallel(copy.deepcopy(net)) is not None
+        for inner in (net, copy.deepcopy(net), torch.compile(net, backend="eager")):
+            wrapped = torch.nn.parallel.DistributedDataParallel(inner)
+            for _ in range(3):  # a parameter that is waited for makes the second step fail
+                gradients(wrapped, torch.randn(4, 3, 16, 16))
     finally:
         torch.distributed.destroy_process_group()
 
