@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -266,9 +267,10 @@ class Experiment:
 
 
 def visible_gpus() -> int:
-    """Return the number of GPUs that nvidia-smi lists, at least 1."""
-    import subprocess
-
+    """Return the number of GPUs that CUDA_VISIBLE_DEVICES or else nvidia-smi lists, at least 1."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return max(1, sum(device.strip() not in ("", "-1") for device in chosen.split(",")))
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
     except OSError:

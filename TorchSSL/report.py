@@ -217,8 +217,10 @@ def draw(options: argparse.Namespace, results: dict[str, Any], classes: Sequence
     diffusion = read_lines(Path(options.stage2) / "stats.jsonl") if options.stage2 else []
     panels = {
         "Accuracy on the test set": {title: series(found, "step", "eval/top-1-acc") for title, found in lines.items()},
-        "Loss of the classifier": {title: series(found, "step", "train/total_loss") for title, found in lines.items()},
-        "Unlabelled images used": {title: series(found, "step", "train/utilisation") for title, found in lines.items()},
+        "Loss of the classifier": {title: series(smooth(found), "step", "train/total_loss")
+                                   for title, found in lines.items()},
+        "Share of unlabelled images used": {title: series(smooth(found), "step", "train/utilisation")
+                                            for title, found in lines.items()},
         "Loss of the diffusion model": {"Stage 2": series(
             [{"kimg": line["Progress/kimg"]["mean"], "loss": line["Loss/loss"]["mean"]} for line in diffusion
              if "Progress/kimg" in line and "Loss/loss" in line], "kimg", "loss")}}
@@ -232,6 +234,12 @@ def draw(options: argparse.Namespace, results: dict[str, Any], classes: Sequence
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def smooth(lines: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Return the lines that hold means over many iterations; those of single iterations where the run is short."""
+    means = [line for line in lines if "eval/top-1-acc" not in line]
+    return means if len(means) >= 10 else [line for line in lines if "eval/top-1-acc" in line] or means
 
 
 def series(lines: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
