@@ -19,7 +19,8 @@ from pathlib import Path
 from shared.cli import Parser, UserError, nearest, run_main
 from shared.steps import Runner, Step
 
-ROOT = Path(__file__).resolve().parent.parent
+TORCHSSL = Path(__file__).resolve().parent
+ROOT = TORCHSSL.parent
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", default="digits", metavar="NAME", help="digits (default, needs no download), cifar10, cifar100, "
         "svhn, stl10, mnist, or the path of your own images: a folder with train/<class>/ and test/<class>/, or a zip "
-        "with dataset.json. A published set that is not in TorchSSL/data is fetched")
+        "with dataset.json. A published set that is not in --data-dir is fetched")
     add("--labels", type=whole_number(1), metavar="N", help="labelled images in all [digits 10, cifar100 400, your "
         "own: all that have a label, others 40]")
     add("--images-per-class", type=whole_number(1), metavar="N", help="generated images [digits 101, others 1001]")
@@ -110,6 +111,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gpus", type=whole_number(1), metavar="N", help="GPUs of stage 2 [all visible ones]; stages 1 and 3 use "
         "every visible one")
     add("--stages", type=stage_list, default={1, 2, 3}, metavar="LIST", help="which stages to run [1,2,3]")
+    add("--data-dir", default="./data", metavar="DIR", help="folder of the published data sets [TorchSSL/data]")
     add("--out", metavar="DIR", help="put everything below DIR [TorchSSL/saved_models, TorchSSL/data-aug and "
         "EDM/training-runs, the report in runs/]")
     for stage, script in ((1, "freematch.py"), (2, "train.py"), (3, "freematch.py")):
@@ -121,6 +123,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--dataset {options.dataset}: neither one of {', '.join(RECIPES)} nor a path that exists"
                             f"{nearest(options.dataset, RECIPES)}")
         options.dataset = str(Path(options.dataset).resolve())
+    if options.data_dir != "./data":
+        options.data_dir = str(Path(options.data_dir).resolve())
     return options
 
 
@@ -129,7 +133,7 @@ class Experiment:
 
     def __init__(self, options: argparse.Namespace, seed: int, report: Path) -> None:
         self.options, self.seed, self.report = options, seed, report
-        self.dataset = options.dataset
+        self.dataset, self.data_dir = options.dataset, options.data_dir
         self.recipe = RECIPES.get(self.dataset, OWN_IMAGES)
         title = Path(self.dataset).name.removesuffix(".zip")
         self.labels = options.labels or self.recipe.labels
@@ -155,7 +159,7 @@ class Experiment:
     def steps(self) -> Iterator[Step]:
         """Yield the steps one by one; later ones may depend on what earlier ones have written."""
         yield Step("data", "The data set: fetched where it is missing; classes, counts, sizes, duplicates", "TorchSSL",
-                   ["python", "check_data.py", f"--dataset={self.dataset}", "--download"], report=True)
+                   ["python", "check_data.py", f"--dataset={self.dataset}", "--download", *self.elsewhere()])
         stages = {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}
         for number in sorted(self.options.stages):
             yield from stages[number]()
@@ -175,19 +179,27 @@ class Experiment:
         else:
             command += [f"--dataset={self.dataset}", *words(recipe.classifier), f"--num_labels={self.labels}",
                         f"--seed={seed}", f"--save_name={name}"]
-        return command + [f"--save_dir={self.saved}"] * (self.saved != "./saved_models")
+        return command + [f"--save_dir={self.saved}"] * (self.saved != "./saved_models") + self.elsewhere()
+
+    def elsewhere(self) -> list[str]:
+        """Return the flag that says where the data sets are, if not in the usual place."""
+        return [] if self.data_dir == "./data" else [f"--data_dir={self.data_dir}"]
 
     def stage_1(self) -> Iterator[Step]:
         stage1, checkpoint = self.stage1, f"{self.stage1}/{self.recipe.checkpoint}"
         yield Step("classifier", "Stage 1: train the classifier on the few labels", "TorchSSL",
                    [*self.classifier(self.name), *self.options.stage1_args], output=f"{stage1}/result.json")
         cifar10 = self.dataset == "cifar10"
-        source = ["--data_path", "./data/cifar-10-batches-py"] if cifar10 else [f"--dataset={self.dataset}"]
+        source = [f"--dataset={self.dataset}", *self.elsewhere()]
         pseudo = f"{stage1}/" + ("cifar-10-python.tar.gz" if cifar10 else f"{self.name}-pseudo.npz")
         yield Step("pseudo-labels", "Generate pseudo-labels", "TorchSSL",
-                   ["python", "get_labels.py", *([] if cifar10 else source), "--load_path", checkpoint, "--save_path",
-                    f"{stage1}/"], append_to=f"{stage1.removeprefix('./')}/get_labels.log",
+                   ["python", "get_labels.py", *([] if cifar10 else source[:1]), *self.elsewhere(), "--load_path",
+                    checkpoint, "--save_path", f"{stage1}/"], append_to=f"{stage1.removeprefix('./')}/get_labels.log",
                    output=f"{stage1}/pseudo_label.npy", inputs=(checkpoint,))
+        if cifar10:  # the published command names the folder; a download is the archive alone, which does as well
+            folder, archive = f"{self.data_dir}/cifar-10-batches-py", f"{self.data_dir}/cifar-10-python.tar.gz"
+            only_archive = (TORCHSSL / archive).exists() and not (TORCHSSL / folder).exists()
+            source = ["--data_path", archive if only_archive else folder]
         yield Step("pseudo-data set", "Make a data set with pseudo-labels in place of the true ones", "TorchSSL",
                    ["python", "pseudo_dataset.py", *source, "--save_path", stage1],
                    output=pseudo, inputs=(f"{stage1}/pseudo_label.npy",))
@@ -242,7 +254,7 @@ class Experiment:
         yield Step("real images", "Pseudo-labelled real images: all of them, and as many of every class", "TorchSSL",
                    ["python", "pseudo_folder.py", f"--dataset={self.dataset}",
                     f"--labels={self.stage1}/pseudo_label.npy", f"--dest={real}", f"--per_class={self.last + 1}",
-                    f"--seed={self.seed}"],
+                    f"--seed={self.seed}", *self.elsewhere()],
                    output=f"{real}/real_balanced", inputs=(f"{self.stage1}/pseudo_label.npy",))
         for kind, title in (("real_all", "all pseudo-labelled real images in place of generated ones"),
                             ("real_balanced", "as many pseudo-labelled real images of every class")):
@@ -251,7 +263,7 @@ class Experiment:
 
     def iterations(self) -> int:
         """Return --num_train_iter of stage 1, wherever it is said."""
-        config = ROOT / "TorchSSL" / "config" / f"{self.recipe.config}.yaml"
+        config = TORCHSSL / "config" / f"{self.recipe.config}.yaml"
         said = config.read_text().replace(":", " ").split() if self.recipe.config and config.exists() else []
         said += " ".join(self.options.stage1_args).replace("=", " ").replace("--", "").split()
         found = [value for key, value in zip(said, said[1:], strict=False) if key == "num_train_iter"]
@@ -262,8 +274,8 @@ class Experiment:
         report = self.report if self.options.out else Path("..") / self.report.relative_to(ROOT)
         command = ["python", "report.py", f"--out={report}", f"--dataset={self.dataset}",
                    f"--stage1={self.stage1}", f"--stage2={model if Path(model).is_absolute() else f'../EDM/{model}'}",
-                   f"--images={self.images}/{self.generated}", f"--stage3={self.stage3}"]
-        return Step("report", "The report", "TorchSSL", command, report=True)
+                   f"--images={self.images}/{self.generated}", f"--stage3={self.stage3}", *self.elsewhere()]
+        return Step("report", "The report", "TorchSSL", command)
 
 
 def visible_gpus() -> int:
@@ -297,9 +309,9 @@ def main() -> None:
                 runner.run(step)
         if len(seeds) > 1:
             runner.history = out / "commands.jsonl"
+            reports = [f"--seed_report={folder}" for folder in folders]
             runner.run(Step("report of all seeds", "Mean and standard deviation over the seeds", "TorchSSL",
-                            ["python", "report.py", f"--out={out}", *(f"--seed_report={folder}" for folder in folders)],
-                            report=True))
+                            ["python", "report.py", f"--out={out}", *reports]))
 
 
 if __name__ == "__main__":

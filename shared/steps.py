@@ -33,7 +33,7 @@ class Step:
     """One command. Paths are relative to `folder`, a folder of the project.
 
     name: in the history. title: the comment above it. append_to: where its standard output goes, as `>> FILE`.
-    output: the file whose presence shows that it is done; None: it is never skipped. report: it is quick and not timed.
+    output: the file whose presence shows that it is done; None: it is never skipped.
     """
 
     name: str
@@ -43,7 +43,6 @@ class Step:
     output: str | None = None
     inputs: tuple[str, ...] = ()
     append_to: str | None = None
-    report: bool = False
 
     def text(self) -> str:
         """Return the command as it can be typed."""
