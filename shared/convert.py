@@ -89,6 +89,9 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
         raise UserError(f"--max-images must be at least 1, got {max_images}")
     if transform is not None and resolution is None:
         raise UserError(f"must specify --resolution=WxH when using {transform} transform")
+    if transform == "center-crop-wide" and resolution[1] > resolution[0]:
+        raise UserError(f"--resolution={resolution[0]}x{resolution[1]} is not wide, as center-crop-wide needs it; use "
+                        "--transform=center-crop")
     source, dest, target = Path(source), Path(dest), Target(transform, resolution)
     if not source.exists():
         raise UserError(f"Missing input file or directory: {source}")
