@@ -19,7 +19,7 @@ from shared.cli import UserError
 from shared.files import make_dir
 from shared.image_files import class_values, find_images, listed_labels, open_image
 from shared.images import iterate, read_images
-from shared.parallel import ordered_map
+from shared.parallel import one_ahead, ordered_map
 from shared.progress import Progress
 from shared.writers import encode_png, labels_json, open_destination
 
@@ -273,7 +273,7 @@ def _pixels(source: Path, parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> Ite
 
 def _cifar(source: Path, max_images: int | None) -> Iterator[_Chunk]:
     seen, count = set(), 0
-    for chunk in _pixels(source, read_batches(source, CIFAR10, CIFAR10.train)):
+    for chunk in _pixels(source, one_ahead(read_batches(source, CIFAR10, CIFAR10.train))):
         seen.update(chunk.labels)
         count += len(chunk.labels)
         yield chunk

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
@@ -52,3 +52,13 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> It
         raise UserError("a worker process ended without a result: it ran out of memory or was killed") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items while a thread already makes the next one, such as what zlib unpacks."""
+    end, items = object(), iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item
