@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from EDM import samplers
-from EDM.samplers import Model, denoiser, guided
+from EDM.samplers import Model, Noise, denoiser, guided
 from EDM.seeds import SeedGenerators
 from shared.cli import UserError
 
 # On a CPU, results differ in the last bit between batches of a few images (other matrix kernels) but not from here on,
 # so smaller batches are filled up. Then an image is the same bytes whatever the batch and the number of processes.
 SMALLEST_CPU_BATCH = 16
+SAMPLERS = ("edm", "ablation", "dpmpp-2m", "deis-2", "deis-3")
 STOCHASTIC = ("edm", "ablation")
 
 
@@ -21,7 +22,7 @@ class SeedSampler:
     """Makes the images of seeds, as the published generate.py does.
 
     net, guide: preconditioned networks (EDM/preconditioning.py) in eval mode on the device to sample on.
-    sampler: edm, ablation, dpmpp-2m, deis-2 or deis-3; `arguments` go to it (see EDM/samplers.py).
+    sampler: one of SAMPLERS; `arguments` go to it (see EDM/samplers.py).
     guidance: scale of `guided`; the guide is `guide`, or `net` without its class labels.
     precision: fp32, bf16 or fp16; None: what the network was made for, else bf16 on a GPU that has it, else fp32.
     fast: channels_last memory; False is the published way. compile: compile the network first.
@@ -43,6 +44,8 @@ class SeedSampler:
         self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
         # Apple GPUs have no float64.
         self.state_dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        # Tried on a single number, so that settings that cannot work are reported before anything is made.
+        self._run(lambda x, sigma: x, torch.zeros(1, 1, 1, 1, device=self.device), lambda step: torch.zeros(()))
 
     @torch.inference_mode()
     def images(self, seeds: Sequence[int], classes: Sequence[int | None] | None = None,
@@ -66,18 +69,8 @@ class SeedSampler:
                       for own, given in zip(drawn, classes or [None] * len(seeds), strict=True)]
             labels = filled(torch.eye(self.net.label_dim, device=self.device)[chosen])
 
-        run, arguments = samplers.edm_sampler, dict(self.arguments)
-        if self.sampler in STOCHASTIC:
-            run = samplers.edm_sampler if self.sampler == "edm" else samplers.ablation_sampler
-            arguments["noise"] = lambda step: filled(generators.normal(self.shape, self.state_dtype))
-        elif self.sampler == "dpmpp-2m":
-            run = samplers.dpm_solver_pp_2m
-        else:
-            run = samplers.deis_sampler
-            arguments["order"] = {"deis-2": 2, "deis-3": 3}[self.sampler]
-        images = run(self._model(labels), latents, limits=(self.net.sigma_min, self.net.sigma_max),
-                     round_sigma=self._round_sigma, dtype=self.state_dtype, **arguments)[:len(seeds)]
-
+        images = self._run(self._model(labels), latents,
+                           lambda step: filled(generators.normal(self.shape, self.state_dtype)))[:len(seeds)]
         finite = torch.isfinite(images).flatten(1).all(1)
         if not finite.all():
             raise UserError(f"the image of seed {seeds[finite.long().argmin().item()]} is not finite; try fp32, other "
@@ -100,6 +93,21 @@ class SeedSampler:
         largest, total = max(map(len, batches)), sum(map(len, batches))
         return max(largest, SMALLEST_CPU_BATCH) if self.device.type == "cpu" and total > 1 else largest
 
+    def _run(self, model: Model, latents: torch.Tensor, noise: Noise) -> torch.Tensor:
+        shared = dict(limits=(self.net.sigma_min, self.net.sigma_max), round_sigma=self._round_sigma,
+                      dtype=self.state_dtype, **self.arguments)
+        match self.sampler:
+            case "edm":
+                return samplers.edm_sampler(model, latents, noise=noise, **shared)
+            case "ablation":
+                return samplers.ablation_sampler(model, latents, noise=noise, **shared)
+            case "dpmpp-2m":
+                return samplers.dpm_solver_pp_2m(model, latents, **shared)
+            case "deis-2" | "deis-3":
+                return samplers.deis_sampler(model, latents, order=int(self.sampler[-1]), **shared)
+            case _:
+                raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+
     def _model(self, labels: torch.Tensor | None) -> Model:
         model = denoiser(self.net, labels)
         if self.guidance != 1:
@@ -117,6 +125,8 @@ class SeedSampler:
 
     def _prepared(self, net: torch.nn.Module, fast: bool, compile: bool) -> torch.nn.Module:
         net.use_fp16 = self.precision == "fp16" and self.device.type == "cuda"
+        if self.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # 10 bits of mantissa are not what the name says
         if fast:
             net = net.to(memory_format=torch.channels_last)
         return torch.compile(net) if compile else net
