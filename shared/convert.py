@@ -21,10 +21,11 @@ from shared.image_files import class_values, find_images, listed_labels, open_im
 from shared.images import iterate, read_images
 from shared.parallel import one_ahead, ordered_map
 from shared.progress import Progress
-from shared.writers import encode_png, labels_json, open_destination
+from shared.writers import encode_png, image_name, labels_json, open_destination
 
 CHUNK = 128  # images a worker prepares at a time
 TRANSFORMS = ("center-crop", "center-crop-wide")
+CIFAR_COUNT = 50_000
 MNIST_IMAGES, MNIST_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 Label = int | list[float] | None
 
@@ -83,22 +84,11 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
     read, and for images that end up unequal, not square, not gray or RGB, or of a side that is no power of two (from
     an .npz: no multiple of 4).
     """
-    if not os.fspath(dest):
-        raise UserError("--dest output filename or directory must not be an empty string")
-    if max_images is not None and max_images < 1:
-        raise UserError(f"--max-images must be at least 1, got {max_images}")
-    if transform is not None and resolution is None:
-        raise UserError(f"must specify --resolution=WxH when using {transform} transform")
-    if transform == "center-crop-wide" and resolution[1] > resolution[0]:
-        raise UserError(f"--resolution={resolution[0]}x{resolution[1]} is not wide, as center-crop-wide needs it; use "
-                        "--transform=center-crop")
+    _check_arguments(source, dest, max_images, transform, resolution)
     source, dest, target = Path(source), Path(dest), Target(transform, resolution)
-    if not source.exists():
-        raise UserError(f"Missing input file or directory: {source}")
-    total, chunks = _open_source(source, max_images)
-    total = None if total is None else min(total, max_images or total)
+    total, chunks = _open_source(source)
     make_dir(dest.absolute().parent)
-    progress = Progress(f"converting {source.name}", total, "images")
+    progress = Progress(f"converting {source.name}", min(total, max_images or total), "images")
     check = _Checks(any_side=source.suffix == ".npz")
     labels: list[tuple[str, Label]] = []
     with open_destination(dest) as save:
@@ -109,8 +99,7 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
                     if not image.png:
                         check.left_out(image)
                         continue
-                    name = f"{image.index:08d}"
-                    name = f"{name[:5]}/img{name}.png"
+                    name = image_name(image.index)
                     check.accept(name, image)
                     save(name, image.png)
                     labels.append((name, image.label))
@@ -120,6 +109,21 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
             raise UserError(f"{source}: no image is left: all are smaller than {resolution} or damaged")
         save("dataset.json", labels_json(labels).encode())
     check.finish(source, labels)
+
+
+def _check_arguments(source: str | os.PathLike, dest: str | os.PathLike, max_images: int | None, transform: str | None,
+                     resolution: tuple[int, int] | None) -> None:
+    if not os.fspath(dest):
+        raise UserError("--dest output filename or directory must not be an empty string")
+    if max_images is not None and max_images < 1:
+        raise UserError(f"--max-images must be at least 1, got {max_images}")
+    if transform is not None and resolution is None:
+        raise UserError(f"must specify --resolution=WxH when using {transform} transform")
+    if transform == "center-crop-wide" and resolution[1] > resolution[0]:
+        raise UserError(f"--resolution={resolution[0]}x{resolution[1]} is not wide, as center-crop-wide needs it; use "
+                        "--transform=center-crop")
+    if not os.path.exists(source):
+        raise UserError(f"Missing input file or directory: {source}")
 
 
 class _Checks:
@@ -215,12 +219,12 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _open_source(source: Path, max_images: int | None) -> tuple[int | None, Iterator[_Chunk]]:
-    """Return (number of images, if known; the stream of them)."""
+def _open_source(source: Path) -> tuple[int, Iterator[_Chunk]]:
+    """Return (number of images, the stream of them)."""
     if source.is_dir():
         return _lmdb(source) if source.name.endswith("_lmdb") else _files(source)
     if source.name == CIFAR10.archive:
-        return 50_000, _cifar(source, max_images)
+        return CIFAR_COUNT, _cifar(source)
     if source.name == MNIST_IMAGES:
         labels = source.with_name(MNIST_LABELS)
         if not labels.exists():
@@ -271,14 +275,14 @@ def _pixels(source: Path, parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> Ite
         start += len(images)
 
 
-def _cifar(source: Path, max_images: int | None) -> Iterator[_Chunk]:
+def _cifar(source: Path) -> Iterator[_Chunk]:
     seen, count = set(), 0
     for chunk in _pixels(source, one_ahead(read_batches(source, CIFAR10, CIFAR10.train))):
         seen.update(chunk.labels)
         count += len(chunk.labels)
         yield chunk
-    if count != 50_000:
-        warnings.warn(f"{source}: {count} images in place of 50000", stacklevel=2)
+    if count != CIFAR_COUNT:
+        warnings.warn(f"{source}: {count} images in place of {CIFAR_COUNT}", stacklevel=2)
     if absent := sorted(set(range(CIFAR10.num_classes)) - seen):
         warnings.warn(f"{source}: no image of class {', '.join(map(str, absent))}; without the top class a network's "
                       "label input is narrower", stacklevel=2)

@@ -201,7 +201,7 @@ def decode(files: ImageFiles, channels: int | None, allocate: Allocate) -> np.nd
     progress = Progress(f"decoding {files.path.name}", len(files.members), "images")
     try:
         for colour_found in ordered_map(_decode_chunk, chunks):
-            progress.advance(CHUNK)
+            progress.advance(min(CHUNK, len(array) - progress.count))
             if colour_found and channels is None and first.shape[0] == 1:
                 return decode(files, 3, allocate)  # gray at first, but not all through
     finally:

@@ -33,6 +33,11 @@ def encode_png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
+def image_name(index: int) -> str:
+    """Return EDM's name of an image, a thousand to a folder: 00012/img00012345.png."""
+    return f"{index // 1000:05d}/img{index:08d}.png"
+
+
 def labels_json(labels: Sequence[tuple[str, int | list[float] | None]]) -> str:
     """Return the text of dataset.json: every name with its label, or null in place of all if one has none."""
     listed = [[name, label] for name, label in labels]
@@ -138,8 +143,7 @@ def write_zip(images: ImageSet, path: str | Path) -> None:
     with open_destination(dest) as save:
         for chunk in ordered_map(_encode, (np.array(pixels) for pixels, _ in iterate(images))):
             for png in chunk:
-                number = f"{len(names):08d}"
-                names.append(f"{number[:5]}/img{number}.png")
+                names.append(image_name(len(names)))
                 save(names[-1], png)
         pairs = [(name, None if label == -1 else label) for name, label in zip(names, labels, strict=True)]
         save("dataset.json", labels_json(pairs).encode())

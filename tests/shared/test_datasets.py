@@ -317,5 +317,5 @@ def test_report() -> None:
     assert "train 40 images, 3 to 4 a class, 1 without a label" in text
     assert "test  30 images, 3 to 3 a class" in text
     assert "1 within train, 1 within test, 2 test images are also in train" in text
-    assert "class   3 class3" in text
+    assert "class  3 class3" in text
     assert "test images are 3 x 8 x 8" in report(train, random_set(30, side=8))
