@@ -22,7 +22,7 @@ def operation_cases() -> list[dict[str, Any]]:
     return augment_cases("op_")
 
 
-AUGMENT_CASES = {case["id"] for case in operation_cases()} | {
+SERVES = {case["id"] for case in operation_cases()} | {
     "cutout", "randaugment_scripted", "weak_transform", "rotation_task"}
 
 

@@ -22,7 +22,7 @@ def initialisation_cases() -> list[str]:
     return list(facts("torchssl", "init_stats.json")) if (golden_dir("torchssl") / "init_stats.json").exists() else []
 
 
-NETWORK_CASES = {case["id"] for case in network_cases()}
+SERVES = {case["id"] for case in network_cases()}
 
 
 def build(case: dict[str, Any]) -> torch.nn.Module:
