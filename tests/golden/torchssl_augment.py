@@ -26,10 +26,6 @@ SERVES = {case["id"] for case in operation_cases()} | {
     "cutout", "randaugment_scripted", "weak_transform", "rotation_task"}
 
 
-def case_of(name: str) -> dict[str, Any]:
-    return next(case for case in augment_cases() if case["id"] == name)
-
-
 def image(name: str) -> torch.Tensor:
     """Return uint8 [1, C, H, W]; the arrays hold row, column, channel."""
     return torch.from_numpy(arrays("torchssl", "augment.npz")[f"image_{name}"]).permute(2, 0, 1).unsqueeze(0)
@@ -53,16 +49,17 @@ def test_operation(case: dict[str, Any]) -> None:
         np.testing.assert_array_equal(rows_columns_channels(ours), expected(key), err_msg=name)
 
 
-def test_cutout() -> None:
-    for name, key in case_of("cutout")["output_keys"].items():
+@pytest.mark.parametrize("case", augment_cases("cutout"), ids=lambda case: case["id"])
+def test_cutout(case: dict[str, Any]) -> None:
+    for name, key in case["output_keys"].items():
         which, fraction, x, y = re.fullmatch(r"(\w+)@v(\S+)_x(\S+)_y(\S+)", name).groups()
         nothing = np.zeros((1, 0))
         draws = StrongDraws(nothing, nothing, np.array([float(fraction)]), np.array([[float(x), float(y)]]))
         np.testing.assert_array_equal(rows_columns_channels(cutout(image(which), draws)), expected(key), err_msg=name)
 
 
-def test_randaugment_scripted() -> None:
-    case = case_of("randaugment_scripted")
+@pytest.mark.parametrize("case", augment_cases("randaugment_scripted"), ids=lambda case: case["id"])
+def test_randaugment_scripted(case: dict[str, Any]) -> None:
     plans = case["arguments"]["plans"]
     draws = StrongDraws(np.array([[OPERATIONS.index(name) for name, _ in plan["ops"]] for plan in plans]),
                         np.array([[value for _, value in plan["ops"]] for plan in plans]),
@@ -73,24 +70,25 @@ def test_randaugment_scripted() -> None:
         np.testing.assert_array_equal(rows_columns_channels(ours[i:i + 1]), expected(key), err_msg=key)
 
 
-def test_weak_transform() -> None:
+@pytest.mark.parametrize("case", augment_cases("weak_transform"), ids=lambda case: case["id"])
+def test_weak_transform(case: dict[str, Any]) -> None:
     statistics = facts("torchssl", "normalisation.json")
-    for name, key in case_of("weak_transform")["output_keys"].items():
+    for name, key in case["output_keys"].items():
         dataset, _, what = name.partition("_")
         mean, std = statistics["mean"][dataset], statistics["std"][dataset]
         if what == "eval":
             ours = normalise(image("noise"), mean, std)
         else:
             flip, row, column = map(int, re.fullmatch(r"flip(\d)_crop(\d+)_(\d+)", what).groups())
-            padding = int(re.search(r"reflect-padded by (\d+)", case_of("weak_transform")["what"])[1])
+            padding = int(re.search(r"reflect-padded by (\d+)", case["what"])[1])
             draws = WeakDraws(np.array([bool(flip)]), np.array([row - padding]), np.array([column - padding]),
                               tuple(image("noise").shape[2:]))
             ours = weak(image("noise"), draws, mean, std)
         np.testing.assert_allclose(ours[0].numpy(), expected(key), rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_rotation_task() -> None:
-    case = case_of("rotation_task")
+@pytest.mark.parametrize("case", augment_cases("rotation_task"), ids=lambda case: case["id"])
+def test_rotation_task(case: dict[str, Any]) -> None:
     rng = np.random.default_rng(case["inputs"]["seed"])
     (entry,) = case["inputs"]["recipe"]
     x = torch.from_numpy(rng.standard_normal(entry["shape"]).astype(np.float32))
