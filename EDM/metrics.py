@@ -68,11 +68,13 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
 
     mu: float64 [F]; sigma: float64 [F, F], symmetric and positive semi-definite, of any rank. The root's trace is the
     sum of the roots of the eigenvalues of sigma1 sigma2, which are those of the symmetric A^T sigma2 A where
-    sigma1 = A A^T. So no matrix root is formed, and covariances of fewer images than features are nothing special.
+    sigma1 = A A^T. So no matrix root is formed, and covariances of fewer images than features are nothing special:
+    A has as many columns as sigma1 has eigenvalues that are more than rounding.
     """
     _check_finite(mu1, sigma1, mu2, sigma2)
     values, vectors = torch.linalg.eigh(sigma1)
-    factor = vectors * values.clamp(min=0).sqrt()
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    factor = vectors[:, kept] * values[kept].sqrt()
     roots = torch.linalg.eigvalsh(factor.T @ sigma2 @ factor).clamp(min=0).sqrt()
     return _frechet(mu1, sigma1.trace(), mu2, sigma2.trace(), roots.sum())
 

@@ -63,6 +63,25 @@ class TestFrechetDistance:
         distance = metrics.frechet_distance(shift, scale1.square().diag(), 0 * shift, scale2.square().diag())
         assert distance == pytest.approx(expected.item(), abs=1e-12)
 
+    @pytest.mark.parametrize("counts", [(30, 40), (30, 400), (400, 30)], ids=str)
+    def test_few_images_are_exact_too(self, counts):
+        """Against the singular values of the products of centred features, which need no covariance."""
+        first, second = two_sets(*counts, 100)
+        centred = [(features - features.mean(0)) / math.sqrt(len(features) - 1)
+                   for features in (first.double(), second.double())]
+        exact = (first.double().mean(0) - second.double().mean(0)).square().sum() \
+            + sum(features.square().sum() for features in centred) \
+            - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+        for distance in (metrics.frechet_distance(*moments_of(first), *moments_of(second)),
+                         metrics.frechet_distance_of_features(first, second)):
+            assert distance == pytest.approx(exact.item(), rel=1e-6)
+
+    def test_a_collapsed_set_is_a_point(self):
+        first, second = torch.ones(30, 4), two_sets(2, 50, 4)[1]
+        mu, sigma = moments_of(second)
+        expected = (1 - mu).square().sum() + sigma.trace()
+        assert metrics.frechet_distance(*moments_of(first), mu, sigma) == pytest.approx(expected.item())
+
     def test_equal_sets_have_none(self):
         moments = moments_of(two_sets(40, 40, 60)[0])
         assert 0 <= metrics.frechet_distance(*moments, *moments) < 1e-5
