@@ -109,7 +109,8 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
              "mean": data.mean, "std": data.std, "classes": data.unlabeled.classes}
     run = Run(folder, config, keep=trainer.parts(), world=world, checkpoint=LATEST, resume=resume_from(folder, options),
               extra=lambda: {**facts, "it": trainer.iteration}, save_seconds=options.save_seconds,
-              save_every=options.num_save_iter, image_batch=batch_size * (1 + options.uratio * len(learner.views)),
+              save_every=options.num_save_iter, log_every=min(100, options.num_eval_iter),
+              image_batch=batch_size * (1 + options.uratio * len(learner.views)),
               tensorboard=options.use_tensorboard, desc=options.save_name)
     load_foreign(run, trainer, options)
     run.print(describe(data, options, world, precision))
@@ -234,11 +235,13 @@ def evaluate(run: Run, trainer: Trainer, test: Pool, values: dict[str, Any], fac
     state["accuracies"] = [*state.get("accuracies", []), accuracy][-MEDIAN_OF:]
     state |= {"last": found, "confusion": counts.tolist(), "pseudo_label_acc": float(values.get(
         "train/pseudo_label_acc", float("nan")))}
-    shown = {name: float(value) for name, value in values.items()} | found
-    run.record(shown)
-    run.print(confusion_text(counts))
-    run.print(f"{trainer.iteration} iteration, USE_EMA: True, {shown}, BEST_EVAL_ACC: {state.get('best_acc', 0.0)}, "
-              f"at {state.get('best_it', 0)} iters")
+    values = {name: float(value) for name, value in values.items()} | found
+    run.record(found, line={"step": run.step, **values})
+    best = f"BEST_EVAL_ACC: {state.get('best_acc', 0.0)}, at {state.get('best_it', 0)} iters"
+    lines = [confusion_text(counts), f"{trainer.iteration} iteration, USE_EMA: True, {values}, {best}"]
+    run.print("\n".join(time.strftime("[%Y-%m-%d %H:%M:%S INFO] ") + line for line in lines),
+              console=f"{trainer.iteration} iteration, eval/top-1-acc: {accuracy:.4f}, "
+                      f"eval/loss: {found['eval/loss']:.4f}, {best}")
     if improved:
         write_best(run, trainer, facts)
 

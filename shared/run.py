@@ -288,10 +288,10 @@ class Run:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, self.step)
 
-    def print(self, text: str) -> None:
-        """Print a line on the console and append it to log.txt (rank 0)."""
+    def print(self, text: str, console: str | None = None) -> None:
+        """Append `text` to log.txt and print it, or the shorter `console`, on the console (rank 0)."""
         if self.world.main:
-            (self._bar.print if self._bar is not None else print)(text)
+            (self._bar.print if self._bar is not None else print)(text if console is None else console)
             self._log_file.write(text + "\n")
             self._log_file.flush()
 
