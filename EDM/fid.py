@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 METRICS = {
     "fid": "Fréchet distance",
-    "kid": "kernel distance (times 1, not 1000), mean and deviation over subsets",
+    "kid": "kernel distance over subsets",
     "prdc": "precision, recall, density, coverage",
-    "isc": "inception score, mean and deviation over splits",
-    "cwfid": "class-wise Fréchet distance, mean over classes",
+    "isc": "inception score over splits",
+    "cwfid": "mean Fréchet distance of the classes",
 }
 SETTINGS = ("kid_subsets", "kid_subset_size", "pr_k", "dc_k", "isc_splits")
 NEED_FEATURES = {"kid", "prdc", "cwfid"}
@@ -61,7 +61,8 @@ def main() -> None:
 @option("--num", "--num-images", "num", metavar="INT", type=click.IntRange(min=2), default=50000,
         help="Number of images to score (torchrun takes --num for an abbreviation of its own, but not --num-images)")
 @option("--seed", metavar="INT", type=int, default=0, help="Seed of the choice among more images than --num")
-@option("--metrics", metavar="LIST", type=str, default="fid", help=f"Comma-separated: {', '.join(METRICS)}")
+@option("--metrics", metavar="LIST", type=str, default="fid",
+        help="Comma-separated: " + ", ".join(f"{name} ({text})" for name, text in METRICS.items()))
 @option("--kid-subsets", metavar="INT", type=AT_LEAST_ONE, default=100, help="Subsets of the kernel distance")
 @option("--kid-subset-size", metavar="INT", type=click.IntRange(min=2), default=1000, help="Images of each")
 @option("--pr-k", metavar="INT", type=AT_LEAST_ONE, default=3, help="Neighbours of precision and recall")
@@ -239,7 +240,7 @@ def about(flags: SimpleNamespace, images: FileImages | GeneratedImages, referenc
                   "sampling": {**images.settings, "class": flags.class_index, "classes": flags.classes}}
     else:
         source = {"path": flags.images, "images": len(images), "of": images.total, "choice_seed": flags.seed,
-                  "seeds": images.seeds}
+                  "seeds": images.seeds, "sampling": images.settings}
     return {
         "reference": {"path": flags.ref, "images": reference.count},
         "source": source,

@@ -52,7 +52,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], images: Sequence[Pat
     UserError, or with `overwrite` deletes those among `images`.
     """
     settings = json.loads(json.dumps(settings))
-    old = _read_record(folder / RECORD)
+    old = read_record(folder / RECORD)
     present = sorted(path.relative_to(folder) for path in folder.rglob("*.png")) if folder.is_dir() else []
     clash = [path for path in images if path.relative_to(folder) in set(present)] if old is None else present
     if overwrite:
@@ -79,7 +79,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], images: Sequence[Pat
             file.write(json.dumps(settings, indent=2) + "\n")
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return the settings that are recorded in a file; None where there is none, or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -161,7 +162,7 @@ def claim_archive(archive: Path, settings: Mapping[str, Any], overwrite: bool) -
         archive.unlink(missing_ok=True)
     if not archive.exists():
         return False
-    old = _read_record(archive_record(archive))
+    old = read_record(archive_record(archive))
     if old != json.loads(json.dumps(settings)):
         why = f" ({_difference(old, settings)})" if old else ""
         raise UserError(f"{archive} exists and holds something else{why}; choose another --outdir or add --overwrite")

@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from EDM import generate
+from EDM.sample_files import RECORD, archive_record, read_record
 from EDM.seeds import split_batches
 from shared.archives import read_members
 from shared.cli import UserError
@@ -72,8 +73,22 @@ class FileImages:
         return bool((self.labels[self.chosen] >= 0).all())
 
     @property
+    def settings(self) -> dict[str, Any] | None:
+        """The settings that generate.py recorded beside its images; None without, or where class folders differ."""
+        if self.path.is_dir():
+            records = [read_record(file) for file in (self.path / RECORD, *sorted(self.path.glob(f"*/{RECORD}")))]
+        else:
+            records = [read_record(archive_record(self.path))]
+        known = [{name: value for name, value in record.items() if name not in ("class", "classes", "seeds")}
+                 for record in records if record is not None]
+        return known[0] if known and all(record == known[0] for record in known) else None
+
+    @property
     def seeds(self) -> str | None:
-        """The seeds that the files are named after, e.g. "0-49999"; None if they have other names."""
+        """The seeds that the files are named after, e.g. "0-49999", or that are recorded of an archive; else None."""
+        record = None if self.path.is_dir() else read_record(archive_record(self.path))
+        if record is not None and len(self) == self.total:
+            return seed_range(record["seeds"])
         names = self.content.names if isinstance(self.content, ImageFiles) else []
         stems = [PurePosixPath(names[index]).stem for index in self.chosen] if names else []
         numbered = stems and all(stem.isascii() and stem.isdigit() for stem in stems)

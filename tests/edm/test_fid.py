@@ -184,7 +184,19 @@ class TestSnapshot:
         written = calc(place, f"--images={tmp_path / 'out'}", "--batch=4", f"--num={count}", *flags)
         assert values(direct) == values(written)
         assert direct["source"]["images"] == count and direct["source"]["seeds"] == "3-12"
-        assert len(direct["source"]["sampling"]["network"]) == 64
+        network = direct["source"]["sampling"]["network"]
+        assert len(network) == 64 and written["source"]["sampling"]["network"] == network
+
+    def test_scores_an_archive_that_generate_writes(self, place, tmp_path):
+        given = (f"--network={place / 'network.pkl'}", "--seeds=3-12", "--steps=2", "--classes=all")
+        flags = ("--ref=real.npz", "--metrics=fid,cwfid")
+        direct = calc(place, *given, *flags)
+        for name in ("out.zip", "out.npz"):
+            generate.main.main([*given, f"--outdir={tmp_path / name}", "--device=cpu"], standalone_mode=False)
+            written = calc(place, f"--images={tmp_path / name}", "--num=30", *flags)
+            assert values(written) == pytest.approx(values(direct))
+            assert written["source"]["seeds"] == direct["source"]["seeds"] == "3-12"
+            assert written["source"]["sampling"]["network"] == direct["source"]["sampling"]["network"]
 
     def test_class_wise_by_the_classes_it_was_given(self, place, tmp_path):
         given = (f"--network={place / 'network.pkl'}", "--seeds=0-9", "--classes=all", "--steps=2")
