@@ -178,7 +178,7 @@ def classifier_features(checkpoint: Path, options: argparse.Namespace, images: A
     from TorchSSL.get_labels import parse as prediction_options
 
     prediction = prediction_options([f"--dataset={options.dataset}", f"--load_path={checkpoint}"])
-    classifier = load_classifier(str(checkpoint), prediction, images, images.num_classes)
+    classifier = load_classifier(str(checkpoint), prediction, images)
     device = World().device
     pool, net = Pool(images, classifier.mean, classifier.std, device), classifier.net.to(device)
     chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), FEATURE_IMAGES)).round().astype(np.int64))
