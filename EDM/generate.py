@@ -8,17 +8,23 @@ The same command again makes only what is missing.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from shared.cli import UserError, run_main
 
 if TYPE_CHECKING:
+    import torch
+
     from EDM.sampling import SeedSampler
     from shared.distributed import World
+
+Result = TypeVar("Result")
 
 SAMPLERS = ("edm", "ablation", "dpmpp-2m", "deis-2", "deis-3")
 ABLATION_FLAGS = {"solver": "solver", "disc": "discretization", "schedule": "schedule", "scaling": "scaling"}
@@ -115,7 +121,7 @@ def generate(flags: SimpleNamespace) -> None:
     """Make the images of checked flags, on all processes of the world."""
     from EDM import sample_files as files
     from EDM.seeds import split_batches
-    from shared.distributed import barrier, broadcast_value, start, stop
+    from shared.distributed import barrier, start, stop
     from shared.progress import Progress
 
     world = start(flags.device)
@@ -131,12 +137,15 @@ def generate(flags: SimpleNamespace) -> None:
     samples = [sample for members in planned.values() for sample in members]
 
     everything = {**settings, "classes": classes, "seeds": flags.seeds}
-    complete = False
-    if world.main:
-        complete = is_archive and files.claim_archive(outdir, everything, flags.overwrite)
-        for index, folder in {} if complete else folders.items():
+
+    def claim() -> bool:
+        if is_archive and files.claim_archive(outdir, everything, flags.overwrite):
+            return True
+        for index, folder in folders.items():
             files.claim_folder(folder, {**settings, "class": index}, [s.path for s in planned[index]], flags.overwrite)
-    if broadcast_value(complete, world):
+        return False
+
+    if on_main(claim, world):
         if world.main:
             print(f"{outdir} is already complete.")
         return stop()
@@ -171,22 +180,18 @@ def generate(flags: SimpleNamespace) -> None:
 
 def load(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, Any]]:
     """Load the networks; return the sampler of the flags and the settings that a folder of images records."""
-    from EDM.downloads import local_file
     from EDM.sampling import STOCHASTIC, SeedSampler
     from EDM.snapshots import digest, load_network
-    from shared.distributed import barrier
 
-    networks = {"network": None, "guide_network": None}
-    for name in networks:
-        path = getattr(flags, name)
-        if path is None:
-            continue
+    def network(path: str) -> torch.nn.Module:
         if world.main:
-            print(f"Loading {name.replace('_', ' ')} from \"{path}\"...")
-            local_file(path)
-        barrier(world)  # a URL is fetched by the main process alone
-        networks[name] = load_network(path, world.device)
-    net, guide = networks.values()
+            print(f"Loading network from \"{path}\"...")
+        own = []  # the main process goes first: it fetches a URL, and it alone reports a file that is no snapshot
+        on_main(lambda: own.append(load_network(path, world.device)), world)
+        return own[0] if own else load_network(path, world.device)
+
+    net = network(flags.network)
+    guide = network(flags.guide_network) if flags.guide_network else None
     if net.img_channels not in (1, 3):
         raise UserError(f"{flags.network} makes images of {net.img_channels} channels; a PNG holds 1 or 3")
 
@@ -204,6 +209,24 @@ def load(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, A
                     **{name: "inf" if value == math.inf else value for name, value in arguments.items()},
                     precision=sampler.precision, device=world.device.type)
     return sampler, settings
+
+
+def on_main(action: Callable[[], Result], world: World) -> Result:
+    """Return on every process what `action` returns on the main one; a UserError of it ends all, reported once."""
+    from shared.distributed import broadcast_value
+
+    result, error = None, None
+    if world.main:
+        try:
+            result = action()
+        except UserError as mistake:
+            error = mistake
+    result, failed = broadcast_value((result, error is not None), world)
+    if error is not None:
+        raise error
+    if failed:
+        sys.exit(2)
+    return result
 
 
 def chosen_classes(flags: SimpleNamespace, label_dim: int) -> list[int | None]:

@@ -25,7 +25,7 @@ class SeedSampler:
     sampler: one of SAMPLERS; `arguments` go to it (see EDM/samplers.py).
     guidance: scale of `guided`; the guide is `guide`, or `net` without its class labels.
     precision: fp32, bf16 or fp16; None: what the network was made for, else bf16 on a GPU that has it, else fp32.
-    fast: channels_last memory; False is the published way. compile: compile the network first.
+    fast: the memory layout that is faster here; False is the published one. compile: compile the network first.
     """
 
     def __init__(self, net: torch.nn.Module, *, sampler: str = "edm", guide: torch.nn.Module | None = None,
@@ -127,9 +127,15 @@ class SeedSampler:
         net.use_fp16 = self.precision == "fp16" and self.device.type == "cuda"
         if self.precision == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # 10 bits of mantissa are not what the name says
-        if fast:
+        if fast and self._prefers_channels_last(net):
             net = net.to(memory_format=torch.channels_last)
         return torch.compile(net) if compile else net
+
+    def _prefers_channels_last(self, net: torch.nn.Module) -> bool:
+        # Measured: on a CPU it saves a quarter of the time of a wide network in fp32, and costs time in bf16 and in a
+        # narrow network.
+        wide = net.init_kwargs.get("model_channels", 128) >= 64
+        return self.device.type != "cpu" or self.precision == "fp32" and wide
 
     def _round_sigma(self, sigmas: torch.Tensor) -> torch.Tensor:
         return self.net.round_sigma(sigmas.to(self.device, self.state_dtype)).cpu().double()
