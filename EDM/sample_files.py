@@ -54,9 +54,9 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], images: Sequence[Pat
     settings = json.loads(json.dumps(settings))
     old = read_record(folder / RECORD)
     present = sorted(path.relative_to(folder) for path in folder.rglob("*.png")) if folder.is_dir() else []
-    clash = [path for path in images if path.relative_to(folder) in set(present)] if old is None else present
+    wanted = {path.relative_to(folder) for path in images}
+    clash = [path for path in present if path in wanted] if old is None else present
     if overwrite:
-        wanted = {path.relative_to(folder) for path in images}
         others = [path for path in present if path not in wanted]
         if old is not None and old != settings and others:
             raise UserError(f"{folder} also holds {others[0]} of other settings ({_difference(old, settings)}), which "
