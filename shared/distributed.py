@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,9 @@ def _device(asked: str | None, local_rank: int, local_size: int) -> torch.device
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        # Destroying the group holds Python's lock and waits for gloo's threads; one that is just dropping the tensor
+        # of a finished collective needs that lock, and both would wait for ever. Let them finish first.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
