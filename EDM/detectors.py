@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,9 @@ def _torch_fidelity():
 
 
 def _inception(state: Mapping[str, Tensor], file: str, sha256: str, device: torch.device) -> Detector:
+    if not sha256.startswith(INCEPTION_HASH):
+        warnings.warn(f"--detector: {file} is not the published Inception file (SHA-256 {INCEPTION_HASH}...): distances "
+                      "compare with those of the same file only", stacklevel=2)
     # torch-fidelity would load any pickle it is given a path to, so it gets a copy of what was read as tensors.
     buffer = io.BytesIO()
     torch.save(state, buffer)

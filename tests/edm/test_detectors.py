@@ -17,6 +17,7 @@ from shared.cli import UserError
 from tests.edm.scored_images import write_classifier
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:.*not the published Inception file")  # they are random
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,8 @@ def images(size: int = 32, count: int = 2, channels: int = 3) -> torch.Tensor:
 class TestInception:
     def test_is_that_of_torch_fidelity(self, inception_file):
         theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(inception_file))
-        ours = load_detector(str(inception_file), CPU)
+        with pytest.warns(UserWarning, match="not the published Inception file"):
+            ours = load_detector(str(inception_file), CPU)
         features, logits = ours(images())
         assert features.abs().mean() > 0.01
         assert all(torch.equal(a, b) for a, b in zip(theirs(images()), (features, logits), strict=True))
