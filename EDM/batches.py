@@ -65,7 +65,8 @@ class Batches:
         mirrored = self.dataset.flipped[items]
         if mirrored.any():
             pixels = torch.where(self._send(torch.from_numpy(mirrored))[:, None, None, None], pixels.flip(3), pixels)
-        return Batch(pixels.to(torch.float32) / 127.5 - 1, self._labels(sources), self.places)
+        images = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+        return Batch(images, self._labels(sources), self.places)
 
     def _items(self, nimg: int) -> np.ndarray:
         return self.order.take(nimg, self.batch)[self.places]

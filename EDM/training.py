@@ -21,7 +21,7 @@ from EDM.loss import LOSSES, EDMLoss, VELoss, VPLoss
 from EDM.options import FREE_KEYS, RESULT_FILE, batch_rounds
 from EDM.order import InfiniteOrder
 from EDM.preconditioning import PRECONDITIONERS
-from EDM.states import load_start, save_state, write_snapshots
+from EDM.states import keep_layout, load_start, save_state, write_snapshots
 from EDM.table import module_table
 from EDM.ticks import Moments, TickClock, TickSchedule, stats_line, status_line
 from shared import distributed
@@ -135,6 +135,12 @@ def choose_precision(asked: str | None, device: torch.device, strict: bool) -> s
     return "bf16" if fast and not strict else "fp32"
 
 
+def prefers_channels_last(net: torch.nn.Module, device: torch.device, precision: str) -> bool:
+    """Return whether the network is faster with its images stored pixel by pixel: on GPUs, and on a CPU if it is wide
+    and computes in fp32."""
+    return device.type != "cpu" or (precision == "fp32" and net.init_kwargs.get("model_channels", 128) >= 64)
+
+
 def build(options: Mapping[str, Any], dataset: TrainingSet, device: torch.device
           ) -> tuple[torch.nn.Module, Loss, AugmentPipe | None]:
     """Return the network on `device` with its initial weights, the loss and the augmentation."""
@@ -171,9 +177,12 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     net, loss_fn, augment = build(options, dataset, device)
+    if not strict and prefers_channels_last(net, device, precision):
+        net.to(memory_format=torch.channels_last)
     ema = EMA(net, buffers="keep")
     adam = {name: value for name, value in options["optimizer_kwargs"].items() if name != "class_name"}
     optimizer = torch.optim.Adam(net.parameters(), **adam, **({"foreach": False} if strict else {"fused": True}))
+    optimizer.register_load_state_dict_post_hook(keep_layout)
     order = InfiniteOrder(len(dataset), seed)
     losses = Moments(device)
     run = Run(folder, options, dict(net=net, ema=ema, optimizer=optimizer, order=order, losses=losses), world,
