@@ -112,15 +112,15 @@ def keep_confident(data: TrainingData, options: argparse.Namespace, world: World
 def predict_split(options: argparse.Namespace, split: str) -> tuple[torch.Tensor, ImageSet]:
     """Return (float32 logits [N, C] on the CPU, images) of a split of the data set, by the classifier of --load_path.
 
-    split: "train" (labels are drawn from these; SVHN: with its extra part, STL-10: without its unlabelled part) or
-    "test". Data set and folder are those of the training unless given. Runs on --device. UserError.
+    split: "train" (the unlabelled pool: all training images, those of STL-10 behind its unlabelled ones) or "test".
+    Data set and folder are those of the training unless given. Runs on --device. UserError.
     """
     device = start(options.device).device
     trained = read_checkpoint(options.load_path).get("options", {})
     options.dataset = given_or_trained(options, trained, "dataset")
     options.data_dir = given_or_trained(options, trained, "data_dir")
     if split == "train":
-        images = load_pools(options.dataset, options.data_dir, options.download)[0]
+        images = load_pools(options.dataset, options.data_dir, options.download)[1]
     else:
         images = load_dataset(options.dataset, split, options.data_dir, options.download)
     classifier = load_classifier(options.load_path, options, images, options.use_train_model)

@@ -43,6 +43,7 @@ def main() -> None:
     options = parse()
     import numpy as np
 
+    from shared.datasets import has_split, load_dataset
     from shared.files import atomic, make_dir
     from TorchSSL.classifier import predict_split
     from TorchSSL.data import read_index
@@ -51,7 +52,12 @@ def main() -> None:
     labels, known = predicted.argmax(1).numpy().astype(np.int64), images.labels >= 0
     given = np.zeros(len(labels), bool)
     if options.label_idx is not None:
-        given[read_index(options.label_idx, images.labels, "--label_idx")] = True
+        # Indices count the images that labels are drawn from, which are the last ones of the pool.
+        start = 0
+        if has_split(options.dataset, "unlabeled"):
+            start = len(images) - len(load_dataset(options.dataset, "train", options.data_dir))
+        labeled = slice(start, None)
+        given[labeled][read_index(options.label_idx, images.labels[labeled], "--label_idx")] = True
         labels[given] = images.labels[given]
     folder = make_dir(options.save_path)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LABEL_FILE = "pseudo_label.npy"
 # What the pseudo-labels of a data set may count, in file order; its size tells which.
-POOLS = {"svhn": (("train",), ("train", "extra")), "stl10": (("train",), ("unlabeled", "train"))}
+POOLS = {"svhn": (("train",), ("train", "extra"))}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -96,11 +96,12 @@ def read_labels(file: Path) -> np.ndarray:
 
 def matching_images(options: argparse.Namespace, count: int) -> ImageSet:
     """Return the training images, which must be as many as the pseudo-labels."""
-    from shared.datasets import load_dataset
+    from shared.datasets import has_split, load_dataset
 
     source = options.data_path or options.dataset
     found = []
-    for splits in POOLS.get(source, (("train",),)):
+    own = (("train",), ("unlabeled", "train")) if has_split(source, "unlabeled") else (("train",),)
+    for splits in POOLS.get(source, own):
         first, *others = (load_dataset(source, split, options.data_dir) for split in splits)
         if len(first) + sum(map(len, others)) == count:
             for other in others:

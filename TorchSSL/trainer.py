@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from shared import distributed
 from shared.batchnorm import sync_batchnorm
 from shared.cli import UserError
+from shared.datasets import NAMES, report
 from shared.distributed import World
 from shared.ema import EMA
 from shared.run import Run
@@ -114,6 +115,8 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
               tensorboard=options.use_tensorboard, desc=options.save_name)
     load_foreign(run, trainer, options)
     run.print(describe(data, options, world, precision))
+    if options.dataset not in NAMES and run.resumed_from is None and world.main:
+        run.print(report(data.unlabeled, data.test))
 
     warm_up = learner.supervised_steps
     test = Pool(data.test, data.mean, data.std, world.device)
@@ -150,8 +153,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.iteration = 0
-        compiled = torch.compile(net) if wants_compile(options, world.device) else net
-        self.forward = distributed.data_parallel(compiled, world)
+        self.forward = distributed.data_parallel(compiled(net, options, world.device), world)
 
     def train_step(self, batch: Batch) -> dict[str, torch.Tensor | float]:
         """Do one iteration on one batch; return what the algorithm logs, and the learning rate after the step."""
@@ -269,10 +271,17 @@ def set_arithmetic(options: argparse.Namespace) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def wants_compile(options: argparse.Namespace, device: torch.device) -> bool:
-    if options.compile == "auto":
-        return device.type == "cuda" and not options.strict
-    return options.compile == "True"
+def compiled(net: torch.nn.Module, options: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    """Return the network, compiled where that was asked for, and by itself on GPUs.
+
+    Where nobody asked, a machine without the compilers goes on uncompiled, with a warning.
+    """
+    automatic = options.compile == "auto" and device.type == "cuda" and not options.strict
+    if not automatic and options.compile != "True":
+        return net
+    if automatic:
+        torch._dynamo.config.suppress_errors = True
+    return torch.compile(net, dynamic=False)
 
 
 def global_batch_size(options: argparse.Namespace, world: World) -> int:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -265,7 +266,8 @@ def test_own_images_end_to_end(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
     own_set(partial=True)
     tiny.call("--dataset=own", "--num_labels=8", "--num_train_iter=4")
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "4 classes, images 3 x 12 x 12" in said and "8 test images are also in train" in said
     monkeypatch.setattr("sys.argv", ["eval.py", "--load_path=saved_models/tiny/latest_model.pth", "--json=found.json"])
     evaluation_script.main()
     last = capsys.readouterr().out.splitlines()[-1]
@@ -283,6 +285,23 @@ def test_own_images_end_to_end(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert report["true_labels_known"] == 20 and report["true_labels_injected"] == 8
     assert report["agreement"] == np.mean(labels[:20] == np.arange(20) % 4)
     assert capsys.readouterr().out.splitlines()[-1] == f"Test Accuracy: {report['agreement']}"
+
+
+def test_unlabelled_part_stands_before_the_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in STL-10: unlabelled are both, labels come from the training images, and so do the indices."""
+    from TorchSSL import get_labels
+
+    own_set(partial=False)
+    np.savez("own/unlabeled.npz", images=np.full((7, 3, 12, 12), 50, np.uint8), labels=np.zeros(7, np.int64))
+    _, data = data_of("--dataset=own", "--num_labels=8")
+    assert len(data.unlabeled) == 47 and data.unlabeled.labels.tolist() == [-1] * 7 + [n % 4 for n in range(40)]
+    assert np.array_equal(data.labeled.images, data.unlabeled.images[7:][data.labeled_index])
+    tiny.call("--dataset=own", "--num_labels=8", "--num_train_iter=2")
+    monkeypatch.setattr("sys.argv", ["get_labels.py", "--load_path=saved_models/tiny/latest_model.pth",
+                                     "--save_path=out", "--label_idx=saved_models/tiny/sampled_label_idx.npy"])
+    get_labels.main()
+    labels, chosen = np.load("out/pseudo_label.npy"), np.load("saved_models/tiny/sampled_label_idx.npy")
+    assert len(labels) == 47 and np.array_equal(labels[7:][chosen], chosen % 4)
 
 
 def test_statistics_are_published_where_there_are_any() -> None:
@@ -383,3 +402,21 @@ def test_picture_modes_are_kept_apart() -> None:
     _, data = data_of("--dataset=set", "--num_labels=2", "--aug_path=extra")
     first = np.asarray(Image.open("extra/0/000000.png"))
     assert (data.labeled.images[2] == first).all() and data.labeled.channels == 3
+
+
+def readme_commands() -> list[list[str]]:
+    """Return the commands of TorchSSL/README.md that start scripts of this trainer."""
+    blocks = (ROOT / "TorchSSL/README.md").read_text().split("```bash\n")[1:]
+    lines = [line for block in blocks for line in block.split("```")[0].splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
+    return [command for command in commands if command[1] in ("freematch.py", "get_labels.py", "eval.py")]
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_readme_commands_are_understood(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from TorchSSL import eval as evaluation_script
+    from TorchSSL import get_labels
+
+    scripts = {"freematch.py": freematch, "get_labels.py": get_labels, "eval.py": evaluation_script}
+    monkeypatch.chdir(ROOT / "TorchSSL")
+    assert scripts[command[1]].parse(command[2:]).given
