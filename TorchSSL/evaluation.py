@@ -37,7 +37,8 @@ def predict(net: torch.nn.Module, pool: Pool, batch_size: int = 1024, world: Wor
 def metrics(logits: torch.Tensor, labels: torch.Tensor, auc: bool | None = None) -> dict[str, float]:
     """Return the published metrics of float logits [N, C] for int64 labels [N] in 0..C-1.
 
-    auc: whether to compute `eval/AUC`; None: up to 20 classes. It is left out where a class is absent from `labels`.
+    auc: whether to compute `eval/AUC`; None: up to 20 classes. It is left out where a class is absent from `labels` or a logit is
+    not finite.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -55,8 +56,9 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, auc: bool | None = None)
     }
     if auc is None:
         auc = logits.shape[1] <= AUC_EVERY_TIME
-    if auc and len(np.unique(truth)) == logits.shape[1]:
-        values["eval/AUC"] = _auc(truth, logits.softmax(1).double().cpu().numpy())
+    scores = logits.softmax(1).double().cpu().numpy()
+    if auc and len(np.unique(truth)) == logits.shape[1] and np.isfinite(scores).all():
+        values["eval/AUC"] = _auc(truth, scores)
     return values
 
 

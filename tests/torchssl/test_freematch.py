@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from shared.augment import normalise
-from shared.cli import UserError
+from shared.cli import Diverged, UserError
 from shared.datasets import load_dataset
 from shared.distributed import World
 from shared.splits import CIFAR10_ONE_LABEL_A_CLASS, cifar10_one_label_split, class_balanced_split
@@ -342,6 +342,12 @@ def test_no_area_under_the_curve_without_all_classes() -> None:
     found = metrics(torch.eye(4), torch.tensor([0, 1, 1, 2]))
     assert "eval/AUC" not in found and found["eval/top-1-acc"] == 0.5 and found["eval/top-5-acc"] == 1.0
     assert metrics(torch.eye(2)[[0, 1, 1, 0]], torch.tensor([0, 1, 0, 0]))["eval/AUC"] == pytest.approx(5 / 6)
+
+
+def test_diverging_run_stops_and_says_where() -> None:
+    with pytest.raises(Diverged, match=r"train/\w+_loss is not finite at step \d+ on rank 0"):
+        tiny.call("--lr=1e25", "--momentum=0")
+    assert not Path("saved_models/tiny/result.json").exists()
 
 
 @pytest.mark.parametrize("flag", ["--precision=bf16", "--strict", "--optim=AdamW", "--dropout=0.3",
