@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shared.batchnorm import BatchNorm2d
 from shared.cli import UserError, nearest
 
 WIDE_BN_EPS = 0.001
@@ -34,9 +35,9 @@ class WideBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, activate_shortcut: bool, dropout: float,
                  bn_momentum: float, leaky_slope: float) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels, eps=WIDE_BN_EPS, momentum=bn_momentum)
+        self.bn1 = BatchNorm2d(in_channels, eps=WIDE_BN_EPS, momentum=bn_momentum)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
-        self.bn2 = nn.BatchNorm2d(out_channels, eps=WIDE_BN_EPS, momentum=bn_momentum)
+        self.bn2 = BatchNorm2d(out_channels, eps=WIDE_BN_EPS, momentum=bn_momentum)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same_width = in_channels == out_channels
         self.convShortcut = None if same_width else nn.Conv2d(in_channels, out_channels, 1, stride=stride)
@@ -103,7 +104,7 @@ class WideResNet(nn.Module):
                               activate_shortcut=i == 0, dropout=dropout, bn_momentum=bn_momentum,
                               leaky_slope=leaky_slope)
             self.add_module(f"block{i + 1}", stage)
-        self.bn1 = nn.BatchNorm2d(widths[-1], eps=WIDE_BN_EPS, momentum=bn_momentum)
+        self.bn1 = BatchNorm2d(widths[-1], eps=WIDE_BN_EPS, momentum=bn_momentum)
         self.fc = nn.Linear(widths[-1], num_classes)
         self.rot_classifier = nn.Linear(widths[-1], 4) if rotation_head else None
         self.n_stages = n_stages

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from shared.batchnorm import GlobalBatchNorm, sync_batchnorm
+from shared.batchnorm import BatchNorm2d, GlobalBatchNorm, sync_batchnorm
 from shared.distributed import World, data_parallel, start, stop
 
 BATCH, STEPS = 12, 3
@@ -116,3 +116,48 @@ def test_eval_mode_needs_no_other_rank() -> None:
     net = sync_batchnorm(small_net().eval(), World(0, 2))
     images = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(net(images), small_net().eval()(images))
+
+
+def large_batch() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    images = 3 + torch.randn(400, 4, 32, 32, generator=generator)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def run(layer: nn.BatchNorm2d, images: torch.Tensor) -> list[torch.Tensor]:
+    """Return output, gradients and running statistics of one training step."""
+    images = images.clone().requires_grad_()
+    output = F.leaky_relu(layer(images), 0.1, inplace=True)
+    (output.square() * output.detach().cos()).sum().backward()
+    return [t.detach().double() for t in (output, images.grad, layer.weight.grad, layer.bias.grad, layer.running_mean,
+                                          layer.running_var)]
+
+
+@pytest.mark.parametrize("momentum", [0.001, None])
+def test_large_batches_are_added_up_exactly(momentum: float | None) -> None:
+    images = large_batch()
+    layer = BatchNorm2d(4, eps=1e-3, momentum=momentum)
+    wanted = run(nn.BatchNorm2d(4, eps=1e-3, momentum=momentum).double(), images.double())
+    found = run(layer, images)
+    assert layer.num_batches_tracked == 1
+    for name, ours, exact in zip(("output", "input", "weight", "bias", "mean", "variance"), found, wanted, strict=True):
+        # The sums of the backward pass are torch's own.
+        error = (1e-4 if name in ("input", "weight", "bias") else 1e-6) * exact.norm()
+        assert (ours - exact).norm() < error, name
+
+
+@pytest.mark.parametrize("change", ["eval", "bfloat16", "small", "contiguous"])
+def test_otherwise_it_is_torchs_own(change: str) -> None:
+    images, ours, theirs = large_batch(), BatchNorm2d(4), nn.BatchNorm2d(4)
+    if change == "eval":
+        ours, theirs = ours.eval(), theirs.eval()
+    images = {"bfloat16": images.bfloat16(), "small": images[:8], "contiguous": images.contiguous()}.get(change, images)
+    assert torch.equal(ours(images), theirs(images))
+    assert torch.equal(ours.running_var, theirs.running_var)
+
+
+def test_frozen_parameters_and_input() -> None:
+    layer = BatchNorm2d(4)
+    layer.weight.requires_grad_(False)
+    layer(large_batch()).square().sum().backward()
+    assert layer.weight.grad is None and layer.bias.grad is not None
