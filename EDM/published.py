@@ -21,7 +21,7 @@ from shared.archives import read_members, zip_members
 from shared.cli import UserError
 from shared.pickles import NUMPY_NAMES, restricted_load
 
-DEEPEST = 32  # levels of modules in modules; published networks have five
+DEEPEST = 32  # levels of things in things; published networks have five
 STORAGE_TYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
                  "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
                  "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
@@ -88,12 +88,15 @@ def describe(module: Any, source: str) -> PublishedNetwork:
     return PublishedNetwork(module.class_name, dict(init_kwargs), tensors)
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a value consists of None, numbers, text, lists, tuples and dicts only."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(is_plain, value))
+def is_plain(value: Any, depth: int = DEEPEST) -> bool:
+    """Whether a value consists of None, numbers, text, lists, tuples and dicts only, nested no deeper than `depth`."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                return False
+            items = value.values()
+        return depth > 0 and all(is_plain(item, depth - 1) for item in items)
     return value is None or isinstance(value, (bool, int, float, str))
 
 

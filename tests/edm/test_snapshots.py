@@ -21,6 +21,7 @@ import torch
 from EDM import downloads
 from EDM.convert import main as convert
 from EDM.preconditioning import EDMPrecond
+from EDM.published import Record, describe
 from EDM.snapshots import (
     Snapshot,
     digest,
@@ -171,6 +172,18 @@ def test_hostile_files_run_nothing(net: EDMPrecond, tmp_path: Path) -> None:
     for name, asked in dict(system="system", eval="eval", popen="Popen", zip="system", text="system").items():
         assert asked in answers[name] and "nothing of it was run" in answers[name], answers[name]
     assert all("accepted" != answer and "\n" not in answer for answer in answers.values()), answers
+
+
+def test_endless_nesting_is_refused(net: EDMPrecond, tmp_path: Path) -> None:
+    endless: dict[str, Any] = {**NETWORK}
+    endless["channel_mult"] = endless
+    write_published(tmp_path / "x.pkl", net, endless)
+    with pytest.raises(UserError, match="not plain keywords"):
+        read_snapshot(tmp_path / "x.pkl")
+    looped = Record()
+    looped.class_name, looped.state = "EDMPrecond", dict(_init_kwargs={}, _modules=dict(again=looped))
+    with pytest.raises(UserError, match="nested"):
+        describe(looped, "x")
 
 
 def test_tensor_beyond_its_data_is_refused(tmp_path: Path) -> None:
