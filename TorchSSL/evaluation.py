@@ -37,8 +37,8 @@ def predict(net: torch.nn.Module, pool: Pool, batch_size: int = 1024, world: Wor
 def metrics(logits: torch.Tensor, labels: torch.Tensor, auc: bool | None = None) -> dict[str, float]:
     """Return the published metrics of float logits [N, C] for int64 labels [N] in 0..C-1.
 
-    auc: whether to compute `eval/AUC`; None: up to 20 classes. It is left out where a class is absent from `labels` or a logit is
-    not finite.
+    auc: whether to compute `eval/AUC`; None: up to 20 classes. It is left out where a class is absent from `labels` or
+    a logit is not finite.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
