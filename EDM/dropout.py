@@ -5,6 +5,7 @@ the state of a random number generator nor on how a batch is shared among ranks 
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from EDM.layers import is_channels_last
 from shared.randomness import numpy_rng
 
 
@@ -37,17 +39,17 @@ class Dropout(torch.nn.Module):
             keep = torch.rand(shape, device=x.device) >= self.p
         else:
             keep = self._keep(x, shape)
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.p) if self.rescale else 1)
+        mask = keep.to(x.dtype)
+        return x * (mask.mul_(1 / (1 - self.p)) if self.rescale else mask)
 
     @torch.no_grad()
     def _keep(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         factor, offset = self.keys.view(2, shape[0], *[1] * (len(shape) - 1))
-        channels_last = len(shape) == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         positions = _hash if torch.compiler.is_compiling() else _cached_hash
         # Multiply-add hashing: the high bits of an odd multiple of a well-mixed number are uniform, and for two
         # samples with their own factors they are independent.
-        mixed = torch.addcmul(offset, factor, positions(shape[1:], channels_last, x.device))
-        return mixed >= round(self.p * 2**32) - 2**31
+        mixed = (positions(shape[1:], is_channels_last(x), x.device) * factor).add_(offset)
+        return mixed.ge_(round(self.p * 2**32) - 2**31)  # in place: 0 and 1 as int32, which costs less than booleans
 
 
 def set_dropout_keys(net: torch.nn.Module, seed: int, step: int, sample_indices: Sequence[int]) -> None:
@@ -77,7 +79,7 @@ def _mix(number: np.ndarray) -> np.ndarray:
 
 def _hash(shape: tuple[int, ...], channels_last: bool, device: torch.device) -> torch.Tensor:
     """Return well-mixed int32 numbers [1, *shape], all different: a function of the element's position alone."""
-    number = torch.arange(int(np.prod(shape)), dtype=torch.int64, device=device)
+    number = torch.arange(math.prod(shape), dtype=torch.int64, device=device)
     for factor in (0x85EBCA6B, 0xC2B2AE35):  # the finaliser of MurmurHash3
         number = ((number ^ (number >> 15)) * factor) & 0xFFFFFFFF
     number = (number ^ (number >> 16)).to(torch.int32).view(1, *shape)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from EDM.dropout import Dropout
-from EDM.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding
+from EDM.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, attention
 from shared.cli import UserError
 
 
@@ -62,7 +62,7 @@ class UNetBlock(torch.nn.Module):
         return self._merge(self.proj(self._attend(self.norm2(x))), x) if self.heads else x
 
     def _merge(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return h + x if self.skip_scale == 1 else (h + x) * self.skip_scale
+        return h + x if self.skip_scale == 1 else (h + x).mul_(self.skip_scale)
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         n, c, height, width = x.shape
@@ -73,7 +73,7 @@ class UNetBlock(torch.nn.Module):
         bias = self.qkv.bias.view(self.heads, -1, 3).permute(order).reshape(3 * c)
         qkv = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype))
         q, k, v = qkv.reshape(n, 3, self.heads, c // self.heads, height * width).transpose(3, 4).unbind(1)
-        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
+        return attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
 
 
 class SongUNet(torch.nn.Module):
