@@ -150,8 +150,8 @@ def _torch_fidelity():
 
 def _inception(state: Mapping[str, Tensor], file: str, sha256: str, device: torch.device) -> Detector:
     if not sha256.startswith(INCEPTION_HASH):
-        warnings.warn(f"--detector: {file} is not the published Inception file (SHA-256 {INCEPTION_HASH}...): distances "
-                      "compare with those of the same file only", stacklevel=2)
+        warnings.warn(f"--detector: {file} is not the published Inception file (SHA-256 {INCEPTION_HASH}...): its "
+                      "distances compare with those of the same file only", stacklevel=2)
     # torch-fidelity would load any pickle it is given a path to, so it gets a copy of what was read as tensors.
     buffer = io.BytesIO()
     torch.save(state, buffer)
