@@ -178,5 +178,6 @@ def to_chw(image: Image.Image, channels: int | None = None) -> np.ndarray:
     """Return uint8 [C, H, W] with 1 or 3 channels (default: as many as the image has), transparency dropped."""
     if channels is None:
         channels = 1 if image.mode in ("L", "LA") else 3
-    array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    mode = "L" if channels == 1 else "RGB"
+    array = np.asarray(image if image.mode == mode else image.convert(mode))
     return array[None] if channels == 1 else array.transpose(2, 0, 1)

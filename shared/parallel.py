@@ -4,11 +4,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.connection import wait
 from typing import TypeVar
 
 from shared.cli import UserError
@@ -39,7 +41,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> It
         return
     # Forked workers start at once and only touch NumPy and Pillow; elsewhere forking is not safe or not there.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     try:
         pending = deque(pool.submit(function, item) for item in head)
         for item in items:
@@ -52,6 +54,16 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> It
         raise UserError("a worker process ended without a result: it ran out of memory or was killed") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let this worker end when the program is killed, which otherwise would leave it waiting for work for ever."""
+
+    def watch() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
