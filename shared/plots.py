@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 READABLE_CLASSES = 20
 
 
-def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: str = "", scale: int | None = None) -> None:
+def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: str = "",
+               scale: int | None = None) -> None:
     """Write one row of images per entry of `rows`: label -> uint8 [n, C, H, W] with C = 1 or 3; rows may differ in n.
 
     scale: screen pixels per image pixel (nearest neighbour, so that pixels stay visible); None: about 48 per image.
@@ -28,7 +29,8 @@ def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: s
     scale = scale or max(1, round(48 / height))
     columns = max(len(images) for images in rows.values())
     gap = 2
-    canvas = np.full((len(rows) * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, 3), 255, np.uint8)
+    size = len(rows) * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, 3
+    canvas = np.full(size, 255, np.uint8)
     for r, images in enumerate(rows.values()):
         for c, image in enumerate(images):
             pixels = np.broadcast_to(image, (3, height, width)).transpose(1, 2, 0)

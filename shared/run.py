@@ -260,7 +260,7 @@ class Run:
         device = self.world.device
         sums = torch.stack([torch.as_tensor(self._sums[n], dtype=torch.float32, device=device) for n in names])
         sums = distributed.mean(sums, self.world)
-        means = {name: value / self._counts[name] for name, value in zip(names, sums.tolist())}
+        means = {name: value / self._counts[name] for name, value in zip(names, sums.tolist(), strict=True)}
         self._sums, self._counts = {}, {}
         return means
 

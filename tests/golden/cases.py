@@ -1,7 +1,7 @@
 """Access to the golden numbers: folders of `index.json` and arrays, one a paper.
 
-`GOLDEN_DIR` names the folder that holds `edm/`, `torchssl/` and `fill.py`; by default the one beside this file. Tests build
-every case from the fields of the index, so that another folder of the same form must pass as well.
+`GOLDEN_DIR` names the folder that holds `edm/`, `torchssl/` and `fill.py`; by default the one beside this file. Tests
+build every case from the fields of the index, so that another folder of the same form must pass as well.
 """
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def assert_same(a, b, path: str = "") -> None:
             assert_same(a[key], b[key], f"{path}/{key}")
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), path
-        for number, (x, y) in enumerate(zip(a, b)):
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same(x, y, f"{path}/{number}")
     else:
         assert a == b, f"{path}: {a} and {b}"

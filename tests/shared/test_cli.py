@@ -25,7 +25,8 @@ def config(tmp_path, text):
 def test_command_line_beats_file_beats_default(tmp_path):
     file = config(tmp_path, "lr: 1e-3\nnum_labels: 250\namp: yes\nresume: False\ngpu: None\n")
     args = parser().parse_with_yaml(["--c", file, "--num_labels", "40"])
-    assert (args.lr, args.num_labels, args.amp, args.resume, args.gpu, args.optim) == (1e-3, 40, True, False, None, "SGD")
+    assert (args.lr, args.num_labels, args.amp, args.resume, args.gpu) == (1e-3, 40, True, False, None)
+    assert args.optim == "SGD"
     assert args.given == {"c", "lr", "num_labels", "amp", "resume", "gpu"}
 
 
@@ -91,6 +92,7 @@ def test_nearest_stays_silent_when_nothing_is_close():
     assert nearest("zebra", ["lr", "momentum"]) == ""
 
 
-@pytest.mark.parametrize("word, value", [("yes", True), ("T", True), ("1", True), ("on", True), ("No", False), ("f", False)])
+@pytest.mark.parametrize("word, value", [("yes", True), ("T", True), ("1", True), ("on", True), ("No", False),
+                                         ("f", False)])
 def test_bool_words(word, value):
     assert parse_bool(word) is value

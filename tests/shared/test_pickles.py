@@ -32,7 +32,8 @@ def test_numpy_scalar_becomes_number():
 
 def test_python2_batch_is_read():
     # What Python 2 wrote: a text-mode global and a byte string for the data.
-    raw = (b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87Rq\x05"
+    raw = (b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04"
+           b"K\x00\x85U\x01b\x87Rq\x05"
            b"(K\x01K\x02K\x02\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
            b"\x89U\x04\x01\x80\xff\x02tbU\x06labelsq\x08]q\x09K\x07au.")
     batch = load_numpy_pickle(raw, "data_batch_1")
