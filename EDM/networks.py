@@ -68,9 +68,9 @@ class UNetBlock(torch.nn.Module):
         n, c, height, width = x.shape
         # The published rows are ordered (head, channel, q|k|v). Blocks of q, k and v are what attention wants, and
         # weights are cheaper to reorder than activations.
-        order = (2, 0, 1)
-        weight = self.qkv.weight.view(self.heads, -1, 3, c).permute(*order, 3).reshape(3 * c, c, 1, 1)
-        bias = self.qkv.bias.view(self.heads, -1, 3).permute(order).reshape(3 * c)
+        weight = self.qkv.weight.view(self.heads, -1, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c, 1, 1)
+        # As one tensor of its own, since torch.compile takes no reordered view for the bias of a convolution.
+        bias = torch.cat([self.qkv.bias[part::3] for part in range(3)])
         qkv = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype))
         q, k, v = qkv.reshape(n, 3, self.heads, c // self.heads, height * width).transpose(3, 4).unbind(1)
         return attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
