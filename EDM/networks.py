@@ -73,7 +73,9 @@ class UNetBlock(torch.nn.Module):
         bias = torch.cat([self.qkv.bias[part::3] for part in range(3)])
         qkv = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype))
         q, k, v = qkv.reshape(n, 3, self.heads, c // self.heads, height * width).transpose(3, 4).unbind(1)
-        return attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
+        out = attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
+        # Attention leaves it pixel by pixel in memory, which would spread through a network that stores channels apart.
+        return out.contiguous() if x.is_contiguous() else out
 
 
 class SongUNet(torch.nn.Module):
