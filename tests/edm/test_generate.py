@@ -145,6 +145,13 @@ def test_every_choice_reaches_the_images(networks: dict[str, Path], tmp_path: Pa
         assert len(other) == 4 and plain != other
 
 
+@pytest.mark.slow
+def test_compiled_network_makes_the_same_images(networks: dict[str, Path], tmp_path: Path) -> None:
+    plain = generate(networks["cond"], tmp_path / "plain", "--seeds=0-3")
+    for name, content in generate(networks["cond"], tmp_path / "compiled", "--seeds=0-3", "--compile").items():
+        assert np.abs(decode(content) - decode(plain[name])).max() <= 1
+
+
 def decode(content: bytes) -> np.ndarray:
     import io
 
