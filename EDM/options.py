@@ -95,6 +95,7 @@ def _add_extras(options: dict[str, Any], flags: SimpleNamespace) -> None:
     inner = dict(num_blocks=flags.num_blocks, attn_resolutions=flags.attn_resolutions,
                  channel_mult_emb=flags.channel_mult_emb, sigma_data=flags.sigma_data)
     run = dict(lr_rampup_kimg=flags.lr_rampup, lr_decay=flags.lr_decay, ema_rampup_ratio=flags.ema_rampup,
+               ema_sigma_rel=flags.ema_sigma_rel,
                precision=flags.precision, strict=flags.strict or None, compile=flags.compile)
     for target, values in ((network, inner), (loss, edm_constants), (options, run)):
         target.update({name: value for name, value in values.items() if value is not None})

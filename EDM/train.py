@@ -93,6 +93,8 @@ SHARE = click.FloatRange(min=0, max=1)
 @option("--lr-rampup", type=click.FloatRange(min=0), help="Warm-up of the learning rate, thousand images  [10000]")
 @option("--lr-decay", type=SHARE, help="Share of the run over which the learning rate falls to 0 at its end  [0]")
 @option("--ema-rampup", type=POSITIVE, help="EMA half-life at most this share of the images seen  [0.05]")
+@option("--ema-sigma-rel", type=click.FloatRange(min=0, min_open=True, max=0.2886),
+        help="Power-law EMA of this relative width instead of --ema, as in EDM2 (e.g. 0.1)")
 @option("--num-blocks", type=AT_LEAST_ONE, help="Residual blocks per resolution  [4; adm 3]")
 @option("--attn-resolutions", type=IntList(), help="Resolutions with attention  [16; adm 32,16,8]")
 @option("--channel-mult-emb", type=AT_LEAST_ONE, help="Width of the embedding, times --cbase  [4]")
@@ -127,6 +129,8 @@ def check(flags: SimpleNamespace) -> None:
         raise UserError(f"--transfer: no such file: {flags.transfer}")
     if flags.precision not in (None, "fp16") and flags.fp16:
         raise UserError(f"--fp16=1 and --precision={flags.precision} contradict each other; give one of them")
+    if flags.ema_sigma_rel is not None and flags.ema_rampup is not None:
+        raise UserError("--ema-rampup belongs to the half-life of --ema; leave it out with --ema-sigma-rel")
     if flags.strict and flags.compile:
         raise UserError("--strict and --compile=1 contradict each other; give one of them")
 

@@ -26,7 +26,7 @@ from EDM.table import module_table
 from EDM.ticks import Moments, TickClock, TickSchedule, stats_line, status_line
 from shared import distributed
 from shared.distributed import World
-from shared.ema import EMA, half_life_beta
+from shared.ema import EMA, half_life_beta, power_law_beta
 from shared.files import atomic
 from shared.randomness import torch_rng
 from shared.run import Run
@@ -45,6 +45,14 @@ def learning_rate(nimg: int, base: float, rampup_kimg: float, total_kimg: int, d
     total = total_kimg * 1000
     rate = base * min(nimg / max(rampup_kimg * 1000, 1e-8), 1)
     return rate * min(max(total - nimg, 0) / (decay * total), 1) if decay else rate
+
+
+def averaging(options: Mapping[str, Any], nimg: int) -> float:
+    """Return beta of the step that follows `nimg` images: ema <- beta ema + (1 - beta) net."""
+    if "ema_sigma_rel" in options:
+        return power_law_beta(options["batch_size"], nimg, options["ema_sigma_rel"])
+    return half_life_beta(options["batch_size"], options["ema_halflife_kimg"] * 1000, nimg,
+                          options.get("ema_rampup_ratio", 0.05))
 
 
 @dataclass(frozen=True)
@@ -208,8 +216,7 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
         draws = draw(loss_fn, augment, seed, nimg, batch_size, shape, batch.places, device)
         lr = learning_rate(nimg, adam["lr"], options.get("lr_rampup_kimg", 10000), total_kimg,
                            options.get("lr_decay", 0.0))
-        beta = half_life_beta(batch_size, options["ema_halflife_kimg"] * 1000, nimg,
-                              options.get("ema_rampup_ratio", 0.05))
+        beta = averaging(options, nimg)
         sums = training_step(model, loss_fn, augment, optimizer, ema, batch, draws, lr=lr, beta=beta, rounds=rounds,
                              loss_scaling=options["loss_scaling"], precision=precision)
         sums = distributed.sum_(sums, world)

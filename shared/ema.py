@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 
 from shared.distributed import unwrap
@@ -46,3 +47,24 @@ def half_life_beta(batch: int, halflife_nimg: float, nimg: float, rampup_ratio: 
     if rampup_ratio is not None:
         halflife_nimg = min(halflife_nimg, nimg * rampup_ratio)
     return 0.5 ** (batch / max(halflife_nimg, 1e-8))
+
+
+def power_law_beta(batch: int, nimg: float, sigma_rel: float) -> float:
+    """Return beta for one step of `batch` images, `nimg` seen before, such that the average weights the images of a
+    run by a power of their time: its width stays the share `sigma_rel` of the run, however long that becomes.
+
+    At nimg = 0 the result is 0: the average starts as a copy. (EDM2, arXiv 2312.02696, section 3.1)
+    """
+    return (nimg / (nimg + batch)) ** (power_law_exponent(sigma_rel) + 1)
+
+
+def power_law_exponent(sigma_rel: float) -> float:
+    """Return the exponent gamma of the profile t^gamma whose standard deviation is `sigma_rel` of the run.
+
+    0 < sigma_rel <= 1 / sqrt(12), where gamma = 0: the plain average. Raises ValueError outside of it.
+    """
+    if not 0 < sigma_rel <= 12 ** -0.5:
+        raise ValueError(f"sigma_rel: expected a number above 0 and at most {12 ** -0.5:.4f}, got {sigma_rel}")
+    # sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)); the largest root is the one that is not negative.
+    roots = np.roots([1, 7, 16 - sigma_rel ** -2, 12 - sigma_rel ** -2])
+    return max(0.0, float(roots.real.max()))

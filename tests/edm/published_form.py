@@ -1,10 +1,12 @@
-"""Writes network snapshots in the form of the published code: pickled modules that carry their source."""
+"""Writes files in the form of the published code: pickled modules that carry their source."""
 from __future__ import annotations
 
 import copyreg
 import pickle
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,22 @@ SOURCE = "raise RuntimeError('the embedded source was run')\n"
 def write_published(path: Path, net: torch.nn.Module, init_kwargs: dict[str, Any], source: str = SOURCE,
                     dataset_kwargs: dict[str, Any] | None = None) -> None:
     """Pickle `net` as the published training loop does. Only names and tensors of `net` are used."""
+    with _published_modules() as reconstruct:
+        content = dict(ema=_Pickled(net, init_kwargs, source, reconstruct), loss_fn=None, augment_pipe=None,
+                       dataset_kwargs=dataset_kwargs or {})
+        path.write_bytes(pickle.dumps(content, protocol=4))
+
+
+def write_published_state(path: Path, net: torch.nn.Module, init_kwargs: dict[str, Any],
+                          optimizer_state: dict[str, Any]) -> None:
+    """Write the training-state-*.pt of the published loop: the whole network in train mode, and Adam's state."""
+    with _published_modules() as reconstruct:
+        torch.save(dict(net=_Pickled(net, init_kwargs, SOURCE, reconstruct), optimizer_state=optimizer_state), path)
+
+
+@contextmanager
+def _published_modules() -> Iterator[Any]:
+    """Make the function that published pickles name importable, for as long as one is written."""
     package, module = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
 
     def _reconstruct_persistent_obj(meta: dict) -> None:
@@ -27,9 +45,7 @@ def write_published(path: Path, net: torch.nn.Module, init_kwargs: dict[str, Any
     module._reconstruct_persistent_obj = _reconstruct_persistent_obj
     sys.modules.update({"torch_utils": package, "torch_utils.persistence": module})
     try:
-        content = dict(ema=_Pickled(net, init_kwargs, source, _reconstruct_persistent_obj), loss_fn=None,
-                       augment_pipe=None, dataset_kwargs=dataset_kwargs or {})
-        path.write_bytes(pickle.dumps(content, protocol=4))
+        yield _reconstruct_persistent_obj
     finally:
         del sys.modules["torch_utils"], sys.modules["torch_utils.persistence"]
 
