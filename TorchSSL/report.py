@@ -58,7 +58,7 @@ def main() -> None:
         content = over_seeds([read_json(Path(folder) / "report.json", required=True) for folder in options.seed_report])
         text = seeds_markdown(content)
     else:
-        from TorchSSL.report_text import run_markdown
+        from TorchSSL.report_text import run_markdown, run_summary
 
         content = collect(options, out)
         text = run_markdown(content)
@@ -66,8 +66,8 @@ def main() -> None:
         json.dump(content, file, indent=1)
     with atomic(out / "report.md", "w") as file:
         file.write(text)
-    print(text)
-    print(f"{out / 'report.md'}, report.json and the pictures are in {out}")
+    print(text if options.seed_report else run_summary(content))
+    print(f"report: {out.resolve() / 'report.md'}")
 
 
 def collect(options: argparse.Namespace, out: Path) -> dict[str, Any]:

@@ -62,6 +62,17 @@ def run_markdown(content: dict[str, Any]) -> str:
     return "\n\n".join([*parts, *closing(content)]) + "\n"
 
 
+def run_summary(content: dict[str, Any]) -> str:
+    """Return the few lines for the console."""
+    stage3 = percent(content["stage3_accuracy"]) + " %"
+    if content["difference"] is not None:
+        stage3 += f"  ({points(content['difference'])} points)"
+    return (f"stage 1, accuracy on the test set   {percent(content['stage1_accuracy'])} %\n"
+            f"pseudo-labels that are right        {percent(content['pseudo_label_accuracy'])} %\n"
+            f"stage 3, accuracy on the test set   {stage3}\n"
+            f"seconds                             {content['seconds'].get('total', 0):.0f}")
+
+
 def seeds_markdown(content: dict[str, Any]) -> str:
     """Return the report over several seeds."""
     summary = content["summary"]

@@ -66,7 +66,9 @@ def test_one_seed(experiment, monkeypatch, capsys):
     text = (experiment / "out" / "report.md").read_text()
     assert "| stage 1 | 75.00 | 74.00 | 76.00 |" in text and "| stage 3 (with generated images) | 87.50 |" in text
     assert "Stage 3 minus stage 1: +12.50 points, one seed" in text and "| newt | - | 10 |" in text
-    assert text in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "stage 3, accuracy on the test set   87.50 %  (+12.50 points)" in printed
+    assert printed.endswith(f"report: {experiment}/out/report.md\n")
     assert content["pictures"] == ["curves.png", "confusion.png"]
     for name in content["pictures"]:
         assert f"![{name}]({name})" in text and Image.open(experiment / "out" / name).size[0] > 300
