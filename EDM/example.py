@@ -1,0 +1,113 @@
+"""Draw an 8x8 grid of images from each of the published EDM networks, with the published settings.
+
+    python example.py --network=edm-cifar10-32x32-cond-vp.pkl --network=edm-imagenet-64x64-cond-adm.pkl
+    python example.py --network=training-runs/.../network-snapshot-latest.pkl --preset=cifar10
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shared.cli import UserError, run_main
+
+if TYPE_CHECKING:
+    import torch
+
+SIDE = 8  # images in a row and in a column
+
+# What the published images of each data set were sampled with.
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10": dict(num_steps=18),
+    "ffhq": dict(num_steps=40),
+    "afhqv2": dict(num_steps=40),
+    "imagenet": dict(num_steps=256, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003),
+}
+
+
+@click.command(help=__doc__.split("\n\n    python")[0].strip())
+@click.option("--network", "networks", metavar="PATH|URL", type=str, multiple=True, required=True,
+              help="Network snapshot, ours or a published one; may be given several times")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings  [default: by the name of the file]")
+@click.option("--outdir", metavar="DIR", type=str, default=".", show_default=True, help="Where to save the PNGs")
+@click.option("--seed", metavar="INT", type=int, default=0, show_default=True, help="Random seed")
+@click.option("--steps", metavar="INT", type=click.IntRange(min=1), help="Sampling steps  [default: by the preset]")
+@click.option("--device", metavar="NAME", type=str, help="cpu, cuda, cuda:N or mps  [default: a GPU if there is one]")
+def main(networks: tuple[str, ...], preset: str | None, outdir: str, seed: int, steps: int | None,
+         device: str | None) -> None:
+    plans = {network: preset or preset_of(network) for network in networks}
+    if len(set(plans.values())) < len(plans):
+        raise UserError("--network: two networks of one preset would be drawn into the same file; give one at a time, "
+                        "each with an --outdir of its own")
+
+    from EDM.downloads import local_file
+    from shared.distributed import start
+    from shared.files import make_dir
+
+    for network in networks:
+        local_file(network)  # what is missing is said before hours of sampling
+    folder, world = make_dir(outdir), start(device)
+    for network, name in plans.items():
+        settings = PRESETS[name] | ({} if steps is None else {"num_steps": steps})
+        draw_grid(network, name, folder, seed, world.device, settings)
+
+
+def preset_of(network: str) -> str:
+    """Return the preset whose data set the file is named after; UserError if there is none."""
+    file = network.rstrip("/").rpartition("/")[2]
+    for name in PRESETS:
+        if name in file.lower():
+            return name
+    raise UserError(f"--network: {file} has none of the names {', '.join(PRESETS)} in it; choose the settings with "
+                    "--preset")
+
+
+def draw_grid(network: str, name: str, folder: Path, seed: int, device: torch.device,
+              settings: Mapping[str, Any]) -> None:
+    """Write `folder`/{name}-{R}x{R}.png: SIDE x SIDE images of random classes, from one generator."""
+    import torch
+
+    from EDM.sample_files import write_png
+    from EDM.samplers import denoiser, edm_sampler
+    from EDM.snapshots import load_network
+    from shared.progress import Progress
+
+    print(f"Loading network from \"{network}\"...")
+    net = load_network(network, device)
+    if net.img_channels not in (1, 3):
+        raise UserError(f"--network: {network} makes images of {net.img_channels} channels; a PNG holds 1 or 3")
+    target = folder / f"{name}-{net.img_resolution}x{net.img_resolution}.png"
+    print(f"Generating {SIDE * SIDE} images to \"{target}\" ({settings['num_steps']} steps on {device.type})...")
+
+    # Latents, then classes, then the noise of stochastic steps: the published order of draws.
+    random = torch.Generator(device).manual_seed(seed)
+    shape = [SIDE * SIDE, net.img_channels, net.img_resolution, net.img_resolution]
+    latents = torch.randn(shape, generator=random, device=device)
+    labels = None
+    if net.label_dim:
+        classes = torch.randint(net.label_dim, shape[:1], generator=random, device=device)
+        labels = torch.eye(net.label_dim, device=device)[classes]
+
+    model, dtype = denoiser(net, labels), torch.float32 if device.type == "mps" else torch.float64
+    bar = Progress(f"sampling {name}", 2 * settings["num_steps"] - 1, "calls")
+
+    def counted(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        bar.advance()
+        return model(x, sigma)
+
+    images = edm_sampler(counted, latents, limits=(net.sigma_min, net.sigma_max), dtype=dtype,
+                         round_sigma=lambda sigmas: net.round_sigma(sigmas.to(device, dtype)).cpu().double(),
+                         noise=lambda step: torch.randn(shape, generator=random, device=device, dtype=dtype),
+                         **settings)
+    bar.close()
+    if not images.isfinite().all():
+        raise UserError(f"--network: {network} makes images that are not finite; try another snapshot")
+    pixels = (images * 127.5 + 128).clip(0, 255).to(torch.uint8)  # truncated, as published
+    rows = pixels.reshape(SIDE, SIDE, *shape[1:]).permute(2, 0, 3, 1, 4)
+    write_png(target, rows.reshape(shape[1], SIDE * shape[2], SIDE * shape[3]).cpu().numpy())
+
+
+if __name__ == "__main__":
+    run_main(main)
