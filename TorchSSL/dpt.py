@@ -142,18 +142,16 @@ class Experiment:
         self.name = f"freematch_{title}_{self.labels}_{seed}"
         self.zip_name = f"freematch-{self.labels}-seed{seed}-{title}{self.recipe.shape}"
 
-        # Without --out the folders are those of the published commands.
-        own = options.out is not None
-        out = str(Path(options.out or ".").resolve())
-        self.saved, self.saved_from_edm = (f"{out}/saved_models",) * 2 if own else ("./saved_models",
-                                                                                   "../TorchSSL/saved_models")
-        self.images, self.images_from_edm = (f"{out}/data-aug",) * 2 if own else ("./data-aug", "../TorchSSL/data-aug")
-        self.models, self.models_from_torchssl = (f"{out}/training-runs",) * 2 if own else ("training-runs",
-                                                                                           "../EDM/training-runs")
+        if options.out is None:  # the folders of the published commands
+            self.saved, self.images, self.models = "./saved_models", "./data-aug", "training-runs"
+        else:
+            out = Path(options.out).resolve()
+            self.saved, self.images, self.models = f"{out}/saved_models", f"{out}/data-aug", f"{out}/training-runs"
         self.stage1, self.stage3 = f"{self.saved}/{self.name}", f"{self.saved}/{self.name}_aug{self.last}"
         # The published folder of images does not tell data sets and seeds apart, and the published training command
         # numbers its folder: both are kept for the published experiment alone.
-        self.published = (self.dataset, self.labels, seed, own) == ("cifar10", 40, 1, False) and not options.stage2_args
+        self.published = (self.dataset, self.labels, seed, options.out) == ("cifar10", 40, 1, None) \
+            and not options.stage2_args
         self.generated = f"nums_{self.last}" if self.published else f"{self.name}/nums_{self.last}"
 
     def steps(self) -> Iterator[Step]:
@@ -180,6 +178,10 @@ class Experiment:
             command += [f"--dataset={self.dataset}", *words(recipe.classifier), f"--num_labels={self.labels}",
                         f"--seed={seed}", f"--save_name={name}"]
         return command + [f"--save_dir={self.saved}"] * (self.saved != "./saved_models") + self.elsewhere()
+
+    def from_edm(self, path: str) -> str:
+        """Return the path, given as typed in TorchSSL/, as typed in EDM/."""
+        return path if Path(path).is_absolute() else f"../TorchSSL/{path.removeprefix('./')}"
 
     def elsewhere(self) -> list[str]:
         """Return the flag that says where the data sets are, if not in the usual place."""
@@ -208,19 +210,20 @@ class Experiment:
                    output=f"{stage1}/{self.zip_name}.zip", inputs=(pseudo,))
 
     def stage_2(self) -> Iterator[Step]:
-        data = f"{self.saved_from_edm}/{self.name}/{self.zip_name}.zip"
+        data = self.from_edm(f"{self.stage1}/{self.zip_name}.zip")
         launch = ["python"] if self.gpus == 1 else ["torchrun", "--standalone", f"--nproc_per_node={self.gpus}"]
         where = [f"--outdir={self.models}"] if self.published else [f"--outdir={self.model_folder()}", "--nosubdir"]
         seed = [] if self.published else [f"--seed={self.seed}"]
         yield Step("diffusion model", "Stage 2: train the diffusion model on the pseudo-labels", "EDM",
                    [*launch, "train.py", *where, f"--data={data}", "--cond=1", "--arch=ddpmpp",
                     *words(self.recipe.diffusion), *seed, *self.options.stage2_args],
-                   output=f"{self.model_folder()}/result.json", inputs=(data,))
+                   output=f"{self.model_folder()}/result.json", inputs=(data,), output_suffices=self.published)
         snapshot = f"{self.model_folder()}/network-snapshot-latest.pkl"
+        images = self.from_edm(f"{self.images}/{self.generated}")
         yield Step("generated images", f"Generate the images 0 to {self.last} of every class", "EDM",
-                   ["bash", "generate.sh", str(self.last), f"{self.images_from_edm}/{self.generated}",
+                   ["bash", "generate.sh", str(self.last), images,
                     snapshot if Path(snapshot).is_absolute() else f"./{snapshot}", str(self.gpus)],
-                   output=f"{self.images_from_edm}/{self.generated}", inputs=(snapshot,))
+                   output=images, inputs=(snapshot,))
 
     def model_folder(self) -> str:
         """Return the run folder of stage 2, as typed in EDM/; before a numbered one exists, the name it will get."""

@@ -33,7 +33,8 @@ class Step:
     """One command. Paths are relative to `folder`, a folder of the project.
 
     name: in the history. title: the comment above it. append_to: where its standard output goes, as `>> FILE`.
-    output: the file whose presence shows that it is done; None: it is never skipped.
+    output: the file whose presence shows that it is done; None: it is never skipped. output_suffices: it does so whatever
+    the history says, for a command that would otherwise start anew.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Step:
     output: str | None = None
     inputs: tuple[str, ...] = ()
     append_to: str | None = None
+    output_suffices: bool = False
 
     def text(self) -> str:
         """Return the command as it can be typed."""
@@ -135,7 +137,8 @@ class Runner:
         folder = self.root / step.folder
         output = folder / step.output
         entries = [entry for entry in read_history(self.history) if entry["name"] == step.name]
-        if not output.exists() or not entries or entries[-1]["status"] or entries[-1]["command"] != step.text():
+        recorded = entries and not entries[-1]["status"] and entries[-1]["command"] == step.text()
+        if not output.exists() or not (recorded or step.output_suffices):
             return False
         made = output.stat().st_mtime
         return all((folder / path).exists() and (folder / path).stat().st_mtime <= made for path in step.inputs)

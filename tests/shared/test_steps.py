@@ -72,6 +72,14 @@ def test_a_missing_program_is_one_clear_line(root):
         runner.run(Step("x", "X", "place", ["no-such-program"]))
 
 
+def test_an_output_that_suffices_needs_no_history(root, capfd):
+    (root / "place" / "made").touch()
+    step = Step("x", "X", "place", ["false"], output="made", output_suffices=True)
+    with Runner(root, root / "out") as runner:
+        runner.run(step)
+    assert "# complete: made" in capfd.readouterr().out
+
+
 def test_output_is_appended(root):
     with Runner(root, root / "out") as runner:
         for _ in range(2):
