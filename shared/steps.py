@@ -33,8 +33,8 @@ class Step:
     """One command. Paths are relative to `folder`, a folder of the project.
 
     name: in the history. title: the comment above it. append_to: where its standard output goes, as `>> FILE`.
-    output: the file whose presence shows that it is done; None: it is never skipped. output_suffices: it does so whatever
-    the history says, for a command that would otherwise start anew.
+    output: the file whose presence shows that it is done; None: it is never skipped. output_suffices: it does so
+    whatever the history says, for a command that would otherwise start anew.
     """
 
     name: str
