@@ -61,7 +61,7 @@ class Batches:
         elif self._thread is not None:
             pixels = self._read_ahead(nimg).to(self.device, non_blocking=True)
         else:
-            pixels = self._read(items).to(self.device)
+            pixels = self._read(items).to(self.device, non_blocking=True)
         mirrored = self.dataset.flipped[items]
         if mirrored.any():
             pixels = torch.where(self._send(torch.from_numpy(mirrored))[:, None, None, None], pixels.flip(3), pixels)
@@ -78,16 +78,17 @@ class Batches:
         return labels.to(torch.float32)
 
     def _read(self, items: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.dataset.images[self.dataset.indices[items]])
+        return self._pinned(torch.from_numpy(self.dataset.images[self.dataset.indices[items]]))
 
     def _read_ahead(self, nimg: int) -> torch.Tensor:
         """Return the pixels of the batch at `nimg`, and set the thread on the one after it."""
         now = self._ahead[1].result() if self._ahead and self._ahead[0] == nimg else self._read(self._items(nimg))
         after = nimg + self.batch
-        self._ahead = after, self._thread.submit(lambda items: self._read(items).pin_memory(), self._items(after))
+        self._ahead = after, self._thread.submit(self._read, self._items(after))
         return now
 
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return self._pinned(tensor).to(self.device, non_blocking=True)
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor  # a GPU fetches from there by itself

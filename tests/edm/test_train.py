@@ -1,5 +1,6 @@
 """train.py: interruptions, accumulation, transfer and resume, folders, mistakes."""
 import copy
+import math
 import os
 import re
 import signal
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from EDM.options import RESULT_FILE, in_use, lock, read_options
-from EDM.snapshots import load_network
+from EDM.snapshots import load_network, load_training_state
 from EDM.states import keep_layout
 from EDM.train import main
 from EDM.training import learning_rate, replace_non_finite
 from shared.cli import Diverged, UserError
-from tests.edm.training_runs import STEPS, TINY, checkpoint, largest_difference, losses, outcome, write_set
+from tests.edm.training_runs import STEPS, TINY, checkpoint, largest_difference, losses, outcome, stats, write_set
+from tests.golden.cases import arrays
 from tests.shared.programs import assert_same, one_line_error, run, start
 
 
@@ -136,6 +138,19 @@ def test_resume_from_a_training_state_is_exact(tmp_path, data):
         assert_same(checkpoint(resumed)[name], checkpoint(long)[name])
 
 
+def test_resume_from_what_the_published_code_wrote(tmp_path, data):
+    for name, key in (("network-snapshot-000001.pkl", "modern"), ("training-state-000001.pt", "training_state_pt")):
+        (tmp_path / name).write_bytes(arrays("edm", "snapshot.npz")[key].tobytes())
+    state_file = tmp_path / "training-state-000001.pt"
+    folder = train(tmp_path / "run", data, "--nosubdir", "--arch=ncsnpp", "--cbase=4", "--lr=1e-9", "--batch=500",
+                   "--duration=0.002", f"--resume={state_file}")
+    assert [line["Progress/kimg"]["mean"] for line in stats(folder)] == [1.5, 2.0]
+    # Two steps at next to no rate: the weights are those of the state, and Adam has counted on.
+    state, saved = load_training_state(state_file), checkpoint(folder)
+    assert largest_difference(saved["net"], state["net"]) < 1e-6
+    assert float(saved["optimizer"]["state"][0]["step"]) == float(state["optimizer_state"]["state"][0]["step"]) + 2
+
+
 def test_transfer_starts_from_the_weights_of_a_snapshot(tmp_path, data, whole):
     source = whole / "network-snapshot-latest.pkl"
     # One step, of learning rate 0: the network is still that of the snapshot.
@@ -203,6 +218,25 @@ def test_non_finite_gradients_are_replaced_and_counted():
     gradients = [torch.tensor([1.0, nan]), torch.tensor([[3e5, -3e5]]), torch.tensor([inf, -inf]).to(torch.float32)]
     assert replace_non_finite(gradients) == 2
     assert torch.cat([g.flatten() for g in gradients]).tolist() == [1, 0, 3e5, -3e5, 1e5, -1e5]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--precision=bf16"], ["--strict"], ["--cond=0", "--augment=0"], ["--precond=vp"], ["--xflip=1", "--ls=100"],
+    ["--precond=ve", "--arch=ncsnpp"], ["--arch=adm", "--cbase=64"], ["--fp16=1"], ["--cbase=64"],
+    ["--ema=0", "--ema-rampup=0.1", "--lr-decay=0.3", "--channel-mult-emb=2", "--sigma-data=0.4", "--p-mean=-1"],
+], ids=" ".join)
+def test_every_kind_of_run_ends_with_a_network_that_loads(tmp_path, data, flags):
+    folder = train(tmp_path, data, "--nosubdir", "--batch=500", *flags)  # 2 steps
+    loss = losses(folder)[0]["mean"]
+    assert math.isfinite(loss) and loss > 0
+    net = load_network(folder / "network-snapshot-latest.pkl")
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.isfinite(net(images, torch.ones(2))).all()
+
+
+def test_bf16_computes_nearly_the_same(tmp_path, data, whole):
+    rounded = losses(train(tmp_path, data, "--nosubdir", "--precision=bf16"))[-1]["mean"]
+    assert rounded != losses(whole)[-1]["mean"] and rounded == pytest.approx(losses(whole)[-1]["mean"], rel=1e-2)
 
 
 def test_a_state_saved_in_one_memory_layout_serves_another():
