@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from EDM.dropout import Dropout
-from EDM.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, attention
+from EDM.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, attention, in_layout
 from shared.cli import UserError
 
 
@@ -66,13 +66,13 @@ class UNetBlock(torch.nn.Module):
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         n, c, height, width = x.shape
-        # The published rows are ordered (head, channel, q|k|v). Blocks of q, k and v are what attention wants, and
-        # weights are cheaper to reorder than activations.
+        # The published rows are ordered (head, channel, q|k|v). Attention wants q, k and v apart, and weights are
+        # cheaper to reorder than activations.
         weight = self.qkv.weight.view(self.heads, -1, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c, 1, 1)
         # As one tensor of its own, since torch.compile takes no reordered view for the bias of a convolution.
         bias = torch.cat([self.qkv.bias[part::3] for part in range(3)])
-        qkv = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype))
-        q, k, v = qkv.reshape(n, 3, self.heads, c // self.heads, height * width).transpose(3, 4).unbind(1)
+        qkv = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)).flatten(2).transpose(1, 2).chunk(3, dim=2)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv)
         out = attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
         # Attention leaves it pixel by pixel in memory, which would spread through a network that stores channels apart.
         return out.contiguous() if x.is_contiguous() else out
@@ -97,6 +97,7 @@ class SongUNet(torch.nn.Module):
         _expect("encoder_type", encoder_type, ("standard", "skip", "residual"))
         _expect("decoder_type", decoder_type, ("standard", "skip"))
         super().__init__()
+        self.channels_last = False
         self.label_dropout = Dropout(label_dropout, rescale=False)
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         init, init_zero = Init("xavier_uniform"), Init("xavier_uniform", weight=1e-5)
@@ -158,7 +159,7 @@ class SongUNet(torch.nn.Module):
     def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
                 augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         emb = self.embed(noise_labels, class_labels, augment_labels)
-        skips = self.encode(x, emb)
+        skips = self.encode(in_layout(x, self.channels_last), emb)
         return self.decode(skips, emb)
 
     def embed(self, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
@@ -216,6 +217,7 @@ class DhariwalUNet(torch.nn.Module):
                  channel_mult_emb: int = 4, num_blocks: int = 3, attn_resolutions: Sequence[int] = (32, 16, 8),
                  dropout: float = 0.10, label_dropout: float = 0) -> None:
         super().__init__()
+        self.channels_last = False
         self.label_dropout = Dropout(label_dropout, rescale=False)
         emb_channels = model_channels * channel_mult_emb
         init = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
@@ -267,7 +269,7 @@ class DhariwalUNet(torch.nn.Module):
     def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
                 augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         emb = self.embed(noise_labels, class_labels, augment_labels)
-        skips = []
+        x, skips = in_layout(x, self.channels_last), []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
@@ -286,6 +288,16 @@ class DhariwalUNet(torch.nn.Module):
             labels = self.label_dropout(class_labels.to(emb.dtype), shape=(class_labels.shape[0], 1))
             emb = emb + self.map_label(labels)
         return F.silu(emb)
+
+
+def use_channels_last(net: torch.nn.Module) -> None:
+    """Let the U-Nets in `net` compute in [N, H, W, C] memory order, which convolutions prefer. Numbers change by
+    rounding only."""
+    for module in net.modules():
+        if isinstance(module, (SongUNet, DhariwalUNet)):
+            module.channels_last = True
+            if next(module.parameters()).is_cuda:  # a CPU rearranges weights at every call anyway
+                module.to(memory_format=torch.channels_last)
 
 
 def _expect(name: str, value: str, known: Sequence[str]) -> None:
