@@ -32,6 +32,8 @@ class Dropout(torch.nn.Module):
     def forward(self, x: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
+        if self.p == 1:
+            return x * 0
         if self.keys is None and shape is None and self.rescale:
             return F.dropout(x, self.p)
         shape = tuple(x.shape if shape is None else shape)

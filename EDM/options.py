@@ -93,7 +93,8 @@ def _add_extras(options: dict[str, Any], flags: SimpleNamespace) -> None:
     if flags.precond != "edm" and any(value is not None for value in edm_constants.values()):
         raise UserError("--sigma-data, --p-mean and --p-std belong to --precond=edm")
     inner = dict(num_blocks=flags.num_blocks, attn_resolutions=flags.attn_resolutions,
-                 channel_mult_emb=flags.channel_mult_emb, sigma_data=flags.sigma_data)
+                 channel_mult_emb=flags.channel_mult_emb, label_dropout=flags.label_dropout,
+                 sigma_data=flags.sigma_data)
     run = dict(lr_rampup_kimg=flags.lr_rampup, lr_decay=flags.lr_decay, ema_rampup_ratio=flags.ema_rampup,
                ema_sigma_rel=flags.ema_sigma_rel,
                precision=flags.precision, strict=flags.strict or None, compile=flags.compile)

@@ -95,3 +95,19 @@ def test_power_law_average_replaces_the_half_life(data: Path, tmp_path: Path) ->
     assert largest_difference(second["ema"], second["net"]) > 1e-4
     with pytest.raises(UserError, match="--ema-rampup belongs to the half-life"):
         train(tmp_path / "both", data, "--ema-sigma-rel=0.1", "--ema-rampup=0.05")
+
+
+def test_label_dropout_trains_the_guide_of_classifier_free_guidance(data: Path, tmp_path: Path) -> None:
+    nets = {}
+    for share in ("0", "0.5", "1"):
+        folder = train(tmp_path / share, data, "--batch=250", f"--label-dropout={share}")
+        assert read_snapshot(folder / "network-snapshot-latest.pkl").init_kwargs["label_dropout"] == float(share)
+        nets[share] = load_network(folder / "network-snapshot-latest.pkl").state_dict()
+    # Without any class, nothing is learnt about classes.
+    start = load_network(tmp_path / "1" / "network-snapshot-000000.pkl").state_dict()
+    weight = "model.map_label.weight"
+    assert torch.equal(nets["1"][weight], start[weight])
+    assert not torch.equal(nets["0.5"][weight], start[weight])
+    assert largest_difference(nets["0.5"], nets["0"]) > 1e-4
+    with pytest.raises(UserError, match="--label-dropout needs a class-conditional model"):
+        train(tmp_path / "run", data, "--cond=0", "--label-dropout=0.1")
