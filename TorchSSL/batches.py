@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shared.augment import WeakPolicy, draw_strong, draw_weak, strong, weak
+from shared.augment import WeakPolicy, draw_strong, draw_weak, rotate_quarter_turns, strong, weak
+from shared.cli import UserError
 from shared.distributed import World
 from shared.randaugment import to_device
 from shared.randomness import numpy_rng
@@ -20,7 +21,8 @@ class Batch:
 
     labeled: float32 [B, C, H, W], weak views, normalised. labels: int64 [B]. views: float32 [uratio * B, C, H, W] each,
     of the same unlabelled images, in the order the algorithm names them. index: int64 [uratio * B], their positions in
-    the unlabelled set. truth: int64, their true labels or -1: for metrics only, no loss may look at it.
+    the unlabelled set. truth: int64, their true labels or -1: for metrics only, no loss may look at it. turns: int64,
+    quarter turns of the "rotated" view. labeled_views: more views of the labelled images, float32 [B, C, H, W] each.
     """
 
     labeled: torch.Tensor
@@ -28,26 +30,36 @@ class Batch:
     views: tuple[torch.Tensor, ...] = ()
     index: torch.Tensor | None = None
     truth: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
+    labeled_views: tuple[torch.Tensor, ...] = ()
 
 
 class Batches:
     """Makes the batch of any step.
 
-    views: "weak" (flip and shift) or "strong" (RandAugment and cutout, then its own flip and shift) for each view of an
-    unlabelled image. size: labelled images in the global batch; every rank has an equal part of it. Raises UserError
-    where the images are too small for the weak augmentation.
+    views: "weak" (flip and shift), "strong" (RandAugment and cutout, then its own flip and shift) or "rotated" (the
+    first strong view, turned; behind all others) for each view of an unlabelled image; labeled_views: weak or strong
+    ones of a labelled image, besides its first weak one. size: labelled images in the global batch; every rank has an
+    equal part of it. Raises UserError where the images are too small for the weak augmentation or to be rotated.
     """
 
     def __init__(self, data: TrainingData, options: argparse.Namespace, world: World, views: tuple[str, ...],
-                 size: int) -> None:
-        self.data, self.options, self.world, self.views = data, options, world, views
+                 size: int, labeled_views: tuple[str, ...] = ()) -> None:
+        self.data, self.options, self.world = data, options, world
+        self.rotated = "rotated" in views
+        self.views, self.labeled_views = tuple(view for view in views if view != "rotated"), labeled_views
+        self.first_strong = self.views.index("strong") if self.rotated else None
+        height, width = data.unlabeled.size
+        if self.rotated and height != width:
+            raise UserError(f"images of {height}x{width} cannot be rotated by quarter turns; this algorithm needs "
+                            "square images")
         self.labeled = Pool(data.labeled, data.mean, data.std, world.device)
         self.unlabeled = Pool(data.unlabeled, data.mean, data.std, world.device)
         self.policy = WeakPolicy(options.weak_flip, options.weak_pad, options.weak_pad_mode, options.weak_subpixel)
         draw_weak(1, np.random.default_rng(0), data.unlabeled.size, self.policy)  # refuses what does not fit, now
         self.memory_format = torch.contiguous_format if options.strict else torch.channels_last
         # Drawn for the global batch, labelled images first, then view after view; this rank's part of each.
-        self.counts = [size] + [size * options.uratio] * len(views)
+        self.counts = [size] + [size * options.uratio] * len(self.views) + [size] * len(labeled_views)
         self.parts = [world.slice(count) for count in self.counts]
         starts = np.cumsum([0, *self.counts])
         self.rows = np.concatenate([start + np.arange(part.start, part.stop)
@@ -64,17 +76,33 @@ class Batches:
             unlabeled = self.rng(step, "unlabeled").integers(len(self.unlabeled), size=count)[part]
             plain, index = self.unlabeled.take(unlabeled), to_device(unlabeled, device)
         for number, view in enumerate(self.views):
-            if view == "strong":
-                draws = draw_strong(count, self.rng(step, f"strong {number}"), size, self.options.strong_ops)
-                images.append(strong(plain, draws[part]))
-            else:
-                images.append(plain)
+            images.append(self.augmented(plain, view, step, f"{view} {number}", count, part))
+        for number, view in enumerate(self.labeled_views):
+            purpose = f"labeled {view} {number}"
+            images.append(self.augmented(images[0], view, step, purpose, self.counts[0], self.parts[0]))
         draws = draw_weak(sum(self.counts), self.rng(step, "weak"), size, self.policy)[self.rows]
         joint = weak(torch.cat(images), draws, self.data.mean, self.data.std)
         joint = joint.contiguous(memory_format=self.memory_format)
         first, *views = joint.split([len(part) for part in images])
+        views, labeled_views = views[:len(self.views)], views[len(self.views):]
+        turns = None
+        if self.rotated:
+            turns = self.rng(step, "turns").integers(4, size=count)[part]
+            views.append(rotate_quarter_turns(views[self.first_strong], turns))
+            turns = to_device(turns, device)
         return Batch(first, self.labeled.labels[to_device(labeled, device)], tuple(views), index,
-                     None if index is None else self.unlabeled.labels[index])
+                     None if index is None else self.unlabeled.labels[index], turns, tuple(labeled_views))
+
+    def augmented(self, images: torch.Tensor, view: str, step: int, purpose: str, count: int,
+                  part: slice) -> torch.Tensor:
+        """Return this rank's uint8 images [n, C, H, W] as a view begins: RandAugment for strong ones, else as they are.
+
+        count: images in the global batch, of which these are `part`.
+        """
+        if view == "weak":
+            return images
+        draws = draw_strong(count, self.rng(step, purpose), self.data.unlabeled.size, self.options.strong_ops)
+        return strong(images, draws[part])
 
     def labeled_positions(self, step: int) -> np.ndarray:
         """Draw the global labelled batch, with replacement: uniformly, or with a share of real images.

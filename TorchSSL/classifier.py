@@ -36,12 +36,14 @@ def strip_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def make_network(options: Mapping[str, Any], num_classes: int, in_channels: int) -> torch.nn.Module:
+def make_network(options: Mapping[str, Any], num_classes: int, in_channels: int,
+                 rotation_head: bool = False) -> torch.nn.Module:
     """Return the untrained network that the options (keys NETWORK_OPTIONS and `dataset`) describe; UserError."""
     return build_network(
         options["net"], num_classes, net_from_name=options["net_from_name"], depth=options["depth"],
         widen_factor=options["widen_factor"], leaky_slope=options["leaky_slope"], dropout=options["dropout"],
-        first_stride=first_stride_for(options["dataset"]), in_channels=in_channels, bn_momentum=options["bn_momentum"])
+        first_stride=first_stride_for(options["dataset"]), rotation_head=rotation_head, in_channels=in_channels,
+        bn_momentum=options["bn_momentum"])
 
 
 def load_classifier(path: str, options: argparse.Namespace, images: ImageSet,
@@ -61,7 +63,8 @@ def load_classifier(path: str, options: argparse.Namespace, images: ImageSet,
     chosen = {name: given_or_trained(options, trained, name) for name in NETWORK_OPTIONS}
     num_classes = given_or_trained(options, {"num_classes": images.num_classes, **trained}, "num_classes")
     state = strip_prefix(content[key])
-    net = make_network({**chosen, "dataset": options.dataset}, num_classes, images.channels)
+    net = make_network({**chosen, "dataset": options.dataset}, num_classes, images.channels,
+                       rotation_head="rot_classifier.weight" in state)
     check_fits(state, net, path)
     net.load_state_dict(state)
     return Classifier(net.eval(), content.get("mean"), content.get("std"))

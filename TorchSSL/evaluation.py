@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from shared.distributed import World, gather
+from TorchSSL.algorithm import classify
 from TorchSSL.data import Pool
 
 # One-vs-one AUC looks at every pair of classes: beyond this many classes it is left to the last evaluation.
@@ -23,14 +24,14 @@ AUC_EVERY_TIME = 20
 def predict(net: torch.nn.Module, pool: Pool, batch_size: int = 1024, world: World | None = None) -> torch.Tensor:
     """Return float32 logits [N, C] of all images of `pool` in order, on its device; each rank computes its part.
 
-    net: in eval mode; takes normalised float [n, channels, H, W].
+    net: in eval mode; takes normalised float [n, channels, H, W] (of several outputs the first counts).
     """
     world = world or World()
     part = -(-len(pool) // world.size)  # the last parts repeat the last image, so that all ranks gather equal shapes
     indices = np.minimum(np.arange(world.rank * part, (world.rank + 1) * part), len(pool) - 1)
     if not part:
         raise ValueError("there is nothing to predict: the pool is empty")
-    logits = [net(pool.normalised(indices[start:start + batch_size])).float() for start in range(0, part, batch_size)]
+    logits = [classify(net, pool.normalised(indices[start:start + batch_size])) for start in range(0, part, batch_size)]
     return gather(torch.cat(logits), world)[:len(pool)]
 
 

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from shared.cli import parse_bool, run_main
 from shared.lazy import lazy
-from TorchSSL.options import POSITIVE, SHARE, Flag, parse_options
+from TorchSSL.algorithm import Algorithm, joint_logits
+from TorchSSL.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
+from TorchSSL.pseudo_labels import consistency, pseudo_label_metrics
 
 if TYPE_CHECKING:
     from TorchSSL.trainer import Batch, Setting
@@ -27,7 +29,7 @@ FLAGS = (
     Flag("--ulb_loss_ratio", POSITIVE, 1.0, "weight of the loss on unlabelled images"),
     Flag("--ent_loss_ratio", POSITIVE, 0.0, "weight of the fairness term (DPT: none)"),
     Flag("--hard_label", parse_bool, True, "learn the most likely class; False: the softened probabilities"),
-    Flag("--T", POSITIVE, 0.5, "temperature of soft labels"),
+    Flag("--T", TEMPERATURE, 0.5, "temperature of soft labels"),
     Flag("--ema_p", SHARE, 0.999, "momentum of the threshold statistics"),
     Flag("--use_quantile", parse_bool, False, "global threshold: the 0.8 quantile of confidences, not their mean"),
     Flag("--clip_thresh", parse_bool, False, "keep the global threshold at 0.95 or below"),
@@ -46,7 +48,7 @@ def main() -> None:
     train(options, FreeMatch)
 
 
-class FreeMatch:
+class FreeMatch(Algorithm):
     """State and loss of FreeMatch.
 
     State, float32, moving averages over the global batch: `time_p` [] the confidence, which is the global threshold;
@@ -55,9 +57,10 @@ class FreeMatch:
     """
 
     views = ("weak", "strong")
+    state = ("time_p", "p_model", "label_hist")
 
     def __init__(self, options: argparse.Namespace, setting: Setting) -> None:
-        self.options, self.setting = options, setting
+        super().__init__(options, setting)
         uniform = torch.full((setting.num_classes,), 1 / setting.num_classes, device=setting.device)
         self.time_p, self.p_model, self.label_hist = uniform[0].clone(), uniform.clone(), uniform.clone()
         # SVHN is first learned from the labels alone, and its thresholds stay between 0.9 and 0.95.
@@ -69,9 +72,7 @@ class FreeMatch:
 
         All views go through the network together, so that weak views take part in its batch statistics.
         """
-        weak, strong = batch.views
-        logits = net(torch.cat([batch.labeled, weak, strong])).float()
-        labeled, weak, strong = logits.split([len(batch.labeled), len(weak), len(strong)])
+        labeled, weak, strong = joint_logits(net, batch)
         supervised = torch.nn.functional.cross_entropy(labeled, batch.labels)
 
         weak = weak.detach()
@@ -137,30 +138,10 @@ class FreeMatch:
 
     def report(self, label: torch.Tensor, mask: torch.Tensor, truth: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what to log: the published names first (`mask_ratio` is the share rejected, means are 1/C)."""
-        known = mask * (truth >= 0)
-        thresholds = self.thresholds()
         return {
-            "train/time_p": self.time_p, "train/mask_ratio": 1 - mask.mean(), "train/p_model": self.p_model.mean(),
-            "train/label_hist": self.label_hist.mean(), "train/utilisation": mask.mean(),
-            "train/pseudo_label_acc": (known * (label == truth)).sum() / known.sum().clamp(min=1),
-            "train/threshold_min": thresholds.min(), "train/threshold_mean": thresholds.mean(),
-            "train/threshold_max": thresholds.max(), "train/p_model_min": self.p_model.min(),
-            "train/p_model_max": self.p_model.max()}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"time_p": self.time_p, "p_model": self.p_model, "label_hist": self.label_hist}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.time_p, self.p_model, self.label_hist = (
-            state[name].to(self.setting.device) for name in ("time_p", "p_model", "label_hist"))
-
-
-def consistency(strong: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the masked cross-entropy of strong-view logits [n, C] as a mean over all n, kept or not.
-
-    target: classes int64 [n] or probabilities [n, C]; mask: 0 or 1 [n].
-    """
-    return (mask * torch.nn.functional.cross_entropy(strong, target, reduction="none")).mean()
+            "train/time_p": self.time_p, "train/p_model": self.p_model.mean(),
+            "train/label_hist": self.label_hist.mean(), **pseudo_label_metrics(mask, label, truth, self.thresholds()),
+            "train/p_model_min": self.p_model.min(), "train/p_model_max": self.p_model.max()}
 
 
 def relative(mean: torch.Tensor, hist: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,7 @@ def number(kind: type, low: float | None = None, high: float | None = None) -> C
 
 COUNT, WHOLE = number(int, 1), number(int, 0)
 POSITIVE, SHARE = number(float, 0), number(float, 0, 1)
+TEMPERATURE = number(float, 1e-3)  # what is divided by
 
 
 def epoch_count(text: str) -> int:
@@ -144,31 +145,37 @@ COMMON = {
 
 # What may differ between a command and the run it continues: nothing here changes the numbers.
 NOT_THE_METHOD = frozenset({
-    "c", "given", "alg", "save_dir", "save_name", "resume", "load_path", "overwrite", "use_tensorboard", "data_dir",
+    "c", "given", "save_dir", "save_name", "resume", "load_path", "overwrite", "use_tensorboard", "data_dir",
     "num_save_iter", "save_seconds", "eval_batch_size", "download", "num_workers", "rank", "dist_url", "dist_backend",
     "gpu", "multiprocessing_distributed", "device", "epoch", "train_sampler", "label_idx"})
 
 
 def parse_options(algorithm: str, description: str, flags: Sequence[Flag], argv: Sequence[str] | None = None,
-                  **defaults: Any) -> argparse.Namespace:
+                  also: str | None = None, **defaults: Any) -> argparse.Namespace:
     """Read the command line of one trainer.
 
-    algorithm: its published name, the default of --save_name and the only value of the YAML key `alg`. flags: those of
-    its loss. defaults: where it departs from the common defaults. The result has one attribute per flag, `given` (the
-    names set by file or command line) and `alg`. Raises UserError.
+    algorithm: its published name, the default of --save_name and, with `also`, the only value of the YAML key `alg`.
+    flags: those of its loss. defaults: where it departs from the common defaults. The result has one attribute per
+    flag, `given` (the names set by file or command line) and `alg`. Raises UserError.
     """
-    parser = build_parser(algorithm, description, {algorithm: tuple(flags), **COMMON}, save_name=algorithm, **defaults)
+    groups = {algorithm: tuple(flags), **COMMON}
+    parser = build_parser(algorithm, description, groups, also, **{"save_name": algorithm, **defaults})
     options = parser.parse_with_yaml(argv)
     _check(options)
     return options
 
 
-def build_parser(algorithm: str, description: str, groups: dict[str, Sequence[Flag]], **defaults: Any) -> Parser:
-    """Return the parser of `groups` of flags (title -> flags), with other `defaults` for some of them."""
+def build_parser(algorithm: str, description: str, groups: dict[str, Sequence[Flag]], also: str | None = None,
+                 **defaults: Any) -> Parser:
+    """Return the parser of `groups` of flags (title -> flags), with other `defaults` for some of them.
+
+    A file's key `alg` may be `algorithm` or `also`.
+    """
     # `rich` text would reflow the first paragraph; the rest of a module's docstring is for its readers.
     parser = Parser(description=description.strip().split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--c", metavar="FILE", default=None, help="YAML file with any of these options as keys")
-    parser.add_argument("--alg", choices=(algorithm,), default=algorithm, help=argparse.SUPPRESS)
+    names = (algorithm, also) if also else (algorithm,)
+    parser.add_argument("--alg", choices=names, default=algorithm, help=argparse.SUPPRESS)
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for flag in flags:
@@ -181,7 +188,9 @@ def _add(group: argparse._ArgumentGroup, flag: Flag, defaults: dict[str, Any]) -
     key = names[0].lstrip("-").replace("-", "_")
     default = defaults.get(key, flag.default)
     if flag.type is None:
-        group.add_argument(*names, dest=key, action="store_true", default=default, help=flag.help)
+        # `--resume`, as some of the published commands have it, and `--resume True`, as the others do
+        group.add_argument(*names, dest=key, nargs="?", const=True, type=parse_bool, default=default, metavar="True",
+                           help=flag.help)
         return
     shown = "" if default is None else f" [{default}]"
     kind: dict[str, Any] = {"choices": flag.type} if isinstance(flag.type, tuple) else {"type": flag.type}

@@ -1,4 +1,4 @@
-"""The one training loop of TorchSSL, in reading order. An algorithm is a loss and its state (see freematch.py)."""
+"""The one training loop of TorchSSL, in reading order. An algorithm is a loss and its state (see algorithm.py)."""
 from __future__ import annotations
 
 import argparse
@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -20,7 +21,9 @@ from shared.cli import UserError
 from shared.datasets import NAMES, report
 from shared.distributed import World
 from shared.ema import EMA
+from shared.randomness import numpy_rng, torch_rng
 from shared.run import Run
+from TorchSSL.algorithm import Algorithm
 from TorchSSL.batches import Batch, Batches
 from TorchSSL.classifier import keep_confident, make_network
 from TorchSSL.data import Pool, TrainingData, load_training_data
@@ -41,6 +44,7 @@ class Setting:
     num_unlabeled: int
     class_shares: tuple[float, ...]  # of the labelled images
     world: World
+    seed: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -67,18 +71,16 @@ class Setting:
         return self.sum(tensor) + (tensor - tensor.detach()) * self.world.size
 
 
-class Algorithm(Protocol):
-    """A semi-supervised learner: `views` it wants of every unlabelled image ("weak" or "strong"), loss and state."""
+    def rng(self, step: int, purpose: str) -> np.random.Generator:
+        """Return the host generator of a step, the same on every rank."""
+        return numpy_rng(self.seed, step, purpose)
 
-    views: tuple[str, ...]
-    supervised_steps: int  # steps on labels alone before the training, at the initial learning rate
-
-    def loss(self, net: torch.nn.Module, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss to descend and the numbers to log (tensors on the device)."""
-
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+    def normal(self, like: torch.Tensor, step: int, purpose: str) -> torch.Tensor:
+        """Return this rank's part of normal noise for the global batch, of the shape, type and device of `like`."""
+        count = len(like) * self.world.size
+        generator = torch_rng(self.seed, step, purpose, like.device)
+        noise = torch.randn(count, *like.shape[1:], generator=generator, dtype=like.dtype, device=like.device)
+        return noise[self.world.slice(count)]
 
 
 def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, Setting], Algorithm]) -> None:
@@ -93,15 +95,15 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
     folder = Path(options.save_dir) / options.save_name
     data = load_training_data(options, folder)
     data = keep_confident(data, options, world)
+    shares = tuple(data.class_shares)
+    learner = algorithm(options, Setting(data.num_classes, len(data.unlabeled), shares, world, options.seed))
     torch.manual_seed(options.seed)
-    net = make_network(vars(options), data.num_classes, data.unlabeled.channels)
+    net = make_network(vars(options), data.num_classes, data.unlabeled.channels, learner.rotation_head)
     net = sync_batchnorm(net.to(world.device), world)
     if not options.strict:
         net = net.to(memory_format=torch.channels_last)
-    shares = tuple(data.class_shares)
-    learner = algorithm(options, Setting(data.num_classes, len(data.unlabeled), shares, world))
     trainer = Trainer(net, learner, options, world, precision)
-    batches = Batches(data, options, world, learner.views, batch_size)
+    batches = Batches(data, options, world, learner.views, batch_size, learner.labeled_views)
     config = {**method_config(options), "precision": precision, "num_classes": data.num_classes,
               "labeled_images": len(data.labeled), "unlabeled_images": len(data.unlabeled)}
     open_folder(folder, options, config, data, world)
@@ -111,7 +113,7 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
     run = Run(folder, config, keep=trainer.parts(), world=world, checkpoint=LATEST, resume=resume_from(folder, options),
               extra=lambda: {**facts, "it": trainer.iteration}, save_seconds=options.save_seconds,
               save_every=options.num_save_iter, log_every=min(100, options.num_eval_iter),
-              image_batch=batch_size * (1 + options.uratio * len(learner.views)),
+              image_batch=sum(batches.counts),
               tensorboard=options.use_tensorboard, desc=options.save_name)
     load_foreign(run, trainer, options)
     run.print(describe(data, options, world, precision))
@@ -150,6 +152,7 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: cosine(step, options.num_train_iter, options.num_warmup_iter))
         self.ema = EMA(net, buffers="copy")
+        algorithm.teacher = self.ema.module
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.iteration = 0

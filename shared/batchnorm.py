@@ -39,10 +39,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training and self.track_running_stats and self.affine and adds_up_badly(input)):
+        if not (self.training and self.affine and adds_up_badly(input)):
             return super().forward(input)
         output, mean, variance = _Normalise.apply(input, self.weight, self.bias, self.eps)
-        follow(self, mean, variance, input.numel() // input.shape[1])
+        if self.track_running_stats:
+            follow(self, mean, variance, input.numel() // input.shape[1])
         return output
 
 
@@ -122,7 +123,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training and self.running_mean is not None:
             return super().forward(input)
         output, mean, variance, count = _NormaliseTogether.apply(input, self.weight, self.bias, self.eps)
-        if self.training and self.running_mean is not None:
+        if self.training and self.running_mean is not None and self.track_running_stats:
             follow(self, mean, variance, count)
         return output
 

@@ -13,12 +13,15 @@ from shared.distributed import unwrap
 class EMA:
     """A copy of a network whose parameters follow it: ema <- beta ema + (1 - beta) net.
 
-    `module` is in eval mode, fp32 and without gradients. Floating-point buffers are copied from the network at each
-    update with buffers="copy" (batch-norm statistics stay current) and left as they were with buffers="keep".
+    `module` is in eval mode, in fp32 (fp64 where the network is) and without gradients. Floating-point buffers are
+    copied from the network at each update with buffers="copy" (batch-norm statistics stay current) and left as they
+    were with buffers="keep".
     """
 
     def __init__(self, net: torch.nn.Module, buffers: str = "copy") -> None:
-        self.module = copy.deepcopy(unwrap(net)).float().eval().requires_grad_(False)
+        self.module = copy.deepcopy(unwrap(net)).eval().requires_grad_(False)
+        widest = max((tensor.dtype for tensor in self.module.parameters()), key=lambda t: t.itemsize, default=None)
+        self.module.to(torch.float64 if widest == torch.float64 else torch.float32)
         self._copy_buffers = buffers == "copy"
 
     @torch.no_grad()

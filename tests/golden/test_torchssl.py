@@ -7,6 +7,7 @@ from tests.golden import (
     torchssl_algorithms,
     torchssl_augment,
     torchssl_files,
+    torchssl_losses,
     torchssl_networks,
     torchssl_splits,
     torchssl_training,
@@ -15,11 +16,13 @@ from tests.golden.cases import index
 from tests.golden.torchssl_algorithms import *  # noqa: F403
 from tests.golden.torchssl_augment import *  # noqa: F403
 from tests.golden.torchssl_files import *  # noqa: F403
+from tests.golden.torchssl_losses import *  # noqa: F403
 from tests.golden.torchssl_networks import *  # noqa: F403
 from tests.golden.torchssl_splits import *  # noqa: F403
 from tests.golden.torchssl_training import *  # noqa: F403
 
-AREAS = (torchssl_algorithms, torchssl_augment, torchssl_files, torchssl_networks, torchssl_splits, torchssl_training)
+AREAS = (torchssl_algorithms, torchssl_augment, torchssl_files, torchssl_losses, torchssl_networks, torchssl_splits,
+         torchssl_training)
 
 
 def test_every_case_is_served() -> None:

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -9,58 +12,108 @@ import pytest
 import torch
 
 from shared.distributed import World
-from tests.golden.cases import facts, fill, index
+from tests.golden.cases import arrays, facts, fill, index
 from tests.golden.torchssl_networks import draw_inputs, expected
 from TorchSSL.batches import Batch
 from TorchSSL.classifier import strip_prefix
 from TorchSSL.evaluation import confusion_text, metrics
-from TorchSSL.freematch import FreeMatch, parse
+from TorchSSL.freematch import FreeMatch
 from TorchSSL.networks import WideResNet
 from TorchSSL.trainer import Setting, Trainer
 
-CASES = [case for case in index("torchssl")["cases"]
-         if case["file"] == "train.npz" and case["id"].startswith("train_freematch")]
+# Published name -> its class; more than one case may belong to a script.
+SCRIPTS = {"freematch": "FreeMatch", "freematch_entropy": "FreeMatch", "softmatch": "SoftMatch", "fixmatch": "FixMatch",
+           "flexmatch": "FlexMatch", "uda": "UDA", "pseudolabel": "PseudoLabel", "pimodel": "PiModel",
+           "meanteacher": "MeanTeacher", "fullysupervised": "FullySupervised", "mixmatch": "MixMatch",
+           "remixmatch": "ReMixMatch", "vat": "VAT"}
+# The recorded views of unlabelled images, by how many an algorithm wants.
+VIEWS = {0: (), 1: ("x_w",), 2: ("x_w", "x_s"), 4: ("x_w", "x_s1", "x_s2", "x_s1_rot")}
+
+
+def script_of(case: dict[str, Any]) -> str | None:
+    """Return the longest published name that the case's id begins with."""
+    names = [name for name in SCRIPTS if f"{case['id']}_".startswith(f"train_{name}_")]
+    return max(names, key=len, default=None)
+
+
+CASES = [case for case in index("torchssl")["cases"] if case["file"] == "train.npz" and script_of(case)]
 SERVES = {case["id"] for case in CASES}
 
 # The stated tolerances let weight decay on the wrong parameters pass; a correct fp32 run is this close.
 NORMS = dict(rtol=1e-5, atol=1e-7)
 
 
-def options_of(given: dict[str, Any]) -> argparse.Namespace:
+def options_of(given: dict[str, Any], script: ModuleType) -> argparse.Namespace:
     """Read the set-up of a case, part of which the index states in words."""
     optimizer = given["optimizer"].replace(",", " ").split()
-    return parse(["--lr", optimizer[optimizer.index("lr") + 1],
-                  "--momentum", optimizer[optimizer.index("Nesterov") + 1],
-                  "--weight_decay", optimizer[optimizer.index("decay") + 1],
-                  "--num_train_iter", str(given["num_train_iter"]), "--ema_m", str(given["ema_decay"]),
-                  "--ulb_loss_ratio", str(given["ulb_loss_ratio"]),
-                  "--ent_loss_ratio", str(given.get("ent_loss_ratio", 0))])
+    flags = {"lr": optimizer[optimizer.index("lr") + 1], "momentum": optimizer[optimizer.index("Nesterov") + 1],
+             "weight_decay": optimizer[optimizer.index("decay") + 1], "ema_m": given["ema_decay"]}
+    flags |= {key: value for key, value in given.items() if key in vars(script.parse([]))}
+    return script.parse([f"--{key}={value}" for key, value in flags.items()])
 
 
-def network_of(given: dict[str, Any]) -> torch.nn.Module:
+def network_of(given: dict[str, Any], rotation_head: bool = False) -> torch.nn.Module:
     words = given["model"].replace(",", " ").split()
     net = fill(WideResNet(int(words[words.index("classes") - 1]), depth=int(words[words.index("depth") + 1]),
-                          widen_factor=int(words[words.index("widen") + 1])))
+                          widen_factor=int(words[words.index("widen") + 1]), rotation_head=rotation_head))
     with torch.no_grad():
         net.fc.weight.mul_(float(words[words.index("x") + 1]))
-    return net
+    return net.double() if given.get("dtype", "").startswith("float64") else net
+
+
+def learner_of(case: dict[str, Any], options: argparse.Namespace, script: ModuleType, classes: int) -> Any:
+    given = case["arguments"]
+    shares = tuple(given.get("p_target", [1 / classes] * classes))
+    setting = Setting(classes, given.get("unlabelled_set_size", 64), shares, World())
+    return getattr(script, SCRIPTS[script_of(case)])(options, setting)
+
+
+def replay_draws(case: dict[str, Any], learner: Any, script: ModuleType, monkeypatch: pytest.MonkeyPatch,
+                 targets: list[torch.Tensor]) -> None:
+    """Give the learner the recorded draws in place of its own, and note the targets that it mixes."""
+    given, stored = case["arguments"], arrays("torchssl", case["file"])
+    first = given.get("first_iteration", 0)
+    if "direction_noise" in given:
+        rng = np.random.default_rng(int(re.search(r"default_rng\((\d+)\)", given["direction_noise"])[1]))
+        monkeypatch.setattr(learner, "noise", lambda images, step: torch.from_numpy(
+            rng.standard_normal(images.shape).astype(np.float32)).to(images.dtype))
+    if "stored_input_keys" in case:
+        shares, permutations = (stored[case["stored_input_keys"][key]] for key in ("raw_beta_draws", "permutations"))
+        forward = script.forward_mixed
+
+        def noted(net: Any, setting: Any, inputs: Any, mixed: list[torch.Tensor], *draws: Any) -> Any:
+            targets.append(torch.cat(mixed))
+            return forward(net, setting, inputs, mixed, *draws)
+
+        monkeypatch.setattr(script, "forward_mixed", noted)
+        monkeypatch.setattr(script, "draw_mixing", lambda setting, alpha, inputs, step: (
+            float(shares[step - first]), permutations[step - first]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-def test_training_run(case: dict[str, Any]) -> None:
+def test_training_run(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    script = importlib.import_module(f"TorchSSL.{script_of(case)}")
     given, drawn, wanted = case["arguments"], draw_inputs(case), expected(case)
-    net, options = network_of(given), options_of(given)
-    classes = net.fc.out_features
-    learner = FreeMatch(options, Setting(classes, 64, (1 / classes,) * classes, World()))
+    options = options_of(given, script)
+    net = network_of(given, getattr(script, SCRIPTS[script_of(case)]).rotation_head)
+    dtype, classes = net.fc.weight.dtype, net.fc.out_features
+    learner = learner_of(case, options, script, classes)
     trainer = Trainer(net, learner, options, World())
+    targets: list[torch.Tensor] = []
+    replay_draws(case, learner, script, monkeypatch, targets)
     logged: dict[str, list[float]] = {}
     for k in range(given["steps"]):
-        trainer.iteration = k
-        unknown = torch.full((len(drawn["x_w"][k]),), -1)
-        values = trainer.train_step(Batch(drawn["x_lb"][k], drawn["y_lb"][k], (drawn["x_w"][k], drawn["x_s"][k]),
-                                          drawn["idx_ulb"][k], unknown))
+        trainer.iteration = given.get("first_iteration", 0) + k
+        views = tuple(drawn[name][k].to(dtype) for name in VIEWS[len(learner.views)])
+        index_ = drawn["idx_ulb"][k] if views else None
+        unknown = torch.full_like(index_, -1) if views else None
+        values = trainer.train_step(Batch(drawn["x_lb"][k].to(dtype), drawn["y_lb"][k], views, index_, unknown,
+                                          drawn["rot"][k] if "rot" in drawn else None))
+        if "class_status" in wanted:
+            np.testing.assert_allclose(learner.status.beta, wanted["class_status"][k], rtol=1e-6)
         with torch.no_grad():
-            logits = trainer.ema.module(drawn["x_eval"])
+            logits = trainer.ema.module(drawn["x_eval"].to(dtype))
+        logits = logits[0] if isinstance(logits, tuple) else logits
         values |= metrics(logits, torch.arange(len(logits)) % classes)
         for name, value in values.items():
             logged.setdefault(name, []).append(float(value))
@@ -68,6 +121,8 @@ def test_training_run(case: dict[str, Any]) -> None:
         if key.startswith("log__"):
             name = key.removeprefix("log__").replace("__", "/")
             np.testing.assert_allclose(logged[name], wanted[key], rtol=1e-5, atol=1e-7, err_msg=name)
+    if "targets_before_mixup" in wanted:
+        np.testing.assert_allclose(torch.stack(targets), wanted["targets_before_mixup"], rtol=1e-5, atol=1e-7)
 
     def norms(tensors: Any) -> list[float]:
         return [tensor.double().norm().item() for tensor in tensors]
@@ -103,8 +158,9 @@ def test_metric_names() -> None:
 def test_checkpoint_structure() -> None:
     """A checkpoint has the published parts, in their published form."""
     wanted = facts("torchssl", "checkpoint_facts.json")
-    case = CASES[0]
-    drawn, net, options = draw_inputs(case), network_of(case["arguments"]), options_of(case["arguments"])
+    case = next(case for case in CASES if script_of(case) == "freematch")
+    drawn, net = draw_inputs(case), network_of(case["arguments"])
+    options = options_of(case["arguments"], importlib.import_module("TorchSSL.freematch"))
     trainer = Trainer(net, FreeMatch(options, Setting(10, 64, (0.1,) * 10, World())), options, World())
     batch = Batch(drawn["x_lb"][0], drawn["y_lb"][0], (drawn["x_w"][0], drawn["x_s"][0]), drawn["idx_ulb"][0],
                   drawn["idx_ulb"][0])
