@@ -10,6 +10,7 @@ or [1], class_labels one-hot [N, label_dim] or None, augment_labels [N, augment_
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -97,7 +98,7 @@ class SongUNet(torch.nn.Module):
         _expect("encoder_type", encoder_type, ("standard", "skip", "residual"))
         _expect("decoder_type", decoder_type, ("standard", "skip"))
         super().__init__()
-        self.channels_last = False
+        self.model_channels, self.channels_last = model_channels, False
         self.label_dropout = Dropout(label_dropout, rescale=False)
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         init, init_zero = Init("xavier_uniform"), Init("xavier_uniform", weight=1e-5)
@@ -217,7 +218,7 @@ class DhariwalUNet(torch.nn.Module):
                  channel_mult_emb: int = 4, num_blocks: int = 3, attn_resolutions: Sequence[int] = (32, 16, 8),
                  dropout: float = 0.10, label_dropout: float = 0) -> None:
         super().__init__()
-        self.channels_last = False
+        self.model_channels, self.channels_last = model_channels, False
         self.label_dropout = Dropout(label_dropout, rescale=False)
         emb_channels = model_channels * channel_mult_emb
         init = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
@@ -230,6 +231,11 @@ class DhariwalUNet(torch.nn.Module):
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
         self.map_label = (Linear(label_dim, emb_channels, bias=False,
                                  init=Init("kaiming_normal", weight=math.sqrt(label_dim))) if label_dim else None)
+
+        if any(model_channels * mult < 64 and img_resolution >> level in attn_resolutions
+               for level, mult in enumerate(channel_mult)):
+            warnings.warn("blocks of fewer than 64 channels have no attention, whatever attn_resolutions says",
+                          stacklevel=2)
 
         def heads(channels: int, res: int) -> int:
             return channels // 64 if res in attn_resolutions else 0
@@ -291,13 +297,16 @@ class DhariwalUNet(torch.nn.Module):
 
 
 def use_channels_last(net: torch.nn.Module) -> None:
-    """Let the U-Nets in `net` compute in [N, H, W, C] memory order, which convolutions prefer. Numbers change by
-    rounding only."""
+    """Let the U-Nets in `net` compute in [N, H, W, C] memory order where that is faster: on GPUs, and on a CPU if they
+    are wide. Numbers change by rounding only."""
     for module in net.modules():
-        if isinstance(module, (SongUNet, DhariwalUNet)):
+        if not isinstance(module, (SongUNet, DhariwalUNet)):
+            continue
+        if next(module.parameters()).is_cuda:
+            module.to(memory_format=torch.channels_last)
             module.channels_last = True
-            if next(module.parameters()).is_cuda:  # a CPU rearranges weights at every call anyway
-                module.to(memory_format=torch.channels_last)
+        else:  # a CPU rearranges the weights at every call, however they lie
+            module.channels_last = module.model_channels >= 64
 
 
 def _expect(name: str, value: str, known: Sequence[str]) -> None:
