@@ -68,6 +68,8 @@ class AugmentPipe:
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Return the parameters [count, 16] of `count` images, float32 on the generator's device."""
         options = dict(generator=generator, device=generator.device)
+        if not self.multipliers:
+            return torch.zeros([count, len(COLUMNS)], device=generator.device)
         numbers = []
         for name in self.multipliers:
             for kind in DRAWS[name]:
@@ -78,8 +80,9 @@ class AugmentPipe:
         return self.parameters(numbers)
 
     def parameters(self, numbers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the parameters [N, 16] that follow from the raw numbers ([N] each) in the order of DRAWS."""
-        columns = dict.fromkeys(COLUMNS, torch.zeros_like(numbers[0], dtype=torch.float32) if numbers else None)
+        """Return the parameters [N, 16] that follow from the raw numbers ([N] each, at least one), which are those that
+        DRAWS lists for the augmentations in use."""
+        columns = dict.fromkeys(COLUMNS, torch.zeros_like(numbers[0], dtype=torch.float32))
         rest = iter(numbers)
         for name, multiplier in self.multipliers.items():
             values = [(kind, next(rest)) for kind in DRAWS[name]]
@@ -128,7 +131,8 @@ class AugmentPipe:
             images = warp(images, self._geometry(values, height, width))
         if used.intersection(COLOUR):
             images = recolour(images, self._colour(values))
-        return images, torch.stack(self._labels(values, height, width), dim=1)
+        labels = self._labels(values, height, width)
+        return images, torch.stack(labels, dim=1) if labels else images.new_zeros([len(images), 0])
 
     def _whole_pixels(self, values: dict[str, torch.Tensor], height: int, width: int
                       ) -> tuple[torch.Tensor, torch.Tensor]:

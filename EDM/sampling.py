@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from EDM import samplers
+from EDM.networks import use_channels_last
 from EDM.samplers import Model, Noise, denoiser, guided
 from EDM.seeds import SeedGenerators
 from shared.cli import UserError
@@ -127,15 +128,9 @@ class SeedSampler:
         net.use_fp16 = self.precision == "fp16" and self.device.type == "cuda"
         if self.precision == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # 10 bits of mantissa are not what the name says
-        if fast and self._prefers_channels_last(net):
-            net = net.to(memory_format=torch.channels_last)
+        if fast:
+            use_channels_last(net)
         return torch.compile(net) if compile else net
-
-    def _prefers_channels_last(self, net: torch.nn.Module) -> bool:
-        # Measured: on a CPU it saves a quarter of the time of a wide network in fp32, and costs time in bf16 and in a
-        # narrow network.
-        wide = net.init_kwargs.get("model_channels", 128) >= 64
-        return self.device.type != "cpu" or self.precision == "fp32" and wide
 
     def _round_sigma(self, sigmas: torch.Tensor) -> torch.Tensor:
         return self.net.round_sigma(sigmas.to(self.device, self.state_dtype)).cpu().double()
