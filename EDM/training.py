@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from EDM.batches import Batch, Batches
 from EDM.dataset import TrainingSet
 from EDM.dropout import set_dropout_keys
 from EDM.loss import LOSSES, EDMLoss, VELoss, VPLoss
+from EDM.networks import use_channels_last
 from EDM.options import FREE_KEYS, RESULT_FILE, batch_rounds
 from EDM.order import InfiniteOrder
 from EDM.preconditioning import PRECONDITIONERS
@@ -25,6 +27,7 @@ from EDM.states import keep_layout, load_start, save_state, write_snapshots
 from EDM.table import module_table
 from EDM.ticks import Moments, TickClock, TickSchedule, stats_line, status_line
 from shared import distributed
+from shared.cli import UserError
 from shared.distributed import World
 from shared.ema import EMA, half_life_beta, power_law_beta
 from shared.files import atomic
@@ -60,8 +63,8 @@ class Draws:
     """The random numbers of one process in one step, for its n images.
 
     level: [n, 1, 1, 1], from which the loss makes noise levels. noise: [n, C, R, R], standard normal.
-    augment: parameters of the augmentation, or None. seed, nimg: from which the dropout masks follow, None for masks
-    from torch's own generator.
+    augment: parameters of the augmentation, or None. dropout: (seed, nimg), from which the masks follow; None for
+    masks from torch's own generator.
     """
 
     level: torch.Tensor
@@ -123,8 +126,8 @@ def training_step(model: torch.nn.Module, loss_fn: Loss, augment: AugmentPipe | 
 @torch.no_grad()
 def replace_non_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Replace in place NaN by 0 and ±infinity by ±1e5; return how many of the tensors held any, a float32 scalar."""
-    # The largest magnitude of a tensor is finite exactly if all of it is.
-    bad = ~torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite()
+    # A norm is finite only if all of the tensor is; that of tensors beyond 1e19 overflows, and replacing leaves them.
+    bad = ~torch.stack(torch._foreach_norm(gradients)).isfinite()
     if bad.device.type != "cpu" or bad.any():  # asking a GPU would have to wait for it
         for gradient in gradients:
             torch.nan_to_num_(gradient, nan=0, posinf=1e5, neginf=-1e5)
@@ -141,12 +144,6 @@ def choose_precision(asked: str | None, device: torch.device, strict: bool) -> s
         return asked
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if fast and not strict else "fp32"
-
-
-def prefers_channels_last(net: torch.nn.Module, device: torch.device, precision: str) -> bool:
-    """Return whether the network is faster with its images stored pixel by pixel: on GPUs, and on a CPU if it is wide
-    and computes in fp32."""
-    return device.type != "cpu" or (precision == "fp32" and net.init_kwargs.get("model_channels", 128) >= 64)
 
 
 def build(options: Mapping[str, Any], dataset: TrainingSet, device: torch.device
@@ -185,8 +182,13 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     net, loss_fn, augment = build(options, dataset, device)
-    if not strict and prefers_channels_last(net, device, precision):
-        net.to(memory_format=torch.channels_last)
+    try:
+        table = module_table(net, at_once)
+    except (RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"no network of --arch with these --cbase and --cres for images of {dataset.resolution} x "
+                        f"{dataset.resolution}: {error}") from None
+    if not strict:
+        use_channels_last(net)
     ema = EMA(net, buffers="keep")
     adam = {name: value for name, value in options["optimizer_kwargs"].items() if name != "class_name"}
     optimizer = torch.optim.Adam(net.parameters(), **adam, **({"foreach": False} if strict else {"fused": True}))
@@ -194,7 +196,7 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
     order = InfiniteOrder(len(dataset), seed)
     losses = Moments(device)
     run = Run(folder, options, dict(net=net, ema=ema, optimizer=optimizer, order=order, losses=losses), world,
-              ignore=FREE_KEYS, save_seconds=checkpoint_seconds, log_every=1 << 62, image_batch=batch_size)
+              ignore=FREE_KEYS, save_seconds=checkpoint_seconds, log_every=sys.maxsize)  # lines come at ticks
     if run.resumed_from is None:
         run.state["start_nimg"] = load_start(options, net, ema, optimizer, order)
     schedule = TickSchedule(batch_size, total_kimg, options["kimg_per_tick"], options["snapshot_ticks"],
@@ -204,7 +206,7 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
         net.model.compile()
     batches = Batches(dataset, order, batch_size, world)
     if run.resumed_from is None:
-        run.print(module_table(net, at_once))
+        run.print(table)
     run.print(f"Training for {total_kimg} kimg from {schedule.nimg(run.step) / 1000:.1f}: {precision} on "
               f"{world.size} x {device.type}, {rounds} round(s) of {at_once} images")
 

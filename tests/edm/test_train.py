@@ -11,7 +11,7 @@ import click
 import pytest
 import torch
 
-from EDM.options import RESULT_FILE, in_use, lock, read_options
+from EDM.options import RESULT_FILE, batch_rounds, in_use, lock, read_options
 from EDM.snapshots import load_network, load_training_state
 from EDM.states import keep_layout
 from EDM.train import main
@@ -213,6 +213,15 @@ def test_learning_rate_rises_and_falls():
     assert rates == pytest.approx([0, 1, 2, 2, 1, 0, 0])
 
 
+def test_a_batch_is_shared_evenly():
+    assert batch_rounds(512, 32, 4) == (32, 4)
+    assert batch_rounds(8, None, 2) == (4, 1)
+    assert batch_rounds(8, 99, 1) == (8, 1)
+    for batch, at_once, ranks in ((15, None, 2), (1, None, 2), (16, 5, 1)):
+        with pytest.raises(UserError, match="--batch"):
+            batch_rounds(batch, at_once, ranks)
+
+
 def test_non_finite_gradients_are_replaced_and_counted():
     nan, inf = float("nan"), float("inf")
     gradients = [torch.tensor([1.0, nan]), torch.tensor([[3e5, -3e5]]), torch.tensor([inf, -inf]).to(torch.float32)]
@@ -281,6 +290,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
     (["--strict", "--compile=1"], "--strict and --compile=1"),
     (["--device=nonsense"], "unknown device 'nonsense'"),
     (["--cres=1;2"], "'1;2' is not a list"),
+    (["--cres=1,1,1,1,1"], "no network .* for images of 8 x 8"),
+    (["--cbase=2"], "no network .* for images of 8 x 8"),
+    (["--seed=-1"], "'--seed'"),
 ], ids=lambda value: value[0] if isinstance(value, list) else "")
 def test_mistakes_end_in_one_line(tmp_path, data, whole, more, message):
     (tmp_path / "cut.zip").write_bytes(data.read_bytes()[:1000])
