@@ -172,14 +172,14 @@ def classifier_features(checkpoint: Path, options: argparse.Namespace, images: A
     import numpy as np
     import torch
 
-    from shared.distributed import World
+    from shared.distributed import start
     from TorchSSL.classifier import load_classifier
     from TorchSSL.data import Pool
     from TorchSSL.get_labels import parse as prediction_options
 
     prediction = prediction_options([f"--dataset={options.dataset}", f"--load_path={checkpoint}"])
     classifier = load_classifier(str(checkpoint), prediction, images)
-    device = World().device
+    device = start().device
     pool, net = Pool(images, classifier.mean, classifier.std, device), classifier.net.to(device)
     chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), FEATURE_IMAGES)).round().astype(np.int64))
     with torch.no_grad():
