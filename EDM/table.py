@@ -1,7 +1,6 @@
 """A table of a network's modules: parameters, buffers and output shapes."""
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -9,14 +8,14 @@ import torch
 DEEPEST = 2
 
 
+@torch.no_grad()
 def module_table(net: torch.nn.Module, batch: int) -> str:
     """Return a table of the modules that a preconditioned network calls, down to calls within calls within the network.
 
-    Shapes are those for `batch` images; they come from a pass on the meta device, which computes nothing. A parameter
-    is counted in the first row it belongs to, so that the columns add up.
+    The shapes are those for `batch` images, found with a single one. A parameter is counted in the first row it belongs
+    to, so that the columns add up. Raises RuntimeError or ZeroDivisionError for a network that does not fit its images.
     """
-    twin = copy.deepcopy(net).to("meta").train()
-    names = {module: name or "<top-level>" for name, module in twin.named_modules()}
+    names = {module: name or "<top-level>" for name, module in net.named_modules()}
     rows: list[tuple[str, ...]] = []
     depth, counted = 0, set()
 
@@ -33,17 +32,22 @@ def module_table(net: torch.nn.Module, batch: int) -> str:
         nonlocal depth
         depth -= 1
         if depth <= DEEPEST:
-            rows.append((names[module], count(module.parameters()), count(module.buffers()), str(list(output.shape)),
-                         str(output.dtype).removeprefix("torch.")))
+            rows.append((names[module], count(module.parameters()), count(module.buffers()),
+                         str([batch, *output.shape[1:]]), str(output.dtype).removeprefix("torch.")))
 
-    for module in twin.modules():
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-    images = torch.zeros([batch, net.img_channels, net.img_resolution, net.img_resolution], device="meta")
-    twin(images, torch.ones([batch], device="meta"), torch.zeros([batch, net.label_dim], device="meta"))
+    hooks = [hook for module in names for hook in (module.register_forward_pre_hook(enter),
+                                                   module.register_forward_hook(leave))]
+    training, device = net.training, next(net.parameters()).device
+    try:
+        image = torch.zeros([1, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+        net.eval()(image, torch.ones([1], device=device), torch.zeros([1, net.label_dim], device=device))
+    finally:
+        net.train(training)
+        for hook in hooks:
+            hook.remove()
 
     counted.clear()
-    total = ("Total", count(twin.parameters()), count(twin.buffers()), "-", "-")
+    total = ("Total", count(net.parameters()), count(net.buffers()), "-", "-")
     rows = [("Module", "Parameters", "Buffers", "Output shape", "Datatype"), *rows, total]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
