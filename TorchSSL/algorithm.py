@@ -59,11 +59,12 @@ def classify(net: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def joint_logits(net: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
-    """Return logits of the labelled images and of each view, from one forward pass over all of them together.
+    """Return logits of the labelled images, of each view, and of further views of labelled images, from one forward
+    pass over all of them together.
 
     Every view then takes part in the batch statistics of every other.
     """
-    parts = [batch.labeled, *batch.views]
+    parts = [batch.labeled, *batch.views, *batch.labeled_views]
     return classify(net, torch.cat(parts)).split([len(part) for part in parts])
 
 

@@ -51,7 +51,7 @@ class WideBlock(nn.Module):
         branch = normalise_and_activate(self.bn2, self.conv1(branch), self.leaky_slope)
         if self.dropout > 0:
             branch = F.dropout(branch, self.dropout, self.training)
-        return shortcut + self.conv2(branch)
+        return self.conv2(branch).add_(shortcut)
 
 
 class WideStage(nn.Module):

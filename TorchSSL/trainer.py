@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from shared import distributed
+from shared.allocator import keep_freed_memory
 from shared.batchnorm import sync_batchnorm
 from shared.cli import UserError
 from shared.datasets import NAMES, report
@@ -87,6 +88,8 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
     """Train one classifier as the options say; see the module's parts for each step. UserError."""
     relaunch(options, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     world = distributed.start(f"cuda:{options.gpu}" if options.gpu is not None else options.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     precision = choose_precision(options, world.device)
     set_arithmetic(options)
     batch_size = global_batch_size(options, world)

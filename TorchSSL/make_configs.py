@@ -1,0 +1,182 @@
+"""Writes every configuration file of TorchSSL/config from the tables below.
+
+    python make_configs.py            # the files under config/<algorithm>/ anew
+    python make_configs.py --check    # only tell whether they are what the tables say
+
+Published: config/<algorithm>/<algorithm>_<dataset>_<labels>_0.yaml, key by key as TorchSSL has them. Ours: one for the
+handwritten digits with 40 labels for every algorithm, a run of seconds to a minute on a CPU.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.cli import Parser, UserError, run_main
+from shared.files import atomic, make_dir
+
+CONFIG = Path(__file__).resolve().parent / "config"
+
+# What an algorithm adds, in the order of the files; the order of the algorithms numbers the ports.
+ALGORITHMS = {
+    "flexmatch": "hard_label True, T 0.5, p_cutoff 0.95, ulb_loss_ratio 1.0, uratio 7",
+    "fixmatch": "hard_label True, T 0.5, p_cutoff 0.95, ulb_loss_ratio 1.0, uratio 7",
+    "uda": "TSA_schedule none, T 0.4, p_cutoff 0.8, ulb_loss_ratio 1.0, uratio 7",
+    "pseudolabel": "ulb_loss_ratio 1.0, uratio 1",
+    "fullysupervised": "",
+    "remixmatch": "alpha 0.75, T 0.5, ulb_loss_ratio 1.0, w_kl 0.5, w_match 1.5, w_rot 0.5, use_dm True, use_xe True, "
+                  "warm_up 0.015625, uratio 1",
+    "mixmatch": "uratio 1, alpha 0.5, T 0.5, ulb_loss_ratio 100, ramp_up 0.4",
+    "meanteacher": "uratio 1, ulb_loss_ratio 50, unsup_warm_up 0.4",
+    "pimodel": "ulb_loss_ratio 10, uratio 1",
+    "vat": "",
+    "freematch": "hard_label True, T 0.5, ulb_loss_ratio 1.0, ent_loss_ratio 0.0, uratio 7",
+    "freematch_entropy": "hard_label True, T 0.5, ulb_loss_ratio 1.0, ent_loss_ratio 0.01, uratio 7",
+    "softmatch": "hard_label True, T 0.5, ulb_loss_ratio 1.0, uratio 7, dist_align True",
+}
+FLEX = {"uda_flex": "uda", "pseudolabel_flex": "pseudolabel"}  # the same with `use_flex: True`
+ON_IMAGENET = ("fixmatch", "flexmatch")
+WITH_TEN_LABELS = ("fixmatch", "flexmatch", "meanteacher", "mixmatch", "pimodel", "pseudolabel", "remixmatch", "uda",
+                   "vat")
+FIRST_PORT, FIRST_FLEX_PORT = 10001, 11121
+
+# dataset: network, classes, depth, width, weight decay, numbers of labels
+DATASETS = {
+    "cifar10": ("WideResNet", 10, 28, 2, "0.0005", (40, 250, 4000)),
+    "cifar100": ("WideResNet", 100, 28, 8, "0.001", (400, 2500, 10000)),
+    "svhn": ("WideResNet", 10, 28, 2, "0.0005", (40, 250, 1000)),
+    "stl10": ("WideResNetVar", 10, 28, 2, "0.0005", (40, 250, 1000)),
+    "imagenet": ("ResNet50", 1000, 0, 0, "0.0003", (100000,)),
+}
+
+DIGITS = """\
+# scikit-learn's handwritten digits (8x8, one channel) with four labels a class: seconds to a minute on a CPU.
+# The published constants fit 2^20 iterations of 32x32 images; those that depend on length and size are shortened.
+save_dir: ./saved_models
+save_name: {name}
+overwrite: True
+use_tensorboard: False
+
+dataset: digits
+num_classes: 10
+num_labels: 40
+seed: 0
+
+num_train_iter: 300
+num_eval_iter: 15
+num_save_iter: 100
+batch_size: 32
+
+# Averages over a third of the run; the statistics of batch norm stand in for those of the averaged weights.
+ema_m: 0.99
+bn_momentum: 0.01
+{own}
+optim: SGD
+lr: 0.03
+momentum: 0.9
+weight_decay: 0.0005
+
+# 0.08 million parameters: enough for 8x8 pixels.
+net: WideResNet
+depth: 10
+widen_factor: 1
+
+# A mirrored 2 is no digit, and 4 pixels are half of the image: shift by up to one pixel, in fractions, over black.
+weak_flip: False
+weak_pad: 1
+weak_pad_mode: zero
+weak_subpixel: True
+
+alg: {alg}
+"""
+# What they need on the digits besides the published settings above; a value of the same key overrules it.
+ON_DIGITS = {
+    "freematch": "ema_p 0.99", "freematch_entropy": "ema_p 0.99", "softmatch": "ema_p 0.99",
+    "fullysupervised": "all_labels True",
+    "vat": "uratio 1, vat_eps 1.0, vat_xi 0.01",  # 64 pixels in place of 3072: the same length for each of them
+    "defixmatch": "hard_label True, T 0.5, p_cutoff 0.95, ulb_loss_ratio 1.0, uratio 7",
+}
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """Return "a 1, b 2" as [("a", "1"), ("b", "2")]."""
+    return [tuple(pair.split()) for pair in text.split(", ") if pair]
+
+
+def published() -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (file below config/, its keys and values) of the 191 published files."""
+    port = FIRST_PORT
+    for alg, own in ALGORITHMS.items():
+        for dataset in DATASETS:
+            if dataset == "imagenet" and alg not in ON_IMAGENET:
+                continue
+            ten = (10,) if dataset == "cifar10" and alg in WITH_TEN_LABELS else ()
+            for labels in (*ten, *DATASETS[dataset][-1]):
+                yield published_file(alg, own, dataset, labels, port)
+            port += 1
+    port = FIRST_FLEX_PORT
+    for alg, plain in FLEX.items():
+        for dataset in [name for name in DATASETS if name != "imagenet"]:
+            for labels in DATASETS[dataset][-1]:
+                name, values = published_file(alg, ALGORITHMS[plain], dataset, labels, port)
+                yield name, {**values, "use_flex": "True"}
+            port += 1
+
+
+def published_file(alg: str, own: str, dataset: str, labels: int, port: int) -> tuple[str, dict[str, str]]:
+    """Return one published file; ImageNet has longer runs of smaller batches."""
+    net, classes, depth, width, weight_decay, _ = DATASETS[dataset]
+    name = f"{alg}_{dataset}_{labels}_0"
+    large = dataset == "imagenet"
+    length = "2000000 10000" if large else "1048576 5000"
+    values = {"save_dir": "./saved_models", "save_name": name, "resume": "False", "load_path": "None",
+              "overwrite": "True", "use_tensorboard": "True",
+              "epoch": "1", **dict(zip(("num_train_iter", "num_eval_iter"), length.split(), strict=True)),
+              "num_labels": str(labels), "batch_size": "32" if large else "64",
+              "eval_batch_size": "256" if large else "1024", **dict(pairs(own)),
+              "ema_m": "0.999", "optim": "SGD", "lr": "0.03", "momentum": "0.9", "weight_decay": weight_decay,
+              "amp": "False", "net": net, "net_from_name": "False", "depth": str(depth), "widen_factor": str(width),
+              "leaky_slope": "0.1", "dropout": "0.0", "data_dir": "./data", "dataset": dataset,
+              "train_sampler": "RandomSampler", "num_classes": str(classes), "num_workers": "1", "alg": alg,
+              "seed": "0", "world_size": "1", "rank": "0", "multiprocessing_distributed": "True",
+              "dist_url": f"tcp://127.0.0.1:{port}", "dist_backend": "nccl", "gpu": "None"}
+    return f"{alg}/{name}.yaml", values
+
+
+def digits() -> Iterator[tuple[str, str]]:
+    """Yield (file below config/, its text) for the digits, one for every algorithm."""
+    for alg in (*ALGORITHMS, *FLEX, "defixmatch"):
+        own = dict(pairs(ALGORITHMS.get(FLEX.get(alg, alg), ""))) | dict(pairs(ON_DIGITS.get(alg, "")))
+        own |= {"use_flex": "True"} if alg in FLEX else {}
+        lines = "".join(f"{key}: {value}\n" for key, value in own.items())
+        name = f"{alg}_digits_40_0"
+        yield f"{alg}/{name}.yaml", DIGITS.format(name=name, alg=alg, own=f"\n{lines}" if lines else "")
+
+
+def all_files() -> dict[str, str]:
+    """Return the text of every file, by its path below config/."""
+    files = {name: "".join(f"{key}: {value}\n" for key, value in values.items()) for name, values in published()}
+    return files | dict(digits())
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.strip().split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is not what it should be")
+    options = parser.parse_args()
+    files = all_files()
+    if options.check:
+        different = [name for name, text in files.items()
+                     if not (CONFIG / name).exists() or (CONFIG / name).read_text(encoding="utf-8") != text]
+        if different:
+            raise UserError(f"config/{different[0]} and {len(different) - 1} more differ from the tables; run "
+                            "python make_configs.py")
+    else:
+        for name, text in files.items():
+            make_dir((CONFIG / name).parent)
+            with atomic(CONFIG / name, "w") as file:
+                file.write(text)
+    print(f"{len(files)} files {'checked' if options.check else 'written'} below {CONFIG}")
+
+
+if __name__ == "__main__":
+    run_main(main)
