@@ -211,11 +211,6 @@ def group_norm_by_batch_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.
     return out, mean, variance.rsqrt()
 
 
-def in_layout(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """Return x [N, C, H, W] in channels_last memory, or as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-
-
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether x [N, C, H, W] lies in memory as [N, H, W, C] and not as [N, C, H, W]."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

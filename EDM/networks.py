@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from EDM.dropout import Dropout
-from EDM.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, attention, in_layout
+from EDM.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, attention
 from shared.cli import UserError
 
 
@@ -98,7 +98,7 @@ class SongUNet(torch.nn.Module):
         _expect("encoder_type", encoder_type, ("standard", "skip", "residual"))
         _expect("decoder_type", decoder_type, ("standard", "skip"))
         super().__init__()
-        self.model_channels, self.channels_last = model_channels, False
+        self.model_channels = model_channels
         self.label_dropout = Dropout(label_dropout, rescale=False)
         emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         init, init_zero = Init("xavier_uniform"), Init("xavier_uniform", weight=1e-5)
@@ -160,7 +160,7 @@ class SongUNet(torch.nn.Module):
     def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
                 augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         emb = self.embed(noise_labels, class_labels, augment_labels)
-        skips = self.encode(in_layout(x, self.channels_last), emb)
+        skips = self.encode(x, emb)
         return self.decode(skips, emb)
 
     def embed(self, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
@@ -218,7 +218,7 @@ class DhariwalUNet(torch.nn.Module):
                  channel_mult_emb: int = 4, num_blocks: int = 3, attn_resolutions: Sequence[int] = (32, 16, 8),
                  dropout: float = 0.10, label_dropout: float = 0) -> None:
         super().__init__()
-        self.model_channels, self.channels_last = model_channels, False
+        self.model_channels = model_channels
         self.label_dropout = Dropout(label_dropout, rescale=False)
         emb_channels = model_channels * channel_mult_emb
         init = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
@@ -275,7 +275,7 @@ class DhariwalUNet(torch.nn.Module):
     def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
                 augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         emb = self.embed(noise_labels, class_labels, augment_labels)
-        x, skips = in_layout(x, self.channels_last), []
+        skips = []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
             skips.append(x)
@@ -300,13 +300,9 @@ def use_channels_last(net: torch.nn.Module) -> None:
     """Let the U-Nets in `net` compute in [N, H, W, C] memory order where that is faster: on GPUs, and on a CPU if they
     are wide. Numbers change by rounding only."""
     for module in net.modules():
-        if not isinstance(module, (SongUNet, DhariwalUNet)):
-            continue
-        if next(module.parameters()).is_cuda:
-            module.to(memory_format=torch.channels_last)
-            module.channels_last = True
-        else:  # a CPU rearranges the weights at every call, however they lie
-            module.channels_last = module.model_channels >= 64
+        if isinstance(module, (SongUNet, DhariwalUNet)):
+            if next(module.parameters()).is_cuda or module.model_channels >= 64:
+                module.to(memory_format=torch.channels_last)  # images follow the weights of the first convolution
 
 
 def _expect(name: str, value: str, known: Sequence[str]) -> None:
