@@ -27,6 +27,7 @@ from EDM.states import keep_layout, load_start, save_state, write_snapshots
 from EDM.table import module_table
 from EDM.ticks import Moments, TickClock, TickSchedule, stats_line, status_line
 from shared import distributed
+from shared.allocator import keep_freed_memory
 from shared.cli import UserError
 from shared.distributed import World
 from shared.ema import EMA, half_life_beta, power_law_beta
@@ -189,6 +190,8 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
                         f"{dataset.resolution}: {error}") from None
     if not strict:
         use_channels_last(net)
+        if device.type == "cpu":
+            keep_freed_memory()
     ema = EMA(net, buffers="keep")
     adam = {name: value for name, value in options["optimizer_kwargs"].items() if name != "class_name"}
     optimizer = torch.optim.Adam(net.parameters(), **adam, **({"foreach": False} if strict else {"fused": True}))
