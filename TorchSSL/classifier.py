@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,10 @@ from TorchSSL.data import NORMALISATION, Pool, TrainingData, load_pools
 from TorchSSL.evaluation import predict
 from TorchSSL.networks import build_network, first_stride_for
 
+# Under which names weights are kept, ours and the published ones first, then those of older trainers.
+AVERAGED, TRAINED = ("ema_model", "eval_model"), ("model", "train_model")
+# USB, the successor of TorchSSL, has ImageNet's numbers on CIFAR-10, and its wide networks call `fc` `classifier`.
+USB_HEAD, USB_NORMALISATION = "classifier.", {"cifar10": NORMALISATION["imagenet"]}
 NETWORK_OPTIONS = ("net", "net_from_name", "depth", "widen_factor", "leaky_slope", "dropout", "bn_momentum")
 
 
@@ -48,26 +53,35 @@ def make_network(options: Mapping[str, Any], num_classes: int, in_channels: int,
 
 def load_classifier(path: str, options: argparse.Namespace, images: ImageSet,
                     use_train_model: bool = False) -> Classifier:
-    """Load `ema_model` (or `model`) of a checkpoint into its network.
+    """Load the averaged (or the trained) weights of a checkpoint into its network: ours, TorchSSL's, DPT's or USB's.
 
     options: its network options and number of classes; those that its command line did not give are taken from the
     checkpoint where it is one of ours. images: the set it is for. Raises UserError for a file that is no checkpoint,
     or that of another network.
     """
     content = read_checkpoint(path)
-    key = "model" if use_train_model else "ema_model"
-    if key not in content:
-        raise UserError(f"--load_path: {path} holds no {key} (only {', '.join(map(str, list(content)[:8]))}); expected "
-                        "a checkpoint of a TorchSSL trainer")
+    names = TRAINED if use_train_model else AVERAGED
+    key = next((name for name in names if name in content), None)
+    if key is None:
+        raise UserError(f"--load_path: {path} holds no {names[0]} (only {', '.join(map(str, list(content)[:8]))}); "
+                        "expected a checkpoint of a TorchSSL trainer")
     trained = content.get("options", {})
     chosen = {name: given_or_trained(options, trained, name) for name in NETWORK_OPTIONS}
     num_classes = given_or_trained(options, {"num_classes": images.num_classes, **trained}, "num_classes")
     state = strip_prefix(content[key])
+    mean, std = content.get("mean"), content.get("std")
+    if USB_HEAD + "weight" in state and not chosen["net_from_name"]:
+        state = {name.replace(USB_HEAD, "fc.", 1) if name.startswith(USB_HEAD) else name: value
+                 for name, value in state.items()}
+        mean, std = USB_NORMALISATION.get(options.dataset, (None, None))
+        if mean is None:
+            print(f"warning: {path} is a checkpoint of USB; its images of {options.dataset} are taken to be "
+                  "normalised as TorchSSL does", file=sys.stderr)
     net = make_network({**chosen, "dataset": options.dataset}, num_classes, images.channels,
                        rotation_head="rot_classifier.weight" in state)
     check_fits(state, net, path)
     net.load_state_dict(state)
-    return Classifier(net.eval(), content.get("mean"), content.get("std"))
+    return Classifier(net.eval(), mean, std)
 
 
 def given_or_trained(options: argparse.Namespace, trained: Mapping[str, Any], name: str) -> Any:

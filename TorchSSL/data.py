@@ -16,6 +16,7 @@ from shared.datasets import NAMES, has_split, load_dataset
 from shared.files import atomic
 from shared.images import ImageSet, read_images, shape_text
 from shared.randaugment import to_device
+from shared.randomness import numpy_rng
 from shared.splits import cifar10_one_label_split, class_balanced_split
 
 # Channel means and standard deviations on the unit scale, as published with the benchmarks.
@@ -36,7 +37,8 @@ class TrainingData:
 
     labeled: the labelled images (first `num_real` of them) followed by those of --aug_path. unlabeled: the whole
     training set; its labels are known to the metrics alone. test: images with labels. labeled_index: int64 positions of
-    the labelled images in their pool. mean, std: per channel, unit scale.
+    the labelled images in their pool. mean, std: per channel, unit scale. validation: training images with labels that
+    are in no other set (None without --val_fraction).
     """
 
     labeled: ImageSet
@@ -47,6 +49,7 @@ class TrainingData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     notes: tuple[str, ...] = field(default=())
+    validation: ImageSet | None = None
 
     @property
     def num_real(self) -> int:
@@ -68,7 +71,7 @@ def load_training_data(options: argparse.Namespace, folder: Path) -> TrainingDat
         raise UserError(f"{options.dataset}: test images are {shape_text(test)}, training images {shape_text(pool)}")
     if not len(test) or test.labels.min() < 0 or test.labels.max() >= num_classes:
         raise UserError(f"{options.dataset}: every test image needs a label in 0..{num_classes - 1}")
-    index = labeled_index(options, pool.labels, num_classes, folder)
+    index, held_out = labeled_and_held_out(options, pool.labels, num_classes, folder)
     labeled = pool.subset(index)
     notes: tuple[str, ...] = ()
     if options.aug_path is not None:
@@ -76,7 +79,12 @@ def load_training_data(options: argparse.Namespace, folder: Path) -> TrainingDat
         labeled = labeled.concatenate(ImageSet(extra.images, extra.labels, pool.classes, extra.name))
         notes = ("augmentation dataset is added",)
     mean, std = channel_statistics(options.dataset, unlabeled)
-    return TrainingData(labeled, unlabeled, test, index, num_classes, mean, std, notes)
+    validation = None
+    if len(held_out):
+        validation = pool.subset(held_out)
+        # The pool is the last part of the unlabelled images.
+        unlabeled = unlabeled.subset(np.delete(np.arange(len(unlabeled)), len(unlabeled) - len(pool) + held_out))
+    return TrainingData(labeled, unlabeled, test, index, num_classes, mean, std, notes, validation)
 
 
 def load_pools(dataset: str, data_dir: str, download: bool) -> tuple[ImageSet, ImageSet]:
@@ -126,6 +134,31 @@ def split_facts(options: argparse.Namespace, num_classes: int) -> dict[str, Any]
     dataset = options.dataset if options.dataset in NAMES else str(Path(options.dataset).absolute())
     return {"dataset": dataset, "num_labels": options.num_labels, "num_classes": num_classes, "seed": options.seed,
             "label_table": options.label_table, "label_idx": options.label_idx is not None}
+
+
+def labeled_and_held_out(options: argparse.Namespace, labels: np.ndarray, num_classes: int,
+                         folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions in the pool, int64: of the labelled images, and of --val_fraction of all, drawn from the rest.
+
+    Where every image is labelled, the held-out ones are taken from these.
+    """
+    known = np.flatnonzero(labels >= 0)
+    count = round(options.val_fraction * len(labels))
+    rng = numpy_rng(options.seed, 0, "validation")
+    if options.num_labels == 0 and options.label_idx is None:
+        if count >= len(known):
+            raise UserError(f"--val_fraction {options.val_fraction}: {count} images to hold out of {len(known)} that "
+                            "have a label leave none to learn from")
+        held_out = np.sort(rng.choice(known, count, replace=False))
+        labels = labels.copy()
+        labels[held_out] = -1
+        return labeled_index(options, labels, num_classes, folder), held_out
+    index = labeled_index(options, labels, num_classes, folder)
+    rest = np.setdiff1d(known, index)
+    if count > len(rest):
+        raise UserError(f"--val_fraction {options.val_fraction}: {count} images to hold out, but only {len(rest)} "
+                        "have a label and are not among the labelled ones")
+    return index, np.sort(rng.choice(rest, count, replace=False)) if count else rest[:0]
 
 
 def labeled_index(options: argparse.Namespace, labels: np.ndarray, num_classes: int, folder: Path) -> np.ndarray:

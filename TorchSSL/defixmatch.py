@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 torch = lazy("torch")
 
 FLAGS = (
-    Flag("--ulb_loss_ratio", POSITIVE, 1.0, "weight of the loss on unlabelled images, and of its correction"),
+    Flag("--ulb_loss_ratio", POSITIVE, 0.5, "weight of the loss on unlabelled images, and of its correction"),
     Flag("--p_cutoff", SHARE, 0.95, "least confidence of a pseudo-label"),
     Flag("--hard_label", parse_bool, True, "learn the most likely class; False: the softened probabilities"),
     Flag("--T", TEMPERATURE, 0.5, "temperature of soft labels"),

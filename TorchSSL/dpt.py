@@ -18,6 +18,7 @@ from pathlib import Path
 
 from shared.cli import Parser, UserError, nearest, run_main
 from shared.steps import Runner, Step
+from TorchSSL.make_configs import CONFIG, DATASETS, LEARNERS
 
 TORCHSSL = Path(__file__).resolve().parent
 ROOT = TORCHSSL.parent
@@ -114,7 +115,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", default="./data", metavar="DIR", help="folder of the published data sets [TorchSSL/data]")
     add("--out", metavar="DIR", help="put everything below DIR [TorchSSL/saved_models, TorchSSL/data-aug and "
         "EDM/training-runs, the report in runs/]")
-    for stage, script in ((1, "freematch.py"), (2, "train.py"), (3, "freematch.py")):
+    for stage in (1, 3):
+        add(f"--stage{stage}", choices=LEARNERS, default="freematch", metavar="NAME",
+            help=f"semi-supervised learner of stage {stage}: {', '.join(LEARNERS)} [freematch]")
+    for stage, script in ((1, "learner"), (2, "train.py"), (3, "learner")):
         add(f"--stage{stage}-args", type=words, default=[], metavar='"..."', help=f"further flags of its {script}")
     add("-n", "--dry-run", action="store_true", help="print the commands and run nothing")
     options = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
@@ -139,19 +143,20 @@ class Experiment:
         self.labels = options.labels or self.recipe.labels
         self.last = options.images_per_class - 1 if options.images_per_class else self.recipe.last
         self.gpus = options.gpus or visible_gpus()
-        self.name = f"freematch_{title}_{self.labels}_{seed}"
-        self.zip_name = f"freematch-{self.labels}-seed{seed}-{title}{self.recipe.shape}"
+        self.name = f"{options.stage1}_{title}_{self.labels}_{seed}"
+        self.zip_name = f"{options.stage1}-{self.labels}-seed{seed}-{title}{self.recipe.shape}"
 
         if options.out is None:  # the folders of the published commands
             self.saved, self.images, self.models = "./saved_models", "./data-aug", "training-runs"
         else:
             out = Path(options.out).resolve()
             self.saved, self.images, self.models = f"{out}/saved_models", f"{out}/data-aug", f"{out}/training-runs"
-        self.stage1, self.stage3 = f"{self.saved}/{self.name}", f"{self.saved}/{self.name}_aug{self.last}"
+        other = "" if options.stage3 == options.stage1 else f"_{options.stage3}"
+        self.stage1, self.stage3 = f"{self.saved}/{self.name}", f"{self.saved}/{self.name}_aug{self.last}{other}"
         # The published folder of images does not tell data sets and seeds apart, and the published training command
         # numbers its folder: both are kept for the published experiment alone.
         self.published = (self.dataset, self.labels, seed, options.out) == ("cifar10", 40, 1, None) \
-            and not options.stage2_args
+            and not options.stage2_args and options.stage1 == options.stage3 == "freematch"
         self.generated = f"nums_{self.last}" if self.published else f"{self.name}/nums_{self.last}"
 
     def steps(self) -> Iterator[Step]:
@@ -166,22 +171,33 @@ class Experiment:
         yield self.report_step()
 
     def classifier(self, name: str, stage: int = 1, seed: int | None = None) -> list[str]:
-        """Return the freematch.py command of a run, saying what its configuration file does not."""
+        """Return the command of a learner's run, saying what its configuration file does not."""
         recipe, seed = self.recipe, self.seed if seed is None else seed
-        command = ["python", "freematch.py"]
-        if recipe.config:
+        learner = self.options.stage1 if stage == 1 else self.options.stage3
+        command = ["python", f"{learner}.py"]
+        if recipe.config and learner == "freematch":
             config = recipe.config if stage == 1 else f"{recipe.config}_aug{recipe.last}"
             command += ["--c", f"config/{config}.yaml"]
             command += [f"--num_labels={self.labels}"] * (self.labels != recipe.labels)
             command += [f"--seed={seed}"] * (seed != 1) + [f"--save_name={name}"] * (name != config)
+        elif learner != "freematch" and (config := self.config_of(learner)):
+            command += ["--c", config, f"--num_labels={self.labels}", f"--seed={seed}", f"--save_name={name}"]
         else:
             command += [f"--dataset={self.dataset}", *words(recipe.classifier), f"--num_labels={self.labels}",
                         f"--seed={seed}", f"--save_name={name}"]
+        # The published script of this name would take every label there is.
+        command += ["--all_labels=False"] * (learner == "fullysupervised")
         return command + [f"--save_dir={self.saved}"] * (self.saved != "./saved_models") + self.elsewhere()
 
     def from_edm(self, path: str) -> str:
         """Return the path, given as typed in TorchSSL/, as typed in EDM/."""
         return path if Path(path).is_absolute() else f"../TorchSSL/{path.removeprefix('./')}"
+
+    def config_of(self, learner: str) -> str | None:
+        """Return the learner's configuration file for the data set, as typed in TorchSSL/; None: there is none."""
+        usual = 40 if self.dataset == "digits" else DATASETS.get(self.dataset, ((0,),))[-1][0]
+        names = (f"{learner}/{learner}_{self.dataset}_{labels}_0.yaml" for labels in (self.labels, usual))
+        return next((f"config/{name}" for name in names if (CONFIG / name).exists()), None)
 
     def elsewhere(self) -> list[str]:
         """Return the flag that says where the data sets are, if not in the usual place."""
@@ -267,7 +283,9 @@ class Experiment:
     def iterations(self) -> int:
         """Return --num_train_iter of stage 1, wherever it is said."""
         config = TORCHSSL / "config" / f"{self.recipe.config}.yaml"
-        said = config.read_text().replace(":", " ").split() if self.recipe.config and config.exists() else []
+        if self.options.stage1 != "freematch":
+            config = TORCHSSL / (self.config_of(self.options.stage1) or "")
+        said = config.read_text().replace(":", " ").split() if config.is_file() else []
         said += " ".join(self.options.stage1_args).replace("=", " ").replace("--", "").split()
         found = [value for key, value in zip(said, said[1:], strict=False) if key == "num_train_iter"]
         return int(found[-1]) if found and found[-1].isdigit() else 2**20

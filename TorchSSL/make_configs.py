@@ -35,6 +35,7 @@ ALGORITHMS = {
     "softmatch": "hard_label True, T 0.5, ulb_loss_ratio 1.0, uratio 7, dist_align True",
 }
 FLEX = {"uda_flex": "uda", "pseudolabel_flex": "pseudolabel"}  # the same with `use_flex: True`
+LEARNERS = (*ALGORITHMS, *FLEX, "defixmatch")  # the scripts that train, <name>.py
 ON_IMAGENET = ("fixmatch", "flexmatch")
 WITH_TEN_LABELS = ("fixmatch", "flexmatch", "meanteacher", "mixmatch", "pimodel", "pseudolabel", "remixmatch", "uda",
                    "vat")
@@ -94,7 +95,9 @@ ON_DIGITS = {
     "freematch": "ema_p 0.99", "freematch_entropy": "ema_p 0.99", "softmatch": "ema_p 0.99",
     "fullysupervised": "all_labels True",
     "vat": "uratio 1, vat_eps 1.0, vat_xi 0.01",  # 64 pixels in place of 3072: the same length for each of them
-    "defixmatch": "hard_label True, T 0.5, p_cutoff 0.95, ulb_loss_ratio 1.0, uratio 7",
+    "defixmatch": "hard_label True, T 0.5, p_cutoff 0.95, ulb_loss_ratio 0.5, uratio 7",
+    "pseudolabel": "uratio 7, p_cutoff 0.8", "pseudolabel_flex": "uratio 7, p_cutoff 0.8",
+    "meanteacher": "uratio 7, ulb_loss_ratio 1", "remixmatch": "uratio 3, w_rot 0.1, strong_ops 1",
 }
 
 
@@ -145,7 +148,7 @@ def published_file(alg: str, own: str, dataset: str, labels: int, port: int) -> 
 
 def digits() -> Iterator[tuple[str, str]]:
     """Yield (file below config/, its text) for the digits, one for every algorithm."""
-    for alg in (*ALGORITHMS, *FLEX, "defixmatch"):
+    for alg in LEARNERS:
         own = dict(pairs(ALGORITHMS.get(FLEX.get(alg, alg), ""))) | dict(pairs(ON_DIGITS.get(alg, "")))
         own |= {"use_flex": "True"} if alg in FLEX else {}
         lines = "".join(f"{key}: {value}\n" for key, value in own.items())
@@ -161,7 +164,8 @@ def all_files() -> dict[str, str]:
 
 def main() -> None:
     parser = Parser(description=__doc__.strip().split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is not what it should be")
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; fail where a file is not what the tables say")
     options = parser.parse_args()
     files = all_files()
     if options.check:

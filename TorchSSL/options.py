@@ -90,6 +90,8 @@ COMMON = {
              "given (default: all labelled images are equally likely)"),
         Flag("--aug_filter", str, None, "checkpoint of a classifier that judges the images of --aug_path"),
         Flag("--aug_confidence", SHARE, 0.9, "least probability that --aug_filter gives to an image's label"),
+        Flag("--val_fraction", SHARE, 0.0, "share of the training images held out, with their labels, only to choose "
+             "an iteration by (result.json: best_on_validation)"),
         Flag("--label_idx", str, None, "take the labelled images from this .npy file of indices (for example another "
              "run's sampled_label_idx.npy) in place of drawing them"),
         Flag("--label_table", parse_bool, True, "CIFAR-10 with 10 labels: take the published sets (seeds 0 to 7)"),
@@ -206,6 +208,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--resume needs --load_path FILE; without both, the same command continues by itself")
     if options.load_path is not None and not os.path.isfile(options.load_path) and options.resume:
         raise UserError(f"--load_path: there is no file {options.load_path}")
+    if options.val_fraction == 1:
+        raise UserError("--val_fraction 1 leaves nothing to train on; give a share below 1")
     for key in ("real_fraction", "aug_filter"):
         if getattr(options, key) is not None and options.aug_path is None:
             raise UserError(f"--{key} needs --aug_path: there are no extra images to mix or filter")

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -132,7 +131,7 @@ def write_result(run: Run, data: TrainingData, options: argparse.Namespace, prec
     if not run.world.main or "last" not in state:
         return
     last = state["last"]["eval/top-1-acc"]
-    pseudo = state.get("pseudo_label_acc", math.nan)
+    chosen = state.get("best_validation", {})
     result = {
         "save_name": options.save_name, "dataset": options.dataset, "seed": options.seed,
         "num_labels": data.num_real, "labeled_images": len(data.labeled), "unlabeled_images": len(data.unlabeled),
@@ -140,16 +139,21 @@ def write_result(run: Run, data: TrainingData, options: argparse.Namespace, prec
         "accuracy": {"last": last, "best_on_test": state.get("best_acc", 0.0),
                      "best_iteration": state.get("best_it", 0),
                      "median_of_last_20": statistics.median(state["accuracies"]),
-                     "evaluations_in_median": len(state["accuracies"])},
+                     "evaluations_in_median": len(state["accuracies"]),
+                     "best_on_validation": chosen.get("test"),
+                     "best_validation_iteration": chosen.get("iteration")},
+        "validation_images": 0 if data.validation is None else len(data.validation),
         "last": state["last"], "confusion_matrix": state["confusion"],
-        "pseudo_label_accuracy_in_last_batch": None if math.isnan(pseudo) else pseudo,
+        "accuracy_by_class": [row[label] / max(1, sum(row)) for label, row in enumerate(state["confusion"])],
+        "pseudo_label_accuracy_in_last_batch": state.get("pseudo_label_acc"),
         "seconds": run.seconds, "precision": precision, "processes": run.world.size, **hardware(run.world)}
     with atomic(run.outdir / RESULT, "w") as file:
         json.dump(result, file, indent=1)
     accuracy = result["accuracy"]
+    validated = f", best on {result['validation_images']} validation images {chosen['test']:.4f}" if chosen else ""
     run.print(f"accuracy of the averaged weights: last {last:.4f}, median of the last "
-              f"{accuracy['evaluations_in_median']} evaluations {accuracy['median_of_last_20']:.4f}, best on the test "
-              f"set {accuracy['best_on_test']:.4f} (iteration {accuracy['best_iteration']})")
+              f"{accuracy['evaluations_in_median']} evaluations {accuracy['median_of_last_20']:.4f}{validated}, best "
+              f"on the test set {accuracy['best_on_test']:.4f} (iteration {accuracy['best_iteration']})")
 
 
 def hardware(world: World) -> dict[str, Any]:

@@ -125,6 +125,7 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
 
     warm_up = learner.supervised_steps
     test = Pool(data.test, data.mean, data.std, world.device)
+    validation = Pool(data.validation, data.mean, data.std, world.device) if data.validation is not None else None
     for step in run.steps(warm_up + options.num_train_iter):
         started = time.perf_counter()
         batch = batches(step)
@@ -137,7 +138,7 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
         values |= {"train/prefecth_time": fetched - started, "train/run_time": time.perf_counter() - fetched}
         run.log(**values)
         if is_evaluated(trainer.iteration, options):
-            evaluate(run, trainer, test, values, facts, options)
+            evaluate(run, trainer, test, validation, values, facts, options)
     write_result(run, data, options, precision)
     distributed.stop()
 
@@ -226,11 +227,12 @@ def is_evaluated(iteration: int, options: argparse.Namespace) -> bool:
     return iteration % period == 0 or iteration == options.num_train_iter - 1
 
 
-def evaluate(run: Run, trainer: Trainer, test: Pool, values: dict[str, Any], facts: dict[str, Any],
-             options: argparse.Namespace) -> None:
+def evaluate(run: Run, trainer: Trainer, test: Pool, validation: Pool | None, values: dict[str, Any],
+             facts: dict[str, Any], options: argparse.Namespace) -> None:
     """Measure the averaged weights on the test set, log it, and keep them if they are the best so far.
 
-    The best on the test set is what the published tables report; the last and the median are kept beside it.
+    The best on the test set is what the published tables report. Beside it are kept the last, the median, and that of
+    the iteration with the best accuracy on the validation images.
     """
     is_last = trainer.iteration == options.num_train_iter - 1
     logits = predict(trainer.ema.module, test, options.eval_batch_size, run.world)
@@ -240,9 +242,16 @@ def evaluate(run: Run, trainer: Trainer, test: Pool, values: dict[str, Any], fac
     improved = accuracy > state.get("best_acc", 0.0)
     if improved:
         state |= {"best_acc": accuracy, "best_it": trainer.iteration}
+    if validation is not None:
+        logits = predict(trainer.ema.module, validation, options.eval_batch_size, run.world)
+        found["eval/validation-acc"] = (logits.argmax(1) == validation.labels).double().mean().item()
+        if found["eval/validation-acc"] > state.get("best_validation", {}).get("validation", 0.0):
+            state["best_validation"] = {"validation": found["eval/validation-acc"], "test": accuracy,
+                                        "iteration": trainer.iteration}
     state["accuracies"] = [*state.get("accuracies", []), accuracy][-MEDIAN_OF:]
-    state |= {"last": found, "confusion": counts.tolist(), "pseudo_label_acc": float(values.get(
-        "train/pseudo_label_acc", float("nan")))}
+    state |= {"last": found, "confusion": counts.tolist()}
+    if "train/pseudo_label_acc" in values:
+        state["pseudo_label_acc"] = float(values["train/pseudo_label_acc"])
     values = {name: float(value) for name, value in values.items()} | found
     run.record(found, line={"step": run.step, **values})
     best = f"BEST_EVAL_ACC: {state.get('best_acc', 0.0)}, at {state.get('best_it', 0)} iters"

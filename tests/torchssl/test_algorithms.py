@@ -1,0 +1,240 @@
+"""Every learner, end to end on the digits: its command, a kill and the same command again, and two ranks as one."""
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.checkpoint import read_checkpoint
+from shared.cli import UserError
+from shared.distributed import World
+from tests.shared.programs import assert_same, run
+from tests.torchssl import tiny
+from TorchSSL.algorithm import frozen_batchnorm
+from TorchSSL.batches import Batch, Batches
+from TorchSSL.data import load_training_data
+from TorchSSL.make_configs import CONFIG, LEARNERS, all_files
+from TorchSSL.networks import WideResNet
+from TorchSSL.pseudo_labels import ClassStatus, DistributionAlignment, pseudo_label_metrics
+from TorchSSL.trainer import Setting, Trainer
+
+# The README's command with its own configuration, so short that a test can wait for it.
+SHORT = ("--num_train_iter=6 --num_eval_iter=3 --num_save_iter=2 --batch_size=4 --uratio=2 --seed=1 "
+         "--save_name=short --save_dir=saved_models --eval_batch_size=500").split()
+
+
+def command(name: str) -> list[str]:
+    return ["--c", str(CONFIG / name / f"{name}_digits_40_0.yaml"), *SHORT]
+
+
+def start_and_wait(name: str, folder: Path, *extra: str, sabotage: Callable[[], None] | None = None) -> int:
+    """Run a learner's main in a forked process; return its exit status."""
+    def child() -> None:
+        os.chdir(folder)
+        torch.set_num_threads(1)
+        sys.stdout = sys.stderr = open(folder / "output.txt", "a", buffering=1)  # noqa: SIM115 - until the process ends
+        sys.argv = [f"{name}.py", *command(name), *extra]
+        if sabotage is not None:
+            sabotage()
+        try:
+            importlib.import_module(f"TorchSSL.{name}").main()
+        except UserError as error:
+            print(f"error: {error}")
+            os._exit(2)
+
+    process = tiny.multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def content(folder: Path) -> dict:
+    saved = read_checkpoint(folder / "saved_models" / "short" / "latest_model.pth")
+    return {key: value for key, value in saved.items() if key not in tiny.NOT_BITWISE}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_run_kill_and_same_command(name: str, tmp_path: Path) -> None:
+    """It trains and evaluates; killed between two saves and started again, it ends bitwise as if it had not been."""
+    from tests.torchssl.test_resume import kill_after_steps
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert start_and_wait(name, whole) == 0, (whole / "output.txt").read_text()[-2000:]
+    result = json.loads((whole / "saved_models/short/result.json").read_text())
+    assert 0 < result["accuracy"]["last"] <= 1 and len(result["accuracy_by_class"]) == 10
+    assert content(whole)["it"] == 5 and (whole / "saved_models/short/model_best.pth").exists()
+    assert start_and_wait(name, killed, sabotage=kill_after_steps(5)) == -signal.SIGKILL
+    assert start_and_wait(name, killed) == 0
+    assert_same(content(killed), content(whole))
+
+
+# One of each kind of state: none, counts and averages, mixing across ranks, perturbations, more labelled views.
+@pytest.mark.parametrize("name", ["flexmatch", "softmatch", "remixmatch", "vat", "meanteacher", "defixmatch"])
+def test_two_ranks_are_one(name: str, tmp_path: Path) -> None:
+    """In one process: the parts of two ranks, put together, are the batch, the noise and the mixing of one."""
+    script = importlib.import_module(f"TorchSSL.{name}")
+    options = script.parse(command(name))
+    data = load_training_data(options, tmp_path)
+    views = {"remixmatch": ("weak", "strong", "strong", "rotated"), "vat": ("weak",)}.get(name, ("weak", "strong"))
+    labeled_views = ("strong",) if name == "defixmatch" else ()
+    whole = Batches(data, options, World(), views, 4, labeled_views)(3)
+    parts = [Batches(data, options, World(rank, 2), views, 4, labeled_views)(3) for rank in range(2)]
+    for number in range(len(views)):
+        assert torch.equal(torch.cat([part.views[number] for part in parts]), whole.views[number])
+    for number in range(len(labeled_views)):
+        assert torch.equal(torch.cat([part.labeled_views[number] for part in parts]), whole.labeled_views[number])
+    if whole.turns is not None:
+        assert torch.equal(torch.cat([part.turns for part in parts]), whole.turns)
+        assert torch.equal(whole.views[3][whole.turns == 0], whole.views[1][whole.turns == 0])
+    noise = [Setting(10, 100, (0.1,) * 10, World(rank, 2), 5).normal(parts[rank].views[0], 3, "x") for rank in range(2)]
+    assert torch.equal(torch.cat(noise), Setting(10, 100, (0.1,) * 10, World(), 5).normal(whole.views[0], 3, "x"))
+
+
+@pytest.mark.parametrize("name", ["flexmatch", "remixmatch", "softmatch"])
+def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
+    """Under torchrun: weights, queues and averages are those of one process with the whole batch."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    # Thresholds that images pass at once, so that there is something to agree on.
+    flags = ["--p_cutoff=0.2"] if name == "flexmatch" else []
+    assert start_and_wait(name, one, "--lr=0.01", *flags) == 0
+    run(f"TorchSSL/{name}.py", *command(name), "--lr=0.01", *flags, cwd=two, ranks=2)
+    mine, theirs = content(one), content(two)
+
+    def compare(a: dict, b: dict, path: str) -> None:
+        for key, value in a.items():
+            if isinstance(value, dict):
+                compare(value, b[key], f"{path}/{key}")
+            else:
+                torch.testing.assert_close(b[key], value, rtol=1e-4, atol=3e-5,
+                                           msg=lambda m, where=f"{path}/{key}": f"{where}: {m}")
+
+    for part in ("model", "ema_model", "algorithm"):
+        compare(mine[part], theirs[part], part)
+    if name == "flexmatch":
+        assert (mine["algorithm"]["status"]["label"] >= 0).any()
+
+
+@pytest.mark.parametrize("name", ["fixmatch", "flexmatch", "uda", "pseudolabel", "softmatch", "freematch_entropy"])
+def test_nothing_kept_is_no_nan(name: str) -> None:
+    """Where no image reaches its threshold, the loss on unlabelled images and its gradient are 0."""
+    script = importlib.import_module(f"TorchSSL.{name}")
+    kinds = {"fixmatch": "FixMatch", "flexmatch": "FlexMatch", "uda": "UDA", "pseudolabel": "PseudoLabel",
+             "softmatch": "SoftMatch", "freematch_entropy": "FreeMatch"}
+    options = script.parse([])
+    options.p_cutoff, options.use_flex = 1.0, False
+    learner = getattr(script, kinds[name])(options, Setting(4, 20, (0.25,) * 4, World()))
+    if name == "flexmatch":
+        learner.status.label[:] = torch.arange(20) % 4
+    if name == "freematch_entropy":
+        learner.time_p.fill_(1.0)
+        options.ema_p = 1.0
+    if name == "softmatch":
+        learner.prob_max_mu_t.fill_(1e4)
+    weak, strong = torch.zeros(6, 4), torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    batch = Batch(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), (weak, strong)[:len(learner.views)],
+                  torch.arange(6), torch.full((6,), -1))
+    total, values = learner.loss(torch.nn.Identity(), batch, 5)
+    assert all(torch.isfinite(torch.as_tensor(value)).all() for value in values.values())
+    assert values["train/unsup_loss"] == 0 and values["train/mask_ratio"] == 1
+    if strong is batch.views[-1]:
+        assert torch.autograd.grad(total, strong)[0].abs().max() == 0
+
+
+def test_frozen_batch_norm_leaves_no_trace() -> None:
+    """It normalises as in train mode, also in a network in eval mode, and no buffer moves."""
+    net = WideResNet(10, depth=10, widen_factor=1)
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    with frozen_batchnorm(net):
+        frozen = net(images)
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+    assert torch.equal(frozen, net(images)) and not torch.equal(net.bn1.running_mean, before["bn1.running_mean"])
+    net.eval()
+    with frozen_batchnorm(net):
+        assert torch.equal(net(images), frozen)
+    assert not net.training and net.bn1.track_running_stats
+
+
+def test_an_image_drawn_twice_keeps_its_later_class() -> None:
+    status = ClassStatus(Setting(3, 10, (1 / 3,) * 3, World()))
+    status.remember(torch.tensor([4, 7, 4, 7, 1]), torch.tensor([0, 1, 2, 2, 0]),
+                    torch.tensor([True, True, True, False, False]))
+    assert status.label.tolist() == [-1, -1, -1, -1, 2, -1, -1, 1, -1, -1]
+    status.refresh()
+    assert status.beta.tolist() == pytest.approx([0, 1 / 8, 1 / 8])
+
+
+def test_aligned_predictions_have_the_labelled_shares() -> None:
+    align = DistributionAlignment(Setting(2, 10, (0.9, 0.1), World()))
+    aligned = align(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+    torch.testing.assert_close(aligned, torch.tensor([[0.9, 0.1], [0.9, 0.1]]))
+
+
+def test_metrics_name_what_they_say() -> None:
+    found = pseudo_label_metrics(torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 1, 1, 2]),
+                                 torch.tensor([0, 2, 1, -1]))
+    assert found["train/mask_ratio"] == 0.25 and found["train/utilisation"] == 0.75
+    assert found["train/pseudo_label_acc"] == 0.5  # of those kept, where the truth is known
+
+
+def test_teacher_is_the_average_of_the_weights() -> None:
+    script = importlib.import_module("TorchSSL.meanteacher")
+    options = script.parse([])
+    net = WideResNet(10, depth=10, widen_factor=1)
+    learner = script.MeanTeacher(options, Setting(10, 10, (0.1,) * 10, World()))
+    trainer = Trainer(net, learner, options, World())
+    assert learner.teacher is trainer.ema.module
+
+
+def test_held_out_images_are_in_no_other_set(tmp_path: Path) -> None:
+    """--val_fraction: the validation images are neither learned nor seen, and the labelled ones stay the same."""
+    script = importlib.import_module("TorchSSL.fixmatch")
+    plain = load_training_data(script.parse(command("fixmatch")), tmp_path)
+    held = load_training_data(script.parse([*command("fixmatch"), "--val_fraction=0.1"]), tmp_path)
+    assert len(held.validation) == round(0.1 * len(plain.unlabeled))
+    assert len(held.unlabeled) + len(held.validation) == len(plain.unlabeled)
+    assert (held.labeled_index == plain.labeled_index).all()
+    supervised = importlib.import_module("TorchSSL.fullysupervised")
+    every = load_training_data(supervised.parse([*command("fullysupervised"), "--val_fraction=0.1"]), tmp_path)
+    assert len(every.labeled) + len(every.validation) == len(plain.unlabeled)
+    assert start_and_wait("fixmatch", tmp_path, "--val_fraction=0.1") == 0
+    result = json.loads((tmp_path / "saved_models/short/result.json").read_text())
+    assert {"last", "median_of_last_20", "best_on_validation", "best_on_test"} <= set(result["accuracy"])
+    assert result["accuracy"]["best_on_validation"] > 0 and result["validation_images"] == len(held.validation)
+
+
+def test_configuration_files_are_those_of_the_tables() -> None:
+    for name, text in all_files().items():
+        assert (CONFIG / name).read_text() == text, name
+    for path in CONFIG.glob("*/*.yaml"):
+        assert f"{path.parent.name}/{path.name}" in all_files(), path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG.glob("*/*_250*.yaml")) + sorted(CONFIG.glob("*/*imagenet*.yaml")),
+                         ids=lambda path: path.stem)
+def test_configuration_files_are_accepted(path: Path) -> None:
+    script = importlib.import_module(f"TorchSSL.{path.parent.name}")
+    options = script.parse(["--c", str(path)])
+    assert options.save_name == path.stem and options.gpu is None
+
+
+def test_published_switches_take_a_value_too() -> None:
+    script = importlib.import_module("TorchSSL.uda")
+    assert script.parse(["--overwrite", "True"]).overwrite is True
+    assert script.parse(["--overwrite", "False"]).overwrite is False
+    assert script.parse(["--overwrite"]).overwrite is True
+    with pytest.raises(UserError, match="overwrite"):
+        script.parse(["--overwrite", "perhaps"])
+    with pytest.raises(UserError, match="alg"):
+        script.parse(["--alg", "fixmatch"])
