@@ -34,22 +34,23 @@ def command(name: str) -> list[str]:
     return ["--c", str(CONFIG / name / f"{name}_digits_40_0.yaml"), *SHORT]
 
 
-def start_and_wait(name: str, folder: Path, *extra: str, sabotage: Callable[[], None] | None = None) -> int:
-    """Run a learner's main in a forked process; return its exit status."""
-    def child() -> None:
-        os.chdir(folder)
-        torch.set_num_threads(1)
-        sys.stdout = sys.stderr = open(folder / "output.txt", "a", buffering=1)  # noqa: SIM115 - until the process ends
-        sys.argv = [f"{name}.py", *command(name), *extra]
-        if sabotage is not None:
-            sabotage()
-        try:
-            importlib.import_module(f"TorchSSL.{name}").main()
-        except UserError as error:
-            print(f"error: {error}")
-            os._exit(2)
+def run_learner(name: str, folder: Path, extra: tuple[str, ...], sabotage: Callable[[], None] | None) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(folder / "output.txt", "a", buffering=1)  # noqa: SIM115 - until the process ends
+    sys.argv = [f"{name}.py", *command(name), *extra]
+    if sabotage is not None:
+        sabotage()
+    try:
+        importlib.import_module(f"TorchSSL.{name}").main()
+    except UserError as error:
+        print(f"error: {error}")
+        os._exit(2)
 
-    process = tiny.multiprocessing.get_context("fork").Process(target=child)
+
+def start_and_wait(name: str, folder: Path, *extra: str, sabotage: Callable[[], None] | None = None) -> int:
+    """Run a learner's main in a process of its own; return its exit status."""
+    process = tiny.clean_process(run_learner, name, folder, extra, sabotage)
     process.start()
     process.join(120)
     return process.exitcode

@@ -394,7 +394,7 @@ def stop(self, total):
 Run._after_step = stop
 freematch.main()
 """)
-    flags = ["--dataset=big", "--depth=10", "--widen_factor=1", "--batch_size=64", "--device=cpu"]
+    flags = ["--dataset=big", "--depth=10", "--widen_factor=1", "--batch_size=32", "--device=cpu"]
     found = subprocess.run([sys.executable, str(script), *flags], env=environment(), capture_output=True, text=True,
                            check=True, timeout=200)
     assert float(found.stdout.split()[-1]) < 2000

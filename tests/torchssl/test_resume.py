@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,36 +29,40 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_after_steps(count: int) -> None:
+    """From now on, die behind step `count`, before anything of it is saved."""
+    after = Run._after_step
+
+    def counted(self: Run, total: int) -> None:
+        if self.step == count:
+            die()
+        after(self, total)
+
+    Run._after_step = counted
+
+
+def die_in_replace(count: int, before: bool) -> None:
+    """From now on, die in the `count`-th renaming of a checkpoint, before or behind it."""
+    replace, seen = os.replace, []
+
+    def counted(source: str, target: str) -> None:
+        mine = str(target).endswith((".pth", ".pth.previous"))
+        seen.extend([1] * mine)
+        if mine and len(seen) == count and before:
+            die()
+        replace(source, target)
+        if mine and len(seen) == count:
+            die()
+
+    files.os.replace = counted
+
+
 def kill_after_steps(count: int) -> Callable[[], None]:
-    """Die behind step `count`, before anything of it is saved."""
-    def sabotage() -> None:
-        after = Run._after_step
-
-        def counted(self: Run, total: int) -> None:
-            if self.step == count:
-                die()
-            after(self, total)
-
-        Run._after_step = counted
-    return sabotage
+    return partial(die_after_steps, count)
 
 
 def kill_in_replace(count: int, before: bool) -> Callable[[], None]:
-    """Die in the `count`-th renaming of a checkpoint, before or behind it."""
-    def sabotage() -> None:
-        replace, seen = os.replace, []
-
-        def counted(source: str, target: str) -> None:
-            mine = str(target).endswith((".pth", ".pth.previous"))
-            seen.extend([1] * mine)
-            if mine and len(seen) == count and before:
-                die()
-            replace(source, target)
-            if mine and len(seen) == count:
-                die()
-
-        files.os.replace = counted
-    return sabotage
+    return partial(die_in_replace, count, before)
 
 
 def check_same(folder: Path, whole: Path) -> None:
@@ -93,7 +98,7 @@ def test_killed_again_and_again(uninterrupted: Path, tmp_path: Path) -> None:
 
 
 def test_sigterm_saves_and_leaves(uninterrupted: Path, tmp_path: Path) -> None:
-    process = tiny.start(tmp_path, sabotage=lambda: slow_steps(0.2))
+    process = tiny.start(tmp_path, sabotage=partial(slow_steps, 0.2))
     stats = tmp_path / "saved_models/tiny/log.txt"
     while not (stats.exists() and "iteration" in stats.read_text()):
         time.sleep(0.02)

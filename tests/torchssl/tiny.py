@@ -47,9 +47,20 @@ def _child(folder: Path, extra: tuple[str, ...], sabotage: Callable[[], None] | 
         os._exit(2)
 
 
+def clean_process(target: Callable, *args: Any) -> multiprocessing.Process:
+    """Return a process in which torch is imported and nothing has been computed yet, ready to start.
+
+    Forked from a server and not from the tests, where earlier ones may have started threads of autograd, which do not
+    survive a fork. The arguments travel as pickles.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context.Process(target=target, args=args)
+
+
 def start(folder: Path, *extra: str, sabotage: Callable[[], None] | None = None) -> multiprocessing.Process:
     """Start a run in `folder`. sabotage: called in its process before it begins."""
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(folder, extra, sabotage))
+    process = clean_process(_child, folder, extra, sabotage)
     process.start()
     return process
 
