@@ -111,26 +111,27 @@ def main() -> int:
     for name in BARS:
         loss, gradients = first_update(net, 2, name)
         apart[name] = ((gradients - reference).norm() / reference.norm()).item()
-        print(f"{name:>8}: first loss {loss:.6f} (original {reference_loss:.6f}), gradients {apart[name]:.1e} apart")
+        print(f"{name:>8}: first loss {loss:.6f} (original {reference_loss:.6f}), gradients {apart[name]:.1e} apart",
+              flush=True)
 
     ways = {name: Way(copy.deepcopy(net), args.images, None if name == "original" else name) for name in args.ways}
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    in_units: dict[str, float] = {}
     units = [unit()]
     for name, way in ways.items():  # the original first: what the allocator is told cannot be taken back
         if name != "original":
             keep_freed_memory()
         way.step(0)  # warms up
+        times = []
         for number in range(1, args.repeats + 1):
             start = time.perf_counter()
             way.step(number)
-            times[name].append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
             units.append(unit())
-    # The best of each: what other processes take away belongs to neither.
-    in_units = {name: min(values) / min(units) for name, values in times.items()}
-    for name, value in in_units.items():
+        # The best of each: what other processes take away belongs to neither.
+        in_units[name] = min(times) / min(units)
         bar = f" (bar {BARS[name]:g})" if name in BARS else ""
-        ratio = f", {in_units['original'] / value:.2f} x as fast as the original" if "original" in in_units else ""
-        print(f"{name:>8}: {value:6.1f} units{bar}{ratio}")
+        ratio = f", {in_units['original'] / in_units[name]:.2f} x as fast as the original" if "original" in ways else ""
+        print(f"{name:>8}: {in_units[name]:6.1f} units{bar}{ratio}", flush=True)
     print(f"one unit {min(units):.4f} s, {torch.get_num_threads()} threads")
     held = all(value <= BARS.get(name, value) for name, value in in_units.items())
     return 0 if held and apart["fp32"] < 1e-4 else 1
