@@ -130,8 +130,9 @@ def main() -> int:
         # The best of each: what other processes take away belongs to neither.
         in_units[name] = min(times) / min(units)
         bar = f" (bar {BARS[name]:g})" if name in BARS else ""
-        ratio = f", {in_units['original'] / in_units[name]:.2f} x as fast as the original" if "original" in ways else ""
-        print(f"{name:>8}: {in_units[name]:6.1f} units{bar}{ratio}", flush=True)
+        ratio = in_units["original"] / in_units[name] if "original" in in_units else None
+        against = f", {ratio:.2f} x as fast as the original" if ratio else ""
+        print(f"{name:>8}: {in_units[name]:6.1f} units{bar}{against}", flush=True)
     print(f"one unit {min(units):.4f} s, {torch.get_num_threads()} threads")
     held = all(value <= BARS.get(name, value) for name, value in in_units.items())
     return 0 if held and apart["fp32"] < 1e-4 else 1
