@@ -6,6 +6,7 @@ from collections import Counter
 from tests.golden import (
     torchssl_algorithms,
     torchssl_augment,
+    torchssl_configs,
     torchssl_files,
     torchssl_losses,
     torchssl_networks,
@@ -15,14 +16,15 @@ from tests.golden import (
 from tests.golden.cases import index
 from tests.golden.torchssl_algorithms import *  # noqa: F403
 from tests.golden.torchssl_augment import *  # noqa: F403
+from tests.golden.torchssl_configs import *  # noqa: F403
 from tests.golden.torchssl_files import *  # noqa: F403
 from tests.golden.torchssl_losses import *  # noqa: F403
 from tests.golden.torchssl_networks import *  # noqa: F403
 from tests.golden.torchssl_splits import *  # noqa: F403
 from tests.golden.torchssl_training import *  # noqa: F403
 
-AREAS = (torchssl_algorithms, torchssl_augment, torchssl_files, torchssl_losses, torchssl_networks, torchssl_splits,
-         torchssl_training)
+AREAS = (torchssl_algorithms, torchssl_augment, torchssl_configs, torchssl_files, torchssl_losses, torchssl_networks,
+         torchssl_splits, torchssl_training)
 
 
 def test_every_case_is_served() -> None:

@@ -1,0 +1,95 @@
+"""Learners as stages of DPT, and checkpoints that other programs wrote."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.cli import UserError
+from shared.datasets import load_dataset
+from TorchSSL import digits_table, dpt
+from TorchSSL import eval as evaluation_script
+from TorchSSL.classifier import load_classifier
+from TorchSSL.data import NORMALISATION
+from TorchSSL.networks import WideResNet
+
+
+def commands(*flags: str) -> dict[str, list[str]]:
+    options = dpt.parse([*flags, "-n"])
+    experiment = dpt.Experiment(options, options.seed, dpt.ROOT / "runs" / "somewhere")
+    return {step.name: step.command for step in experiment.steps() if step.command[1].endswith(".py")}
+
+
+def test_any_learner_in_either_stage() -> None:
+    found = commands("--stage1=remixmatch", "--stage3=softmatch", "--out=/tmp/x")
+    first, second = found["classifier"], found["classifier again"]
+    assert first[:4] == ["python", "remixmatch.py", "--c", "config/remixmatch/remixmatch_digits_40_0.yaml"]
+    assert second[:4] == ["python", "softmatch.py", "--c", "config/softmatch/softmatch_digits_40_0.yaml"]
+    assert "--num_labels=10" in first and "--num_labels=10" in second
+    assert "--save_name=remixmatch_digits_10_1" in first and any(flag.startswith("--aug_path=") for flag in second)
+    assert "--save_name=remixmatch_digits_10_1_aug100_softmatch" in second
+
+
+def test_published_files_and_the_published_experiment() -> None:
+    assert "config/uda/uda_cifar100_400_0.yaml" in commands("--stage1=uda", "--dataset=cifar100")["classifier"]
+    assert "config/freematch_cifar10_40_1.yaml" in commands("--dataset=cifar10")["classifier"]
+    few = commands("--stage1=fullysupervised", "--dataset=mnist")["classifier"]
+    assert "--all_labels=False" in few  # stage 1 has few labels, whatever the script's default
+
+
+def test_unknown_learner() -> None:
+    with pytest.raises(UserError, match="stage1"):
+        dpt.parse(["--stage1=fixmach"])
+    with pytest.raises(UserError, match='did you mean "fixmatch"'):
+        digits_table.parse(["--only=fixmach"])
+
+
+def state_of(prefix: str = "", head: str = "fc.", rotation: bool = False) -> tuple[WideResNet, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    net = WideResNet(10, depth=10, widen_factor=1, rotation_head=rotation)
+    return net, {prefix + name.replace("fc.", head): value for name, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize(("key", "prefix", "head"), [
+    ("ema_model", "module.", "fc."), ("eval_model", "", "fc."), ("ema_model", "module.", "classifier.")])
+def test_foreign_checkpoints(key: str, prefix: str, head: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Those of DPT and TorchSSL, of its elder trainers, and of USB give the network that was saved."""
+    net, state = state_of(prefix, head)
+    torch.save({key: state, "it": 3}, tmp_path / "theirs.pth")
+    images = load_dataset("digits", "test")
+    images = type(images)(images.images.repeat(3, 1), images.labels, images.classes, "cifar10")
+    options = evaluation_script.parse(["--depth=10", "--widen_factor=1"])
+    found = load_classifier(str(tmp_path / "theirs.pth"), options, images)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(found.net(x), net.eval()(x))
+    assert (found.mean is not None) == (head == "classifier.")
+    if found.mean is not None:
+        assert (found.mean, found.std) == NORMALISATION["imagenet"]
+        elsewhere = argparse.Namespace(**{**vars(options), "dataset": "svhn"})
+        load_classifier(str(tmp_path / "theirs.pth"), elsewhere, images)
+        assert "USB" in capsys.readouterr().err
+
+
+def test_rotation_head_of_a_checkpoint(tmp_path: Path) -> None:
+    """A network that was trained with ReMixMatch evaluates like any other."""
+    _, state = state_of(rotation=True)
+    torch.save({"ema_model": state, "mean": (0.5,) * 3, "std": (0.2,) * 3}, tmp_path / "theirs.pth")
+    images = load_dataset("digits", "test")
+    images = type(images)(images.images.repeat(3, 1), images.labels, images.classes, "cifar10")
+    options = evaluation_script.parse(["--depth=10", "--widen_factor=1"])
+    assert load_classifier(str(tmp_path / "theirs.pth"), options, images).net.rot_classifier is not None
+
+
+def test_table_of_results() -> None:
+    def result(last: float) -> dict:
+        accuracy = {"last": last, "median_of_last_20": last, "best_on_test": last}
+        return {"accuracy": accuracy, "seconds": 2.0, "test_images": 500, "iterations": 300, "hardware": "a machine",
+                "device": "cpu", "precision": "fp32", "torch": "2"}
+
+    text = digits_table.table({digits_table.BASELINE: [result(0.9), result(0.8)],
+                               "fixmatch": [result(0.95), result(0.93)]})
+    lines = text.splitlines()
+    assert lines[2].startswith("| fixmatch | 94.0 ± 1.4 |") and "| +9.0 |" in lines[2]
+    assert lines[3].startswith(f"| {digits_table.BASELINE} | 85.0 ± 7.1 |")
