@@ -239,3 +239,14 @@ def test_published_switches_take_a_value_too() -> None:
         script.parse(["--overwrite", "perhaps"])
     with pytest.raises(UserError, match="alg"):
         script.parse(["--alg", "fixmatch"])
+
+
+@pytest.mark.parametrize("name", ["mixmatch", "fullysupervised"])
+def test_extra_images_join_the_labelled_ones(name: str, tmp_path: Path) -> None:
+    """Every learner is a stage 3: --aug_path adds labelled images, of which the class shares know nothing."""
+    from tests.torchssl.test_inputs import make_images
+
+    extra = make_images(tmp_path / "extra", count=3)
+    assert start_and_wait(name, tmp_path, f"--aug_path={extra}") == 0, (tmp_path / "output.txt").read_text()[-2000:]
+    result = json.loads((tmp_path / "saved_models/short/result.json").read_text())
+    assert result["labeled_images"] == result["num_labels"] + 30
