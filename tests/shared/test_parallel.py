@@ -61,7 +61,7 @@ def test_lost_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_workers_end_with_the_program() -> None:
     program = ("import os, time\nfrom shared.parallel import ordered_map\n"
-               "def work(n):\n    print(os.getpid(), flush=True)\n    time.sleep(1 if n < 2 else 0)\n"
+               "def work(n):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(1 if n < 2 else 0)\n"
                "for _ in ordered_map(work, range(4)): pass\ntime.sleep(60)\n")
     # The pool lives as long as the loop; the program is killed inside it.
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
