@@ -18,10 +18,10 @@ NOISE_TYPES = ("clean", "sym", "asym", "learn")
 
 # For each fine class of CIFAR-100 the next one of its coarse class, in cyclic order.
 CIFAR100_TARGETS = (
-    51, 32, 11, 42, 30, 20, 7, 14, 13, 10, 16, 35, 17, 48, 18, 19, 28, 37, 24, 21, 25, 31, 39, 33, 6, 84, 45, 29, 61, 44,
-    55, 38, 67, 49, 63, 46, 50, 68, 15, 40, 86, 69, 43, 88, 78, 77, 98, 52, 58, 60, 65, 53, 56, 57, 62, 72, 59, 83, 90,
-    96, 71, 9, 70, 64, 66, 74, 75, 73, 76, 81, 82, 23, 95, 91, 80, 34, 12, 79, 93, 99, 36, 85, 92, 0, 94, 89, 87, 22,
-    97, 41, 8, 1, 54, 27, 5, 4, 47, 3, 2, 26)
+    51, 32, 11, 42, 30, 20, 7, 14, 13, 10, 16, 35, 17, 48, 18, 19, 28, 37, 24, 21, 25, 31, 39, 33, 6,
+    84, 45, 29, 61, 44, 55, 38, 67, 49, 63, 46, 50, 68, 15, 40, 86, 69, 43, 88, 78, 77, 98, 52, 58, 60,
+    65, 53, 56, 57, 62, 72, 59, 83, 90, 96, 71, 9, 70, 64, 66, 74, 75, 73, 76, 81, 82, 23, 95, 91, 80,
+    34, 12, 79, 93, 99, 36, 85, 92, 0, 94, 89, 87, 22, 97, 41, 8, 1, 54, 27, 5, 4, 47, 3, 2, 26)
 DIGIT_TARGETS = {2: 7, 3: 8, 5: 6, 6: 5}
 # What the classes of "asymmetric" noise turn into; classes left out keep their label. The digits are those of MNIST.
 ASYM_TARGETS: dict[str, dict[int, int]] = {
@@ -163,8 +163,8 @@ def check_labels(matrix: np.ndarray, labels: np.ndarray, name: str) -> None:
     """Raise UserError when a class occurs among the noisy `labels` (int [N]) that no clean class can become."""
     impossible = set(np.flatnonzero(matrix.sum(0) == 0).tolist()) & set(np.unique(labels).tolist())
     if impossible:
-        raise UserError(f"{name}: the labels hold class {min(impossible)}, which its transition matrix makes impossible "
-                        "(column of zeros); give the matrix of these labels")
+        raise UserError(f"{name}: the labels hold class {min(impossible)}, which its transition matrix makes "
+                        "impossible (column of zeros); give the matrix of these labels")
 
 
 def describe(matrix: np.ndarray) -> str:
