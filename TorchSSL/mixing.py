@@ -1,12 +1,14 @@
-"""MixUp over labelled and unlabelled images together, as MixMatch and ReMixMatch do it."""
+"""MixUp as MixMatch and ReMixMatch use it here: only the first chunk moves the statistics of batch norm."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shared import mixing
 from shared.lazy import lazy
+from shared.mixing import Mixed
 from TorchSSL.algorithm import classify, frozen_batchnorm
 
 if TYPE_CHECKING:
@@ -15,81 +17,16 @@ if TYPE_CHECKING:
 torch = lazy("torch")
 
 
-def mixup(inputs: torch.Tensor, targets: torch.Tensor, beta: float,
-          permutation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Mix every input [n, ...] and target [n, C] with that of another image; also return the share it keeps.
-
-    beta: a draw in 0..1; the larger of it and its complement is kept, so that an image stays nearer to itself.
-    permutation: int64 [n]. Zhang et al. 2018 (arXiv 1710.09412), Berthelot et al. 2019 (arXiv 1905.02249), eq. 8-11.
-    """
-    kept = max(beta, 1 - beta)
-    return (kept * inputs + (1 - kept) * inputs[permutation], kept * targets + (1 - kept) * targets[permutation], kept)
-
-
 def draw_mixing(setting: Setting, alpha: float, inputs: list[torch.Tensor], step: int) -> tuple[float, np.ndarray]:
     """Draw the share of mixing from Beta(alpha, alpha) and a permutation of all images of all ranks, int64 [n]."""
-    rng = setting.rng(step, "mixing")
-    return float(rng.beta(alpha, alpha)), rng.permutation(sum(map(len, inputs)) * setting.world.size)
-
-
-def group_offsets(size: int, groups: int) -> list[int]:
-    """Return where each of `groups` groups begins in a chunk of `size`, and its end; the last ones take the rest."""
-    small, rest = divmod(size, groups)
-    sizes = [small + (group >= groups - rest) for group in range(groups)]
-    return np.cumsum([0, *sizes]).tolist()
-
-
-def interleaved(chunks: int, size: int) -> np.ndarray:
-    """Return which row goes where, int64 [chunks, size], rows being numbered chunk after chunk.
-
-    Group i of the first chunk is exchanged with group i of chunk i, so that each chunk, which batch norm sees by
-    itself, holds labelled images. The exchange is its own inverse.
-    """
-    order = np.arange(chunks * size).reshape(chunks, size)
-    offsets = group_offsets(size, chunks)
-    for chunk in range(1, chunks):
-        group = slice(offsets[chunk], offsets[chunk + 1])
-        order[0, group], order[chunk, group] = order[chunk, group].copy(), order[0, group].copy()
-    return order
-
-
-@dataclass
-class Mixed:
-    """What the network says about the mixed images of this rank: logits and targets [n, C].
-
-    labeled: 1 for images mixed from a labelled one, 0 for the others, [n]. size: a rank's labelled images on average.
-    """
-
-    logits: torch.Tensor
-    targets: torch.Tensor
-    labeled: torch.Tensor
-    size: int
-
-    def means(self, each: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean of `each` [n] over labelled and over unlabelled images of the global batch.
-
-        Ranks hold them in different numbers, so sums are divided by the equal share of a rank.
-        """
-        labeled = (each * self.labeled).sum() / self.size
-        return labeled, (each * (1 - self.labeled)).sum() / (len(each) - self.size)
+    return mixing.draw_mixing(setting.rng(step, "mixing"), alpha, sum(map(len, inputs)) * setting.world.size)
 
 
 def forward_mixed(net: torch.nn.Module, setting: Setting, inputs: list[torch.Tensor], targets: list[torch.Tensor],
                   beta: float, permutation: np.ndarray) -> Mixed:
-    """Mix the images of all ranks with each other and classify them, in chunks as large as the labelled batch.
+    """Mix the images of all ranks with each other and classify them; arguments as in shared.mixing.forward_mixed."""
+    def logits(images: torch.Tensor, chunk: int) -> torch.Tensor:
+        with frozen_batchnorm(net) if chunk else contextlib.nullcontext():
+            return classify(net, images)
 
-    inputs: this rank's labelled images, then views of unlabelled ones; targets: probabilities, alike. beta,
-    permutation: as in mixup, of the global batch. Only the first chunk moves the statistics of batch norm.
-    """
-    size = len(inputs[0])
-    whole_inputs, whole_targets = (torch.cat([setting.gather(part) for part in parts]) for parts in (inputs, targets))
-    mixed_inputs, mixed_targets, _ = mixup(whole_inputs, whole_targets, beta,
-                                           torch.from_numpy(permutation).to(whole_inputs.device))
-    world = setting.world
-    order = interleaved(len(whole_inputs) // (size * world.size), size * world.size)[:, world.slice(size * world.size)]
-    rows = torch.from_numpy(order).to(whole_inputs.device)
-    logits = [classify(net, mixed_inputs[rows[0]])]
-    with frozen_batchnorm(net):
-        logits += [classify(net, mixed_inputs[chunk]) for chunk in rows[1:]]
-    labeled = (rows.flatten() < size * world.size).float()
-    return Mixed(torch.cat(logits), mixed_targets[rows.flatten()], labeled, size)
+    return mixing.forward_mixed(logits, setting.world, inputs, targets, beta, permutation)

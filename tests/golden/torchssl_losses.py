@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from shared.distributed import World
+from shared.mixing import group_offsets, interleaved, mixup
 from tests.golden.cases import arrays, fill, index
 from tests.golden.torchssl_networks import draw_inputs, expected
 from TorchSSL import fixmatch, flexmatch, pseudolabel, softmatch, uda, vat
 from TorchSSL.algorithm import squared_difference
 from TorchSSL.batches import Batch
-from TorchSSL.mixing import group_offsets, interleaved, mixup
 from TorchSSL.networks import WideResNet
 from TorchSSL.trainer import Setting
 
