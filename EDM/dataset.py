@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from shared.cli import UserError
+from shared.image_files import LABEL_FILE
 from shared.images import read_images
 
 
@@ -103,6 +104,10 @@ def open_training_set(path: str | os.PathLike, use_labels: bool = False, max_siz
         if missing := int((raw_labels < 0).sum()):
             raise UserError(f"{path}: {missing} of {len(images)} images have no label; label them all, or train "
                             "without labels (--cond=0)")
+        if os.path.exists(os.path.join(path, "00000", "img00000000.png")) and not os.path.exists(
+                os.path.join(path, LABEL_FILE)):
+            warnings.warn(f"{path}: without {LABEL_FILE} the folders count as classes, but these are named as "
+                          "dataset_tool.py numbers images, a thousand to a folder", stacklevel=2)
         if absent := sorted(set(range(label_dim)) - set(raw_labels.tolist())):
             warnings.warn(f"{path}: no image of class {', '.join(map(str, absent[:10]))}: the network cannot learn it",
                           stacklevel=2)

@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from shared.archives import Member, read_members
-from shared.cifar import CIFAR10, read_batches, read_mnist
+from shared.cifar import CIFAR10, CIFAR100, Layout, read_batches, read_mnist
 from shared.cli import UserError
 from shared.files import make_dir
 from shared.image_files import class_values, find_images, listed_labels, open_image
@@ -25,9 +25,12 @@ from shared.writers import encode_png, image_name, labels_json, open_destination
 
 CHUNK = 128  # images a worker prepares at a time
 TRANSFORMS = ("center-crop", "center-crop-wide")
-CIFAR_COUNT = 50_000
-MNIST_IMAGES, MNIST_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+CIFAR = {layout.archive: layout for layout in (CIFAR10, CIFAR100)}
+CIFAR_TRAIN, CIFAR_TEST = 50_000, 10_000
+MNIST_TRAIN, MNIST_TEST = "train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"
 Label = int | list[float] | None
+# The labels of the written images, in their order -> the labels to write, and further keys of dataset.json.
+Relabel = Callable[[list[tuple[str, Label]]], tuple[list[tuple[str, Label]], dict[str, Any]]]
 
 
 class Target(NamedTuple):
@@ -71,14 +74,18 @@ class _Prepared(NamedTuple):
 
 
 def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int | None = None,
-            transform: str | None = None, resolution: tuple[int, int] | None = None) -> None:
+            transform: str | None = None, resolution: tuple[int, int] | None = None, *, test_split: bool = False,
+            relabel: Relabel | None = None) -> None:
     """Write the images of `source` to `dest`, a .zip file or a folder that is empty or absent.
 
-    source: a folder; a folder ending in _lmdb; cifar-10-python.tar.gz; train-images-idx3-ubyte.gz with its labels
-        beside it; a .zip; or an .npz with images and labels. Images are taken in path order, at most `max_images`.
+    source: a folder; a folder ending in _lmdb; cifar-10-python.tar.gz or cifar-100-python.tar.gz (its fine labels);
+        train-images-idx3-ubyte.gz or t10k-images-idx3-ubyte.gz with its labels beside it; a .zip; or an .npz with
+        images and labels. Images are taken in path order, at most `max_images`.
     transform: None resizes to `resolution` (width, height) if given; "center-crop" takes the middle square first;
         "center-crop-wide" takes the middle of that aspect ratio, leaves out images that are too small, and puts the
         result on a black square. The last two make gray images RGB.
+    test_split: take the test images of a CIFAR archive.
+    relabel: what happens to the labels before they are written.
 
     The destination appears when it is complete, and not at all after an error. Raises UserError for what cannot be
     read, and for images that end up unequal, not square, not gray or RGB, or of a side that is no power of two (from
@@ -86,7 +93,10 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
     """
     _check_arguments(source, dest, max_images, transform, resolution)
     source, dest, target = Path(source), Path(dest), Target(transform, resolution)
-    total, chunks = _open_source(source)
+    if test_split and source.name not in (*CIFAR, MNIST_TEST):
+        raise UserError(f"--eval takes the test images of {' or '.join(CIFAR)}; {source} has one part: leave it out "
+                        f"(MNIST's test images are the source {MNIST_TEST})")
+    total, chunks = _open_source(source, test_split)
     make_dir(dest.absolute().parent)
     progress = Progress(f"converting {source.name}", min(total, max_images or total), "images")
     check = _Checks(any_side=source.suffix == ".npz")
@@ -107,7 +117,8 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
             progress.close()
         if not labels:
             raise UserError(f"{source}: no image is left: all are smaller than {resolution} or damaged")
-        save("dataset.json", labels_json(labels).encode())
+        written, further = relabel(labels) if relabel is not None else (labels, {})
+        save("dataset.json", labels_json(written, further).encode())
     check.finish(source, labels)
 
 
@@ -219,14 +230,14 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _open_source(source: Path) -> tuple[int, Iterator[_Chunk]]:
+def _open_source(source: Path, test_split: bool) -> tuple[int, Iterator[_Chunk]]:
     """Return (number of images, the stream of them)."""
     if source.is_dir():
         return _lmdb(source) if source.name.endswith("_lmdb") else _files(source)
-    if source.name == CIFAR10.archive:
-        return CIFAR_COUNT, _cifar(source)
-    if source.name == MNIST_IMAGES:
-        labels = source.with_name(MNIST_LABELS)
+    if source.name in CIFAR:
+        return CIFAR_TEST if test_split else CIFAR_TRAIN, _cifar(source, CIFAR[source.name], test_split)
+    if source.name in (MNIST_TRAIN, MNIST_TEST):
+        labels = source.with_name(source.name.replace("-images-idx3-", "-labels-idx1-"))
         if not labels.exists():
             raise UserError(f"Missing input file or directory: {labels}")
         images, numbers = read_mnist(source, labels)
@@ -236,8 +247,8 @@ def _open_source(source: Path) -> tuple[int, Iterator[_Chunk]]:
     if source.suffix.lower() == ".npz":
         images = read_images(source)
         return len(images), _pixels(source, iterate(images))
-    raise UserError(f"{source}: Unknown archive type; expected a folder, a .zip, an .npz, {CIFAR10.archive} or "
-                    f"{MNIST_IMAGES}")
+    raise UserError(f"{source}: Unknown archive type; expected a folder, a .zip, an .npz, {', '.join(CIFAR)}, "
+                    f"{MNIST_TRAIN} or {MNIST_TEST}")
 
 
 def _files(source: Path) -> tuple[int, Iterator[_Chunk]]:
@@ -275,15 +286,16 @@ def _pixels(source: Path, parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> Ite
         start += len(images)
 
 
-def _cifar(source: Path) -> Iterator[_Chunk]:
+def _cifar(source: Path, layout: Layout, test_split: bool) -> Iterator[_Chunk]:
+    names, expected = (layout.test, CIFAR_TEST) if test_split else (layout.train, CIFAR_TRAIN)
     seen, count = set(), 0
-    for chunk in _pixels(source, one_ahead(read_batches(source, CIFAR10, CIFAR10.train))):
+    for chunk in _pixels(source, one_ahead(read_batches(source, layout, names))):
         seen.update(chunk.labels)
         count += len(chunk.labels)
         yield chunk
-    if count != CIFAR_COUNT:
-        warnings.warn(f"{source}: {count} images in place of {CIFAR_COUNT}", stacklevel=2)
-    if absent := sorted(set(range(CIFAR10.num_classes)) - seen):
+    if count != expected:
+        warnings.warn(f"{source}: {count} images in place of {expected}", stacklevel=2)
+    if absent := sorted(set(range(layout.num_classes)) - seen):
         warnings.warn(f"{source}: no image of class {', '.join(map(str, absent))}; without the top class a network's "
                       "label input is narrower", stacklevel=2)
 

@@ -17,14 +17,17 @@ def _resolution(context: click.Context, parameter: click.Parameter, text: str | 
 
 @click.command(context_settings={"max_content_width": 120})
 @click.option("--source", required=True, metavar="PATH",
-              help="Folder, folder ending in _lmdb, .zip, .npz, cifar-10-python.tar.gz or train-images-idx3-ubyte.gz.")
+              help="Folder, folder ending in _lmdb, .zip, .npz, cifar-10-python.tar.gz, cifar-100-python.tar.gz or "
+                   "train-images-idx3-ubyte.gz (t10k-images-idx3-ubyte.gz).")
 @click.option("--dest", required=True, metavar="PATH", help="The .zip file to write, or an empty folder.")
 @click.option("--max-images", type=click.IntRange(min=1), help="Take the first images only.  [default: all]")
 @click.option("--transform", type=click.Choice(["center-crop", "center-crop-wide"]),
               help="Crop before scaling; needs --resolution.")
 @click.option("--resolution", callback=_resolution, metavar="WxH", help="Size of the written images, such as 64x64.")
-def main(source: str, dest: str, max_images: int | None, transform: str | None,
-         resolution: tuple[int, int] | None) -> None:
+@click.option("--eval", "test_split", type=bool, metavar="BOOL", default=False, show_default=True,
+              help="Take the test images of a CIFAR archive.")
+def main(source: str, dest: str, max_images: int | None, transform: str | None, resolution: tuple[int, int] | None,
+         test_split: bool) -> None:
     """Convert images to the ZIP or folder that EDM trains on.
 
     \b
@@ -38,4 +41,4 @@ def main(source: str, dest: str, max_images: int | None, transform: str | None,
     """
     from shared.convert import convert
 
-    convert(source, dest, max_images, transform, resolution)
+    convert(source, dest, max_images, transform, resolution, test_split=test_split)

@@ -9,10 +9,10 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -38,10 +38,14 @@ def image_name(index: int) -> str:
     return f"{index // 1000:05d}/img{index:08d}.png"
 
 
-def labels_json(labels: Sequence[tuple[str, int | list[float] | None]]) -> str:
-    """Return the text of dataset.json: every name with its label, or null in place of all if one has none."""
+def labels_json(labels: Sequence[tuple[str, int | list[float] | None]],
+                further: Mapping[str, Any] | None = None) -> str:
+    """Return the text of dataset.json: every name with its label, or null in place of all if one has none.
+
+    further: other keys, which readers of labels pass over.
+    """
     listed = [[name, label] for name, label in labels]
-    return json.dumps({"labels": None if any(label is None for _, label in listed) else listed})
+    return json.dumps({"labels": None if any(label is None for _, label in listed) else listed, **(further or {})})
 
 
 class StoredZip:
