@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from EDM.detectors import Detector
-from EDM.metrics import Moments
-from EDM.seeds import split_batches
 from EDM.sources import Source
 from shared.cli import UserError
 from shared.distributed import World, gather
+from shared.frechet import Moments
 from shared.progress import Progress
+from shared.seeds import split_batches
 
 
 @dataclass(frozen=True)

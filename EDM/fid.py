@@ -202,6 +202,7 @@ def check_possible(flags: SimpleNamespace, detector: Detector, images: FileImage
 def compute(flags: SimpleNamespace, extraction: Extraction, reference: Reference, detector: Detector) -> dict[str, Any]:
     """Return the values by name, in the order of --metrics."""
     from EDM import metrics
+    from shared.frechet import frechet_distance
 
     values: dict[str, Any] = {}
     device = extraction.moments.sums.device
@@ -211,7 +212,7 @@ def compute(flags: SimpleNamespace, extraction: Extraction, reference: Reference
     for name in flags.metrics:
         if name == "fid":
             mu, sigma = extraction.moments.mean_and_covariance()
-            values[distance] = metrics.frechet_distance(mu, sigma, reference.mu.to(device), reference.sigma.to(device))
+            values[distance] = frechet_distance(mu, sigma, reference.mu.to(device), reference.sigma.to(device))
         elif name == "kid":
             values["kid"], values["kid_std"] = metrics.kernel_distance(generated, real, flags.kid_subsets,
                                                                        flags.kid_subset_size)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shared.cli import Parser, UserError, run_main
 
 if TYPE_CHECKING:
-    import numpy as np
+    from torch import Tensor
 
 CONTROLS = {"other_seed": "stage 1, another training seed, same labels",
             "twice": "stage 1, the iterations of stages 1 and 3 together",
@@ -145,6 +145,7 @@ def generated_images(options: argparse.Namespace, classes: Sequence[str], out: P
     import numpy as np
 
     from shared.datasets import load_dataset
+    from shared.frechet import frechet_distance_of_features
     from shared.images import read_images
     from shared.plots import image_grid
     from TorchSSL.data import load_pools
@@ -159,15 +160,15 @@ def generated_images(options: argparse.Namespace, classes: Sequence[str], out: P
                 (("generated", images), ("train", train), ("test", test))}
     return {
         "images": len(images), "by_class": np.bincount(images.labels, minlength=train.num_classes).tolist(),
-        "feature_distance": frechet_distance(features["generated"], features["train"]),
-        "feature_distance_of_test_images": frechet_distance(features["test"], features["train"]),
+        "feature_distance": frechet_distance_of_features(features["generated"], features["train"]),
+        "feature_distance_of_test_images": frechet_distance_of_features(features["test"], features["train"]),
         "feature_distance_is": (
             f"Frechet distance between {features['train'].shape[1]} pooled features of stage 1's classifier, "
             f"{len(features['generated'])} generated against {len(features['train'])} real training images "
             f"(for scale: {len(features['test'])} real test images against the same); not comparable with FID")}
 
 
-def classifier_features(checkpoint: Path, options: argparse.Namespace, images: Any) -> np.ndarray:
+def classifier_features(checkpoint: Path, options: argparse.Namespace, images: Any) -> Tensor:
     """Return float64 [n, D] pooled features of evenly spaced images, by the averaged weights of a checkpoint."""
     import numpy as np
     import torch
@@ -185,18 +186,7 @@ def classifier_features(checkpoint: Path, options: argparse.Namespace, images: A
     with torch.no_grad():
         parts = [net(pool.normalised(chosen[start:start + 256]), return_feature=True)[1]
                  for start in range(0, len(chosen), 256)]
-    return torch.cat(parts).double().cpu().numpy()
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the Frechet distance of two Gaussians with the moments of features [n, D] and [m, D]."""
-    import numpy as np
-
-    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The trace of the root of their product is the sum of the roots of its eigenvalues, which are real and >= 0.
-    eigenvalues = np.linalg.eigvals(covariances[0] @ covariances[1])
-    root = np.sqrt(np.maximum(eigenvalues.real, 0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + sum(np.trace(c) for c in covariances) - 2 * root)
+    return torch.cat(parts).double().cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures

@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from shared.checkpoint import load_newest, previous_path, read_checkpoint
 from shared.cli import UserError
 from shared.distributed import World
 from shared.files import atomic, make_dir
+from shared.hardware import computed_on
 from shared.run import Run
 from TorchSSL.classifier import check_fits, strip_prefix
 from TorchSSL.data import TrainingData, write_split
@@ -146,7 +146,7 @@ def write_result(run: Run, data: TrainingData, options: argparse.Namespace, prec
         "last": state["last"], "confusion_matrix": state["confusion"],
         "accuracy_by_class": [row[label] / max(1, sum(row)) for label, row in enumerate(state["confusion"])],
         "pseudo_label_accuracy_in_last_batch": state.get("pseudo_label_acc"),
-        "seconds": run.seconds, "precision": precision, "processes": run.world.size, **hardware(run.world)}
+        "seconds": run.seconds, "precision": precision, "processes": run.world.size, **computed_on(run.world.device)}
     with atomic(run.outdir / RESULT, "w") as file:
         json.dump(result, file, indent=1)
     accuracy = result["accuracy"]
@@ -154,11 +154,3 @@ def write_result(run: Run, data: TrainingData, options: argparse.Namespace, prec
     run.print(f"accuracy of the averaged weights: last {last:.4f}, median of the last "
               f"{accuracy['evaluations_in_median']} evaluations {accuracy['median_of_last_20']:.4f}{validated}, best "
               f"on the test set {accuracy['best_on_test']:.4f} (iteration {accuracy['best_iteration']})")
-
-
-def hardware(world: World) -> dict[str, Any]:
-    """Return what the run was computed on."""
-    device = world.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "hardware": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version()}

@@ -6,7 +6,10 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def processor() -> str:
@@ -36,6 +39,15 @@ def machine() -> dict[str, Any]:
     name = f"{len(cards)} x {cards[0]}" if cards else processor()
     return {"hardware": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
             else os.cpu_count(), "torch": importlib.metadata.version("torch"), "python": platform.python_version()}
+
+
+def computed_on(device: torch.device) -> dict[str, Any]:
+    """Return {device, hardware, threads, torch, python}: the GPU's or the processor's name, and what ran on it."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {"device": device.type, "hardware": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version()}
 
 
 def commit() -> str:

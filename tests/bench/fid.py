@@ -25,7 +25,7 @@ from PIL import Image
 from EDM import sources
 from EDM.detectors import Detector
 from EDM.extraction import extract
-from EDM.metrics import Moments, frechet_distance
+from shared.frechet import Moments, frechet_distance
 from shared.distributed import World
 
 SIDE = 32

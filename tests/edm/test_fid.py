@@ -11,8 +11,8 @@ import torch
 
 from EDM import fid, generate, sources
 from EDM.detectors import load_detector
-from EDM.metrics import frechet_distance_of_features
 from shared.cli import UserError
+from shared.frechet import frechet_distance_of_features
 from tests.edm.scored_images import CLASSES, pixels, write_classifier, write_images, write_network
 from tests.shared.programs import environment, one_line_error, run
 

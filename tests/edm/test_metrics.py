@@ -14,6 +14,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from EDM import metrics
+from shared import frechet
 from shared.cli import UserError
 from tests.shared.programs import environment
 
@@ -31,7 +32,7 @@ def two_sets(count1: int, count2: int, width: int, seed: int = 0) -> tuple[torch
 
 
 def moments_of(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    moments = metrics.Moments(features.shape[1])
+    moments = frechet.Moments(features.shape[1])
     for batch in features.split(64):
         moments.add(batch)
     return moments.mean_and_covariance()
@@ -47,20 +48,20 @@ class TestFrechetDistance:
     def test_agrees_with_torch_fidelity(self, sizes):
         first, second = two_sets(*sizes)
         expected = pytest.approx(reference_fid(first, second), rel=1e-6)
-        assert metrics.frechet_distance(*moments_of(first), *moments_of(second)) == expected
-        assert metrics.frechet_distance_of_features(first, second) == expected
+        assert frechet.frechet_distance(*moments_of(first), *moments_of(second)) == expected
+        assert frechet.frechet_distance_of_features(first, second) == expected
 
     @pytest.mark.slow
     def test_agrees_with_torch_fidelity_at_full_width_and_singular(self):
         first, second = two_sets(2047, 2100, 2048)
-        ours = metrics.frechet_distance(*moments_of(first), *moments_of(second))
+        ours = frechet.frechet_distance(*moments_of(first), *moments_of(second))
         assert ours == pytest.approx(reference_fid(first, second), rel=1e-6)
 
     def test_closed_form_of_diagonal_gaussians(self):
         scale1, scale2 = torch.tensor([1.0, 2.0, 0.0]).double(), torch.tensor([3.0, 2.0, 5.0]).double()
         shift = torch.tensor([1.0, 0.0, -2.0]).double()
         expected = (shift**2).sum() + ((scale1 - scale2) ** 2).sum()
-        distance = metrics.frechet_distance(shift, scale1.square().diag(), 0 * shift, scale2.square().diag())
+        distance = frechet.frechet_distance(shift, scale1.square().diag(), 0 * shift, scale2.square().diag())
         assert distance == pytest.approx(expected.item(), abs=1e-12)
 
     @pytest.mark.parametrize("counts", [(30, 40), (30, 400), (400, 30)], ids=str)
@@ -72,23 +73,23 @@ class TestFrechetDistance:
         exact = (first.double().mean(0) - second.double().mean(0)).square().sum() \
             + sum(features.square().sum() for features in centred) \
             - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-        for distance in (metrics.frechet_distance(*moments_of(first), *moments_of(second)),
-                         metrics.frechet_distance_of_features(first, second)):
+        for distance in (frechet.frechet_distance(*moments_of(first), *moments_of(second)),
+                         frechet.frechet_distance_of_features(first, second)):
             assert distance == pytest.approx(exact.item(), rel=1e-6)
 
     def test_a_collapsed_set_is_a_point(self):
         first, second = torch.ones(30, 4), two_sets(2, 50, 4)[1]
         mu, sigma = moments_of(second)
         expected = (1 - mu).square().sum() + sigma.trace()
-        assert metrics.frechet_distance(*moments_of(first), mu, sigma) == pytest.approx(expected.item())
+        assert frechet.frechet_distance(*moments_of(first), mu, sigma) == pytest.approx(expected.item())
 
     def test_equal_sets_have_none(self):
         moments = moments_of(two_sets(40, 40, 60)[0])
-        assert 0 <= metrics.frechet_distance(*moments, *moments) < 1e-5
+        assert 0 <= frechet.frechet_distance(*moments, *moments) < 1e-5
 
     def test_needs_no_scipy(self):
-        code = ("import sys, torch\nfrom EDM import fid, metrics\n"
-                "eye = torch.eye(3).double()\nassert metrics.frechet_distance(eye[0], eye, eye[1], eye) == 2\n"
+        code = ("import sys, torch\nfrom EDM import fid, metrics\nfrom shared import frechet\n"
+                "eye = torch.eye(3).double()\nassert frechet.frechet_distance(eye[0], eye, eye[1], eye) == 2\n"
                 "assert not any(name.split('.')[0] == 'scipy' for name in sys.modules)")
         subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
@@ -96,15 +97,15 @@ class TestFrechetDistance:
         first, second = two_sets(20, 20, 4)
         second[3, 2] = math.nan
         with pytest.raises(UserError, match="not finite"):
-            metrics.frechet_distance_of_features(first, second)
+            frechet.frechet_distance_of_features(first, second)
         with pytest.raises(UserError, match="not finite"):
-            metrics.frechet_distance(*moments_of(first), *moments_of(second))
+            frechet.frechet_distance(*moments_of(first), *moments_of(second))
 
     @pytest.mark.parametrize("count", [0, 1])
     def test_too_few_images(self, count):
         first, second = two_sets(20, 20, 4)
         with pytest.raises(UserError, match=f"Found {count} images, but need at least 2"):
-            metrics.frechet_distance_of_features(first[:count], second)
+            frechet.frechet_distance_of_features(first[:count], second)
         with pytest.raises(UserError, match=f"Found {count} images, but need at least 2"):
             moments_of(first[:count])
 
@@ -113,7 +114,7 @@ class TestMoments:
     @pytest.mark.parametrize("batch", [1, 64, 100, 333])
     def test_the_size_of_batches_changes_nothing(self, batch):
         features, _ = two_sets(333, 2, 40)
-        moments = metrics.Moments(40)
+        moments = frechet.Moments(40)
         for part in features.split(batch):
             moments.add(part)
         moments.add(features[:0])

@@ -121,12 +121,3 @@ def test_seeds_with_missing_stages_are_left_out_of_the_differences(experiment, m
     assert content["differences"]["stage3_minus_stage1_accuracy"] == dict(mean=0.125, standard_error=None, positive=1,
                                                                           seeds=1)
     assert content["summary"]["stage3_accuracy"]["by_seed"] == [0.875, None]
-
-
-def test_the_frechet_distance_of_gaussians_is_the_known_one():
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(20_000, 3))
-    b = 2 * rng.normal(size=(20_000, 3)) + [1, 0, 0]
-    # Means 1 apart, standard deviations 1 and 2 in 3 dimensions: 1 + 3 (2 - 1)^2.
-    assert report.frechet_distance(a, b) == pytest.approx(4, rel=0.05)
-    assert report.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
