@@ -69,9 +69,9 @@ def draw_grid(network: str, name: str, folder: Path, seed: int, device: torch.de
     """Write `folder`/{name}-{R}x{R}.png: SIDE x SIDE images of random classes, from one generator."""
     import torch
 
-    from EDM.sample_files import write_png
     from EDM.samplers import denoiser, edm_sampler
     from EDM.snapshots import load_network
+    from shared.pngs import write_png
     from shared.progress import Progress
 
     print(f"Loading network from \"{network}\"...")

@@ -120,9 +120,10 @@ def check(flags: SimpleNamespace) -> None:
 def generate(flags: SimpleNamespace) -> None:
     """Make the images of checked flags, on all processes of the world."""
     from EDM import sample_files as files
-    from EDM.seeds import split_batches
     from shared.distributed import barrier, start, stop
+    from shared.pngs import PngWriter
     from shared.progress import Progress
+    from shared.seeds import split_batches
 
     world = start(flags.device)
     sampler, settings = load(flags, world)
@@ -156,7 +157,7 @@ def generate(flags: SimpleNamespace) -> None:
     batches = split_batches(samples, flags.batch, world.size)
     own, rows = batches[world.rank::world.size], sampler.batch_rows(batches)
     counter = Progress("generating", sum(map(len, own)), "img", shown=world.main)
-    with files.PngWriter() as writer:
+    with PngWriter() as writer:
         for batch in own:
             missing = [not sample.path.exists() for sample in batch]
             if any(missing):  # made as a whole, so that a repeated command computes the very same batch

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from EDM.dropout import Dropout
-from EDM.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, attention
+from EDM.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding
 from shared.cli import UserError
+from shared.dropout import Dropout
+from shared.kernels import attention
 
 
 class UNetBlock(torch.nn.Module):

@@ -9,8 +9,8 @@ import torch
 from EDM import samplers
 from EDM.networks import use_channels_last
 from EDM.samplers import Model, Noise, denoiser, guided
-from EDM.seeds import SeedGenerators
 from shared.cli import UserError
+from shared.seeds import SeedGenerators
 
 # On a CPU, results differ in the last bit between batches of a few images (other matrix kernels) but not from here on,
 # so smaller batches are filled up. Then an image is the same bytes whatever the batch and the number of processes.

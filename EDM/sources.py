@@ -15,13 +15,13 @@ from torch import Tensor
 
 from EDM import generate
 from EDM.sample_files import RECORD, archive_record, read_record
-from EDM.seeds import split_batches
 from shared.archives import read_members
 from shared.cli import UserError
 from shared.distributed import World
 from shared.image_files import ImageFiles, class_folders, class_values, find_images, listed_labels, open_image, to_chw
 from shared.images import ImageSet, read_images
 from shared.parallel import cores
+from shared.seeds import split_batches
 
 DECODERS = 4  # threads at most, each with one batch
 

@@ -56,14 +56,6 @@ def _copy_weights(source: str, net: torch.nn.Module, ema: EMA) -> None:
         load_weights(module, tensors, source, strict=False)
 
 
-def keep_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded state the memory layout of its parameters: fused optimizers walk through both without looking."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)
-
-
 def save_state(path: Path, net: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, order: InfiniteOrder,
                nimg: int) -> None:
     """Write all that `load_start` needs in order to go on exactly from image number `nimg`."""

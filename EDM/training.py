@@ -14,24 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from EDM.augment import AugmentPipe
 from EDM.batches import Batch, Batches
 from EDM.dataset import TrainingSet
-from EDM.dropout import set_dropout_keys
 from EDM.loss import LOSSES, EDMLoss, VELoss, VPLoss
 from EDM.networks import use_channels_last
 from EDM.options import FREE_KEYS, RESULT_FILE, batch_rounds
 from EDM.order import InfiniteOrder
 from EDM.preconditioning import PRECONDITIONERS
-from EDM.states import keep_layout, load_start, save_state, write_snapshots
+from EDM.states import load_start, save_state, write_snapshots
 from EDM.table import module_table
 from EDM.ticks import Moments, TickClock, TickSchedule, stats_line, status_line
 from shared import distributed
 from shared.allocator import keep_freed_memory
+from shared.augment_pipe import AugmentPipe
+from shared.checkpoint import keep_layout
 from shared.cli import UserError
 from shared.distributed import World
+from shared.dropout import set_dropout_keys
 from shared.ema import EMA, half_life_beta, power_law_beta
 from shared.files import atomic
+from shared.hardware import computed_on
 from shared.randomness import torch_rng
 from shared.run import Run
 
@@ -248,6 +250,6 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
         last = schedule.snapshot(schedule.steps - 1)
         with atomic(folder / RESULT_FILE, "w") as file:
             file.write(json.dumps(dict(nimg=schedule.nimg(schedule.steps), seed=seed, snapshot=last,
-                                       seconds=round(run.seconds, 1), precision=precision, device=device.type,
-                                       processes=world.size, torch=torch.__version__), indent=2))
+                                       seconds=round(run.seconds, 1), precision=precision, processes=world.size,
+                                       **computed_on(device)), indent=2))
     run.print(f"Done: {folder / 'network-snapshot-latest.pkl'}")

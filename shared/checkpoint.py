@@ -76,3 +76,11 @@ def load_newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
     if problems:
         raise UserError(f"{problems[0]}; remove it to start from the beginning")
     return None
+
+
+def keep_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded state the memory layout of its parameters: fused optimizers walk through both without looking."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)

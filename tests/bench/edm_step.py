@@ -17,14 +17,14 @@ import time
 import numpy as np
 import torch
 
-from EDM.augment import AugmentPipe
 from EDM.batches import Batch
-from EDM.dropout import Dropout
 from EDM.loss import EDMLoss
 from EDM.networks import use_channels_last
 from EDM.preconditioning import EDMPrecond
 from EDM.training import draw, training_step
 from shared.allocator import keep_freed_memory
+from shared.augment_pipe import AugmentPipe
+from shared.dropout import Dropout
 from shared.ema import EMA
 from tests.bench import eager_unet
 from tests.bench.unit import unit

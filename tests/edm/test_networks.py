@@ -8,21 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from EDM.dropout import set_dropout_keys
 from EDM.layers import (
-    ChannelsLastGroupNorm,
     Conv2d,
     FourierEmbedding,
     GroupNorm,
     PositionalEmbedding,
-    attention,
     downsample,
-    is_channels_last,
-    repeat_then_convolve,
     upsample,
 )
 from EDM.networks import DhariwalUNet, SongUNet, use_channels_last
 from shared.cli import UserError
+from shared.dropout import set_dropout_keys
+from shared.kernels import ChannelsLastGroupNorm, attention, is_channels_last, repeat_then_convolve
 
 SMALL = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, augment_dim=9, model_channels=16,
              channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])

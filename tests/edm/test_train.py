@@ -13,9 +13,9 @@ import torch
 
 from EDM.options import RESULT_FILE, batch_rounds, in_use, lock, read_options
 from EDM.snapshots import load_network, load_training_state
-from EDM.states import keep_layout
 from EDM.train import main
 from EDM.training import learning_rate, replace_non_finite
+from shared.checkpoint import keep_layout
 from shared.cli import Diverged, UserError
 from tests.edm.training_runs import STEPS, TINY, checkpoint, largest_difference, losses, outcome, stats, write_set
 from tests.golden.cases import arrays

@@ -16,8 +16,8 @@ from EDM.downloads import cache_prefix
 from EDM.generate import main
 from EDM.options import parse_int_list
 from EDM.preconditioning import PRECONDITIONERS
-from EDM.seeds import SeedGenerators, split_batches
 from EDM.snapshots import save_snapshot
+from shared.seeds import SeedGenerators, split_batches
 from tests.golden.cases import arrays, facts, fill, index
 
 CASES = {case["case"] for case in index("edm")["cases"] if case["kind"] in ("rng", "end to end")} | {"misc"}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from EDM.layers import is_channels_last
+from shared.kernels import is_channels_last
 from shared.randomness import numpy_rng
 
 

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from EDM.dropout import Dropout, set_dropout_keys
+from shared.dropout import Dropout, set_dropout_keys
 
 P = 0.13
 SHAPE = (8, 32, 32)
