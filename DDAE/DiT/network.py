@@ -1,0 +1,221 @@
+"""DiT: a transformer on latent patches (Peebles and Xie 2023, arXiv 2212.09748), with the published parameter names."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared.cli import UserError, nearest
+
+# name -> depth, width, heads
+SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
+PATCHES = (2, 4, 8)
+FREQUENCIES = 256
+GUIDED_CHANNELS = 3
+
+
+def sinusoid(t: Tensor, size: int = FREQUENCIES) -> Tensor:
+    """Return [cos | sin] of t times geometric frequencies from 1 down to 1/10000: [N] -> float32 [N, size]."""
+    half = size // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def position_table(width: int, side: int) -> Tensor:
+    """Return the fixed position embedding of a square grid: float32 [side * side, width].
+
+    The first half of a row encodes the patch's column, the second its row, each as [sin | cos].
+    """
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
+    column, row = line.repeat(side, 1), line.repeat_interleave(side, dim=0)
+    return torch.cat([column, row], dim=1).float()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbed(nn.Module):
+    """Image [N, C, S, S] -> tokens [N, (S / patch)^2, width], row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).mT
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(sinusoid(t).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class embedding; the row after the last class is "no class" where the network was trained with class dropout."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(count, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """Transformer block whose normalisations are shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """The diffusion transformer: (x [N, C, S, S], t [N], y int64 [N]) -> [N, C or 2C, S, S].
+
+    With learn_sigma the second half of the output channels is the variance. y = num_classes means no class, where
+    class_dropout_prob > 0. t: index of the noise level, 0..999, not scaled.
+    """
+
+    def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
+                 depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1,
+                 num_classes: int = 1000, learn_sigma: bool = True) -> None:
+        super().__init__()
+        self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.side = input_size // patch_size
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        # A frozen parameter, so that it is in the state as published.
+        self.pos_embed = nn.Parameter(position_table(hidden_size, self.side)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        # Blocks begin as the identity and the network as zero (adaLN-Zero).
+        modulations = [block.adaLN_modulation[1] for block in self.blocks] + [self.final_layer.adaLN_modulation[1]]
+        for layer in (*modulations, self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def block_names(self) -> list[str]:
+        """Names under which `features` offers block outputs: layer-0 (the first block) to layer-27 for DiT-XL/2."""
+        return [f"layer-{k}" for k in range(len(self.blocks))]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, c = self._embed(x, t, y)
+        for block in self.blocks:
+            x = block(x, c)
+        return self._unpatchify(self.final_layer(x, c))
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the outputs [N, tokens, width] of the named blocks; the blocks behind the last of them do not run."""
+        known = self.block_names
+        for name in names:
+            if name not in known:
+                raise UserError(f"no block {name!r}{nearest(name, known)}; the blocks are {known[0]} to {known[-1]}")
+        wanted = {known.index(name): name for name in names}
+        found = {}
+        x, c = self._embed(x, t, y)
+        for index, block in enumerate(self.blocks[:max(wanted) + 1]):
+            x = block(x, c)
+            if index in wanted:
+                found[wanted[index]] = x
+        return found
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
+        """Return the guided output: classes in the first half of y, "no class" in the second; x's first half counts.
+
+        As published, only the first three channels are guided, and both halves of the result carry them.
+        """
+        half = x[:len(x) // 2]
+        out = self(torch.cat([half, half]), t, y)
+        guided, rest = out[:, :GUIDED_CHANNELS], out[:, GUIDED_CHANNELS:]
+        conditional, unconditional = guided.chunk(2)
+        both = unconditional + cfg_scale * (conditional - unconditional)
+        return torch.cat([torch.cat([both, both]), rest], dim=1)
+
+    def _embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        x = x.reshape(len(x), self.side, self.side, self.patch_size, self.patch_size, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out_channels, *[self.side * self.patch_size] * 2)
+
+
+def make_dit(name: str, input_size: int = 32) -> DiT:
+    """Return e.g. DiT-XL/2 (675M parameters) with initial weights; UserError for a name that there is not."""
+    known = [f"DiT-{size}/{patch}" for size in SIZES for patch in PATCHES]
+    if name not in known:
+        raise UserError(f"no network {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    size, _, patch = name.removeprefix("DiT-").partition("/")
+    depth, width, heads = SIZES[size]
+    return DiT(input_size=input_size, patch_size=int(patch), hidden_size=width, depth=depth, num_heads=heads)
