@@ -10,9 +10,10 @@ import torch
 from shared.augment import WeakPolicy, draw_strong, draw_weak, rotate_quarter_turns, strong, weak
 from shared.cli import UserError
 from shared.distributed import World
+from shared.pool import Pool
 from shared.randaugment import to_device
 from shared.randomness import numpy_rng
-from TorchSSL.data import Pool, TrainingData
+from TorchSSL.data import TrainingData
 
 
 @dataclass

@@ -16,7 +16,8 @@ from shared.cli import UserError
 from shared.datasets import load_dataset
 from shared.distributed import World, broadcast_value, start
 from shared.images import ImageSet
-from TorchSSL.data import NORMALISATION, Pool, TrainingData, load_pools
+from shared.pool import Pool
+from TorchSSL.data import NORMALISATION, TrainingData, load_pools
 from TorchSSL.evaluation import predict
 from TorchSSL.networks import build_network, first_stride_for
 

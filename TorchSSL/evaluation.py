@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from shared.distributed import World, gather
+from shared.pool import Pool
 from TorchSSL.algorithm import classify
-from TorchSSL.data import Pool
 
 # One-vs-one AUC looks at every pair of classes: beyond this many classes it is left to the last evaluation.
 AUC_EVERY_TIME = 20

@@ -174,8 +174,8 @@ def classifier_features(checkpoint: Path, options: argparse.Namespace, images: A
     import torch
 
     from shared.distributed import start
+    from shared.pool import Pool
     from TorchSSL.classifier import load_classifier
-    from TorchSSL.data import Pool
     from TorchSSL.get_labels import parse as prediction_options
 
     prediction = prediction_options([f"--dataset={options.dataset}", f"--load_path={checkpoint}"])

@@ -22,12 +22,13 @@ from shared.cli import UserError
 from shared.datasets import NAMES, report
 from shared.distributed import World
 from shared.ema import EMA
+from shared.pool import Pool
 from shared.randomness import numpy_rng, torch_rng
 from shared.run import Run
 from TorchSSL.algorithm import Algorithm
 from TorchSSL.batches import Batch, Batches
 from TorchSSL.classifier import keep_confident, make_network
-from TorchSSL.data import Pool, TrainingData, load_training_data
+from TorchSSL.data import TrainingData, load_training_data
 from TorchSSL.evaluation import confusion_matrix, confusion_text, metrics, predict
 from TorchSSL.options import method_config, relaunch
 from TorchSSL.run_folder import LATEST, load_foreign, open_folder, resume_from, write_best, write_result
