@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from shared.cli import Parser, UserError, parse_bool
+from shared.flag_types import number
 
 
 class Flag(NamedTuple):
@@ -22,26 +23,6 @@ class Flag(NamedTuple):
     type: Callable[[str], Any] | tuple[str, ...] | None  # a tuple: one of these words; None: a switch
     default: Any
     help: str
-
-
-def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], Any]:
-    """Return a reader of int or float in low..high (None: unbounded), both ends included."""
-    name = "a whole number" if kind is int else "a number"
-    if low is not None:
-        name += f" of at least {low:g}" if high is None else f" from {low:g} to {high:g}"
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-            fits = (low is None or value >= low) and (high is None or value <= high) and abs(value) != float("inf")
-        except ValueError:
-            fits = False
-        if not fits or value != value:
-            raise argparse.ArgumentTypeError(f"expected {name}, got {text!r}")
-        return value
-
-    read.__name__ = name
-    return read
 
 
 COUNT, WHOLE = number(int, 1), number(int, 0)
