@@ -27,13 +27,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield function(item) for each item in order, computed in processes.
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item],
+                workers: int | None = None) -> Iterator[Result]:
+    """Yield function(item) for each item in order, computed in processes: `workers`, or one a core.
 
     `function` must be importable and should take a chunk of work. `items` is read no further ahead than twice the
-    number of cores, so a stream of any length fits. Small work (a single item) and a single core stay in this process.
+    number of processes, so a stream of any length fits. Small work (a single item) and a single worker stay in this
+    process.
     """
-    workers, items = cores(), iter(items)
+    workers, items = workers or cores(), iter(items)
     head = list(islice(items, 2))
     if workers == 1 or len(head) < 2 or multiprocessing.current_process().daemon:
         yield from map(function, head)

@@ -1,0 +1,167 @@
+"""Split the ImageNet training images into labelled and unlabelled ones, class by class.
+
+    cd imagenet
+    python split_imagenet.py --data-path "/your-download-path"
+
+It links DATA/train/<wnid>/<file> into DATA/labeled or DATA/unlabeled (`--copy`: copies it). Which image goes where is
+read from imagenet_split/train_labeled.txt and train_unlabeled.txt; where these do not exist they are made, the same on
+every machine. The same command continues where an earlier one was stopped.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from shared.cli import Parser, UserError, run_main
+from shared.files import atomic, make_dir
+from shared.progress import progress
+
+SUFFIXES = (".jpeg", ".jpg", ".png")
+LISTS = {"labeled": "train_labeled.txt", "unlabeled": "train_unlabeled.txt"}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds train/<wnid>/<file>")
+    parser.add_argument("--list-path", default="./imagenet_split", metavar="DIR",
+                        help="folder of the two lists, read where they exist and made where not [./imagenet_split]")
+    parser.add_argument("--per-class", type=int, default=128, metavar="K", help="labelled images of each class [128]")
+    parser.add_argument("--fraction", type=float, metavar="F", help="label this share of each class instead")
+    parser.add_argument("--seed", type=int, default=0, help="another seed labels other images [0]")
+    parser.add_argument("--copy", action="store_true", help="copy the images (another 140 GB) instead of linking them")
+    options = parser.parse_args(argv)
+    if options.per_class < 1:
+        raise UserError(f"--per-class {options.per_class}: at least one image of each class must be labelled")
+    if options.fraction is not None and not 0 < options.fraction < 1:
+        raise UserError(f"--fraction {options.fraction}: expected a number between 0 and 1")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    data = Path(options.data_path)
+    train = data / "train"
+    if not train.is_dir():
+        raise UserError(f"--data-path {data}: there is no folder train/ in it; expected train/<wnid>/<file>.JPEG")
+    lists, drawn = read_lists(Path(options.list_path)), False
+    if lists is None:
+        chosen = split(images_by_class(train), options.seed, options.per_class, options.fraction)
+        lists, drawn = dict(zip(LISTS, chosen, strict=True)), True
+    check(lists, data)
+    if drawn:
+        write_lists(Path(options.list_path), lists)
+    for part, names in lists.items():
+        fill(data / part, names, train, options.copy)
+        print(f"{data / part}: {len(names)} images of {len({name.split('/')[0] for name in names})} classes, "
+              f"{'copied' if options.copy else 'linked'}")
+
+
+def images_by_class(train: Path) -> dict[str, list[str]]:
+    """Return wnid -> file names of the images in train/; whatever is no image by its name is passed over."""
+    found = {}
+    for folder in sorted(entry.name for entry in os.scandir(train) if entry.is_dir()):
+        names = [entry.name for entry in os.scandir(train / folder)
+                 if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")]
+        if names:
+            found[folder] = names
+    if not found:
+        raise UserError(f"{train}: no images; expected train/<wnid>/<file>.JPEG")
+    return found
+
+
+def split(files: Mapping[str, Iterable[str]], seed: int = 0, per_class: int = 128,
+          fraction: float | None = None) -> tuple[list[str], list[str]]:
+    """Return the labelled and the unlabelled images as sorted `<wnid>/<file name>`.
+
+    files: wnid -> file names. Within a class the images are ordered by a hash of seed, wnid and name; the first
+    `per_class` (or a share, rounded, at least one) are labelled. So the choice depends on neither the machine nor the
+    order of the folder. Raises UserError for a class that would have no unlabelled image: it would be missing from
+    that tree, and all later classes would get other numbers than in the labelled one.
+    """
+    labeled, unlabeled = [], []
+    for wnid in sorted(files):
+        names = sorted(files[wnid], key=lambda name: hashlib.sha256(f"{seed}/{wnid}/{name}".encode()).hexdigest())
+        count = per_class if fraction is None else max(1, math.floor(fraction * len(names) + 0.5))
+        if count >= len(names):
+            flag = f"--per-class {per_class}" if fraction is None else f"--fraction {fraction}"
+            raise UserError(f"{flag}: the class {wnid} has {len(names)} image(s), so none would remain unlabelled; "
+                            "label fewer")
+        labeled += sorted(f"{wnid}/{name}" for name in names[:count])
+        unlabeled += sorted(f"{wnid}/{name}" for name in names[count:])
+    return labeled, unlabeled
+
+
+def read_lists(folder: Path) -> dict[str, list[str]] | None:
+    """Return part -> names as the list files have them, None where there are no such files; UserError."""
+    there = [name for name in LISTS.values() if (folder / name).exists()]
+    if not there:
+        return None
+    if len(there) == 1:
+        raise UserError(f"{folder} holds {there[0]} alone; put the other list beside it, or remove this one and both "
+                        "are made anew")
+    lists = {}
+    for part, name in LISTS.items():
+        lists[part] = []
+        for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), 1):
+            words = line.split()
+            pieces = words[0].split("/") if words else []
+            if len(pieces) != 2 or any(piece in ("", ".", "..") for piece in pieces):
+                raise UserError(f"{folder / name}: line {number} must begin with <wnid>/<file name>, it is {line!r}")
+            lists[part].append(words[0])
+    return lists
+
+
+def check(lists: Mapping[str, Sequence[str]], data: Path) -> None:
+    """Raise UserError for lists that share images or classes wrongly, and for folders filled from other lists."""
+    both = set(lists["labeled"]) & set(lists["unlabeled"])
+    if both:
+        raise UserError(f"{sorted(both)[0]} is in both lists; an image is either labelled or unlabelled")
+    classes = {part: {name.split("/")[0] for name in names} for part, names in lists.items()}
+    val = data / "val"
+    if val.is_dir():
+        classes["val"] = {entry.name for entry in os.scandir(val) if entry.is_dir()}
+    for part in classes:
+        other = sorted(classes["labeled"] ^ classes[part])
+        if other:
+            raise UserError(f"the class {other[0]} is in only one of labeled and {part}; classes are numbered by their "
+                            "order in each, so all must have the same")
+    for part, names in lists.items():
+        expected = set(names)
+        for folder in os.scandir(data / part) if (data / part).is_dir() else ():
+            for entry in os.scandir(folder.path) if folder.is_dir() else ():
+                if f"{folder.name}/{entry.name}" not in expected:
+                    raise UserError(f"{entry.path} is not in {LISTS[part]}: the folder was made from another list; "
+                                    f"remove {data / part} or give that list")
+
+
+def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
+    make_dir(folder)
+    for part, name in LISTS.items():
+        with atomic(folder / name, "w") as file:
+            file.writelines(f"{line}\n" for line in lists[part])
+
+
+def fill(target: Path, names: Sequence[str], train: Path, copy: bool) -> None:
+    """Link or copy train/<name> to target/<name>; what is there already stays. UserError for a missing image."""
+    for folder in sorted({name.split("/")[0] for name in names}):
+        make_dir(target / folder)
+    for number, name in enumerate(progress(names, target.name, unit="images"), 1):
+        source, place = train / name, target / name
+        if not source.is_file():
+            raise UserError(f"{LISTS[target.name]}: line {number} names {name}, which is not in {train}")
+        if copy:
+            if place.is_symlink() or not place.exists() or place.stat().st_size != source.stat().st_size:
+                with open(source, "rb") as image, atomic(place) as file:
+                    shutil.copyfileobj(image, file)
+        elif not place.exists():
+            place.unlink(missing_ok=True)  # a link to nowhere
+            os.symlink(os.path.relpath(source, place.parent), place)
+
+
+if __name__ == "__main__":
+    run_main(main)
