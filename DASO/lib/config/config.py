@@ -1,0 +1,232 @@
+"""The configuration: defaults, overruled by a YAML file, overruled by `KEY VALUE` pairs; every value checked."""
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from DASO.lib.config.defaults import AT_LEAST, CHOICES, DEFAULTS
+from shared.cli import Parser, UserError, nearest
+
+# Upper-case sections that published files may name though they hold nothing.
+EMPTY_SECTIONS = ("ALGORITHM.PSEUDO_LABEL", "ALGORITHM.FIXMATCH")
+DATASET_SECTION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "digits": "DIGITS"}
+
+
+class Config(SimpleNamespace):
+    """All keys as attributes: `cfg.MODEL.WIDTH`. `cfg.flat` is the same as a dict of dotted keys."""
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        """values: dotted keys that differ from the defaults; UserError for an unknown key or a wrong value."""
+        flat = dict(DEFAULTS)
+        for key, value in (values or {}).items():
+            flat[key] = checked(key, value)
+        super().__init__(**_tree(flat))
+        self.flat = flat
+
+    def replaced(self, values: Mapping[str, Any]) -> Config:
+        """Return the configuration with other values for some dotted keys."""
+        return Config({**self.flat, **values})
+
+    @property
+    def long_tail(self) -> SimpleNamespace | None:
+        """NUM_LABELED_HEAD, IMB_FACTOR_L, NUM_UNLABELED_HEAD and IMB_FACTOR_UL of the data set; None if it has none."""
+        section = DATASET_SECTION.get(self.DATASET.NAME)
+        return getattr(self.DATASET, section) if section else None
+
+
+def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        here: Any = tree
+        for section in sections:
+            here = here.setdefault(section, SimpleNamespace()) if here is tree else _child(here, section)
+        if here is tree:
+            tree[name] = value
+        else:
+            setattr(here, name, value)
+    return tree
+
+
+def _child(node: SimpleNamespace, section: str) -> SimpleNamespace:
+    if not hasattr(node, section):
+        setattr(node, section, SimpleNamespace())
+    return getattr(node, section)
+
+
+def checked(key: str, value: Any, source: str = "") -> Any:
+    """Return `value` as the key's type; UserError for an unknown key, another type or a value out of its range.
+
+    A float key takes integers; a tuple key takes lists.
+    """
+    if key not in DEFAULTS:
+        raise UserError(f"{source}unknown key {key}{nearest(key, DEFAULTS)}")
+    kind = type(DEFAULTS[key])
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if kind is float and isinstance(value, str):
+        value = _number(value)  # YAML takes 1e-8 for text
+    if type(value) is not kind:
+        raise UserError(f"{source}{key}: expected {_kind(kind)}, got {value!r}")
+    if kind is tuple and not all(type(part) is int for part in value):
+        raise UserError(f"{source}{key}: expected integers, got {value!r}")
+    if key in CHOICES and value not in CHOICES[key]:
+        allowed = ", ".join(map(repr, CHOICES[key]))
+        close = nearest(str(value), map(str, CHOICES[key]))
+        raise UserError(f"{source}{key}: expected {allowed}, got {value!r}{close}")
+    if key in AT_LEAST and value < AT_LEAST[key]:
+        raise UserError(f"{source}{key}: expected at least {AT_LEAST[key]:g}, got {value!r}")
+    return value
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _kind(kind: type) -> str:
+    return {bool: "True or False", int: "an integer", float: "a number", str: "text",
+            tuple: "integers in brackets, as (1000, 2000)"}[kind]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the dotted keys of a YAML file, checked; UserError."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except OSError as error:
+        raise UserError(f"--config-file: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config-file: {path} is not plain YAML: {str(error).splitlines()[0]}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config-file: {path} must hold sections and keys, as `MODEL:`")
+    return {key: checked(key, _literal(value), f"{path}: ") for key, value in _leaves(content, "")
+            if not (key in EMPTY_SECTIONS and not value)}
+
+
+def _leaves(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in DEFAULTS and (value or key not in EMPTY_SECTIONS):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _literal(text: Any) -> Any:
+    """Return what a text means as a Python literal: numbers, True, None, (1, 2); other text stays text."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def from_pairs(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return the values of alternating keys and values of a command line, checked; UserError."""
+    values, position = {}, 0
+    while position < len(pairs):
+        key = pairs[position]
+        if key not in DEFAULTS:
+            raise UserError(_unknown(key, pairs[position + 1] if position + 1 < len(pairs) else ""))
+        if position + 1 == len(pairs):
+            raise UserError(f"{key}: a value is missing; give KEY VALUE pairs")
+        text = pairs[position + 1]
+        value = text if isinstance(DEFAULTS[key], str) else _literal(text)
+        values[key] = checked(key, value)
+        position += 2
+    return values
+
+
+def _unknown(key: str, follower: str) -> str:
+    """Return the message for an unknown key; a key broken in two by a space is put together again."""
+    joined = f"{key}_{follower}"
+    if joined in DEFAULTS:
+        return f"unknown key {key} {follower!r}: it was broken in two; write {joined} VALUE"
+    parents = [name for name in DEFAULTS if name.startswith(f"{key}.")]
+    if parents:
+        return f"{key} is a section, not a key; it holds {', '.join(parents[:4])}"
+    if key.startswith("-"):
+        return f"unknown argument {key}{nearest(key, ('--config-file', '--eval-only'))}; see --help"
+    return f"unknown key {key}{nearest(key, DEFAULTS)}"
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
+    """Return (configuration, whether --eval-only) of a command line (None: this process's); UserError."""
+    parser = Parser(description="Train or evaluate a learner on long-tailed data.", allow_abbrev=False)
+    parser.add_argument("--config-file", default="", metavar="FILE", help="a file of configs/")
+    parser.add_argument("--eval-only", action="store_true", help="measure the checkpoint of RESUME and stop")
+    parser.add_argument("pairs", nargs=argparse.REMAINDER, metavar="KEY VALUE",
+                        help="keys of lib/config/defaults.py and their values, as SOLVER.MAX_ITER 1000")
+    given = parser.parse_args(argv)
+    file = read_yaml(given.config_file) if given.config_file else {}
+    cfg = Config({**file, **from_pairs(given.pairs)})
+    check(cfg)
+    return cfg, given.eval_only
+
+
+def check(cfg: Config) -> None:
+    """Raise UserError for values that do not go together."""
+    if f"build_{cfg.DATASET.NAME}_dataset" != cfg.DATASET.BUILDER:
+        raise UserError(f"DATASET.BUILDER {cfg.DATASET.BUILDER} does not build DATASET.NAME {cfg.DATASET.NAME}; "
+                        f"set DATASET.BUILDER build_{cfg.DATASET.NAME}_dataset")
+    if cfg.PERIODS.EVAL != cfg.PERIODS.LOG:
+        raise UserError(f"PERIODS.EVAL {cfg.PERIODS.EVAL} and PERIODS.LOG {cfg.PERIODS.LOG} must be equal")
+    if cfg.SOLVER.OPTIM_NAME == "SGD" and cfg.SOLVER.SGD.NESTEROV and not cfg.SOLVER.SGD.MOMENTUM > 0:
+        raise UserError("SOLVER.SGD.NESTEROV True needs SOLVER.SGD.MOMENTUM above 0")
+    if cfg.SEED >= 2 ** 32:
+        raise UserError(f"SEED {cfg.SEED}: expected at most {2 ** 32 - 1}")
+
+
+def experiment_name(cfg: Config, seed: int) -> str:
+    """Return the published name of the run's folder, e.g. DASO_cifar10_l_1500_100_ul_3000_100_seed_1."""
+    name = cfg.ALGORITHM.NAME
+    if "CReST" in name and cfg.MODEL.DIST_ALIGN.APPLY:
+        name += "_Plus"
+    elif cfg.ALGORITHM.DARP.APPLY:
+        name += "_DARP"
+    parts = [name, cfg.DATASET.NAME]
+    tail = cfg.long_tail
+    if tail is not None:
+        parts += ["l", str(tail.NUM_LABELED_HEAD), str(tail.IMB_FACTOR_L)]
+    if cfg.DATASET.NAME == "stl10":
+        parts += ["ul", "unknown"]
+    elif tail is None:
+        parts += ["ul", cfg.DATASET.SEMIAVES.UNLABELED]
+    elif cfg.ALGORITHM.NAME != "Supervised":
+        parts += ["ul", str(tail.NUM_UNLABELED_HEAD), str(tail.IMB_FACTOR_UL)]
+        if cfg.DATASET.REVERSE_UL_DISTRIBUTION:
+            parts += ["ul", "rev"]
+    if cfg.MODEL.LOSS.LABELED_LOSS != "CrossEntropyLoss":
+        parts.append(cfg.MODEL.LOSS.LABELED_LOSS)
+    parts += ["seed", str(seed)]
+    if cfg.MEMO:
+        parts.append(cfg.MEMO)
+    return "_".join(parts)
+
+
+def dump(cfg: Config) -> str:
+    """Return the whole configuration as YAML, which `--config-file` reads again."""
+    import yaml
+
+    tree: dict[str, Any] = {}
+    for key, value in cfg.flat.items():
+        *sections, name = key.split(".")
+        here = tree
+        for section in sections:
+            here = here.setdefault(section, {})
+        here[name] = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(tree, sort_keys=True)

@@ -1,0 +1,66 @@
+"""The network of every learner: an encoder and linear heads on its features."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from DASO.lib.models.wrn import WRN, ResNet34
+
+if TYPE_CHECKING:
+    from DASO.lib.config.config import Config
+
+WITH_BALANCED_HEAD = ("FixMatchABC",)  # learners that always have the second classifier
+
+
+class LinearHead(nn.Module):
+    """A linear classifier on features: float [N, D] -> logits [N, K] in fp32 at least."""
+
+    def __init__(self, features: int, outputs: int, name: str = "classifier") -> None:
+        super().__init__()
+        self.name = name  # of the layer, which published files are read by
+        layer = nn.Linear(features, outputs)
+        nn.init.xavier_normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        self.add_module(name, layer)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits = getattr(self, self.name)(features)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class SemiModel(nn.Module):
+    """Encoder, `classifier`, and where asked for `abc_classifier` (a second one, which then is the one that is
+    measured) or `projection` (four quarter turns).
+
+    encoder: with `feature_size`. Names are those of the published checkpoints.
+    """
+
+    def __init__(self, encoder: nn.Module, num_classes: int = 10, balanced: bool = False,
+                 rotation: bool = False) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = LinearHead(encoder.feature_size, num_classes)
+        if balanced:
+            self.abc_classifier = LinearHead(encoder.feature_size, num_classes)
+        if rotation:
+            self.projection = LinearHead(encoder.feature_size, 4, "projections")
+        self.balanced = balanced
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the class logits [N, K] of normalised images [N, C, H, W]."""
+        return self.classifier(self.encoder(images))
+
+    def evaluate(self, images: Tensor) -> Tensor:
+        """Return the logits [N, K] that are measured."""
+        features = self.encoder(images)
+        return self.abc_classifier(features) if self.balanced else self.classifier(features)
+
+
+def build_model(cfg: Config, in_channels: int = 3) -> SemiModel:
+    """Return the untrained network of ALGORITHM.NAME, initialised from torch's global generator."""
+    name = cfg.ALGORITHM.NAME
+    encoder = ResNet34(cfg.MODEL.PRETRAINED) if cfg.MODEL.NAME == "ResNet34" else WRN(cfg.MODEL.WIDTH, in_channels)
+    balanced = name in WITH_BALANCED_HEAD or (name == "DASO" and cfg.ALGORITHM.ABC.APPLY)
+    return SemiModel(encoder, cfg.MODEL.NUM_CLASSES, balanced, cfg.MODEL.WITH_ROTATION_HEAD)
