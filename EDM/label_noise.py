@@ -7,6 +7,7 @@ matrix and the one that was realised.
 """
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from EDM import transition
 from shared.cifar import CIFAR10, CIFAR100
 from shared.cli import UserError, nearest
+from shared.images import ImageSet
 
 SHOWN_CLASSES = 20  # a matrix of more classes is printed in words
 ARCHIVES = {CIFAR10.archive: "cifar10", CIFAR100.archive: "cifar100", "train-images-idx3-ubyte.gz": "mnist",
@@ -142,3 +144,27 @@ def plan_noise(noise_type: str | None, noise_rate: float | None, transition_file
     if noise_type == "asym":
         transition.asym_targets(kind)
     return LabelNoise(noise_type, rate, seed or 0, kind)
+
+
+def with_clean_labels(images: ImageSet, path: str) -> ImageSet:
+    """Return the set read from `path` with the clean labels that its dataset.json keeps; itself where it keeps none."""
+    from shared.archives import read_members, zip_members
+    from shared.image_files import LABEL_FILE, find_images
+
+    file = Path(path)
+    if file.is_dir():
+        content = (file / LABEL_FILE).read_bytes() if (file / LABEL_FILE).is_file() else b"{}"
+    elif file.suffix.lower() == ".zip":
+        members = [member for member in zip_members(file) if member.name == LABEL_FILE]
+        content = next(read_members(file, members)) if members else b"{}"
+    else:
+        return images
+    clean = json.loads(content).get("clean_labels")
+    if clean is None:
+        return images
+    names, known = find_images(file).names, dict(clean)
+    if sorted(known) != sorted(names) or any(type(label) is not int or label < 0 for label in known.values()):
+        raise UserError(f"{path}: the clean labels in {LABEL_FILE} are not those of its images; make the set anew")
+    labels = np.array([known[name] for name in names], np.int64)
+    classes = tuple(map(str, range(max(int(labels.max()) + 1, images.num_classes))))
+    return ImageSet(images.images, labels, classes, images.name)
