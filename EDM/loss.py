@@ -31,11 +31,14 @@ class EDMLoss:
         """Return the noise level of a drawn number."""
         return (level * self.P_std + self.P_mean).exp()
 
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the weight λ of the squared error at a noise level."""
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
     def __call__(self, net: Denoiser, images: torch.Tensor, labels: torch.Tensor | None,
                  augment_labels: torch.Tensor | None, level: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         sigma = self.sigma(level)
-        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        return weighted_error(net, images, labels, augment_labels, sigma, noise, weight)
+        return weighted_error(net, images, labels, augment_labels, sigma, noise, self.weight(sigma))
 
 
 class VPLoss:
@@ -53,10 +56,14 @@ class VPLoss:
         t = 1 + level * (self.epsilon_t - 1)
         return (0.5 * self.beta_d * t**2 + self.beta_min * t).exp().sub(1).sqrt()
 
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the weight λ of the squared error at a noise level."""
+        return 1 / sigma**2
+
     def __call__(self, net: Denoiser, images: torch.Tensor, labels: torch.Tensor | None,
                  augment_labels: torch.Tensor | None, level: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         sigma = self.sigma(level)
-        return weighted_error(net, images, labels, augment_labels, sigma, noise, 1 / sigma**2)
+        return weighted_error(net, images, labels, augment_labels, sigma, noise, self.weight(sigma))
 
 
 class VELoss:
@@ -73,10 +80,14 @@ class VELoss:
         """Return the noise level of a drawn number."""
         return self.sigma_min * (level * math.log(self.sigma_max / self.sigma_min)).exp()
 
+    def weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the weight λ of the squared error at a noise level."""
+        return 1 / sigma**2
+
     def __call__(self, net: Denoiser, images: torch.Tensor, labels: torch.Tensor | None,
                  augment_labels: torch.Tensor | None, level: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         sigma = self.sigma(level)
-        return weighted_error(net, images, labels, augment_labels, sigma, noise, 1 / sigma**2)
+        return weighted_error(net, images, labels, augment_labels, sigma, noise, self.weight(sigma))
 
 
 LOSSES = {"EDMLoss": EDMLoss, "VPLoss": VPLoss, "VELoss": VELoss}

@@ -73,6 +73,17 @@ def guided(model: Model, guide: Model, scale: float) -> Model:
     return combined
 
 
+def affine(model: Model, second: Model, weight: float) -> Model:
+    """Push `model` away from `second`: (1 + weight) D_model - weight D_second, both in the dtype of the state.
+
+    With the denoiser of clean classes and the one of noisy labels this is the affine score of "Label-Noise Robust
+    Diffusion Models" (Na et al., ICLR 2024). A weight of 0 is `model` itself, and then `second` is never called.
+    """
+    if weight == 0:
+        return model
+    return lambda x, sigma: (1 + weight) * model(x, sigma).to(x.dtype) - weight * second(x, sigma).to(x.dtype)
+
+
 # ---------------------------------------------------------------- EDM
 
 @torch.no_grad()

@@ -97,6 +97,11 @@ def realised_transition(clean: Sequence[int] | np.ndarray, noisy: Sequence[int] 
     return np.where(totals > 0, counts / np.maximum(totals, 1), np.eye(num_classes))
 
 
+def clean_posterior(matrix: np.ndarray) -> np.ndarray:
+    """Return S[ỹ, y] = p(clean y | noisy ỹ), float64 [K, K], for equally frequent clean classes."""
+    return (matrix / matrix.sum(0)).T
+
+
 def check_transition(matrix: object, num_classes: int | None, name: str) -> np.ndarray:
     """Return `matrix` as float64 [K, K] with rows that sum to 1.
 

@@ -5,8 +5,9 @@ the state of a random number generator nor on how a batch is shared among ranks 
 """
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 
 from shared.kernels import is_channels_last
 from shared.randomness import numpy_rng
+
+MIXERS = (0x85EBCA6B, 0xC2B2AE35)  # of the finaliser of MurmurHash3
 
 
 class Dropout(torch.nn.Module):
@@ -70,6 +73,30 @@ def set_dropout_keys(net: torch.nn.Module, seed: int, step: int, sample_indices:
         layer.keys = keys
 
 
+@contextlib.contextmanager
+def derived_dropout_keys(net: torch.nn.Module, rows: torch.Tensor, tags: torch.Tensor) -> Iterator[None]:
+    """Give the forwards of `net` inside of it masks of their own, then those of before.
+
+    rows, tags: int64 [M] on the network's device. The mask of input i is a function of the keys of input rows[i]
+    before and of tags[i] >= 0. Layers without keys are left alone.
+    """
+    layers = [module for module in net.modules() if isinstance(module, Dropout) and module.keys is not None]
+    before = [layer.keys for layer in layers]
+    if layers:
+        number = (torch.stack(before)[:, :, rows].to(torch.int64) + (tags + 1) * 0x9E3779B9) & 0xFFFFFFFF
+        for factor in MIXERS:
+            number = ((number ^ (number >> 15)) * factor) & 0xFFFFFFFF
+        number = (number ^ (number >> 16)).to(torch.int32)
+        number[:, 0] |= 1
+        for layer, keys in zip(layers, number, strict=True):
+            layer.keys = keys
+    try:
+        yield
+    finally:
+        for layer, keys in zip(layers, before, strict=True):
+            layer.keys = keys
+
+
 def _mix(number: np.ndarray) -> np.ndarray:
     """A bijection of 64-bit numbers whose every output bit depends on every input bit (SplitMix64, Steele et al.)."""
     with np.errstate(over="ignore"):
@@ -82,7 +109,7 @@ def _mix(number: np.ndarray) -> np.ndarray:
 def _hash(shape: tuple[int, ...], channels_last: bool, device: torch.device) -> torch.Tensor:
     """Return well-mixed int32 numbers [1, *shape], all different: a function of the element's position alone."""
     number = torch.arange(math.prod(shape), dtype=torch.int64, device=device)
-    for factor in (0x85EBCA6B, 0xC2B2AE35):  # the finaliser of MurmurHash3
+    for factor in MIXERS:
         number = ((number ^ (number >> 15)) * factor) & 0xFFFFFFFF
     number = (number ^ (number >> 16)).to(torch.int32).view(1, *shape)
     return number.contiguous(memory_format=torch.channels_last) if channels_last else number
