@@ -1,9 +1,10 @@
 """DPT over several seeds: mean, standard deviation, and paired differences with their standard errors."""
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from shared.aggregate import deviation, difference, known, mean
 
 
 def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -39,26 +40,3 @@ def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
                            "by_seed": found} for name, found in values.items() if known(found)},
         "differences": {name: found for name, found in differences.items() if found},
         "hardware": first["hardware"], "versions": first["versions"]}
-
-
-def known(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    return statistics.fmean(known(values)) if known(values) else None
-
-
-def deviation(values: Sequence[float | None]) -> float | None:
-    """Return the standard deviation of a sample (n - 1), None for fewer than two values."""
-    return statistics.stdev(known(values)) if len(known(values)) > 1 else None
-
-
-def difference(a: Sequence[float | None], b: Sequence[float | None]) -> dict[str, Any] | None:
-    """Return mean and standard error of the differences a - b of the seeds that have both, and how many are above 0."""
-    pairs = [x - y for x, y in zip(a, b, strict=False) if x is not None and y is not None]
-    if not pairs:
-        return None
-    spread = deviation(pairs)
-    return {"mean": statistics.fmean(pairs), "standard_error": None if spread is None else spread / len(pairs) ** 0.5,
-            "positive": sum(pair > 0 for pair in pairs), "seeds": len(pairs)}

@@ -47,6 +47,9 @@ def run_main(main: Callable[..., Any]) -> NoReturn:
         _fail(str(error), error.status)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise

@@ -103,6 +103,35 @@ def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str
     _save(figure, path)
 
 
+def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] | None]]], series: Sequence[str],
+         path: str | os.PathLike, xlabel: str, title: str = "") -> None:
+    """Write panels side by side: panel title -> row name -> one (mean, deviation or None) or None per name in `series`.
+
+    Rows stand below each other, their values on one axis; a row without a value stays, empty.
+    """
+    rows = max(len(lines) for lines in panels.values())
+    names = max(len(str(name)) for lines in panels.values() for name in lines)
+    figure = _figure((2.4 + 0.08 * names) * len(panels) + 0.6, 1.5 + 0.3 * rows)
+    for position, (panel, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), position)
+        for i, (name, marker) in enumerate(zip(series, "os^", strict=False)):
+            points = [(place, *values[i]) for place, values in enumerate(lines.values()) if values[i] is not None]
+            shift = 0.22 * (i - (len(series) - 1) / 2)
+            axes.errorbar([mean for _, mean, _ in points], [place + shift for place, _, _ in points],
+                          xerr=[deviation or 0.0 for _, _, deviation in points], linestyle="none", marker=marker,
+                          markersize=5, fillstyle="none" if i else "full", capsize=2, label=name)
+        axes.set_yticks(range(len(lines)), [str(name) for name in lines], fontsize=8)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set_title(panel, fontsize=10)
+        axes.set_xlabel(xlabel, fontsize=8)
+        axes.grid(alpha=0.3)
+        if position == 1:
+            axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     # The canvas without pyplot: no window system is asked for, and nothing is left in a global list of figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,0 +1,263 @@
+"""Runs of a table: commands in a folder that is locked, continued, recorded, and refused where it holds another run."""
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.cli import UserError
+from shared.files import atomic, make_dir
+from shared.hardware import commit, machine
+from shared.progress import duration
+
+ROOT = Path(__file__).resolve().parent.parent
+Values = Mapping[str, Mapping[str, float]]  # metric -> protocol -> value, in the unit of the table
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a run.
+
+    name        of the stage, in the log and the estimate
+    command     (folder of the run, seed, iterations or None for the length of the paper) -> words after `python`
+    iterations  how many there are at full length, in the unit that `command` takes; None: it has no such length
+    """
+    name: str
+    command: Callable[[Path, int, int | None], Sequence[str]]
+    iterations: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What fills one or more cells: its stages run in order, once per seed.
+
+    name     folder of the run
+    stages   the commands; each continues what it finds in the folder when it is started again
+    read     folder of the finished run -> metric -> protocol -> value
+    configs  files whose content belongs to the identity of the run
+    """
+    name: str
+    stages: tuple[Stage, ...]
+    read: Callable[[Path], Values]
+    configs: tuple[Path, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job with one seed, in its folder."""
+    job: Job
+    seed: int
+    folder: Path
+    data_dir: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.job.name}/seed_{self.seed}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two runs the same: the commands, without the folder, and the configuration files."""
+        commands = {stage.name: [self.anywhere(word) for word in stage.command(self.folder, self.seed, None)]
+                    for stage in self.job.stages}
+        return {"commands": commands, "seed": self.seed,
+                "configs": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.job.configs}}
+
+    def anywhere(self, word: str) -> str:
+        """Return a word of a command without the places of this machine, which do not change what is computed."""
+        for path, name in ((self.folder, "{out}"), (self.data_dir, "{data}"), (ROOT, "{root}")):
+            word = word.replace(str(path), name)
+        return word
+
+    def record(self) -> dict[str, Any]:
+        """Return run.json, {} where there is none; raise UserError where the folder holds a run of another identity."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            if self.folder.exists() and any(entry.name != "lock" for entry in self.folder.iterdir()):
+                raise UserError(f"{self.folder} holds files but no run.json: it is not a run of this table; move it "
+                                "away or give another --out")
+            return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(self.identity()))
+        changed = [key for key in wanted if found["identity"].get(key) != wanted[key]]
+        if changed:
+            raise UserError(f"{self.folder} was made with other {' and '.join(changed)} than the table's, so it does "
+                            "not count; move it away or give another --out")
+        return found
+
+    def finished(self) -> bool:
+        return self.record().get("state") == "finished"
+
+    def write(self, **values: Any) -> None:
+        content = {"identity": self.identity(), **self.record(), **values}
+        with atomic(self.folder / "run.json", "w") as file:
+            json.dump(content, file, indent=1)
+
+
+def hold(folder: Path, wait: bool = False) -> int | None:
+    """Lock the folder for this process and the children that inherit the descriptor; None: somebody else holds it."""
+    descriptor = os.open(make_dir(folder) / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: str, lock: int | None) -> None:
+    """Run `python <command>`, its output in <folder>/<log>; UserError with its last line where it fails."""
+    path = folder / log
+    # Scripts that start scripts call them by the name `python`: the same one as ours.
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    with open(path, "ab") as output:
+        output.write(f"$ python {shlex.join(command)}\n".encode())
+        output.flush()
+        done = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, check=False,
+                              stdin=subprocess.DEVNULL, env={**os.environ, "PATH": search, **environment},
+                              pass_fds=() if lock is None else (lock,))
+    if done.returncode:
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise UserError(f"{command[0]} ended with status {done.returncode}: {lines[-1][:300]} (see {path})")
+
+
+def compute(task: Task, environment: Mapping[str, str], lock: int) -> None:
+    """Run or continue one run; the caller holds its lock."""
+    found = task.record()
+    done: dict[str, float] = found.get("stages", {})
+    facts = {"commit": commit(), "hardware": machine(), "threads": environment.get("OMP_NUM_THREADS")}
+    task.write(state="running", stages=done, **facts)
+    for stage in task.job.stages:
+        if stage.name in done:
+            continue
+        start = time.monotonic()
+        call(stage.command(task.folder, task.seed, None), task.folder, environment, f"{stage.name}.log", lock)
+        done[stage.name] = round(time.monotonic() - start, 2)
+        task.write(stages=done)
+    task.write(state="finished", result=task.job.read(task.folder))
+
+
+# --------------------------------------------------------------------------------------------------------- all of them
+
+
+def run_tasks(tasks: Sequence[Task], slots: Sequence[Mapping[str, str]]) -> list[str]:
+    """Run the tasks, as many at a time as there are slots (environment variables of each); return what failed."""
+    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    for task in tasks:
+        waiting.put(task)
+    failed: list[str] = []
+
+    def work(environment: Mapping[str, str]) -> None:
+        while True:
+            try:
+                task = waiting.get_nowait()
+            except queue.Empty:
+                return
+            lock = hold(task.folder)
+            if lock is None:  # another process computes it: look again when the others are done
+                time.sleep(1)
+                waiting.put(task)
+                continue
+            try:
+                if not task.finished():
+                    print(f"{task.name}: started", flush=True)
+                    compute(task, environment, lock)
+                    print(f"{task.name}: done in {duration(sum(task.record()['stages'].values()))}", flush=True)
+            except UserError as error:
+                failed.append(f"{task.name}: {error}")
+                print(failed[-1], file=sys.stderr, flush=True)
+            finally:
+                os.close(lock)
+
+    threads = [threading.Thread(target=work, args=(slot,), daemon=True) for slot in slots]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():  # a plain join would not let Ctrl-C through
+            thread.join(0.5)
+    return failed
+
+
+def submit(tasks: Sequence[Task], words: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """Run every task as a SLURM job through submitit; return what failed."""
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--slurm needs submitit: pip install 'fewlabel[slurm]'") from None
+    executor = submitit.AutoExecutor(options.out / "slurm", cluster=options.cluster)
+    executor.update_parameters(name="fewlabel", timeout_min=int(60 * options.slurm_hours),
+                               gpus_per_node=options.slurm_gpus)
+    if options.cluster == "slurm":
+        executor.update_parameters(slurm_partition=options.slurm)
+    jobs = {task: executor.submit(submitit.helpers.CommandFunction(
+        [sys.executable, *words, "--no-estimate", f"--run={task.name}"], verbose=False)) for task in tasks}
+    failed = []
+    for task, job in jobs.items():
+        error = job.exception()
+        print(f"{task.name}: {'failed' if error else 'done'}", flush=True)
+        if error:
+            failed.append(f"{task.name}: {str(error).strip().splitlines()[-1]}")
+    return failed
+
+
+def estimate(jobs: Sequence[Job], cache: Path, data_dir: Path) -> dict[str, float]:
+    """Return the seconds that one run of each job takes on this machine; kept in the file `cache`."""
+    known = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
+    seconds = {}
+    for job in jobs:
+        identity = Task(job, 0, Path("{out}"), data_dir).identity()
+        key = hashlib.sha256(json.dumps([machine(), identity]).encode()).hexdigest()
+        if key not in known:
+            print(f"{job.name}: timing a few steps", flush=True)
+            try:
+                known[key] = extrapolate(job)
+            except UserError as error:
+                print(f"{job.name}: no estimate: {error}", file=sys.stderr, flush=True)
+                continue
+            with atomic(cache, "w") as file:
+                json.dump(known, file, indent=1)
+        seconds[job.name] = known[key]
+    return seconds
+
+
+def extrapolate(job: Job) -> float:
+    """Return the seconds of one run of full length, from trials of 2 and of more iterations of each stage.
+
+    The longer trial is lengthened until it stands out of the time that a process takes to start. A stage without a
+    length counts as it is in the trial.
+    """
+    few, many = 2, 8
+    short = trial(job, few)
+    while True:
+        long = trial(job, many)
+        slower = {stage.name: long[stage.name] - short[stage.name] for stage in job.stages if stage.iterations}
+        if many >= 512 or all(more > max(1.0, 0.3 * short[name]) for name, more in slower.items()):
+            break
+        many *= 4
+    return sum(short[stage.name] + max(0, (stage.iterations or 0) - few) * max(0.0, slower.get(stage.name, 0.0))
+               / (many - few) for stage in job.stages)
+
+
+def trial(job: Job, iterations: int) -> dict[str, float]:
+    """Return the seconds of each stage with so few iterations, in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = {}
+        for stage in job.stages:
+            start = time.monotonic()
+            call(stage.command(Path(folder), 0, iterations), Path(folder), {}, f"{stage.name}.log", None)
+            seconds[stage.name] = time.monotonic() - start
+    return seconds
