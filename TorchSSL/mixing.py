@@ -19,7 +19,8 @@ torch = lazy("torch")
 
 def draw_mixing(setting: Setting, alpha: float, inputs: list[torch.Tensor], step: int) -> tuple[float, np.ndarray]:
     """Draw the share of mixing from Beta(alpha, alpha) and a permutation of all images of all ranks, int64 [n]."""
-    return mixing.draw_mixing(setting.rng(step, "mixing"), alpha, sum(map(len, inputs)) * setting.world.size)
+    rng = setting.rng(step, "mixing")
+    return float(rng.beta(alpha, alpha)), rng.permutation(sum(map(len, inputs)) * setting.world.size)
 
 
 def forward_mixed(net: torch.nn.Module, setting: Setting, inputs: list[torch.Tensor], targets: list[torch.Tensor],

@@ -26,11 +26,6 @@ def mixup(inputs: torch.Tensor, targets: torch.Tensor, beta: float,
     return (kept * inputs + (1 - kept) * inputs[permutation], kept * targets + (1 - kept) * targets[permutation], kept)
 
 
-def draw_mixing(rng: np.random.Generator, alpha: float, count: int) -> tuple[float, np.ndarray]:
-    """Draw the share of mixing from Beta(alpha, alpha) and a permutation of `count` images, int64 [count]."""
-    return float(rng.beta(alpha, alpha)), rng.permutation(count)
-
-
 def group_offsets(size: int, groups: int) -> list[int]:
     """Return where each of `groups` groups begins in a chunk of `size`, and its end; the last ones take the rest."""
     small, rest = divmod(size, groups)

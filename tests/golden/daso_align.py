@@ -4,7 +4,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from DASO.lib.align import DistributionAlignment
+from DASO.lib.algorithm.alignment import DistributionAlignment
+from DASO.lib.algorithm.interface import Setting
 from tests.golden.cases import arrays, index
 
 CASES = [case for case in index("daso")["cases"] if case["file"] == "align.npz"]
@@ -17,9 +18,11 @@ def test_alignment() -> None:
         stored, rng = arrays("daso", case["file"]), np.random.default_rng(case["seed"])
         outputs = {int(key.rpartition("out")[2]): key for key in case["keys"] if "/out" in key}
         target = torch.from_numpy(stored[f"{case['name']}/target"])
-        alignment = DistributionAlignment(target, case["default_exponent"])
+        alignment = DistributionAlignment(target, Setting(case["K"], (1,) * case["K"]))
         for call in range(max(outputs) + 1):
             logits = 2 * rng.standard_normal((case["B"], case["K"])).astype(np.float32)
-            found = alignment(torch.from_numpy(logits).softmax(1), EXPONENTS[call % len(EXPONENTS)])
+            exponent = EXPONENTS[call % len(EXPONENTS)]
+            exponent = case["default_exponent"] if exponent is None else exponent
+            found = alignment(torch.from_numpy(logits).softmax(1), exponent)
             if call in outputs:
                 np.testing.assert_allclose(found, stored[outputs[call]], rtol=1e-4, atol=1e-5, err_msg=outputs[call])

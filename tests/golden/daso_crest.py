@@ -6,7 +6,7 @@ import re
 import numpy as np
 import torch
 
-from DASO.lib.self_training import sampling_rates, select
+from DASO.lib.algorithm.self_training import sampling_rates, select
 from tests.golden.cases import arrays, index
 
 CASES = [case for case in index("daso")["cases"] if case["file"] == "crest.npz"]

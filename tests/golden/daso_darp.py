@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from DASO.lib.darp import (
+from DASO.lib.algorithm.darp import (
     DARP,
     estimate_counts,
     most_probable,
@@ -16,6 +16,7 @@ from DASO.lib.darp import (
     solve,
     target_counts,
 )
+from DASO.lib.algorithm.interface import Setting
 from tests.golden.cases import arrays, index
 
 CASES = {case["name"]: case for case in index("daso")["cases"] if case["file"] == "darp.npz"}
@@ -41,8 +42,9 @@ def test_refinement() -> None:
 
     rng = np.random.default_rng(seed)
     truth = rng.integers(0, classes, given["n_unlabelled"])
-    refinery = DARP(target, given["n_unlabelled"], int(given["MAX_ITER"] * given["WARMUP_RATIO"]), given["PER_ITERS"],
-                    given["ALPHA"], given["NUM_DARP_ITERS"])
+    setting = Setting(classes, (1,) * classes, given["n_unlabelled"])
+    refinery = DARP(target, setting, int(given["MAX_ITER"] * given["WARMUP_RATIO"]),
+                    given["PER_ITERS"], given["ALPHA"], given["NUM_DARP_ITERS"])
     for call in range(1, sum("/out" in key for key in case["keys"]) + 1):
         chosen = rng.permutation(given["n_unlabelled"])[:size]
         logits = noise * rng.standard_normal((size, classes)).astype(np.float32)

@@ -131,6 +131,14 @@ ADDED: dict[str, Any] = {
     "MODEL.PRETRAINED": "",                  # weights of the ResNet34 encoder: a torchvision state_dict file
     "MODEL.LOSS.FOCAL_GAMMA": 0.0,           # above 0: focal loss (Lin et al. 2017), with the class weights if asked
     "ALGORITHM.USADTM.WITH_EMA_PROTOTYPE": False,
+    "ALGORITHM.ACR.TAU": 2.0,                # largest adjustment of the plain head's pseudo-labels
+    "ALGORITHM.ACR.TAU_BALANCED_LABELS": 2.0,  # adjustment of the pseudo-labels of the balanced head
+    "ALGORITHM.ACR.TAU_BALANCED": 2.0,       # of its loss on labelled images
+    "ALGORITHM.ACR.MOMENTUM": 0.99,          # of the estimated unlabelled class shares
+    "ALGORITHM.ACR.EPOCH": 500,              # iterations between two adaptations
+    "ALGORITHM.ACR.ESTIMATE_AFTER": 2500,    # iterations before the shares are estimated
+    "ALGORITHM.SIMPRO.MOMENTUM": 0.999,      # of the estimated unlabelled class shares
+    "ALGORITHM.SIMPRO.LABELED_WEIGHT": 0.0,  # of the labelled loss; 0: unlabelled batch ratio * labelled / unlabelled
     "ALGORITHM.ABC.SCHEDULE": "published",   # 500 epochs of 500 iterations; or max_iter: over the whole run
     "DATASET.DOWNLOAD": True,
     "DATASET.DIGITS.NUM_LABELED_HEAD": 40,
@@ -174,5 +182,6 @@ AT_LEAST: dict[str, float] = {
     "SOLVER.UNLABELED_BATCH_RATIO": 1, "SOLVER.MAX_ITER": 1, "SOLVER.BASE_LR": 0.0, "PERIODS.EVAL": 1,
     "PERIODS.CHECKPOINT": 1, "PERIODS.LOG": 1, "DATASET.RESOLUTION": 1, "DATASET.NUM_VALID": 0, "EVAL_BATCH": 1,
     "ALGORITHM.DASO.PL_DIST_UPDATE_PERIOD": 1, "ALGORITHM.DARP.PER_ITERS": 1, "ALGORITHM.CREST.GEN_PERIOD_STEPS": 1,
+    "ALGORITHM.ACR.EPOCH": 1, "ALGORITHM.SIMPRO.LABELED_WEIGHT": 0.0,
     "DATASET.SAMPLER_BETA": 0.0, "SAVE_SECONDS": 0.0, "MODEL.LOSS.FOCAL_GAMMA": 0.0,
 }

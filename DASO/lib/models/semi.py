@@ -11,7 +11,7 @@ from DASO.lib.models.wrn import WRN, ResNet34
 if TYPE_CHECKING:
     from DASO.lib.config.config import Config
 
-WITH_BALANCED_HEAD = ("FixMatchABC",)  # learners that always have the second classifier
+WITH_BALANCED_HEAD = ("FixMatchABC", "ACR")  # learners that always have the second classifier
 
 
 class LinearHead(nn.Module):

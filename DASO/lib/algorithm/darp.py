@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from DASO.lib.algorithm.interface import Setting
+from DASO.lib.config.config import Config
+from DASO.lib.data.long_tail import long_tail_counts
 from shared.cli import UserError
 
 SMALLEST = 1e-6
 ROOT_TOLERANCE, ROOT_ITERATIONS = 0.1, 30  # of each root; coarse as published
-
-
-def plain_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what all ranks of a single process hold: the tensor itself."""
-    return tensor
 
 
 class DARP:
@@ -30,15 +28,15 @@ class DARP:
 
     target: expected number of images of each class [K]. warm_up: calls that return their input. period: calls between
     two refinements. alpha: of class c the alpha * target[c] most probable images may keep their probability of it.
-    iterations: rounds of the solver. gather: concatenates over ranks, so that every rank holds the whole tables.
+    iterations: rounds of the solver. Every rank holds the whole tables.
     """
 
-    def __init__(self, target: torch.Tensor, images: int, warm_up: int, period: int = 10, alpha: float = 2.0,
-                 iterations: int = 10, gather: Callable[[torch.Tensor], torch.Tensor] = plain_gather) -> None:
-        self.target, self.warm_up, self.period, self.alpha = target.double(), warm_up, period, alpha
-        self.iterations, self.gather, self.calls = iterations, gather, 0
+    def __init__(self, target: torch.Tensor, setting: Setting, warm_up: int, period: int = 10, alpha: float = 2.0,
+                 iterations: int = 10) -> None:
+        self.target, self.setting, self.warm_up, self.period = target.double(), setting, warm_up, period
+        self.iterations, self.calls, images = iterations, 0, setting.num_unlabelled
         self.kept = [min(images, int(alpha * count)) for count in target.tolist()]
-        self.original = torch.full((images, len(target)), 1 / len(target), device=target.device)
+        self.original = torch.full((images, len(target)), 1 / len(target), device=setting.device)
         self.refined = self.original.clone()
 
     @torch.no_grad()
@@ -48,7 +46,7 @@ class DARP:
         Between the warm-up and the first refinement after it the refined table is still uniform, as published.
         """
         self.calls += 1
-        every_index, rows = self.gather(index), self.gather(probabilities).to(self.original.dtype)
+        every_index, rows = self.setting.gather(index), self.setting.gather(probabilities).to(self.original.dtype)
         # An image drawn twice keeps the later row, on any device.
         place = torch.arange(len(every_index), device=index.device)
         last = torch.full((len(self.original),), -1, device=index.device).scatter_reduce_(0, every_index, place, "amax")
@@ -125,6 +123,26 @@ def roots(function: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor)
         before, at_before, now = now, at_now, torch.where(done, now, following)
         at_now = function(now)
     return found
+
+
+def make_darp(cfg: Config, setting: Setting) -> DARP:
+    """Return the refinery that ALGORITHM.DARP describes; UserError where the class counts cannot be known."""
+    darp = cfg.ALGORITHM.DARP
+    return DARP(make_target(cfg, setting), setting, int(cfg.SOLVER.MAX_ITER * darp.WARMUP_RATIO), darp.PER_ITERS,
+                darp.ALPHA, darp.NUM_DARP_ITERS)
+
+
+def make_target(cfg: Config, setting: Setting) -> torch.Tensor:
+    """Return how many unlabelled images of each class DARP is to find [K], float32; UserError."""
+    tail = cfg.long_tail
+    if tail is None:
+        raise UserError(f"ALGORITHM.DARP.APPLY: nothing says how many images of each class {cfg.DATASET.NAME} has "
+                        "unlabelled; choose a long-tailed data set")
+    counts = long_tail_counts(max(tail.NUM_UNLABELED_HEAD, 0), max(tail.IMB_FACTOR_UL, 1), setting.num_classes)
+    target = target_counts(cfg.DATASET.NAME, (tail.NUM_LABELED_HEAD, tail.IMB_FACTOR_L),
+                           (tail.NUM_UNLABELED_HEAD, tail.IMB_FACTOR_UL), cfg.DATASET.REVERSE_UL_DISTRIBUTION, counts,
+                           setting.num_unlabelled, Path(cfg.ALGORITHM.DARP.EST))
+    return target.to(setting.device)
 
 
 def target_counts(dataset: str, labelled: tuple[int, float], unlabelled: tuple[int, float], reverse: bool,

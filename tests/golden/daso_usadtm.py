@@ -1,0 +1,86 @@
+"""USADTM on given features, and its mutual information."""
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+from DASO.lib.algorithm.interface import Batch, Draws, Setting
+from DASO.lib.algorithm.usadtm import USADTM, mutual_information, triplet_mutual_information
+from DASO.lib.config.config import Config
+from DASO.lib.data.long_tail import long_tail_counts
+from DASO.lib.models.semi import SemiModel
+from tests.golden.cases import arrays, fill, index
+
+CASES = [case for case in index("daso")["cases"] if case["file"] == "usadtm.npz"]
+INFORMATION = [case for case in index("daso")["cases"] if case["name"] == "mi"]
+SERVES = {case["name"] for case in CASES + INFORMATION}
+TOLERANCE = dict(rtol=1e-4, atol=1e-5)
+
+
+class Identity(nn.Module):
+    """An encoder whose features are its inputs [N, D]."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.feature_size = size
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def scales(recipe: str) -> SimpleNamespace:
+    """Return the numbers of a recipe of features."""
+    seed, size = re.search(r"seed (\d+); cent=normal\(\(K,(\d+)\)\)", recipe).groups()
+    base, weak, strong = (re.search(rf"{name}=\S+\+([\d.]+)\*normal", recipe)[1] for name in ("base", "weak", "strong"))
+    return SimpleNamespace(seed=int(seed), size=int(size), base=float(base), weak=float(weak), strong=float(strong))
+
+
+def test_usadtm() -> None:
+    for case in CASES:
+        name, given, stored = case["name"], case["ctor"], arrays("daso", case["file"])
+        noise, classes = scales(case["recipe"]), given["K"]
+        counts = long_tail_counts(given["N1"], given["gamma_l"], classes)
+        setting = Setting(classes, tuple(counts.tolist()), feature_size=noise.size)
+        learner = USADTM(Config({"ALGORITHM.NAME": "USADTM", "ALGORITHM.USADTM.DTM_THRES": given["DTM_THRES"],
+                                 "ALGORITHM.USADTM.UC_LOSS_WEIGHT": given["UC_LOSS_WEIGHT"],
+                                 "ALGORITHM.USADTM.PRETRAIN_STEPS": 1}), setting)
+        learner.model = fill(SemiModel(Identity(noise.size), classes))
+
+        rng = np.random.default_rng(noise.seed)
+
+        def normal(*shape: int, rng: np.random.Generator = rng) -> np.ndarray:
+            return rng.standard_normal(shape).astype(np.float32)
+
+        centres = normal(classes, noise.size)
+        for step in range(len({key.split("/")[1] for key in case["keys"]})):
+            labels = rng.integers(0, classes, given["nl"])
+            labelled = centres[labels] + normal(given["nl"], noise.size)
+            truth = rng.integers(0, classes, given["nu"])
+            base = centres[truth] + np.float32(noise.base) * normal(given["nu"], noise.size)
+            weak = base + np.float32(noise.weak) * normal(given["nu"], noise.size)
+            strong = base + np.float32(noise.strong) * normal(given["nu"], noise.size)
+            inputs = [torch.from_numpy(part).requires_grad_() for part in (labelled, base, weak, strong)]
+            found = learner.losses(Batch(inputs[0], torch.from_numpy(labels), tuple(inputs[1:])), step, Draws(0, step))
+            sum(found.losses.values()).backward()
+            values = {**{key: loss.detach() for key, loss in found.losses.items()},
+                      "grad_x": torch.cat([part.grad for part in inputs]), "prototypes": learner.queue.prototypes,
+                      "queue_sizes": learner.queue.sizes, "pseudo_labels": found.pseudo_labels.get("main"),
+                      "mask": found.mask}
+            for key in (key for key in case["keys"] if key.startswith(f"{name}/st{step}/")):
+                np.testing.assert_allclose(values[key.rpartition("/")[2]], stored[key], **TOLERANCE, err_msg=key)
+
+
+def test_mutual_information() -> None:
+    for case in INFORMATION:
+        stored = {key.partition("/")[2]: arrays("daso", case["file"])[key] for key in case["keys"]}
+        x, y, z = (torch.from_numpy(stored[f"in_{name}"]) for name in "xyz")
+        setting = Setting(x.shape[1], (1,) * x.shape[1])
+        np.testing.assert_allclose(mutual_information(x, y, setting), stored["pair_xy"], **TOLERANCE)
+        loss = triplet_mutual_information(x.requires_grad_(), y, z, setting)
+        loss.backward()
+        np.testing.assert_allclose(loss.detach(), stored["triplet"], **TOLERANCE)
+        np.testing.assert_allclose(x.grad, stored["grad_x"], **TOLERANCE)
