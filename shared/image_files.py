@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from shared.archives import Member, read_members, zip_members
 from shared.cli import UserError
@@ -170,7 +170,8 @@ def open_image(data: bytes, name: str) -> Image.Image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error, Image.DecompressionBombError,
             OverflowError) as error:
-        raise UserError(f"{name}: cut short or not an image ({error})") from None
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{name}: cut short or not an image ({reason})") from None
     raise UserError(f"{name}: mode {image.mode} is not 8 bits a channel; convert it to 8-bit gray or RGB")
 
 

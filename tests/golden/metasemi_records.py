@@ -1,4 +1,4 @@
-"""Lists and record files of ImageNet: splits, .lst, .idx and .rec bytes, re-encoded pixels, DALI's validation images."""
+"""Lists and record files of ImageNet: splits, .lst, .idx and .rec bytes, re-encoded pixels."""
 from __future__ import annotations
 
 import io
