@@ -22,13 +22,16 @@ SOURCE_FOLDER = Path(__file__).parent / "config"
 @dataclass(frozen=True)
 class LinearConfig:
     """Linear probe: epochs, images per process and step, learning rate per process, and where the features are taken:
-    a time of the diffusion model and a decoder block."""
+    a time of the diffusion model and a decoder block. flip, pad: the training images are mirrored half of the time, and
+    cropped from a frame of so many black pixels."""
 
     n_epoch: int
     batch_size: int
     lrate: float
     timestep: int
     blockname: str
+    flip: bool = True
+    pad: int = 4
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from DDAE.blocks import TimeEmbedding
 from shared.randomness import torch_rng
 
 
@@ -47,6 +48,22 @@ class LinearHeads(nn.Module):
                 place = keys.index(key)
                 return self.weight[str(dim)].data[place], self.bias[str(dim)].data[place, 0]
         raise KeyError(key)
+
+
+class NoiseHead(nn.Module):
+    """Two layers on features of a noisy image, told its noise level: ([N, dim], t [N]) -> logits [N, num_classes].
+
+    t: index of the level as an integer, not scaled; its embedding is added to the features. dim: a multiple of 8, at
+    least 16.
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.time_emb = TimeEmbedding(dim)
+        self.cls = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, num_classes))
+
+    def forward(self, features: Tensor, t: Tensor) -> Tensor:
+        return self.cls(features + self.time_emb(t))
 
 
 def heads_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of a report: image grids, curves, confusion matrices. Each function writes one PNG file."""
+"""Pictures of a report: image grids, curves, heat maps, confusion matrices. Each function writes one PNG file."""
 from __future__ import annotations
 
 import os
@@ -128,6 +128,31 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] |
         if position == 1:
             axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], path: str | os.PathLike, *,
+             title: str = "", xlabel: str = "", ylabel: str = "", form: str = "{:.1f}") -> None:
+    """Write a table of numbers [rows, columns] as colours with the number in each cell; not finite: an empty cell."""
+    values = np.asarray(values, np.float64)
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(f"expected values [{len(rows)}, {len(columns)}], got {list(values.shape)}")
+    figure = _figure(1.8 + 0.62 * len(columns), 1.3 + 0.42 * len(rows))
+    axes = figure.add_subplot(1, 1, 1)
+    drawn = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", aspect="auto")
+    figure.colorbar(drawn, ax=axes, fraction=0.03)
+    low, high = drawn.get_clim()
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = value < low + 0.6 * (high - low)
+            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7,
+                      color="white" if dark else "black")
+    axes.set_xticks(range(len(columns)), columns, fontsize=8, rotation=90 if max(map(len, columns)) > 6 else 0)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.set_title(title, fontsize=10)
     figure.tight_layout()
     _save(figure, path)
 

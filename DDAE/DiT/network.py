@@ -170,6 +170,18 @@ class DiT(nn.Module):
         """Names under which `features` offers block outputs: layer-0 (the first block) to layer-27 for DiT-XL/2."""
         return [f"layer-{k}" for k in range(len(self.blocks))]
 
+    @property
+    def width(self) -> int:
+        """Number of features of a token."""
+        return self.pos_embed.shape[2]
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise UserError for a block that does not exist, naming those that do."""
+        known = self.block_names
+        for name in names:
+            if name not in known:
+                raise UserError(f"no block {name!r}{nearest(name, known)}; the blocks are {known[0]} to {known[-1]}")
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         x, c = self._embed(x, t, y)
         for block in self.blocks:
@@ -178,10 +190,8 @@ class DiT(nn.Module):
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the outputs [N, tokens, width] of the named blocks; the blocks behind the last of them do not run."""
+        self.check_names(names)
         known = self.block_names
-        for name in names:
-            if name not in known:
-                raise UserError(f"no block {name!r}{nearest(name, known)}; the blocks are {known[0]} to {known[-1]}")
         wanted = {known.index(name): name for name in names}
         found = {}
         x, c = self._embed(x, t, y)

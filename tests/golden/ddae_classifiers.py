@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from DDAE.perturbation import VE, VP
+from DDAE.diffusion import DDPM, EDM
+from DDAE.heads import NoiseHead
+from DDAE.perturbation import test_view as at_level
+from DDAE.perturbation import training_view
 from DDAE.wideresnet import WideResNet, learning_rate
 from tests.golden.cases import facts, fill, index
 from tests.golden.ddae_compare import assert_close, cases, given, served, tensors
@@ -60,15 +63,16 @@ def test_wideresnet(case):
 
 @pytest.mark.parametrize("case", VP_CASES, ids=name)
 def test_variance_preserving(case):
-    made, expected = case["constructor"], tensors(case)
-    way = VP(tuple(made["betas"]), made["n_T"], made["steps"])
-    x, time = way.apply(expected["x01"], expected["t"].long(), expected["noise"])
+    made, expected = dict(case["constructor"]), tensors(case)
+    count = made.pop("steps")
+    way = DDPM(**made)
+    x, time = training_view(way, expected["x01"], expected["t"].long(), expected["noise"])
     assert_close(x, expected["train_x"], case["tolerance"], "train_x")
     assert_close(time, expected["train_time"], case["tolerance"], "train_time")
-    x, time = way.test(expected["x01"], case["inputs"]["t_test"], expected["noise"])
+    x, time = at_level(way, expected["x01"], case["inputs"]["t_test"], expected["noise"])
     assert_close(x, expected["test_x"], case["tolerance"], "test_x")
     assert_close(time, expected["test_time"], case["tolerance"], "test_time")
-    assert way.levels() == expected["test_timesteps"].tolist()
+    assert way.test_levels(count) == expected["test_timesteps"].tolist()
 
 
 @pytest.mark.parametrize("case", VE_CASES, ids=name)
@@ -76,16 +80,18 @@ def test_variance_exploding(case):
     # The images and their noise are those of the case before.
     images = next(tensors(other) for other in VP_CASES)
     expected, tolerance = tensors(case), case["tolerance"].partition("(")[0]
-    way = VE(**case["constructor"])
-    x, time = way.apply(images["x01"], expected["rnd"].flatten(), images["noise"])
+    made = dict(case["constructor"])
+    steps = made.pop("steps")
+    way = EDM(**made)
+    x, time = training_view(way, images["x01"], expected["rnd"].flatten(), images["noise"])
     assert_close(x, expected["train_x"], tolerance, "train_x")
     assert_close(time, expected["train_time"], tolerance, "train_time")
-    x, time = way.test(images["x01"], case["inputs"]["t_test"], images["noise"])
+    x, time = at_level(way, images["x01"], case["inputs"]["t_test"], images["noise"], steps=steps)
     scale = max(1.0, float(expected["test_x"].abs().max()))
     assert_close(x / scale, expected["test_x"] / scale, tolerance, "test_x")
     assert_close(time, expected["test_time"], tolerance, "test_time")
-    assert_close(way.schedule(), expected["times_f64"], "relative 1e-12", "times")
-    assert way.levels() == expected["test_timesteps"].tolist()
+    assert_close(way.schedule(steps)[::-1], expected["times_f64"], "relative 1e-12", "times")
+    assert way.test_levels(steps) == expected["test_timesteps"].tolist()
 
 
 @pytest.mark.parametrize("case", RATES, ids=name)
@@ -97,8 +103,6 @@ def test_learning_rate(case):
 
 @pytest.mark.parametrize("case", HEADS, ids=name)
 def test_noise_head(case):
-    from DDAE.heads import NoiseHead
-
     net = NoiseHead(**case["constructor"]).eval()
     assert_state(net, case)
     fill(net)
@@ -111,5 +115,5 @@ def test_noise_head(case):
 @pytest.mark.parametrize("case", LEVELS, ids=name)
 def test_levels_of_the_test(case):
     expected = given(case)
-    assert np.array_equal(VP().levels(), expected["ddpm"])
-    assert np.array_equal(VE().levels(), expected["edm"])
+    assert np.array_equal(DDPM([1e-4, 0.02], 1000).test_levels(), expected["ddpm"])
+    assert np.array_equal(EDM().test_levels(), expected["edm"])

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.plots import confusion_matrices, curves, image_grid
+from shared.plots import confusion_matrices, curves, heat_map, image_grid
 
 
 def test_image_grid_shows_every_image_enlarged_without_blending(tmp_path):
@@ -38,3 +38,12 @@ def test_confusion_matrices(tmp_path, classes):
     assert Image.open(tmp_path / "confusion.png").size[0] > 600
     with pytest.raises(ValueError, match="two: expected counts for"):
         confusion_matrices({"two": counts[1:]}, names, tmp_path / "no.png")
+
+
+def test_heat_map(tmp_path):
+    values = np.array([[1.0, 2.0, float("nan")], [4.0, 5.0, 6.0]])
+    heat_map(values, ["1", "11"], ["out_1", "out_2", "out_3"], tmp_path / "map.png", title="accuracy")
+    colours = {tuple(pixel) for pixel in np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).reshape(-1, 3)}
+    assert len(colours) > 5
+    with pytest.raises(ValueError, match="expected values"):
+        heat_map(values, ["1"], ["out_1"], tmp_path / "no.png")

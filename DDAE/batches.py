@@ -1,0 +1,117 @@
+"""Which images a step sees, and how they are augmented: functions of (seed, step) alone, on any number of ranks."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.augment import WeakDraws, WeakPolicy, draw_weak, shift_whole
+from shared.cli import UserError
+from shared.distributed import World
+from shared.images import ImageSet
+from shared.pool import Pool
+from shared.randomness import numpy_rng, torch_rng
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of the global batch of a step, on its device.
+
+    images: float32 [n, C, H, W] in [0, 1]. labels: int64 [n]. items: int64 [n] on the host, positions in the data set.
+    part: which places of the global batch these are. count: images in the global batch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    items: np.ndarray
+    part: slice
+    count: int
+
+    @property
+    def share(self) -> float:
+        """Return this rank's share of the global batch: a loss that is a mean over n counts with it."""
+        return len(self.items) / self.count
+
+    def noise(self, seed: int, step: int, purpose: str) -> Tensor:
+        """Return this rank's part of standard normal noise for the global batch, of the images' shape."""
+        device = self.images.device
+        whole = torch.randn(self.count, *self.images.shape[1:], generator=torch_rng(seed, step, purpose, device),
+                            device=device)
+        return whole[self.part]
+
+
+def share_out(count: int, world: World) -> slice:
+    """Return this rank's contiguous part of `count` items; sizes differ by one at most."""
+    return slice(count * world.rank // world.size, count * (world.rank + 1) // world.size)
+
+
+class TrainBatches:
+    """Batches of a data set in a new random order each epoch, the last one of an epoch being shorter.
+
+    size: images in the global batch. flip: mirror half of them. pad: crop from the image padded by so many black
+    pixels (0: do not).
+    """
+
+    def __init__(self, images: ImageSet, size: int, world: World, seed: int, flip: bool = True, pad: int = 4) -> None:
+        if size < world.size:
+            raise UserError(f"a batch of {size} cannot be shared by {world.size} processes")
+        if len(images) % size and len(images) % size < world.size:
+            raise UserError(f"{len(images)} images in batches of {size} leave {len(images) % size} for the last one, "
+                            f"fewer than the {world.size} processes; choose another batch size")
+        self.pool, self.world, self.seed = Pool(images, (0.0,), (1.0,), world.device), world, seed
+        self.count, self.size, self.shape = len(images), size, images.size
+        self.policy = WeakPolicy(flip=flip, pad=pad, pad_mode="zero")
+
+    @property
+    def per_epoch(self) -> int:
+        return -(-self.count // self.size)
+
+    def __call__(self, step: int) -> Batch:
+        """Return this rank's part of the batch of `step`, which lies in epoch step // per_epoch."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = numpy_rng(self.seed, epoch, "order").permutation(self.count)
+        items = order[place * self.size:(place + 1) * self.size]
+        part = share_out(len(items), self.world)
+        draws = draw_weak(len(items), numpy_rng(self.seed, step, "augment"), self.shape, self.policy)[part]
+        return self._take(items[part], part, len(items), draws)
+
+    def _take(self, items: np.ndarray, part: slice, count: int, draws: WeakDraws) -> Batch:
+        images = self.pool.take(items)
+        if self.policy.flip or self.policy.pad:
+            images = shift_whole(images, draws)
+        labels = self.pool.labels[torch.from_numpy(items).to(self.pool.device)]
+        return Batch(images.float().div_(255), labels, items, part, count)
+
+
+class TestItems:
+    """A data set in its own order, as it is, shared out among ranks; every item exactly once."""
+
+    __test__ = False  # no test class
+
+    def __init__(self, images: ImageSet, size: int, world: World, seed: int) -> None:
+        self.pool, self.size, self.world, self.seed = Pool(images, (0.0,), (1.0,), world.device), size, world, seed
+
+    def __len__(self) -> int:
+        """Return the number of items of all ranks."""
+        return len(self.pool)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's items in batches of at most `size`."""
+        part = share_out(len(self.pool), self.world)
+        for start in range(part.start, part.stop, self.size):
+            items = np.arange(start, min(start + self.size, part.stop))
+            images = self.pool.take(items).float().div_(255)
+            labels = self.pool.labels[torch.from_numpy(items).to(self.pool.device)]
+            yield Batch(images, labels, items, slice(items[0], items[-1] + 1), len(self.pool))
+
+    def noise(self, batch: Batch, purpose: str) -> Tensor:
+        """Return standard normal noise for the batch's images: a function of (seed, item, purpose) alone."""
+        return item_noise(self.seed, batch.items, batch.images.shape[1:], purpose).to(batch.images.device)
+
+
+def item_noise(seed: int, items: np.ndarray, shape: tuple[int, ...] | torch.Size, purpose: str) -> Tensor:
+    """Return standard normal noise [len(items), *shape] on the host, row i from (seed, items[i], purpose)."""
+    return torch.stack([torch.randn(*shape, generator=torch_rng(seed, int(item), purpose)) for item in items])
