@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from DDAE.diffusion import FEATURE_STEPS, EDM, pool
+from DDAE.diffusion import EDM, FEATURE_STEPS, pool
 from EDM.networks import UNetBlock
 from EDM.snapshots import load_network
 from shared.cli import UserError, nearest
