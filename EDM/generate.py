@@ -8,8 +8,6 @@ The same command again makes only what is missing.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -120,7 +118,7 @@ def check(flags: SimpleNamespace) -> None:
 def generate(flags: SimpleNamespace) -> None:
     """Make the images of checked flags, on all processes of the world."""
     from EDM import sample_files as files
-    from shared.distributed import barrier, start, stop
+    from shared.distributed import barrier, on_main, start, stop
     from shared.pngs import PngWriter
     from shared.progress import Progress
     from shared.seeds import split_batches
@@ -183,6 +181,7 @@ def load(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, A
     """Load the networks; return the sampler of the flags and the settings that a folder of images records."""
     from EDM.sampling import STOCHASTIC, SeedSampler
     from EDM.snapshots import digest, load_network
+    from shared.distributed import on_main
 
     def network(path: str) -> torch.nn.Module:
         if world.main:
@@ -210,24 +209,6 @@ def load(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, A
                     **{name: "inf" if value == math.inf else value for name, value in arguments.items()},
                     precision=sampler.precision, device=world.device.type)
     return sampler, settings
-
-
-def on_main(action: Callable[[], Result], world: World) -> Result:
-    """Return on every process what `action` returns on the main one; a UserError of it ends all, reported once."""
-    from shared.distributed import broadcast_value
-
-    result, error = None, None
-    if world.main:
-        try:
-            result = action()
-        except UserError as mistake:
-            error = mistake
-    result, failed = broadcast_value((result, error is not None), world)
-    if error is not None:
-        raise error
-    if failed:
-        sys.exit(2)
-    return result
 
 
 def chosen_classes(flags: SimpleNamespace, label_dim: int) -> list[int | None]:

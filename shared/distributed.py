@@ -2,14 +2,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from shared.cli import UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,22 @@ def broadcast_value(value: Any, world: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(action: Callable[[], Result], world: World) -> Result:
+    """Return on every process what `action` returns on the main one; a UserError of it ends all, reported once."""
+    result, error = None, None
+    if world.main:
+        try:
+            result = action()
+        except UserError as mistake:
+            error = mistake
+    result, failed = broadcast_value((result, error is not None), world)
+    if error is not None:
+        raise error
+    if failed:
+        sys.exit(2)
+    return result
 
 
 def data_parallel(net: torch.nn.Module, world: World, **options: Any) -> torch.nn.Module:
