@@ -127,11 +127,11 @@ def keep_confident(data: TrainingData, options: argparse.Namespace, world: World
     return dataclasses.replace(data, labeled=data.labeled.subset(index), notes=(*data.notes, note))
 
 
-def predict_split(options: argparse.Namespace, split: str) -> tuple[torch.Tensor, ImageSet]:
-    """Return (float32 logits [N, C] on the CPU, images) of a split of the data set, by the classifier of --load_path.
+def open_split(options: argparse.Namespace, split: str) -> tuple[torch.nn.Module, Pool, ImageSet]:
+    """Return the classifier of --load_path on --device, and a split of the data set as it takes it. UserError.
 
     split: "train" (the unlabelled pool: all training images, those of STL-10 behind its unlabelled ones) or "test".
-    Data set and folder are those of the training unless given. Runs on --device. UserError.
+    Data set and folder are those of the training unless given.
     """
     device = start(options.device).device
     trained = read_checkpoint(options.load_path).get("options", {})
@@ -148,6 +148,10 @@ def predict_split(options: argparse.Namespace, split: str) -> tuple[torch.Tensor
             raise UserError(f"--load_path: {options.load_path} does not say how the images of {options.dataset} were "
                             "normalised; use a checkpoint of this project's trainer")
         mean, std = NORMALISATION[options.dataset]
-    pool = Pool(images, tuple(mean), tuple(std), device)
-    logits = predict(classifier.net.to(device), pool, options.batch_size)
-    return logits.cpu(), images
+    return classifier.net.to(device), Pool(images, tuple(mean), tuple(std), device), images
+
+
+def predict_split(options: argparse.Namespace, split: str) -> tuple[torch.Tensor, ImageSet]:
+    """Return (float32 logits [N, C] on the CPU, images) of a split of the data set; see `open_split`."""
+    net, pool, images = open_split(options, split)
+    return predict(net, pool, options.batch_size).cpu(), images
