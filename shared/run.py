@@ -56,7 +56,8 @@ class Run:
     save_every        save after every so many steps
     log_every         steps between two lines of the log; what `log` was given is averaged over them and over ranks
     image_batch       images per step, to show images per second
-    tensorboard       also write TensorBoard scalars to `outdir/tensorboard`
+    tensorboard       also write TensorBoard scalars to `outdir/tensorboard`, or to the folder of that name in `outdir`
+    stats_name        file name of the log in `outdir`
 
     Attributes: `step` (the next step), `finished`, `state` (a dict of plain values saved with the rest),
     `seconds` (spent in steps, over all restarts), `resumed_from` (the checkpoint's path or None).
@@ -66,11 +67,12 @@ class Run:
                  checkpoint: str | None = "checkpoint.pt", resume: str = "auto", restart: bool = False,
                  ignore: tuple[str, ...] = (), extra: Callable[[], Mapping[str, Any]] = dict,
                  save_seconds: float | None = 600.0, save_every: int | None = None, log_every: int = 100,
-                 image_batch: int | None = None, tensorboard: bool = True, desc: str = "train") -> None:
+                 image_batch: int | None = None, tensorboard: bool | str = True, desc: str = "train",
+                 stats_name: str = "stats.jsonl") -> None:
         self.outdir, self.world, self.config, self.keep = Path(outdir), world, dict(config), dict(keep)
         self.ignore, self.extra = set(ignore), extra
         self.save_seconds, self.save_every, self.log_every = save_seconds, save_every, log_every
-        self.image_batch, self.desc = image_batch, desc
+        self.image_batch, self.desc, self.stats_name = image_batch, desc, stats_name
         self.step, self.finished, self.state, self.seconds = 0, False, {}, 0.0
         self.resumed_from: Path | None = None
         self._stop_signal: int | None = None
@@ -92,7 +94,7 @@ class Run:
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def _load(self, resume: str, restart: bool) -> int:
-        """Load what there is to continue; return the length of stats.jsonl that belongs to it."""
+        """Load what there is to continue; return the length of the log that belongs to it."""
         if resume == "never" or (resume == "auto" and self._path is None):
             return 0
         if resume == "auto":
@@ -108,7 +110,7 @@ class Run:
                                 "give the settings it was started with, or another output folder")
         else:
             path, saved = Path(resume), read_checkpoint(Path(resume))
-        self._restore(saved, path, strict=resume == "auto")
+        self.restore(saved, path, strict=resume == "auto")
         return int(saved.get("stats_bytes", 0)) if resume == "auto" else 0
 
     def _changed(self, saved: Mapping[str, Any]) -> list[str]:
@@ -116,7 +118,8 @@ class Run:
         return [f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}" for key in sorted({*saved, *ours})
                 if key not in self.ignore and saved.get(key) != ours.get(key)]
 
-    def _restore(self, saved: Mapping[str, Any], path: Path, strict: bool) -> None:
+    def restore(self, saved: Mapping[str, Any], path: Path, strict: bool = False) -> None:
+        """Load the content of the checkpoint `path` into the kept objects; what it lacks is an error if `strict`."""
         for name, kept in self.keep.items():
             if name not in saved:
                 if strict:
@@ -216,14 +219,14 @@ class Run:
     # ------------------------------------------------------------------------------------------------------ log
 
     def log(self, **values: torch.Tensor | float) -> None:
-        """Add the step's numbers. Tensors stay on their device; names ending in "loss" must remain finite.
+        """Add the step's numbers. Tensors stay on their device; those of losses must remain finite.
 
         Printed, and written to stats.jsonl and TensorBoard, as means over `log_every` steps and all ranks.
         """
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 value = value.detach().float().mean()
-            if name.endswith("loss"):
+            if "loss" in name:
                 self._watch(name, value)
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
@@ -295,16 +298,18 @@ class Run:
             self._log_file.write(text + "\n")
             self._log_file.flush()
 
-    def _open_logs(self, stats_bytes: int, tensorboard: bool) -> None:
+    def _open_logs(self, stats_bytes: int, tensorboard: bool | str) -> None:
         self._log_file = open(self.outdir / "log.txt", "a", encoding="utf-8")
         # Lines written after the checkpoint belong to steps that will be done again.
-        self._stats = open(self.outdir / "stats.jsonl", "r+b" if (self.outdir / "stats.jsonl").exists() else "w+b")
+        stats = self.outdir / self.stats_name
+        self._stats = open(stats, "r+b" if stats.exists() else "w+b")
         self._stats.truncate(stats_bytes)
         self._stats.seek(0, os.SEEK_END)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(self.outdir / "tensorboard"), purge_step=self.step or None)
+            folder = self.outdir / (tensorboard if isinstance(tensorboard, str) else "tensorboard")
+            self._board = SummaryWriter(str(folder), purge_step=self.step or None)
         if self.resumed_from is not None:
             state = "finished after" if self.finished else "continuing at"
             self.print(f"{state} step {self.step}: {self.resumed_from} ({duration(self.seconds)} so far)")
