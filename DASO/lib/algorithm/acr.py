@@ -18,10 +18,11 @@ from DASO.lib.losses import consistency, cross_entropy, log_prior
 class ACR(Algorithm):
     """Both heads see the same features; the balanced one is measured.
 
-    The plain head learns the labels as they are, the balanced one as if all classes were equally frequent. Pseudo-labels
-    come from the plain head, its logits lowered by tau log(prior). For the plain head tau is adapted: the further the
-    unlabelled shares are from the labelled ones, the larger. State: `shares` [K], of classes among confident unlabelled
-    images; `distances` [3], summed over an epoch, from the labelled, uniform and reversed shares; `tau` [].
+    The plain head learns the labels as they are, the balanced one as if all classes were equally frequent. Their
+    pseudo-labels come from the plain head, its logits lowered by tau log(prior). For the plain head tau is adapted: the
+    further the unlabelled shares are from the labelled ones, the larger. State: `shares` [K], of classes among
+    confident unlabelled images; `distances` [3], summed over an epoch, from the labelled, uniform and reversed shares;
+    `tau` [].
     """
 
     state = ("shares", "distances", "tau")

@@ -155,8 +155,12 @@ def target_counts(dataset: str, labelled: tuple[int, float], unlabelled: tuple[i
     """
     if labelled[1] == unlabelled[1] and not reverse:
         return torch.tensor(counts, dtype=torch.float32)
-    name = "_".join(map(str, (dataset, "l", *labelled, "ul", *unlabelled, *["rev"] * reverse, "estim.npyz")))
-    return read_estimate(folder, name, images, len(counts))
+    return read_estimate(folder, estimate_name(dataset, labelled, unlabelled, reverse), images, len(counts))
+
+
+def estimate_name(dataset: str, labelled: tuple[int, float], unlabelled: tuple[int, float], reverse: bool) -> str:
+    """Return the released name of the file for an experiment."""
+    return "_".join(map(str, (dataset, "l", *labelled, "ul", *unlabelled, *["rev"] * reverse, "estim.npyz")))
 
 
 def read_estimate(folder: Path, name: str, total: int, classes: int) -> torch.Tensor:

@@ -72,7 +72,7 @@ def remixmatch_step(learner: Algorithm, batch: Batch, target: Tensor, ramp: floa
 
 
 def rotation_loss(learner: Algorithm, images: Tensor, draws: Draws) -> Tensor:
-    """Return the cross-entropy of telling by how many quarter turns, drawn for each, images [n, C, S, S] are rotated."""
+    """Return the cross-entropy of telling by how many quarter turns, as drawn, images [n, C, S, S] are rotated."""
     turns = draws.quarter_turns(len(images))
     logits = learner.model.projection(learner.model.encoder(rotate_quarter_turns(images, turns)))
     return cross_entropy(logits, torch.from_numpy(turns).to(logits.device))

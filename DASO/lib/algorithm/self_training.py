@@ -1,4 +1,4 @@
-"""What CReST adds to the labelled set after each generation.
+"""CReST: generations of training, each on the labelled images and the pseudo-labelled ones that the last one added.
 
 Wei et al., "CReST: A Class-Rebalancing Self-Training Framework for Imbalanced Semi-Supervised Learning", CVPR 2021
 (arXiv 2102.09559), sections 3.2 and 3.3.
@@ -6,17 +6,67 @@ Wei et al., "CReST: A Class-Rebalancing Self-Training Framework for Imbalanced S
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+from DASO.lib.algorithm.interface import Setting
+from DASO.lib.config.config import Config
+from shared.cli import UserError
+
+if TYPE_CHECKING:
+    from DASO.lib.trainer import Trainer
 
 
-def sampling_rates(counts: Sequence[int], alpha: float) -> torch.Tensor:
+class SelfTraining:
+    """The generations of a run; what they add is kept by the trainer's batches."""
+
+    def __init__(self, cfg: Config, setting: Setting) -> None:
+        self.cfg, self.setting, self.options = cfg, setting, cfg.ALGORITHM.CREST
+        self.period, total = self.options.GEN_PERIOD_STEPS, cfg.SOLVER.MAX_ITER
+        if total % self.period:
+            raise UserError(f"SOLVER.MAX_ITER {total} must be a multiple of ALGORITHM.CREST.GEN_PERIOD_STEPS "
+                            f"{self.period}, the length of a generation")
+        self.generations = total // self.period
+
+    def generation(self, it: int) -> int:
+        """Return the number of the generation, from 1, that an iteration belongs to."""
+        return it // self.period + 1
+
+    def exponent(self, it: int) -> float:
+        """Return the exponent of the target of the distribution alignment."""
+        if not self.options.PROGRESSIVE_ALIGN:
+            return self.cfg.MODEL.DIST_ALIGN.TEMPERATURE
+        return alignment_exponent(self.generation(it), self.generations, self.options.TMIN)
+
+    def log(self, it: int) -> dict[str, float]:
+        return {"crest/DA_temperature": self.exponent(it), "crest/current_gen": float(self.generation(it))}
+
+    def begin(self, trainer: Trainer) -> None:
+        """Let the learning rate's schedule span a generation."""
+        trainer.scheduler.max_iter = self.period
+
+    def after_iteration(self, trainer: Trainer, it: int) -> None:
+        """Behind the last iteration of a generation, but for the last one: extend the labelled set, start anew."""
+        if (it + 1) % self.period or it + 1 == self.cfg.SOLVER.MAX_ITER:
+            return
+        probabilities = trainer.predict(trainer.batches.unlabelled).softmax(1)
+        index, labels = select(probabilities, sampling_rates(self.setting.labelled_counts, self.options.ALPHA))
+        trainer.extend_labelled(index, labels)
+        trainer.restart(self.generation(it + 1))
+        added = torch.bincount(labels, minlength=self.setting.num_classes).tolist()
+        trainer.run.print(f"generation {self.generation(it + 1)} of {self.generations}: {len(index)} pseudo-labelled "
+                          f"images join the labelled ones, a class {added}")
+
+
+def sampling_rates(counts: Sequence[int], alpha: float) -> Tensor:
     """Return mu [K], float32: (counts[c] / largest count) ** (1 / alpha), of the labelled images at the start."""
     counts = torch.tensor(counts, dtype=torch.float32)
     return (counts / counts.max()) ** (1 / alpha)
 
 
-def select(probabilities: torch.Tensor, rates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def select(probabilities: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
     """Return which unlabelled images to add and their pseudo-labels, both int64 [added].
 
     probabilities: of all unlabelled images [N, K]. Of the m images predicted as class c the int(rates[K - 1 - c] * m)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from DASO.lib.algorithm.feature_queue import FeatureQueue
 from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step
 from DASO.lib.config.config import Config
 from DASO.lib.losses import consistency
-from DASO.lib.queue import FeatureQueue
 
 SMALLEST = torch.finfo(torch.float64).eps
 QUEUE_PER_LABELLED = 5  # features kept of a class, for each of its labelled images
@@ -26,7 +26,7 @@ class USADTM(Algorithm):
     def __init__(self, cfg: Config, setting: Setting) -> None:
         super().__init__(cfg, setting)
         sizes = [QUEUE_PER_LABELLED * max(count, 1) for count in setting.labelled_counts]
-        self.queue = FeatureQueue(sizes, setting)
+        self.queue = FeatureQueue(setting.num_classes, sizes, setting.feature_size, setting.device)
 
     @staticmethod
     def views(cfg: Config) -> tuple[str, ...]:
@@ -41,7 +41,8 @@ class USADTM(Algorithm):
         if options.WITH_EMA_PROTOTYPE:
             with torch.no_grad():
                 labelled_features = self.teacher.encoder(batch.labelled)
-        self.queue.push(labelled_features, batch.labels)
+        gather = self.setting.gather
+        self.queue.push(gather(labelled_features.float()), gather(batch.labels))
         losses = {"loss_cls": self.labelled_loss(labelled, batch.labels, it),
                   "uc_loss": options.UC_LOSS_WEIGHT * triplet_mutual_information(plain, weak, strong, self.setting)}
         if it < options.PRETRAIN_STEPS:
@@ -73,7 +74,8 @@ def mutual_information(x: Tensor, y: Tensor, setting: Setting) -> Tensor:
 
     Ji et al., "Invariant Information Clustering", ICCV 2019 (arXiv 1807.06653), equations 2 and 3.
     """
-    joint = setting.sum_with_gradient(x.softmax(1).T @ y.softmax(1))
+    # Not as a product of matrices, which would be one of bfloat16 where that is the network's precision.
+    joint = setting.sum_with_gradient((x.softmax(1)[:, :, None] * y.softmax(1)[:, None, :]).sum(0))
     joint = (joint + joint.T) / 2
     joint = joint / joint.sum()
     rows, columns = (joint.sum(dim, keepdim=True).clamp(min=SMALLEST) for dim in (1, 0))
