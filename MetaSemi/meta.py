@@ -273,9 +273,9 @@ def averaged(tensors: Sequence[Tensor], world: World) -> list[Tensor]:
 def descend(net: nn.Module, optimizer: torch.optim.Optimizer, rate: float, world: World) -> None:
     """Take one optimiser step with learning rate `rate` down the gradients, averaged over ranks."""
     if world.size > 1:
-        trained = [value for value in net.parameters() if value.grad is not None]
-        for value, gradient in zip(trained, averaged([value.grad for value in trained], world), strict=True):
-            value.grad = gradient
+        gradients = [value.grad for value in net.parameters() if value.grad is not None]
+        # Copied back, so that each keeps the memory layout of its parameter, which fused optimizers rely on.
+        torch._foreach_copy_(gradients, averaged(gradients, world))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

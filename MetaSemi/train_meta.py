@@ -1,0 +1,54 @@
+"""MetaSemi on SVHN, CIFAR-10, CIFAR-100 and the digits: consistency guided by the gradient of the labelled loss.
+
+Zhang et al., "Semi-Supervised Learning with Meta-Gradient", AISTATS 2021 (arXiv 2007.03966).
+
+    python train_meta.py --dataset cifar10 --num-label 4000 -a convlarge --mix-up --save-path results/cifar-10
+    python train_meta.py --dataset digits --num-label 20 -a small --mix-up --total-steps 600 --warmup 100
+
+Each step corrects the pseudo-labels of its unlabelled images by the meta-gradient (meta.py), then descends the mix-up
+loss, or the labelled loss, and the squared distance to the pseudo-labels.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from MetaSemi import options as command_line
+from MetaSemi.schedules import compute_weight, learning_rate
+from shared.cli import run_main
+
+LINE = ("Step {step:05d} Dtime: {dtime:.3f} Btime: {btime:.3f} Lloss: {label_loss:.3f} (avg {label_loss_avg:.3f}) "
+        "Uloss: {unlabel_loss:.3f} (avg {unlabel_loss_avg:.3f}) Lacc: {label_acc:.3f} (avg {label_acc_avg:.3f}) "
+        "Uacc: {unlabel_acc:.3f} (avg {unlabel_acc_avg:.3f}) LR: {rate:.4f}")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line (None: this process's); UserError."""
+    return command_line.parse(__doc__, meta=True, argv=argv)
+
+
+def main() -> None:
+    options = parse()
+    # These load torch: only once the command line is known to be right.
+    from MetaSemi.meta import MetaGradient, meta_step
+    from MetaSemi.meters import accuracy
+    from MetaSemi.training import Training
+
+    training = Training(options, unlabeled=True)
+    meta = MetaGradient(options.epsilon, options.meta_grad == "exact", options.local_meta, options.meta_lr,
+                        training.autocast)
+    for step, batch in training.steps():
+        rate = learning_rate(step, options.lr, options.warmup, options.gamma, options.milestones)
+        weight = compute_weight(options.weight, step, options.warmup)
+        result = meta_step(training.net, training.optimizer, batch.labeled, batch.labels, batch.unlabeled, rate=rate,
+                           weight=weight, lam=training.mixing(step), meta=meta, world=training.world)
+        values = {"label_loss": result.label_loss, "unlabel_loss": result.unlabel_loss,
+                  "label_acc": accuracy(result.label_logits, batch.labels)[0][0],
+                  "unlabel_acc": accuracy(result.unlabel_logits, batch.truth)[0][0]}
+        if options.mix_up:
+            values["interp_loss"] = result.interp_loss
+        training.log(LINE, rate, result.loss, **values)
+
+
+if __name__ == "__main__":
+    run_main(main)
