@@ -144,6 +144,7 @@ class Algorithm:
     state: tuple[str, ...] = ()
     keeps_average = True        # whether there is a teacher at all
     evaluates_average = True    # whether it is the teacher that is measured
+    logged_pseudo_labels: tuple[str, ...] = ()  # kinds whose numbers the published log holds
     model: SemiModel
     teacher: SemiModel | None
 

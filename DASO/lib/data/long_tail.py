@@ -115,8 +115,9 @@ def _enough(labels: np.ndarray, pool: np.ndarray, num_classes: int, counts: np.n
     found = np.bincount(labels[pool], minlength=num_classes)
     short = np.flatnonzero(found < counts)
     if len(short):
-        raise UserError(f"class {short[0]} has {found[short[0]]} images left for the {name} set, but {counts[short[0]]} "
-                        "are asked for; lower DATASET.*.NUM_LABELED_HEAD, NUM_UNLABELED_HEAD or DATASET.NUM_VALID")
+        label = short[0]
+        raise UserError(f"class {label} has {found[label]} images left for the {name} set, but {counts[label]} are "
+                        "asked for; lower DATASET.*.NUM_LABELED_HEAD, NUM_UNLABELED_HEAD or DATASET.NUM_VALID")
 
 
 def _nonempty(valid: np.ndarray, kept: np.ndarray, num_valid: int) -> None:

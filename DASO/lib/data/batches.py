@@ -1,0 +1,112 @@
+"""The batch of an iteration: which images, which views. A function of (seed, iteration), on any number of ranks."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from DASO.lib.algorithm.interface import Batch
+from DASO.lib.data.augment import Look
+from DASO.lib.data.samplers import Sampler, sampling_weights
+from DASO.lib.data.sets import TrainingData
+from shared.distributed import World
+from shared.images import ImageSet
+from shared.pool import Pool
+from shared.randaugment import to_device
+from shared.randomness import numpy_rng
+
+
+class ViewedPool:
+    """Images and how they are seen."""
+
+    def __init__(self, images: ImageSet, look: Look, device: torch.device) -> None:
+        self.pool, self.look, self.size = Pool(images, look.mean, look.std, device), look, images.size
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N] on the device, -1 where unknown."""
+        return self.pool.labels
+
+    def evaluation_batches(self, indices: np.ndarray, size: int) -> Iterator[Tensor]:
+        """Yield the images at `indices` as an evaluation sees them, float32 [n, C, side, side], `size` at a time."""
+        for start in range(0, len(indices), size):
+            yield self.look.view(self.pool.take(indices[start:start + size]), "eval", None, None)
+
+
+class Batches:
+    """Makes the batch of any iteration, and knows the labelled set, which self-training extends.
+
+    size, ratio: labelled images in the global batch, and unlabelled ones for each of them. views, labelled_view: see
+    Algorithm.
+    """
+
+    def __init__(self, data: TrainingData, world: World, seed: int, size: int, ratio: int, views: tuple[str, ...],
+                 labelled_view: str, beta: float | None = None) -> None:
+        self.world, self.seed, self.size, self.views, self.labelled_view = world, seed, size, views, labelled_view
+        self.beta, self.num_classes = beta, data.num_classes
+        self.labelled = ViewedPool(data.labelled, data.look, world.device)
+        self.unlabelled = ViewedPool(data.unlabelled, data.look, world.device) if data.unlabelled is not None else None
+        self.part = world.slice(size)
+        self.count = size * ratio
+        self.unlabelled_part = world.slice(self.count)
+        if self.unlabelled is not None and views:
+            self.unlabelled_sampler = Sampler(len(self.unlabelled), self.count, seed, "unlabelled")
+        self.extend(np.array([], np.int64), np.array([], np.int64))
+
+    def extend(self, index: np.ndarray, labels: np.ndarray) -> None:
+        """Let the labelled set be the initial one and the unlabelled images at `index` with these labels, int64 [n]."""
+        self.extra_index, self.extra_labels = np.asarray(index, np.int64), np.asarray(labels, np.int64)
+        own = self.labelled.labels
+        self.all_labels = torch.cat([own, torch.from_numpy(self.extra_labels).to(own.device)])
+        weights = None
+        if self.beta is not None:
+            weights, self.drawn_shares = sampling_weights(self.all_labels.cpu().numpy(), self.num_classes, self.beta)
+        self.sampler = Sampler(len(self.all_labels), self.size, self.seed, f"labelled {len(self.extra_index)}", weights)
+
+    def counts(self) -> np.ndarray:
+        """Return the images of every class in the labelled set as it now is, int64 [K]."""
+        return np.bincount(self.all_labels.cpu().numpy(), minlength=self.num_classes)
+
+    def __call__(self, it: int) -> Batch:
+        """Return the batch of iteration `it`."""
+        device = self.world.device
+        chosen = self.sampler(it)[self.part]
+        labelled = self._view(self.take_labelled(chosen), self.labelled, self.labelled_view, it, "labelled", self.size,
+                              self.part)
+        labels = self.all_labels[to_device(chosen, device)]
+        if not self.views:
+            return Batch(labelled, labels)
+        drawn = self.unlabelled_sampler(it)[self.unlabelled_part]
+        images, index = self.unlabelled.pool.take(drawn), to_device(drawn, device)
+        views = tuple(self._view(images, self.unlabelled, kind, it, f"view {number}", self.count, self.unlabelled_part)
+                      for number, kind in enumerate(self.views))
+        return Batch(labelled, labels, views, index, self.unlabelled.labels[index])
+
+    def take_labelled(self, chosen: np.ndarray) -> Tensor:
+        """Return images of the labelled set, uint8 [n, C, H, W]; positions behind the initial ones are additions."""
+        initial = len(self.labelled)
+        if not len(self.extra_index):
+            return self.labelled.pool.take(chosen)
+        added = chosen >= initial
+        images = self.labelled.pool.take(np.where(added, 0, chosen))
+        if added.any():
+            places = to_device(np.flatnonzero(added), self.world.device)
+            images[places] = self.unlabelled.pool.take(self.extra_index[chosen[added] - initial])
+        return images
+
+    def _view(self, images: Tensor, pool: ViewedPool, kind: str, it: int, purpose: str, count: int,
+              part: slice) -> Tensor:
+        draws = pool.look.draw(kind, count, numpy_rng(self.seed, it, purpose), pool.size)
+        return pool.look.view(images, kind, *(None if drawn is None else drawn[part] for drawn in draws))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"extra_index": torch.from_numpy(self.extra_index), "extra_labels": torch.from_numpy(self.extra_labels)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.extend(state["extra_index"].numpy(), state["extra_labels"].numpy())

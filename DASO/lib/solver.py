@@ -1,0 +1,90 @@
+"""Optimiser and learning-rate schedule."""
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from shared.distributed import World
+
+if TYPE_CHECKING:
+    from DASO.lib.config.config import Config
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
+    """Return SGD or Adam over all parameters alike: weight decay also on batch norm and biases, as published."""
+    solver, fused = cfg.SOLVER, not cfg.STRICT
+    if solver.OPTIM_NAME == "Adam":
+        return torch.optim.Adam(parameters, solver.BASE_LR, (solver.ADAM.BETA1, solver.ADAM.BETA2), solver.ADAM.EPS,
+                                solver.ADAM.WEIGHT_DECAY, fused=fused)
+    return torch.optim.SGD(parameters, solver.BASE_LR, solver.SGD.MOMENTUM, weight_decay=solver.SGD.WEIGHT_DECAY,
+                           nesterov=solver.SGD.NESTEROV, fused=fused)
+
+
+def learning_rate(cfg: Config, it: int, max_iter: int | None = None) -> float:
+    """Return the rate of iteration `it` (from 0) by SOLVER.LR_SCHEDULER_NAME. max_iter: in place of SOLVER.MAX_ITER."""
+    solver = cfg.SOLVER
+    warm = 1.0
+    if it < solver.WARMUP_ITERS:
+        share = it / solver.WARMUP_ITERS
+        warm = solver.WARMUP_FACTOR
+        if solver.WARMUP_METHOD == "linear":
+            warm = solver.WARMUP_FACTOR * (1 - share) + share
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        return solver.BASE_LR * warm * solver.GAMMA ** bisect_right(sorted(solver.STEPS), it)
+    total = max_iter or solver.MAX_ITER
+    return solver.BASE_LR * warm * math.cos(solver.COS_LR_RATIO * math.pi * it / (16 * total))
+
+
+class Scheduler:
+    """Sets the rate of each iteration. Without SOLVER.APPLY_SCHEDULER the rate of the first one stays, as published.
+
+    max_iter: in place of SOLVER.MAX_ITER. `step` is called behind every iteration.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, cfg: Config, max_iter: int | None = None) -> None:
+        self.optimizer, self.cfg, self.max_iter, self.iteration = optimizer, cfg, max_iter, 0
+        self._set()
+
+    @property
+    def lr(self) -> float:
+        """The rate in force."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self) -> None:
+        if self.cfg.SOLVER.APPLY_SCHEDULER:
+            self.iteration += 1
+            self._set()
+
+    def _set(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg, self.iteration, self.max_iter)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.iteration}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.iteration = int(state["last_epoch"])
+        if not self.cfg.SOLVER.APPLY_SCHEDULER:
+            self.iteration = 0
+        self._set()
+
+
+@torch.no_grad()
+def average_gradients(parameters: list[torch.nn.Parameter], world: World) -> None:
+    """Replace every gradient by its mean over ranks, in one message.
+
+    In place of DistributedDataParallel, so that a learner may use parts of its network in any order and number.
+    """
+    if world.size == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world.size
+    pieces = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
