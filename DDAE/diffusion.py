@@ -254,14 +254,15 @@ class EDM:
 
     @torch.no_grad()
     def sample(self, net: torch.nn.Module, latents: Tensor, noise: Noise, mode: str = "DDIM", steps: int | None = None,
-               eta: float = 0.0, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return images [N, C, H, W], `dtype` in about [0, 1] (not clamped), from standard normal `latents`.
+               eta: float = 0.0) -> Tensor:
+        """Return images [N, C, H, W], float64 in about [0, 1] (not clamped), from standard normal `latents`.
 
         Heun's method with 2·steps - 1 calls. eta: each step between S_min and S_max first raises the noise level by the
-        factor 1 + (√2 - 1)·eta. mode is ignored.
+        factor 1 + (√2 - 1)·eta. mode is ignored. On Apple's GPUs, which have no float64, all is float32.
         """
         steps = steps or SAMPLER_STEPS[self.kind]
         sigmas = self.schedule(steps).tolist()
+        dtype = torch.float32 if latents.device.type == "mps" else torch.float64
         x = latents.to(dtype) * sigmas[0]
         for step, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
             gamma = (math.sqrt(2) - 1) * eta if self.S_min <= sigma <= self.S_max else 0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from EDM.sampling import SeedSampler
     from shared.distributed import World
-
-Result = TypeVar("Result")
 
 SAMPLERS = ("edm", "ablation", "dpmpp-2m", "deis-2", "deis-3")
 ABLATION_FLAGS = {"solver": "solver", "disc": "discretization", "schedule": "schedule", "scaling": "scaling"}
