@@ -64,16 +64,22 @@ class TrainBatches:
         self.pool, self.world, self.seed = Pool(images, (0.0,), (1.0,), world.device), world, seed
         self.count, self.size, self.shape = len(images), size, images.size
         self.policy = WeakPolicy(flip=flip, pad=pad, pad_mode="zero")
+        self._order: tuple[int, np.ndarray] | None = None
 
     @property
     def per_epoch(self) -> int:
         return -(-self.count // self.size)
 
-    def __call__(self, step: int) -> Batch:
-        """Return this rank's part of the batch of `step`, which lies in epoch step // per_epoch."""
+    def items(self, step: int) -> np.ndarray:
+        """Return the positions of the global batch of `step`, which lies in epoch step // per_epoch."""
         epoch, place = divmod(step, self.per_epoch)
-        order = numpy_rng(self.seed, epoch, "order").permutation(self.count)
-        items = order[place * self.size:(place + 1) * self.size]
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, numpy_rng(self.seed, epoch, "order").permutation(self.count)
+        return self._order[1][place * self.size:(place + 1) * self.size]
+
+    def __call__(self, step: int) -> Batch:
+        """Return this rank's part of the batch of `step`."""
+        items = self.items(step)
         part = share_out(len(items), self.world)
         draws = draw_weak(len(items), numpy_rng(self.seed, step, "augment"), self.shape, self.policy)[part]
         return self._take(items[part], part, len(items), draws)
@@ -93,6 +99,8 @@ class TestItems:
 
     def __init__(self, images: ImageSet, size: int, world: World, seed: int) -> None:
         self.pool, self.size, self.world, self.seed = Pool(images, (0.0,), (1.0,), world.device), size, world, seed
+        self.part = share_out(len(images), world)
+        self.starts = range(self.part.start, self.part.stop, size)
 
     def __len__(self) -> int:
         """Return the number of items of all ranks."""
@@ -100,9 +108,8 @@ class TestItems:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's items in batches of at most `size`."""
-        part = share_out(len(self.pool), self.world)
-        for start in range(part.start, part.stop, self.size):
-            items = np.arange(start, min(start + self.size, part.stop))
+        for start in self.starts:
+            items = np.arange(start, min(start + self.size, self.part.stop))
             images = self.pool.take(items).float().div_(255)
             labels = self.pool.labels[torch.from_numpy(items).to(self.pool.device)]
             yield Batch(images, labels, items, slice(items[0], items[-1] + 1), len(self.pool))
