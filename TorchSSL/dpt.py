@@ -18,6 +18,7 @@ from pathlib import Path
 
 from shared.cli import Parser, UserError, nearest, run_main
 from shared.steps import Runner, Step
+from TorchSSL import dpt_tdsm
 from TorchSSL.make_configs import CONFIG, DATASETS, LEARNERS
 
 TORCHSSL = Path(__file__).resolve().parent
@@ -31,8 +32,10 @@ class Recipe:
     labels: labelled images in all; 0: all that have a label. last: generate.sh makes the images 0..last of each class.
     shape: in the name of the zip. config: file of TorchSSL/config for stage 1; that of stage 3 ends in _aug<last>.
     checkpoint: the classifier that labels the images; the published recipe takes the best one on the test set, the
-    others the last one, so that the test set selects nothing. one_thread: networks this small gain little from a second
-    thread and wait long for it on a busy machine; and sums in one thread are the same on any number of cores.
+    others the last one, so that the test set selects nothing. noise_classifier: flags of train_classifier.py (TDSM).
+    judge: whether generated images are shown to a classifier trained with all true labels (TDSM). one_thread: networks
+    this small gain little from a second thread and wait long for it on a busy machine; and sums in one thread are the
+    same on any number of cores.
     """
 
     labels: int = 40
@@ -42,6 +45,8 @@ class Recipe:
     checkpoint: str = "latest_model.pth"
     classifier: str = ""
     diffusion: str = "--batch-gpu=32"
+    noise_classifier: str = "--batch=1024"
+    judge: bool = False
     one_thread: bool = False
 
 
@@ -49,9 +54,10 @@ class Recipe:
 # learning-rate ramp (10 million images) would outlast the run.
 DIGITS_DIFFUSION = ("--batch=128 --cbase=16 --cres=1,2 --num-blocks=1 --attn-resolutions=4 --dropout=0.1 --augment=0 "
                     "--duration=0.08 --lr=4e-3 --lr-rampup=3 --lr-decay=0.3 --tick=5")
+DIGITS_NOISE_CLASSIFIER = ("--batch=128 --augment=0 --duration=0.08 --lr=2e-3 --lr-rampup=3 --lr-decay=0.3 --tick=5")
 RECIPES = {
     "digits": Recipe(10, 100, "-8x8", "freematch_digits_10_1", diffusion=DIGITS_DIFFUSION,
-                     one_thread=True),
+                     noise_classifier=DIGITS_NOISE_CLASSIFIER, judge=True, one_thread=True),
     "cifar10": Recipe(config="freematch_cifar10_40_1", checkpoint="model_best.pth"),
     "cifar100": Recipe(400, classifier="--num_classes=100 --widen_factor=8 --weight_decay=0.001"),
     "svhn": Recipe(),
@@ -84,10 +90,10 @@ def words(text: str) -> list[str]:
 
 
 def joined(argv: list[str]) -> list[str]:
-    """Return the arguments with --stageN-args and its value as one, or a value that begins with -- would be a flag."""
+    """Return the arguments with --...-args and its value as one, or a value that begins with -- would be a flag."""
     found: list[str] = []
     for argument in argv:
-        if found and found[-1] in ("--stage1-args", "--stage2-args", "--stage3-args"):
+        if found and found[-1] in ("--stage1-args", "--stage2-args", "--stage3-args", "--classifier-args"):
             found[-1] += f"={argument}"
         else:
             found.append(argument)
@@ -118,8 +124,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for stage in (1, 3):
         add(f"--stage{stage}", choices=LEARNERS, default="freematch", metavar="NAME",
             help=f"semi-supervised learner of stage {stage}: {', '.join(LEARNERS)} [freematch]")
-    for stage, script in ((1, "learner"), (2, "train.py"), (3, "learner")):
-        add(f"--stage{stage}-args", type=words, default=[], metavar='"..."', help=f"further flags of its {script}")
+    add("--stage2", choices=("edm", "tdsm"), default="edm", help="diffusion model of stage 2: edm, or also tdsm, which "
+        "knows that pseudo-labels err, and is then compared with edm [edm]")
+    add("--transition", choices=list(dpt_tdsm.TRANSITIONS), help="where tdsm learns how pseudo-labels err: "
+        + "; ".join(f"{name}, {text}" for name, text in dpt_tdsm.TRANSITIONS.items()) + " [predictions]")
+    add("--held-out", type=whole_number(1), metavar="N", help="labelled images for --transition held-out, in all")
+    add("--only-tdsm", action="store_true", help="leave out the plain edm that tdsm is compared with")
+    for name, script in (("stage1", "learner"), ("stage2", "train.py and train_noise.py"), ("stage3", "learner"),
+                         ("classifier", "train_classifier.py, for tdsm")):
+        add(f"--{name}-args", type=words, default=[], metavar='"..."', help=f"further flags of its {script}")
     add("-n", "--dry-run", action="store_true", help="print the commands and run nothing")
     options = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
     if options.dataset not in RECIPES:
@@ -127,6 +140,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--dataset {options.dataset}: neither one of {', '.join(RECIPES)} nor a path that exists"
                             f"{nearest(options.dataset, RECIPES)}")
         options.dataset = str(Path(options.dataset).resolve())
+    dpt_tdsm.check(options)
     if options.data_dir != "./data":
         options.data_dir = str(Path(options.data_dir).resolve())
     return options
@@ -158,6 +172,7 @@ class Experiment:
         self.published = (self.dataset, self.labels, seed, options.out) == ("cifar10", 40, 1, None) \
             and not options.stage2_args and options.stage1 == options.stage3 == "freematch"
         self.generated = f"nums_{self.last}" if self.published else f"{self.name}/nums_{self.last}"
+        self.tdsm = dpt_tdsm.NoiseAware(self) if options.stage2 == "tdsm" else None
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps one by one; later ones may depend on what earlier ones have written."""
@@ -166,6 +181,8 @@ class Experiment:
         stages = {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}
         for number in sorted(self.options.stages):
             yield from stages[number]()
+        if self.tdsm is not None and 2 in self.options.stages:
+            yield from self.tdsm.judgements()
         if self.options.controls:
             yield from self.controls()
         yield self.report_step()
@@ -192,6 +209,10 @@ class Experiment:
     def from_edm(self, path: str) -> str:
         """Return the path, given as typed in TorchSSL/, as typed in EDM/."""
         return path if Path(path).is_absolute() else f"../TorchSSL/{path.removeprefix('./')}"
+
+    def from_torchssl(self, path: str) -> str:
+        """Return the path, given as typed in EDM/, as typed in TorchSSL/."""
+        return path if Path(path).is_absolute() else f"../EDM/{path}"
 
     def config_of(self, learner: str) -> str | None:
         """Return the learner's configuration file for the data set, as typed in TorchSSL/; None: there is none."""
@@ -226,20 +247,33 @@ class Experiment:
                    output=f"{stage1}/{self.zip_name}.zip", inputs=(pseudo,))
 
     def stage_2(self) -> Iterator[Step]:
+        if not self.options.only_tdsm:
+            yield from self.plain_stage_2()
+        if self.tdsm is not None:
+            yield from self.tdsm.stage_2()
+
+    def launch(self) -> list[str]:
+        """Return what starts a training script of EDM/."""
+        return ["python"] if self.gpus == 1 else ["torchrun", "--standalone", f"--nproc_per_node={self.gpus}"]
+
+    def plain_stage_2(self) -> Iterator[Step]:
         data = self.from_edm(f"{self.stage1}/{self.zip_name}.zip")
-        launch = ["python"] if self.gpus == 1 else ["torchrun", "--standalone", f"--nproc_per_node={self.gpus}"]
         where = [f"--outdir={self.models}"] if self.published else [f"--outdir={self.model_folder()}", "--nosubdir"]
         seed = [] if self.published else [f"--seed={self.seed}"]
         yield Step("diffusion model", "Stage 2: train the diffusion model on the pseudo-labels", "EDM",
-                   [*launch, "train.py", *where, f"--data={data}", "--cond=1", "--arch=ddpmpp",
+                   [*self.launch(), "train.py", *where, f"--data={data}", "--cond=1", "--arch=ddpmpp",
                     *words(self.recipe.diffusion), *seed, *self.options.stage2_args],
                    output=f"{self.model_folder()}/result.json", inputs=(data,), output_suffices=self.published)
-        snapshot = f"{self.model_folder()}/network-snapshot-latest.pkl"
-        images = self.from_edm(f"{self.images}/{self.generated}")
-        yield Step("generated images", f"Generate the images 0 to {self.last} of every class", "EDM",
-                   ["bash", "generate.sh", str(self.last), images,
-                    snapshot if Path(snapshot).is_absolute() else f"./{snapshot}", str(self.gpus)],
-                   output=images, inputs=(snapshot,))
+        yield self.generate("generated images", f"{self.model_folder()}/network-snapshot-latest.pkl",
+                            f"{self.images}/{self.generated}")
+
+    def generate(self, name: str, snapshot: str, folder: str) -> Step:
+        """Return the step that makes the images of a snapshot. folder: as typed in TorchSSL/."""
+        images = self.from_edm(folder)
+        return Step(name, f"Generate the images 0 to {self.last} of every class", "EDM",
+                    ["bash", "generate.sh", str(self.last), images,
+                     snapshot if Path(snapshot).is_absolute() else f"./{snapshot}", str(self.gpus)],
+                    output=images, inputs=(snapshot,))
 
     def model_folder(self) -> str:
         """Return the run folder of stage 2, as typed in EDM/; before a numbered one exists, the name it will get."""
@@ -253,10 +287,17 @@ class Experiment:
         return f"{self.models}/{ours[-1] if ours else new}"
 
     def stage_3(self) -> Iterator[Step]:
-        yield Step("classifier again", "Stage 3: train the classifier with the generated images", "TorchSSL",
-                   [*self.classifier(Path(self.stage3).name, stage=3), f"--aug_path={self.images}/{self.generated}",
-                    *self.options.stage3_args],
-                   output=f"{self.stage3}/result.json", inputs=(f"{self.images}/{self.generated}",))
+        if not self.options.only_tdsm:
+            yield self.train_again("classifier again", "Stage 3: train the classifier with the generated images",
+                                   self.stage3, f"{self.images}/{self.generated}")
+        if self.tdsm is not None:
+            yield self.tdsm.stage_3()
+
+    def train_again(self, name: str, title: str, folder: str, images: str) -> Step:
+        """Return the training of stage 3 with a folder of images, in the run folder `folder`."""
+        return Step(name, title, "TorchSSL",
+                    [*self.classifier(Path(folder).name, stage=3), f"--aug_path={images}", *self.options.stage3_args],
+                    output=f"{folder}/result.json", inputs=(images,))
 
     def controls(self) -> Iterator[Step]:
         same_labels, args = f"--label_idx={self.stage1}/sampled_label_idx.npy", self.options.stage1_args
@@ -294,8 +335,9 @@ class Experiment:
         model = self.model_folder()
         report = self.report if self.options.out else Path("..") / self.report.relative_to(ROOT)
         command = ["python", "report.py", f"--out={report}", f"--dataset={self.dataset}",
-                   f"--stage1={self.stage1}", f"--stage2={model if Path(model).is_absolute() else f'../EDM/{model}'}",
+                   f"--stage1={self.stage1}", f"--stage2={self.from_torchssl(model)}",
                    f"--images={self.images}/{self.generated}", f"--stage3={self.stage3}", *self.elsewhere()]
+        command += self.tdsm.report_flags() if self.tdsm is not None else []
         return Step("report", "The report", "TorchSSL", command)
 
 

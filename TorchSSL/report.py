@@ -39,6 +39,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--stage2", help="run folder of the diffusion model")
     add("--images", help="folder of the generated images")
     add("--stage3", help="run folder of stage 3")
+    add("--tdsm_stage2", help="run folder of a diffusion model that knows its labels to be noisy (TDSM)")
+    add("--tdsm_images", help="folder of its images")
+    add("--tdsm_stage3", help="run folder of stage 3 with these images")
+    add("--tdsm_transition", help="the file of estimate_transition.py that it was trained with")
+    add("--judged", help="folders <this>-plain and <this>-tdsm hold the result.json of evaluate.py for their images")
     add("--seed_report", action="append", default=[], help="a folder with the report.json of one seed")
     options = parser.parse_args(argv)
     if not options.seed_report and not options.stage1:
@@ -77,6 +82,8 @@ def collect(options: argparse.Namespace, out: Path) -> dict[str, Any]:
     stage1 = Path(options.stage1)
     results = {"stage1": read_json(stage1 / "result.json"),
                "stage3": read_json(Path(options.stage3) / "result.json") if options.stage3 else None}
+    if options.tdsm_stage3:
+        results["stage3_tdsm"] = read_json(Path(options.tdsm_stage3) / "result.json")
     controls = {name: read_json(stage1.with_name(f"{stage1.name}_{name}") / "result.json") for name in CONTROLS}
     accuracy = {stage: result["accuracy"] if result else None for stage, result in results.items()}
     last = {stage: values["last"] if values else None for stage, values in accuracy.items()}
@@ -91,14 +98,36 @@ def collect(options: argparse.Namespace, out: Path) -> dict[str, Any]:
         "stage1_accuracy": last["stage1"], "pseudo_label_accuracy": pseudo.get("agreement"),
         "pseudo_label_accuracy_by_class": by_class, "pseudo_label_counts": pseudo.get("pseudo_label_counts"),
         "stage3_accuracy": last["stage3"],
-        "difference": last["stage3"] - last["stage1"] if None not in last.values() else None,
+        "difference": minus(last["stage3"], last["stage1"]),
+        **(noise_aware(options, last, classes, out) if options.tdsm_stage3 else {}),
         "accuracy": accuracy,
         "iterations": {stage: result["iterations"] if result else None for stage, result in results.items()},
         "controls": {name: result["accuracy"] for name, result in controls.items() if result},
-        "generated": generated_images(options, classes, out),
+        "generated": generated_images(options, options.images, classes, out / "generated.png"),
         "seconds": group_seconds(seconds), "seconds_by_step": seconds,
         "hardware": {stage: {key: result.get(key) for key in HARDWARE} for stage, result in results.items() if result},
         "versions": versions(), "pictures": draw(options, results, classes, out)}
+
+
+def noise_aware(options: argparse.Namespace, last: dict[str, float | None], classes: Sequence[str],
+                out: Path) -> dict[str, Any]:
+    """Return what is known of a second stage with TDSM; `last`: accuracies of the stages at their last iteration."""
+    transition = read_json(Path(options.tdsm_transition)) if options.tdsm_transition else None
+    judged = {kind: read_json(Path(f"{options.judged}-{kind}") / "result.json") if options.judged else None
+              for kind in ("plain", "tdsm")}
+    return {
+        "stage3_tdsm_accuracy": last["stage3_tdsm"],
+        "tdsm": {
+            "minus_stage3": minus(last["stage3_tdsm"], last["stage3"]),
+            "minus_stage1": minus(last["stage3_tdsm"], last["stage1"]),
+            "transition": transition,
+            "generated": generated_images(options, options.tdsm_images, classes, out / "generated_tdsm.png"),
+            "images_of_the_right_class": {kind: found["class_accuracy"] for kind, found in judged.items() if found},
+            "judge_accuracy": next((found["judge_accuracy"] for found in judged.values() if found), None)}}
+
+
+def minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any] | None:
@@ -116,7 +145,9 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any] | None:
 def group_seconds(seconds: dict[str, float]) -> dict[str, float]:
     """Return seconds of the stages, the controls and in total, from those of the steps (names of TorchSSL/dpt.py)."""
     groups = {"classifier": "stage1", "pseudo-labels": "stage1", "pseudo-data set": "stage1", "zip": "stage1",
-              "diffusion model": "stage2", "generated images": "stage2", "classifier again": "stage3"}
+              "diffusion model": "stage2", "generated images": "stage2", "classifier again": "stage3",
+              "transition": "stage2_tdsm", "noise classifier": "stage2_tdsm", "diffusion model tdsm": "stage2_tdsm",
+              "generated images tdsm": "stage2_tdsm", "classifier again tdsm": "stage3_tdsm"}
     total: dict[str, float] = {}
     for step, value in seconds.items():
         group = groups.get(step) or ("controls" if step.startswith("control") else "other")
@@ -133,14 +164,15 @@ def versions() -> dict[str, str]:
 
 # -------------------------------------------------------------------------------------------------- generated images
 
-def generated_images(options: argparse.Namespace, classes: Sequence[str], out: Path) -> dict[str, Any] | None:
-    """Count the generated images, draw a grid of them, and measure how far their features are from real ones.
+def generated_images(options: argparse.Namespace, folder: str | None, classes: Sequence[str],
+                     picture: Path) -> dict[str, Any] | None:
+    """Count the images of a folder, draw a grid of them, and measure how far their features are from real ones.
 
     The features are those of stage 1's own classifier: the number tells runs on this data set with the same
     classifier apart, and is no FID. For scale, the same distance between real test and training images is given.
     """
     checkpoint = Path(options.stage1) / "latest_model.pth"
-    if not options.images or not Path(options.images).is_dir() or not checkpoint.exists():
+    if not folder or not Path(folder).is_dir() or not checkpoint.exists():
         return None
     import numpy as np
 
@@ -152,9 +184,9 @@ def generated_images(options: argparse.Namespace, classes: Sequence[str], out: P
 
     train = load_pools(options.dataset, options.data_dir, download=False)[0]
     test = load_dataset(options.dataset, "test", options.data_dir)
-    images = read_images(options.images, channels=train.channels, num_classes=train.num_classes)
+    images = read_images(folder, channels=train.channels, num_classes=train.num_classes)
     rows = {name: images.images[np.flatnonzero(images.labels == c)[:12]] for c, name in enumerate(classes[:20])}
-    image_grid({name: row for name, row in rows.items() if len(row)}, out / "generated.png",
+    image_grid({name: row for name, row in rows.items() if len(row)}, picture,
                "Generated images, one class a row")
     features = {name: classifier_features(checkpoint, options, part) for name, part in
                 (("generated", images), ("train", train), ("test", test))}
@@ -197,12 +229,12 @@ def draw(options: argparse.Namespace, results: dict[str, Any], classes: Sequence
 
     from shared.plots import confusion_matrices, curves
 
-    titles = {"stage1": "Stage 1", "stage3": "Stage 3"}
+    titles = {"stage1": "Stage 1", "stage3": "Stage 3", "stage3_tdsm": "Stage 3, TDSM"}
     matrices = {f"{titles[stage]}: {100 * result['accuracy']['last']:.1f} %": np.array(result["confusion_matrix"])
                 for stage, result in results.items() if result}
     if matrices:
         confusion_matrices(matrices, classes, out / "confusion.png")
-    folders = {"Stage 1": options.stage1, "Stage 3": options.stage3}
+    folders = {"Stage 1": options.stage1, "Stage 3": options.stage3, "Stage 3, TDSM": options.tdsm_stage3}
     lines = {title: read_lines(Path(folder) / "stats.jsonl") for title, folder in folders.items() if folder}
     diffusion = read_lines(Path(options.stage2) / "stats.jsonl") if options.stage2 else []
     panels = {
@@ -219,7 +251,8 @@ def draw(options: argparse.Namespace, results: dict[str, Any], classes: Sequence
     if panels:
         curves(panels, out / "curves.png", {title: "thousand images" if "diffusion" in title else "iteration"
                                             for title in panels})
-    return [name for name in ("generated.png", "curves.png", "confusion.png") if (out / name).exists()]
+    names = ("generated.png", "generated_tdsm.png", "curves.png", "confusion.png")
+    return [name for name in names if (out / name).exists()]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

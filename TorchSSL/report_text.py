@@ -6,12 +6,17 @@ from typing import Any
 
 from TorchSSL.report import CONTROLS
 
+TDSM = "stage 3 with images of TDSM, which knows that pseudo-labels err"
 ROWS = {"stage1_accuracy": "stage 1", "stage3_accuracy": "stage 3 (with generated images)",
+        "stage3_tdsm_accuracy": TDSM, "images_right_plain": "generated images that show their class",
+        "images_right_tdsm": "generated images that show their class, TDSM",
         "pseudo_label_accuracy": "pseudo-labels of the training images",
         **{f"control_{name}": title for name, title in CONTROLS.items()}}
 MINUENDS = {"stage3_minus_stage1_accuracy": "stage 1",
             "stage3_minus_stage1_two_runs": "the mean of two stage-1 runs (the cautious figure)",
             **{f"stage3_minus_control_{name}": title for name, title in CONTROLS.items()}}
+TDSM_MINUENDS = {"stage3_tdsm_minus_stage3_accuracy": "stage 3 of plain DPT",
+                 "stage3_tdsm_minus_stage1_accuracy": "stage 1"}
 
 
 def percent(value: float | None) -> str:
@@ -37,6 +42,7 @@ def heading(content: dict[str, Any]) -> str:
 def run_markdown(content: dict[str, Any]) -> str:
     """Return the report of one seed."""
     found = {"stage 1": content["accuracy"]["stage1"], "stage 3 (with generated images)": content["accuracy"]["stage3"],
+             TDSM: content["accuracy"].get("stage3_tdsm"),
              **{CONTROLS[name]: values for name, values in content["controls"].items()}}
     accuracies = table(
         ["", "last iteration", "median of the last 20 evaluations", "best on the test set"],
@@ -46,6 +52,7 @@ def run_markdown(content: dict[str, Any]) -> str:
     if content["difference"] is not None:
         parts.append(f"Stage 3 minus stage 1: {points(content['difference'])} points, one seed, at equal iterations a "
                      "stage. `--seeds 10 --controls` shows the spread, and what else could explain the difference.")
+    parts += tdsm_markdown(content["tdsm"]) if "tdsm" in content else []
     if content["pseudo_label_accuracy"] is not None:
         by_class = content["pseudo_label_accuracy_by_class"]
         counts = content["pseudo_label_counts"] or [None] * len(by_class)
@@ -62,6 +69,31 @@ def run_markdown(content: dict[str, Any]) -> str:
     return "\n\n".join([*parts, *closing(content)]) + "\n"
 
 
+def tdsm_markdown(found: dict[str, Any]) -> list[str]:
+    """Return what the second stage with TDSM has changed, in one seed."""
+    parts, transition = [], found["transition"]
+    if found["minus_stage3"] is not None:
+        parts.append(f"Stage 3 with images of TDSM minus stage 3 of plain DPT: {points(found['minus_stage3'])} points, "
+                     "one seed, at equal iterations.")
+    right = found["images_of_the_right_class"]
+    if right:
+        names = {"plain": "plain EDM", "tdsm": "TDSM"}
+        shares = ", ".join(f"{names[kind]} {percent(value)} %" for kind, value in right.items())
+        parts.append(f"Generated images that show their class, by a classifier trained with all true labels (itself "
+                     f"right on {percent(found['judge_accuracy'])} % of the test images): {shares}.")
+    if transition is None:
+        parts.append("The transition matrix of the pseudo-labels was learned with the classifier (VolMinNet).")
+    else:
+        how = {"predictions": "from the predictions of stage 1, without further labels",
+               "held_out": f"from {transition.get('held_out')} further labelled images, which plain DPT did not have"}
+        text = f"The transition matrix of the pseudo-labels was estimated {how[transition['method']]}."
+        if "error" in transition:
+            text += (f" Its rows are {transition['error']:.3f} from the true ones (total variation); those of a matrix "
+                     f"without noise are {transition['error_of_no_noise']:.3f} from them.")
+        parts.append(text)
+    return parts
+
+
 def run_summary(content: dict[str, Any]) -> str:
     """Return the few lines for the console."""
     stage3 = percent(content["stage3_accuracy"]) + " %"
@@ -70,7 +102,15 @@ def run_summary(content: dict[str, Any]) -> str:
     return (f"stage 1, accuracy on the test set   {percent(content['stage1_accuracy'])} %\n"
             f"pseudo-labels that are right        {percent(content['pseudo_label_accuracy'])} %\n"
             f"stage 3, accuracy on the test set   {stage3}\n"
+            f"{tdsm_summary(content)}"
             f"seconds                             {content['seconds'].get('total', 0):.0f}")
+
+
+def tdsm_summary(content: dict[str, Any]) -> str:
+    if "tdsm" not in content:
+        return ""
+    accuracy, gain = percent(content["stage3_tdsm_accuracy"]), points(content["tdsm"]["minus_stage3"])
+    return f"stage 3, the same with TDSM         {accuracy} %  ({gain} over plain DPT)\n"
 
 
 def seeds_markdown(content: dict[str, Any]) -> str:
@@ -83,12 +123,16 @@ def seeds_markdown(content: dict[str, Any]) -> str:
     differences = table(["stage 3 minus", "mean", "standard error", "above 0"],
                         [[title, points(d["mean"]), percent(d["standard_error"]), f"{d['positive']} of {d['seeds']}"]
                          for name, title in MINUENDS.items() if (d := content["differences"].get(name))])
+    tdsm = table(["stage 3 with images of TDSM minus", "mean", "standard error", "above 0"],
+                 [[title, points(d["mean"]), percent(d["standard_error"]), f"{d['positive']} of {d['seeds']}"]
+                  for name, title in TDSM_MINUENDS.items() if (d := content["differences"].get(name))])
     shown = [name for name in ROWS if name in summary]
     by_seed = table(["seed", *(ROWS[name] for name in shown)],
                     [[str(seed), *(percent(summary[name]["by_seed"][i]) for name in shown)]
                      for i, seed in enumerate(content["seeds"])])
     return "\n\n".join([heading(content), f"Seeds {seeds}.", accuracies,
-                        "Paired differences, in points, at equal iterations a stage:", differences, by_seed,
+                        "Paired differences, in points, at equal iterations a stage:", differences,
+                        *([tdsm] if "stage3_tdsm_accuracy" in summary else []), by_seed,
                         *closing(content)]) + "\n"
 
 

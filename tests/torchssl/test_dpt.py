@@ -95,6 +95,10 @@ def test_own_images_and_an_own_output_folder(tmp_path):
     (["--stages=1,4"], "--stages: expected some of 1,2,3 separated by commas, got '1,4'"),
     (["--stage1-args", "--save_name='a"], "--stage1-args: cannot be split into flags"),
     (["--out"], "--out: expected one argument"),
+    (["--transition=volmin"], "--transition belongs to --stage2 tdsm"),
+    (["--stage2=tdsm", "--transition=held-out"], "needs --held-out N"),
+    (["--stage2=tdsm", "--held-out=20"], "needs --transition held-out"),
+    (["--stage2=ddpm"], "'ddpm'"),
 ])
 def test_a_mistake_is_one_line_and_status_2(arguments, message):
     error = one_line_error(run_all(*arguments, status=2))
@@ -111,3 +115,44 @@ def test_help_loads_neither_torch_nor_numpy():
     check = "import sys; import TorchSSL.dpt, TorchSSL.report, TorchSSL.pseudo_folder, TorchSSL.check_data\n" \
             "sys.exit(bool({'torch', 'numpy', 'sklearn', 'matplotlib'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", check], env=environment(), check=True)
+
+
+def test_tdsm_keeps_plain_dpt_and_adds_its_own_stages():
+    plain, both = commands(), commands("--stage2=tdsm")
+    assert [command for command in both if command in plain] == plain
+    added = [command for command in both if command not in plain]
+    assert [command.split()[1] for command in added] == [
+        "estimate_transition.py", "train_classifier.py", "train_noise.py", "generate.sh", "freematch.py", "evaluate.py",
+        "evaluate.py"]
+    estimate, classifier, diffusion, generate, again, *judged = added
+    matrix = "freematch_digits_10_1/transition_tdsm_predictions.json"
+    assert f"--dest=./saved_models/{matrix}" in estimate and estimate.endswith("--method=predictions")
+    assert f"--noise_type=file --transition=../TorchSSL/saved_models/{matrix}" in classifier
+    assert "--cls=training-runs/freematch-10-seed1-digits-8x8-tdsm-predictions-classifier/network-snapshot-latest.pkl" \
+        in diffusion
+    images = "data-aug/freematch_digits_10_1_tdsm_predictions/nums_100"
+    assert f" ../TorchSSL/{images} " in generate and again.endswith(f"--aug_path=./{images}")
+    assert "--save_name=freematch_digits_10_1_aug100_tdsm_predictions" in again
+    # Equal training: the flags of the plain model, word for word.
+    flags = plain[4].partition("--arch=ddpmpp ")[2]
+    assert "--duration=0.08" in flags and diffusion.endswith(flags)
+    assert [f"--images=../TorchSSL/{folder}" in command for folder, command in
+            zip(("data-aug/freematch_digits_10_1/nums_100", images), judged, strict=True)] == [True, True]
+
+
+def test_each_source_of_the_transition_has_folders_of_its_own():
+    held_out = commands("--stage2=tdsm", "--transition=held-out", "--held-out=30", "--only-tdsm")
+    assert not any(command.startswith("python train.py") for command in held_out)
+    assert held_out[4].endswith("--method=held_out --held_out=30")
+    assert "tdsm-held-out-30-classifier" in held_out[5] and "_tdsm_held_out_30/nums_100" in held_out[8]
+    volmin = commands("--stage2=tdsm", "--transition=volmin", "--only-tdsm")
+    assert "--precond=edm_vm" in volmin[4] and "--noise_type=learn" in volmin[5] and "estimate" not in " ".join(volmin)
+    args = commands("--stage2=tdsm", "--stage2-args", "--duration=1", "--classifier-args", "--lr=1")
+    assert sum(command.endswith("--duration=1") for command in args) == 2
+    assert sum(command.endswith("--lr=1") for command in args) == 1
+
+
+def test_tdsm_with_the_published_experiment_leaves_its_commands_as_they_are():
+    found = commands("--dataset=cifar10", "--gpus=4", "--stage2=tdsm")
+    assert [command for command in found if command in PUBLISHED] == PUBLISHED
+    assert sum("tdsm" in command for command in found) == 5

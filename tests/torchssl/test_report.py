@@ -121,3 +121,34 @@ def test_seeds_with_missing_stages_are_left_out_of_the_differences(experiment, m
     assert content["differences"]["stage3_minus_stage1_accuracy"] == dict(mean=0.125, standard_error=None, positive=1,
                                                                           seeds=1)
     assert content["summary"]["stage3_accuracy"]["by_seed"] == [0.875, None]
+
+
+def test_a_second_stage_that_knows_its_noise_is_compared_with_plain_dpt(experiment, monkeypatch, capsys):
+    write_run(experiment / "run_aug100_tdsm", 0.9375)
+    transition = dict(transition_matrix=[[1]], method="held_out", held_out=30, error=0.125, error_of_no_noise=0.25)
+    (experiment / "transition.json").write_text(json.dumps(transition))
+    for kind, share in (("plain", 0.71), ("tdsm", 0.83)):
+        (experiment / f"judged-{kind}").mkdir()
+        (experiment / f"judged-{kind}" / "result.json").write_text(
+            json.dumps({"class_accuracy": share, "judge_accuracy": 0.99}))
+    content = make(experiment, monkeypatch, f"--tdsm_stage3={experiment}/run_aug100_tdsm",
+                   f"--tdsm_transition={experiment}/transition.json", f"--judged={experiment}/judged")
+    assert content["stage3_tdsm_accuracy"] == 0.9375 and content["stage3_accuracy"] == 0.875
+    assert content["tdsm"]["minus_stage3"] == 0.0625 and content["tdsm"]["minus_stage1"] == 0.1875
+    assert content["tdsm"]["images_of_the_right_class"] == {"plain": 0.71, "tdsm": 0.83}
+    text = (experiment / "out" / "report.md").read_text()
+    for words in ("| stage 3 with images of TDSM, which knows that pseudo-labels err | 93.75 |",
+                  "minus stage 3 of plain DPT: +6.25 points", "plain EDM 71.00 %, TDSM 83.00 %",
+                  "from 30 further labelled images, which plain DPT did not have", "0.125 from the true ones"):
+        assert words in text
+    assert "93.75 %  (+6.25 over plain DPT)" in capsys.readouterr().out
+    over = over_seeds([content, {**content, "stage3_tdsm_accuracy": 0.875, "seed": 2}])
+    assert over["differences"]["stage3_tdsm_minus_stage3_accuracy"]["mean"] == pytest.approx(0.03125)
+    assert over["summary"]["images_right_tdsm"]["mean"] == pytest.approx(0.83)
+    assert "stage3_minus_stage3_tdsm_accuracy" not in over["differences"]
+
+
+def test_without_it_the_report_does_not_mention_it(experiment, monkeypatch):
+    content = make(experiment, monkeypatch)
+    assert "tdsm" not in content and "TDSM" not in (experiment / "out" / "report.md").read_text()
+    assert "stage3_tdsm_accuracy" not in over_seeds([content])
