@@ -1,16 +1,18 @@
 """Distribution alignment over many successive batches."""
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import torch
 
 from DASO.lib.algorithm.alignment import DistributionAlignment
 from DASO.lib.algorithm.interface import Setting
-from tests.golden.cases import arrays, index
+from tests.golden.cases import arrays
+from tests.golden.daso_cases import of_file, serves, tolerance
 
-CASES = [case for case in index("daso")["cases"] if case["file"] == "align.npz"]
-SERVES = {case["name"] for case in CASES}
-EXPONENTS = (None, None, 0.5, 0.8)  # of successive calls, cyclically, as the case says
+CASES = of_file("align.npz")
+SERVES = serves(CASES)
 
 
 def test_alignment() -> None:
@@ -18,11 +20,12 @@ def test_alignment() -> None:
         stored, rng = arrays("daso", case["file"]), np.random.default_rng(case["seed"])
         outputs = {int(key.rpartition("out")[2]): key for key in case["keys"] if "/out" in key}
         target = torch.from_numpy(stored[f"{case['name']}/target"])
+        scale = float(re.search(r"softmax\(([\d.]+)\*normal", case["what"])[1])
+        said = re.search(r"exponent (\S+) cyclically", case["what"])[1].split("/")
+        exponents = [case["default_exponent"] if text == "None" else float(text) for text in said]
         alignment = DistributionAlignment(target, Setting(case["K"], (1,) * case["K"]))
         for call in range(max(outputs) + 1):
-            logits = 2 * rng.standard_normal((case["B"], case["K"])).astype(np.float32)
-            exponent = EXPONENTS[call % len(EXPONENTS)]
-            exponent = case["default_exponent"] if exponent is None else exponent
-            found = alignment(torch.from_numpy(logits).softmax(1), exponent)
+            logits = scale * rng.standard_normal((case["B"], case["K"])).astype(np.float32)
+            found = alignment(torch.from_numpy(logits).softmax(1), exponents[call % len(exponents)])
             if call in outputs:
-                np.testing.assert_allclose(found, stored[outputs[call]], rtol=1e-4, atol=1e-5, err_msg=outputs[call])
+                np.testing.assert_allclose(found, stored[outputs[call]], err_msg=outputs[call], **tolerance(case))

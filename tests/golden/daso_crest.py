@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from DASO.lib.algorithm.self_training import sampling_rates, select
-from tests.golden.cases import arrays, index
+from tests.golden.cases import arrays
+from tests.golden.daso_cases import of_file, serves
 
-CASES = [case for case in index("daso")["cases"] if case["file"] == "crest.npz"]
-SERVES = {case["name"] for case in CASES}
-FIRST_UNLABELLED = 10000  # the number of the first unlabelled image in the case's lists
+CASES = of_file("crest.npz")
+SERVES = serves(CASES)
 
 
 def test_expansion() -> None:
@@ -27,9 +27,10 @@ def test_expansion() -> None:
         np.testing.assert_allclose(rates, stored[f"{name}/mu"], rtol=1e-6)
 
         added, label = select(torch.from_numpy(logits).softmax(1), rates)
+        first = int(re.search(r"unlabelled (\d+)\.\.", case["what"])[1])  # number of the first unlabelled image
         truth = np.repeat(np.arange(classes), given["labelled_counts"])
         labels = np.concatenate([truth, label.numpy()])
-        np.testing.assert_array_equal(np.concatenate([np.arange(len(truth)), FIRST_UNLABELLED + added.numpy()]),
+        np.testing.assert_array_equal(np.concatenate([np.arange(len(truth)), first + added.numpy()]),
                                       stored[f"{name}/new_idx"])
         np.testing.assert_array_equal(labels, stored[f"{name}/new_labels"])
         np.testing.assert_array_equal(np.bincount(labels, minlength=classes), stored[f"{name}/new_counts"])

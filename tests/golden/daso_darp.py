@@ -17,10 +17,11 @@ from DASO.lib.algorithm.darp import (
     target_counts,
 )
 from DASO.lib.algorithm.interface import Setting
-from tests.golden.cases import arrays, index
+from tests.golden.cases import arrays
+from tests.golden.daso_cases import of_file, serves
 
-CASES = {case["name"]: case for case in index("daso")["cases"] if case["file"] == "darp.npz"}
-SERVES = {"darp", "estim", "estim_files", "target"}
+CASES = {case["name"]: case for case in of_file("darp.npz")}
+SERVES = serves([CASES[name] for name in ("darp", "estim", "estim_files", "target")])
 
 
 def counts(head: int, gamma: float, classes: int) -> list[int]:

@@ -6,10 +6,11 @@ import re
 import numpy as np
 
 from shared.mixing import group_offsets, interleaved
-from tests.golden.cases import arrays, index
+from tests.golden.cases import arrays
+from tests.golden.daso_cases import of_file, serves
 
-CASES = [case for case in index("daso")["cases"] if case["file"] == "mix.npz"]
-SERVES = {case["name"] for case in CASES}
+CASES = of_file("mix.npz")
+SERVES = serves(CASES)
 
 
 def test_interleaving() -> None:
