@@ -21,7 +21,8 @@ OPTIONS_FILE = "training_options.json"
 RESULT_FILE = "result.json"
 LOCK_FILE = ".lock"
 
-# Networks and constants of "Elucidating the Design Space of Diffusion-Based Generative Models", table 1 and appendix F.
+# Networks and constants of "Elucidating the Design Space of Diffusion-Based Generative Models", table 1 and appendix F;
+# ddpmpp_mnist is the one of "Label-Noise Robust Diffusion Models" for MNIST.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ddpmpp": dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
                    decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1],
@@ -29,6 +30,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ncsnpp": dict(model_type="SongUNet", embedding_type="fourier", encoder_type="residual",
                    decoder_type="standard", channel_mult_noise=2, resample_filter=[1, 3, 3, 1],
                    model_channels=128, channel_mult=[2, 2, 2]),
+    "ddpmpp_mnist": dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
+                         decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1],
+                         model_channels=32, channel_mult=[2, 2, 2], num_blocks=1),
     "adm": dict(model_type="DhariwalUNet", model_channels=192, channel_mult=[1, 2, 3, 4]),
 }
 PRECONDITIONINGS = {"vp": "VP", "ve": "VE", "edm": "EDM"}

@@ -25,6 +25,12 @@ DEEPEST = 32  # levels of things in things; published networks have five
 STORAGE_TYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
                  "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
                  "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+# Classifiers hold ordinary modules of torch and a residual network that is pickled by its module's name.
+TORCH_LAYERS = {"conv": ("Conv2d",), "batchnorm": ("BatchNorm2d", "SyncBatchNorm"), "linear": ("Linear", "Identity"),
+                "activation": ("ReLU", "SiLU"), "dropout": ("Dropout",), "flatten": ("Flatten",),
+                "pooling": ("MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d"),
+                "container": ("ModuleDict", "ModuleList", "Sequential")}
+RESNET_CLASSES = ("BasicBlock", "Bottleneck", "ResNet_cond", "ResNet_cond_64")
 
 
 class PublishedNetwork(NamedTuple):
@@ -151,7 +157,10 @@ def _expect(value: Any, kind: type) -> Any:
 
 NAMES: dict[tuple[str, str], Callable] = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object,
-    ("torch.nn.modules.container", "ModuleDict"): Record,
+    **{(f"torch.nn.modules.{module}", name): Record for module, names in TORCH_LAYERS.items() for name in names},
+    **{("training.resnet_cond", name): Record for name in RESNET_CLASSES},
+    ("torchvision.models.resnet", "ResNet"): Record,
+    ("torchvision.models.resnet", "Bottleneck"): Record,
     ("dnnlib.util", "EasyDict"): dict,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,

@@ -4,10 +4,11 @@ Our `network-snapshot-NNNNNN.pkl` keeps the published name and is a plain torch.
 `torch.load(file, weights_only=True)` reads:
 
     format         "fewlabel network snapshot"
-    class_name     EDMPrecond, VPPrecond, VEPrecond or iDDPMPrecond
+    class_name     EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, a classifier of EDM/noise_classifiers.py or CAS_class
     init_kwargs    its constructor keywords
     state_dict     its tensors, float32 on the CPU (the EMA of a training run)
     dataset_kwargs what it was trained on
+    loss_kwargs    of TDSM: the label noise it was trained for, `transition_matrix` among it
 
 `.safetensors` files hold the same, with all but the tensors as JSON in the header. Reading any of the formats runs
 nothing that the file brings along.
@@ -24,13 +25,16 @@ from typing import Any
 
 import torch
 
+from EDM.cas_networks import CAS_class
 from EDM.downloads import local_file
+from EDM.noise_classifiers import CLASSIFIERS
 from EDM.preconditioning import PRECONDITIONERS
 from EDM.published import Record, describe, is_plain, read_pickle, read_zip
 from shared.cli import UserError, nearest
 from shared.files import atomic
 
 FORMAT = "fewlabel network snapshot"
+NETWORKS = {**PRECONDITIONERS, **CLASSIFIERS, "CAS_class": CAS_class}
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,16 @@ class Snapshot:
     state_dict: dict[str, torch.Tensor]
     dataset_kwargs: dict[str, Any] = field(default_factory=dict)
     source: str = "snapshot"
+    loss_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> torch.nn.Module:
         """Return the network in eval mode, float32 on the CPU, without gradients. Raises UserError."""
-        if self.class_name not in PRECONDITIONERS:
-            raise UserError(f"{self.source}: holds a {self.class_name}{nearest(self.class_name, PRECONDITIONERS)}, "
-                            f"expected one of {', '.join(PRECONDITIONERS)}")
+        if self.class_name not in NETWORKS:
+            raise UserError(f"{self.source}: holds a {self.class_name}{nearest(self.class_name, NETWORKS)}, "
+                            f"expected one of {', '.join(NETWORKS)}")
         try:
             with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
-                net = PRECONDITIONERS[self.class_name](**self.init_kwargs)
+                net = NETWORKS[self.class_name](**self.init_kwargs)
         except (UserError, TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
             raise UserError(f"{self.source}: no {self.class_name} can be made from its constructor arguments "
                             f"({error})") from None
@@ -80,24 +85,33 @@ def load_weights(net: torch.nn.Module, tensors: Mapping[str, torch.Tensor], sour
 
 
 def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") -> torch.nn.Module:
-    """Return the network of a snapshot (path or URL, any format) on `device`: eval mode, float32, no gradients.
+    """Return the denoiser of a snapshot (path or URL, any format) on `device`: eval mode, float32, no gradients.
 
-    Raises UserError when the file is missing, damaged, hostile or no snapshot.
+    Raises UserError when the file is missing, damaged, hostile, no snapshot, or holds a classifier.
     """
-    return read_snapshot(path).build().to(device)
+    return expect_kind(read_snapshot(path), PRECONDITIONERS, "a denoiser").build().to(device)
+
+
+def expect_kind(snapshot: Snapshot, kind: Mapping[str, Any], what: str) -> Snapshot:
+    """Return the snapshot; raise UserError, saying that `what` is expected, for a network of another kind."""
+    if snapshot.class_name in NETWORKS and snapshot.class_name not in kind:
+        raise UserError(f"{snapshot.source}: holds a {snapshot.class_name}, expected {what} ({', '.join(kind)})")
+    return snapshot
 
 
 def save_snapshot(path: str | os.PathLike, net: torch.nn.Module,
-                  dataset_kwargs: Mapping[str, Any] | None = None) -> None:
-    """Write `net` (one of PRECONDITIONERS; of a training run, the EMA) to `path`: complete or not at all."""
+                  dataset_kwargs: Mapping[str, Any] | None = None,
+                  loss_kwargs: Mapping[str, Any] | None = None) -> None:
+    """Write `net` (one of NETWORKS; of a training run, the EMA) to `path`: complete or not at all."""
     write_snapshot(path, Snapshot(type(net).__name__, dict(net.init_kwargs), net.state_dict(),
-                                  dict(dataset_kwargs or {}), str(path)))
+                                  dict(dataset_kwargs or {}), str(path), dict(loss_kwargs or {})))
 
 
 def write_snapshot(path: str | os.PathLike, snapshot: Snapshot) -> None:
     """Write a snapshot as `.safetensors` when `path` ends so, and in our `.pkl` form otherwise."""
     about = dict(class_name=snapshot.class_name, init_kwargs=_plain(snapshot.init_kwargs),
-                 dataset_kwargs=_plain(snapshot.dataset_kwargs))
+                 dataset_kwargs=_plain(snapshot.dataset_kwargs),
+                 **(dict(loss_kwargs=_plain(snapshot.loss_kwargs)) if snapshot.loss_kwargs else {}))
     tensors = {name: _stored(tensor) for name, tensor in snapshot.state_dict.items()}
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import save
@@ -129,7 +143,10 @@ def read_snapshot(path: str | os.PathLike) -> Snapshot:
     network = describe(content["ema"], str(path))
     dataset = content.get("dataset_kwargs")
     dataset = dict(dataset) if isinstance(dataset, dict) and is_plain(dataset) else {}
-    return Snapshot(network.class_name, network.init_kwargs, network.tensors, dataset, str(path))
+    loss = content.get("loss_fn")
+    settings = {name: value for name, value in loss.state.items() if is_plain(value)} \
+        if isinstance(loss, Record) and loss.class_name else {}
+    return Snapshot(network.class_name, network.init_kwargs, network.tensors, dataset, str(path), settings)
 
 
 def load_training_state(path: str | os.PathLike) -> dict[str, Any]:
@@ -178,13 +195,16 @@ def _from_safetensors(file: Path, source: str) -> Snapshot:
 
 
 def _checked(about: Any, tensors: Any, source: str) -> Snapshot:
-    kinds = dict(class_name=str, init_kwargs=dict, dataset_kwargs=dict)
+    kinds = dict(class_name=str, init_kwargs=dict, dataset_kwargs=dict, loss_kwargs=dict)
+    if isinstance(about, dict):
+        about = {"loss_kwargs": {}, **about}
     for name, kind in kinds.items():
         if not isinstance(about, dict) or not isinstance(about.get(name), kind) or not is_plain(about[name]):
             raise UserError(f"{source}: its entry {name} is missing or malformed")
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(f"{source}: its entry state_dict is missing or malformed")
-    return Snapshot(*(about[name] for name in ("class_name", "init_kwargs")), tensors, about["dataset_kwargs"], source)
+    return Snapshot(about["class_name"], about["init_kwargs"], tensors, about["dataset_kwargs"], source,
+                    about["loss_kwargs"])
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:

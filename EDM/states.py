@@ -65,14 +65,14 @@ def save_state(path: Path, net: torch.nn.Module, ema: EMA, optimizer: torch.opti
 
 
 def write_snapshots(folder: Path, name: str, ema: torch.nn.Module, dataset_kwargs: Mapping[str, Any],
-                    world: World) -> None:
+                    world: World, loss_kwargs: Mapping[str, Any] | None = None) -> None:
     """Write the averaged network to `folder`/`name` and to network-snapshot-latest.pkl, once all ranks agree on it."""
     prints = distributed.gather(fingerprint(ema)[None], world)
     if (prints != prints[0]).any():
         rank = int((prints != prints[0]).nonzero()[0, 0])
         raise RuntimeError(f"the averaged networks of ranks 0 and {rank} differ; nothing was written to {name}")
     if world.main:
-        save_snapshot(folder / name, ema, dataset_kwargs)
+        save_snapshot(folder / name, ema, dataset_kwargs, loss_kwargs)
         with open(folder / name, "rb") as source, atomic(folder / LATEST) as target:
             shutil.copyfileobj(source, target)
 

@@ -31,6 +31,7 @@ def module_table(net: torch.nn.Module, batch: int) -> str:
     def leave(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         nonlocal depth
         depth -= 1
+        output = output[0] if isinstance(output, tuple) else output  # of a classifier with a transition matrix
         if depth <= DEEPEST:
             rows.append((names[module], count(module.parameters()), count(module.buffers()),
                          str([batch, *output.shape[1:]]), str(output.dtype).removeprefix("torch.")))

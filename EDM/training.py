@@ -1,13 +1,13 @@
-"""Training of a diffusion model: one step, the schedules, the loop ("Elucidating the Design Space of Diffusion-Based
-Generative Models", Karras et al., arXiv 2206.00364, appendix F).
+"""Training of a diffusion model, or of another network of noisy images: one step, the schedules, the loop ("Elucidating
+the Design Space of Diffusion-Based Generative Models", Karras et al., arXiv 2206.00364, appendix F).
 """
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,33 @@ from shared.randomness import torch_rng
 from shared.run import Run
 
 Loss = EDMLoss | VPLoss | VELoss
+Parameters = Sequence[torch.nn.Parameter]
+
+
+@dataclass
+class Task:
+    """What is trained, and where its training differs from that of a denoiser.
+
+    net: on its device, with its initial weights. loss_fn: see EDM/loss.py; its optional `statistics` (name -> scalar of
+    the last call) are logged. values_per_image: elements of the loss that belong to one image.
+    learning_rate, averaging: number of images seen -> rate of the next step, and beta of the average. average_buffers:
+    see EMA. frozen: number of images seen -> parameters that the next step leaves as they are.
+    report: called at every tick on the main process with the averaged network, the images seen and the run; returns
+    further numbers for stats.jsonl. loss_kwargs: what the snapshots record of the loss. outcome: further entries of
+    result.json.
+    """
+
+    net: torch.nn.Module
+    loss_fn: Any
+    augment: AugmentPipe | None
+    values_per_image: int
+    learning_rate: Callable[[int], float]
+    averaging: Callable[[int], float]
+    average_buffers: str = "keep"
+    frozen: Callable[[int], Parameters] = lambda nimg: ()
+    report: Callable[[torch.nn.Module, int, Run], dict[str, float]] = lambda net, nimg, run: {}
+    outcome: Callable[[Run], dict[str, Any]] = lambda run: {}
+    loss_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 # --------------------------------------------------------------------------------------------------------- one step
@@ -89,14 +116,16 @@ def draw(loss_fn: Loss, augment: AugmentPipe | None, seed: int, nimg: int, batch
 
 def training_step(model: torch.nn.Module, loss_fn: Loss, augment: AugmentPipe | None, optimizer: torch.optim.Optimizer,
                   ema: EMA, batch: Batch, draws: Draws, *, lr: float, beta: float, rounds: int = 1,
-                  loss_scaling: float = 1.0, precision: str = "fp32") -> torch.Tensor:
+                  loss_scaling: float = 1.0, precision: str = "fp32", frozen: Parameters = (),
+                  statistics: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
     """Do one training step; return [3] sums over this process: loss, loss², parameters with a non-finite gradient.
 
     model: the preconditioned network, alone or in DistributedDataParallel. batch, draws: the images and random numbers
     of this process. lr: learning rate. beta: ema <- beta ema + (1 - beta) net. rounds: number of parts in which the
     images go through the network; their gradients add up. The gradient is that of `loss_scaling` x the mean over the
     global batch of the loss summed over pixels; it is not divided by `loss_scaling`, as Adam does not see scales.
-    precision: "bf16" computes the network under autocast.
+    precision: "bf16" computes the network under autocast. frozen: parameters that are not moved. statistics: takes up
+    the means over this process of what the loss reports.
     """
     net = distributed.unwrap(model)
     count = len(batch.images)
@@ -118,8 +147,13 @@ def training_step(model: torch.nn.Module, loss_fn: Loss, augment: AugmentPipe | 
             loss.sum().mul(loss_scaling / count).backward()
         with torch.no_grad():
             sums += torch.stack([loss.sum(), loss.square().sum()])
+        if statistics is not None:
+            for name, value in getattr(loss_fn, "statistics", {}).items():
+                statistics[name] = statistics.get(name, 0) + value / rounds
     for group in optimizer.param_groups:
         group["lr"] = lr
+    for parameter in frozen:
+        parameter.grad = None  # which optimizers pass over
     replaced = replace_non_finite([p.grad for p in net.parameters() if p.grad is not None])
     optimizer.step()
     ema.update(net, beta)
@@ -149,13 +183,21 @@ def choose_precision(asked: str | None, device: torch.device, strict: bool) -> s
     return "bf16" if fast and not strict else "fp32"
 
 
-def build(options: Mapping[str, Any], dataset: TrainingSet, device: torch.device
-          ) -> tuple[torch.nn.Module, Loss, AugmentPipe | None]:
-    """Return the network on `device` with its initial weights, the loss and the augmentation."""
+def denoising(options: Mapping[str, Any], dataset: TrainingSet, world: World) -> Task:
+    """Return the training of a denoiser."""
+    net, augment = build(options, dataset, world.device, PRECONDITIONERS)
+    loss_kwargs = dict(options["loss_kwargs"])
+    loss_fn = LOSSES[loss_kwargs.pop("class_name").removeprefix("training.loss.")](**loss_kwargs)
+    return Task(net, loss_fn, augment, int(np.prod(image_shape(dataset))), ramp(options),
+                lambda nimg: averaging(options, nimg))
+
+
+def build(options: Mapping[str, Any], dataset: TrainingSet, device: torch.device,
+          networks: Mapping[str, Callable[..., torch.nn.Module]]) -> tuple[torch.nn.Module, AugmentPipe | None]:
+    """Return the network on `device` with its initial weights, and the augmentation."""
     # The option dictionary names classes by their published modules.
-    net_kwargs, loss_kwargs = dict(options["network_kwargs"]), dict(options["loss_kwargs"])
-    make_net = PRECONDITIONERS[net_kwargs.pop("class_name").removeprefix("training.networks.")]
-    make_loss = LOSSES[loss_kwargs.pop("class_name").removeprefix("training.loss.")]
+    net_kwargs = dict(options["network_kwargs"])
+    make_net = networks[net_kwargs.pop("class_name").removeprefix("training.networks.")]
     # As published, torch's seed is the first draw of NumPy's generator; the same one on every rank.
     torch.manual_seed(np.random.RandomState(options["seed"] % (1 << 31)).randint(1 << 31))
     net = make_net(img_resolution=dataset.resolution, img_channels=dataset.num_channels, label_dim=dataset.label_dim,
@@ -163,13 +205,32 @@ def build(options: Mapping[str, Any], dataset: TrainingSet, device: torch.device
     augment = None
     if "augment_kwargs" in options:
         augment = AugmentPipe(**{k: v for k, v in options["augment_kwargs"].items() if k != "class_name"})
-    return net.to(device), make_loss(**loss_kwargs), augment
+    return net.to(device), augment
+
+
+def make_optimizer(options: Mapping[str, Any], net: torch.nn.Module, strict: bool) -> torch.optim.Optimizer:
+    """Return Adam or SGD with the settings of the option dictionary."""
+    settings = dict(options["optimizer_kwargs"])
+    kind = {"torch.optim.Adam": torch.optim.Adam, "torch.optim.SGD": torch.optim.SGD}[settings.pop("class_name")]
+    return kind(net.parameters(), **settings, **({"foreach": False} if strict else {"fused": True}))
+
+
+def ramp(options: Mapping[str, Any]) -> Callable[[int], float]:
+    """Return number of images seen -> `learning_rate` of the run."""
+    return lambda nimg: learning_rate(nimg, options["optimizer_kwargs"]["lr"], options.get("lr_rampup_kimg", 10000),
+                                      options["total_kimg"], options.get("lr_decay", 0.0))
+
+
+def image_shape(dataset: TrainingSet) -> list[int]:
+    return [dataset.num_channels, dataset.resolution, dataset.resolution]
 
 
 # --------------------------------------------------------------------------------------------------------- the loop
 
-def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, precision: str | None = None,
-          strict: bool = False, compiled: bool = False, checkpoint_seconds: float = 600.0) -> None:
+def train(options: Mapping[str, Any], dataset: TrainingSet, world: World,
+          make_task: Callable[[Mapping[str, Any], TrainingSet, World], Task] = denoising, *,
+          precision: str | None = None, strict: bool = False, compiled: bool = False,
+          checkpoint_seconds: float = 600.0) -> None:
     """Train as the published option dictionary says, and leave the published files in options["run_dir"].
 
     Continues from the folder's checkpoint, if there is one. precision: fp32, bf16, fp16 or None (see
@@ -184,7 +245,8 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
-    net, loss_fn, augment = build(options, dataset, device)
+    task = make_task(options, dataset, world)
+    net, loss_fn, augment = task.net, task.loss_fn, task.augment
     try:
         table = module_table(net, at_once)
     except (RuntimeError, ZeroDivisionError) as error:
@@ -194,9 +256,8 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
         use_channels_last(net)
         if device.type == "cpu":
             keep_freed_memory()
-    ema = EMA(net, buffers="keep")
-    adam = {name: value for name, value in options["optimizer_kwargs"].items() if name != "class_name"}
-    optimizer = torch.optim.Adam(net.parameters(), **adam, **({"foreach": False} if strict else {"fused": True}))
+    ema = EMA(net, buffers=task.average_buffers)
+    optimizer = make_optimizer(options, net, strict)
     optimizer.register_load_state_dict_post_hook(keep_layout)
     order = InfiniteOrder(len(dataset), seed)
     losses = Moments(device)
@@ -216,19 +277,18 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
               f"{world.size} x {device.type}, {rounds} round(s) of {at_once} images")
 
     clock = TickClock(device, run.seconds, schedule.nimg(run.step))
-    shape = [dataset.num_channels, dataset.resolution, dataset.resolution]
+    shape, values_per_step = image_shape(dataset), batch_size * task.values_per_image
     for step in run.steps(schedule.steps):
         nimg = schedule.nimg(step)
         batch = batches(nimg)
         draws = draw(loss_fn, augment, seed, nimg, batch_size, shape, batch.places, device)
-        lr = learning_rate(nimg, adam["lr"], options.get("lr_rampup_kimg", 10000), total_kimg,
-                           options.get("lr_decay", 0.0))
-        beta = averaging(options, nimg)
-        sums = training_step(model, loss_fn, augment, optimizer, ema, batch, draws, lr=lr, beta=beta, rounds=rounds,
-                             loss_scaling=options["loss_scaling"], precision=precision)
+        statistics: dict[str, torch.Tensor] = {}
+        sums = training_step(model, loss_fn, augment, optimizer, ema, batch, draws, lr=task.learning_rate(nimg),
+                             beta=task.averaging(nimg), rounds=rounds, loss_scaling=options["loss_scaling"],
+                             precision=precision, frozen=task.frozen(nimg), statistics=statistics)
         sums = distributed.sum_(sums, world)
-        losses.add(batch_size * int(np.prod(shape)), sums[:2])
-        run.log(loss=sums[0] / (batch_size * int(np.prod(shape))), non_finite_gradients=sums[2])
+        losses.add(values_per_step, sums[:2])
+        run.log(loss=sums[0] / values_per_step, non_finite_gradients=sums[2], **statistics)
 
         tick = schedule.tick(step)
         if tick is not None:
@@ -238,12 +298,15 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
             if means["non_finite_gradients"] > 0:
                 run.print(f"warning: non-finite gradients were replaced in {means['non_finite_gradients']:.3g} tensors "
                           "a step since the last tick; if that goes on, try a lower --lr or --ls")
+            further = {f"Loss/{name}": value for name, value in means.items() if name in statistics}
+            if world.main:
+                further |= task.report(ema.module, schedule.nimg(step + 1), run)
             if name := schedule.snapshot(step):
-                write_snapshots(folder, name, ema.module, options["dataset_kwargs"], world)
+                write_snapshots(folder, name, ema.module, options["dataset_kwargs"], world, task.loss_kwargs)
             if (name := schedule.state_dump(step)) and world.main:
                 save_state(folder / name, net, ema, optimizer, order, schedule.nimg(step + 1))
-            line = stats_line(losses.entry(), values)
-            run.record({"Loss/loss": line["Loss/loss"]["mean"], **values}, line)
+            line = stats_line(losses.entry(), {**further, **values})
+            run.record({"Loss/loss": line["Loss/loss"]["mean"], **further, **values}, line)
             clock.resume()
 
     if world.main:
@@ -251,5 +314,5 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World, *, pre
         with atomic(folder / RESULT_FILE, "w") as file:
             file.write(json.dumps(dict(nimg=schedule.nimg(schedule.steps), seed=seed, snapshot=last,
                                        seconds=round(run.seconds, 1), precision=precision, processes=world.size,
-                                       **computed_on(device)), indent=2))
+                                       **task.outcome(run), **computed_on(device)), indent=2))
     run.print(f"Done: {folder / 'network-snapshot-latest.pkl'}")
