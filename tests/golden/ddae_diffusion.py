@@ -1,0 +1,205 @@
+"""DDPM and EDM: tables, perturbation, losses and their gradients, features, samplers, the augmentation pipe."""
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from DDAE.diffusion import AUGMENTATIONS, DDPM, EDM
+from DDAE.unet import UNet
+from shared.augment_pipe import AugmentPipe
+from tests.golden.cases import fill
+from tests.golden.ddae_compare import assert_close, cases, served, tensors
+
+ALL = cases("ddpm.npz") + cases("edm.npz") + cases("augment.npz")
+CASES = served(ALL)
+
+
+def select(*kinds: str, files: tuple[str, ...] = ("ddpm.npz", "edm.npz", "augment.npz")) -> pytest.MarkDecorator:
+    found = [case for case in ALL if case["file"] in files and any(kind in kind_of(case) for kind in kinds)]
+    return pytest.mark.parametrize("case", found, ids=lambda case: f"{case['file'][:-4]}-{case['id']}")
+
+
+def kind_of(case: dict[str, Any]) -> str:
+    """Return what a case is about, from its arrays; an unknown one is nobody's and must fail."""
+    keys = set(case["keys"])
+    if {"xT"} <= keys:
+        return "sample"
+    if "labels" in keys:
+        return "pipe"
+    if any(key.startswith("tint_raw") for key in keys):
+        return "features"
+    if "grad_norms" in keys:
+        return "gradients"
+    if "x_noised" in keys:
+        return "perturb"
+    if "loss" in keys:
+        return "augmented loss"
+    return "schedules" if not {"x01", "out"} & keys else "unknown"
+
+
+def test_every_kind_is_known() -> None:
+    assert [case["id"] for case in ALL if kind_of(case) == "unknown"] == []
+
+
+def model_of(case: dict[str, Any]) -> DDPM | EDM:
+    made = case["constructor"]
+    if "betas" in made:
+        return DDPM(made["betas"], made["n_T"])
+    names = ("sigma_data", "p_mean", "p_std", "sigma_min", "sigma_max", "rho", "S_min", "S_max", "S_noise",
+             "augment_prob")
+    return EDM(**{name: made[name] for name in names if name in made})
+
+
+class Analytic(torch.nn.Module):
+    """The stand-in network that the cases describe; `times` are those it was asked with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, aug: torch.Tensor | None = None) -> torch.Tensor:
+        self.times.append(t)
+        c = t.reshape(-1, 1, 1, 1)
+        out = 0.6 * torch.sin(1.3 * x + 0.5 * c) + 0.2 * x * torch.cos(c)
+        return out if aug is None else out + 0.05 * aug.sum(1).reshape(-1, 1, 1, 1)
+
+
+def network_of(case: dict[str, Any]) -> torch.nn.Module:
+    made = case["constructor"]
+    return fill(UNet(**made["unet"])).eval() if "unet" in made else Analytic()
+
+
+def base(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the arrays and the inputs of the perturbation case that shares them."""
+    own = next(other for other in ALL if other["file"] == case["file"] and kind_of(other) == "perturb")
+    return tensors(own), own["inputs"]
+
+
+@select("schedules")
+def test_schedules(case: dict[str, Any]) -> None:
+    model, tolerance = model_of(case), case["tolerance"]
+    for key, reference in tensors(case).items():
+        if isinstance(model, EDM):
+            steps = int(key.removeprefix("steps").removesuffix("_f64"))
+            assert_close(model.schedule(steps), reference, "relative 1e-6", key)
+            continue
+        which, _, name = key.partition("_")
+        table = model.train_tables if which == "ddpm" else model.ddim_tables
+        value = table[name.removesuffix("_from1")]
+        value = value[1:] if key.endswith("_from1") else value
+        cancels = "sqrtmab" in name
+        assert "2e-6" in tolerance and "2e-4" in tolerance
+        assert_close(value, reference, "relative 2e-4" if cancels else "relative 2e-6", key)
+
+
+@select("perturb")
+def test_perturbation_and_loss(case: dict[str, Any]) -> None:
+    model, stored, inputs = model_of(case), tensors(case), case["inputs"]
+    x, noise, times = 2 * stored["x01"] - 1, stored["noise"], torch.tensor(inputs["t"])
+    if isinstance(model, DDPM):
+        assert_close(model.perturb(x, times, noise)[0], stored["x_noised"], case["tolerance"])
+        assert_close(model.perturb(x, inputs["t_int"], noise)[0], stored["x_noised_tint"], case["tolerance"])
+        assert_close(model.loss(Analytic(), x, times, noise), stored["loss"], case["tolerance"])
+        return
+    level, steps = stored["rnd"].flatten(), case["constructor"]["steps"]
+    sigma = model.training_sigma(level).reshape(-1, 1, 1, 1)
+    compare = {"sigma": sigma, "x_noised": x + sigma * noise,
+               "denoised": model.denoise(Analytic(), x + sigma * noise, sigma),
+               "loss": model.loss(Analytic(), x, level, noise),
+               "x_noised_tint": model.perturb(x, inputs["t_int"], noise, steps)[0],
+               "x_noised_tvec": model.perturb(x, times, noise, steps)[0],
+               "sigma_tint_f64": model.sigma(inputs["t_int"], steps), "sigma_tvec_f64": model.sigma(times, steps)}
+    for key, value in compare.items():
+        scale = float(stored[key].abs().max())
+        assert_close(value / scale, stored[key] / scale, case["tolerance"].replace("relative", ""), key)
+
+
+@select("gradients")
+def test_loss_and_gradients(case: dict[str, Any]) -> None:
+    model, net, stored, (shared, inputs) = model_of(case), network_of(case), tensors(case), base(case)
+    level = torch.tensor(inputs["t"]) if isinstance(model, DDPM) else shared["rnd"].flatten()
+    loss = model.loss(net, 2 * shared["x01"] - 1, level, shared["noise"])
+    loss.backward()
+    assert_close(loss, stored["loss"], case["tolerance"])
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    norms = torch.stack([grads[name].norm() for name in case["notes"]["grad_norms_order"]])
+    assert len(norms) == len(grads)
+    # A gradient that is zero but for rounding has no relative accuracy.
+    assert_close(norms, stored["grad_norms"], f"1e-6 {case['tolerance']}")
+    names = {"grad_" + name.replace(".", "_"): name for name in grads} | {
+        "grad_time_lin1_bias": "time_emb.lin1.bias"}
+    for key in stored:
+        if key.startswith("grad_") and key != "grad_norms":
+            gradient = grads[names[key]]
+            assert_close(gradient, stored[key], f"{1e-3 * float(stored[key].abs().max())}", key)
+
+
+@select("features")
+def test_features(case: dict[str, Any]) -> None:
+    model, net, stored, (shared, inputs) = model_of(case), network_of(case), tensors(case), base(case)
+    options = {"steps": case["constructor"]["steps"]} if isinstance(model, EDM) else {}
+    times = {"tint": inputs["t_int"], "tvec": torch.tensor(inputs["t"])}
+    with torch.no_grad():
+        for (name, t), (form, norm) in itertools.product(times.items(), (("raw", False), ("norm", True))):
+            found = model.features(net, shared["x01"], t, shared["noise"], norm=norm, **options)
+            wanted = {key: value for key, value in stored.items() if key.startswith(f"{name}_{form}_")}
+            assert {f"{name}_{form}_{block}" for block in found} == set(wanted)
+            for block, feature in found.items():
+                assert_close(feature, wanted[f"{name}_{form}_{block}"], case["tolerance"], f"{name} {form} {block}")
+            first = next(iter(found))
+            one = model.features(net, shared["x01"], t, shared["noise"], [first], norm=norm, **options)
+            assert torch.equal(one[first], found[first])
+
+
+@select("sample")
+def test_sampler(case: dict[str, Any]) -> None:
+    model, net, stored, made = model_of(case), network_of(case), tensors(case), case["constructor"]
+    noise = stored.get("z")
+    mode = "DDPM" if "steps" not in made else "DDIM"
+    out = model.sample(net, stored["xT"], lambda step: noise[step], mode, made.get("steps"), made.get("eta", 0.0))
+    reference = stored["out_f64"] if "out_f64" in stored else stored["out"]
+    assert_close(out, reference, case["tolerance"])
+    if isinstance(net, Analytic) and "net_times" in stored:
+        assert_close(torch.cat(net.times), stored["net_times"], case["tolerance"])
+        assert model.evaluations(mode, made["steps"]) == len(net.times)
+    if "actual_network_evaluations" in case.get("notes", {}):
+        assert len(net.times) == case["notes"]["actual_network_evaluations"]
+
+
+def pipe_of(case: dict[str, Any]) -> tuple[AugmentPipe, torch.Tensor]:
+    """Return the pipe of a case and the parameters that follow from its draws."""
+    stored, draws = tensors(case), case["inputs"]["draws in this order"]
+    pipe = AugmentPipe(**case["constructor"])
+    numbers = []
+    for name in draws:
+        value = stored[name].float()
+        numbers.extend(value.reshape(-1, len(stored["images"])))
+    # Of a number of several rows and its one gate, the pipe takes rows first, then the gate, as they are stored.
+    return pipe, pipe.parameters(numbers)
+
+
+@select("pipe")
+def test_augmentation(case: dict[str, Any]) -> None:
+    stored = tensors(case)
+    assert {name: case["constructor"][name] for name in AUGMENTATIONS} == AUGMENTATIONS
+    pipe, parameters = pipe_of(case)
+    images, labels = pipe.apply(stored["images"], parameters)
+    assert_close(images, stored["out"], "2e-5")
+    assert_close(labels, stored["labels"], "1e-6")
+
+
+@select("augmented loss")
+def test_augmented_loss(case: dict[str, Any]) -> None:
+    source = next(other for other in ALL if other["id"] == case["inputs"]["same draws as"])
+    model, net, stored = model_of(case), network_of(case), tensors(case)
+    pipe, parameters = pipe_of(source)
+    assert vars(model.augment)["multipliers"] == pipe.multipliers and model.augment.p == pipe.p
+    images, labels = model.augment.apply(tensors(source)["images"], parameters)
+    with torch.no_grad():
+        loss = model.loss(net, images, stored["rnd"].flatten(), stored["noise"], labels)
+    assert_close(loss, stored["loss"], case["tolerance"])
+    assert np.isfinite(float(loss))

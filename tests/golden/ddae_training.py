@@ -1,0 +1,143 @@
+"""The average's decay and the whole training: losses, rates, norms, weights, files, exact continuation."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from DDAE.batches import Batch
+from DDAE.checkpoints import AVERAGED, ONLINE, load_model
+from DDAE.configs import make_config, make_network
+from DDAE.training import Draws, Settings, average_decay, train
+from shared.distributed import World
+from shared.ema import EMA
+from tests.golden.cases import fill
+from tests.golden.ddae_compare import assert_close, cases, served, tensors
+
+AVERAGE, TRAIN = cases("ema.npz"), cases("train.npz")
+CASES = served(AVERAGE + TRAIN)
+
+
+@pytest.mark.parametrize("case", AVERAGE, ids=lambda case: case["id"])
+def test_average(case: dict[str, Any]) -> None:
+    stored, made = tensors(case), case["constructor"]
+    if "online" not in stored:
+        for beta in made["betas"]:
+            ours = [average_decay(int(k), beta) for k in stored["k"]]
+            assert_close(ours, stored[f"decay_beta{beta}_f64"], case["tolerance"])
+        return
+    net = torch.nn.Linear(*stored["online"].shape[:0:-1], bias=False)
+    ema = EMA(net, buffers="keep")
+    for update, (online, averaged) in enumerate(zip(stored["online"], stored["averaged"], strict=True), start=1):
+        net.weight.data.copy_(online)
+        ema.update(net, average_decay(update, made["beta"]))
+        assert_close(ema.module.weight, averaged, case["tolerance"])
+
+
+class FixedBatches:
+    """The same batches in order in every epoch."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images, self.per_epoch = images, len(images)
+
+    def __call__(self, step: int) -> Batch:
+        images = self.images[step % self.per_epoch]
+        count = len(images)
+        return Batch(images, torch.zeros(count, dtype=torch.int64), np.arange(count), slice(0, count), count)
+
+
+def run_training(case: dict[str, Any], folder: Path, load_epoch: int = -1) -> list[dict[str, float]]:
+    """Train from fill() weights on the stored numbers in `folder`; return the lines of stats.jsonl."""
+    stored, made = tensors(case), dict(case["constructor"])
+    gpus = made.pop("world_size_multiplier")
+    config = make_config({**made, "save_dir": str(folder), "load_epoch": load_epoch}, case["id"])
+    levels = stored["t_or_rnd"].flatten(1)
+
+    def draw(diffusion: Any, batch: Batch, seed: int, step: int) -> Draws:
+        return Draws(levels[step], stored["noise"][step])
+
+    train(config, fill(make_network(config)), FixedBatches(stored["X"]), World(), Settings(gpus=gpus, log_every=1),
+          draw)
+    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", TRAIN, ids=lambda case: case["id"])
+def test_training(case: dict[str, Any], tmp_path: Path) -> None:
+    stored, notes = tensors(case), case["notes"]
+    lines = run_training(case, tmp_path / "out")
+    assert_close([line["loss"] for line in lines], stored["losses"], "relative 1e-3")
+    assert_close([line["lr"] for line in lines], stored["lrs_f64"], "relative 1e-6")
+    assert_close([line["gradient_norm"] for line in lines], stored["grad_norms_before_clip"], "relative 1e-2")
+    for file in notes["files_written"]:
+        assert (tmp_path / "out" / file).is_file()
+    with Image.open(tmp_path / "out" / notes["files_written"][-1]) as sheet:
+        assert [*np.asarray(sheet).shape] == notes["last_preview_png_shape"]
+
+    last = max(int(Path(file).stem.split("_")[1]) for file in notes["files_written"] if file.endswith(".pth"))
+    content = torch.load(tmp_path / "out" / "ckpts" / f"model_{last}.pth", weights_only=True)
+    assert list(content)[:3] == notes["checkpoint"]["top_level_keys"]
+    online, averaged = content["MODEL"], content["EMA"]
+    assert list(online) == notes["norm_order"]
+    assert list(online)[:4] == notes["checkpoint"]["MODEL_keys_example"]
+    assert list(averaged)[:2] == notes["checkpoint"]["EMA_keys_first"][:2]
+    assert int(averaged["step"]) == int(stored["ema_step"])
+    average = [averaged[name.replace(ONLINE, AVERAGED)] for name in notes["norm_order"]]
+    assert_close([float(tensor.norm()) for tensor in online.values()], stored["model_norms"], "3e-4 relative 1e-6")
+    assert_close([float(tensor.sum()) for tensor in online.values()], stored["model_sums"], "5e-3")
+    assert_close([float(tensor.norm()) for tensor in average], stored["ema_norms"], "3e-4 relative 1e-6")
+    for key, prefix, tensors_of in (("model", ONLINE, online), ("ema", AVERAGED, averaged)):
+        for name in ("final.weight", "image_proj.bias"):
+            assert_close(tensors_of[prefix + name], stored[f"{key}_{name.replace('.', '_')}"], "3e-4", name)
+    group = content["opt"]["param_groups"][0]
+    for name in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"):
+        expected = notes["checkpoint"]["opt_group"][name]
+        assert (list(group[name]) if name == "betas" else group[name]) == pytest.approx(expected)
+    for name, (shape, dtype) in notes["checkpoint"]["opt_state0"].items():
+        moment = content["opt"]["state"][0][name]
+        assert ([*moment.shape], str(moment.dtype)) == (shape, dtype)
+
+
+@pytest.mark.parametrize("case", TRAIN, ids=lambda case: case["id"])
+def test_continuing_from_an_epoch_is_exact(case: dict[str, Any], tmp_path: Path) -> None:
+    stored = tensors(case)
+    run_training(case, tmp_path / "whole")
+    first = min((tmp_path / "whole" / "ckpts").glob("*.pth"), key=lambda path: int(path.stem.split("_")[1]))
+    (tmp_path / "part" / "ckpts").mkdir(parents=True)
+    first.rename(tmp_path / "part" / "ckpts" / first.name)
+    lines = run_training(case, tmp_path / "part", load_epoch=int(first.stem.split("_")[1]))
+    assert_close([line["loss"] for line in lines], stored["resumed_losses"], "relative 1e-3")
+    last = max((tmp_path / "whole" / "ckpts").glob("*.pth"), key=lambda path: int(path.stem.split("_")[1])).name
+    whole, part = (torch.load(tmp_path / name / "ckpts" / last, weights_only=True) for name in ("whole", "part"))
+    for entry in ("MODEL", "EMA"):
+        assert all(torch.equal(whole[entry][name], part[entry][name]) for name in whole[entry])
+
+
+def published_form(content: dict[str, Any], one_element: bool) -> dict[str, Any]:
+    """Return a checkpoint as the published code writes it; `one_element`: counters as an older library stored them."""
+    shape = [1] if one_element else []
+    ema = {"initted": content["EMA"]["initted"].reshape(shape), "step": content["EMA"]["step"].reshape(shape)}
+    ema.update({name.replace(ONLINE, "online_model.nn_model."): value for name, value in content["MODEL"].items()})
+    ema.update({name: value for name, value in content["EMA"].items() if name.startswith(AVERAGED)})
+    return {"MODEL": content["MODEL"], "EMA": ema, "opt": content["opt"]}
+
+
+@pytest.mark.parametrize("one_element", [False, True])
+@pytest.mark.parametrize("case", TRAIN, ids=lambda case: case["id"])
+def test_published_checkpoints_load(case: dict[str, Any], one_element: bool, tmp_path: Path) -> None:
+    run_training(case, tmp_path / "out")
+    path = max((tmp_path / "out" / "ckpts").glob("*.pth"), key=lambda path: int(path.stem.split("_")[1]))
+    content = torch.load(path, weights_only=True)
+    expected = SimpleNamespace(prefixes=case["notes"]["checkpoint"]["EMA_key_prefixes"])
+    published = published_form(content, one_element)
+    assert sorted({name.split(".")[0] for name in published["EMA"]}) == expected.prefixes
+    torch.save(published, path)
+    made = {key: value for key, value in case["constructor"].items() if key != "world_size_multiplier"}
+    net, _ = load_model(make_config({**made, "save_dir": str(tmp_path / "out")}, case["id"]))
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, content["EMA"][AVERAGED + name])
