@@ -43,6 +43,12 @@ class Batch:
         return whole[self.part]
 
 
+    def slice(self, start: int, stop: int) -> Batch:
+        """Return a part of these images, places counted from the first of them."""
+        places = slice(self.part.start + start, min(self.part.start + stop, self.part.stop))
+        return Batch(self.images[start:stop], self.labels[start:stop], self.items[start:stop], places, self.count)
+
+
 def share_out(count: int, world: World) -> slice:
     """Return this rank's contiguous part of `count` items; sizes differ by one at most."""
     return slice(count * world.rank // world.size, count * (world.rank + 1) // world.size)

@@ -25,6 +25,8 @@ PIXELS = "pixels"
 def encoder_parser(description: str, epoch: bool = True) -> argparse.ArgumentParser:
     """Return a parser with the flags that choose a network, its data and the machine."""
     parser = ddae_parser(description)
+    parser.add_argument("--gpus", type=int, default=None, help="processes that the config's batch_size and lrate are "
+                        "meant for, however many there are [as many as there are]")
     if epoch:
         parser.add_argument("--epoch", type=int, default=-1, help="checkpoint model_{epoch}.pth [the last]")
         parser.add_argument("--network", default=None, metavar="SNAPSHOT", help="probe a network-snapshot-*.pkl of "
@@ -56,6 +58,13 @@ class Encoder:
     def pixels(self) -> bool:
         """Whether the "features" are the pixels themselves, to compare with."""
         return self.net is None
+
+    def facts(self) -> list:
+        """Return what changes when the weights do: file, size, time of change."""
+        if self.weights is None or not self.weights.is_file():
+            return [str(self.weights)]
+        state = self.weights.stat()
+        return [str(self.weights), state.st_size, state.st_mtime_ns]
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise UserError for a block that does not exist, naming those that do."""

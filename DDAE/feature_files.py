@@ -28,11 +28,11 @@ class FeatureFiles:
     image's view and noise depend on (seed, item, copy, level) alone. What is there is not computed again.
     """
 
-    def __init__(self, encoder: Encoder, options: argparse.Namespace, world: World, facts: object = None) -> None:
+    def __init__(self, encoder: Encoder, options: argparse.Namespace, world: World) -> None:
         self.encoder, self.copies, self.seed, self.world = encoder, options.copies, options.seed, world
-        probe = encoder.probe
-        about = [facts, encoder.config.dataset, options.data_dir, encoder.config.to_dict()["network"], probe.flip,
-                 probe.pad, options.seed, encoder.precision, world.device.type]
+        probe, config = encoder.probe, encoder.config
+        about = [encoder.facts(), config.dataset, options.data_dir, dict(config.network), probe.flip, probe.pad,
+                 options.seed, encoder.precision, world.device.type]
         digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:12]
         self.folder = Path(encoder.config.save_dir) / "features" / f"{encoder.name}-{digest}"
 

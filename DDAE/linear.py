@@ -69,20 +69,21 @@ def main() -> None:
     keys = {f"{level}/{name}": encoder.widths[name] for level in levels for name in names}
     heads = LinearHeads(keys, encoder.config.classes, seed).to(world.device)
     optimizer = torch.optim.Adam(heads.parameters())
-    size, lr = probe.batch_size * world.size, probe.lrate * world.size
+    gpus = options.gpus or world.size
+    size, lr = probe.batch_size * gpus, probe.lrate * gpus
     batches = TrainBatches(train, size, world, seed, probe.flip, probe.pad)
     items = TestItems(test, probe.batch_size, world, seed)
     if options.copies:
         from DDAE.feature_files import FeatureFiles
 
-        files = FeatureFiles(encoder, options, world, weights_facts(encoder))
+        files = FeatureFiles(encoder, options, world)
         examples = files.examples(batches, levels, names)
     else:
         examples = FreshExamples(encoder, batches, levels, names)
 
     config = {"probes": list(keys), "dataset": encoder.config.dataset, "encoder": encoder.name, "batch": size, "lr": lr,
-              "epochs": probe.n_epoch, "flip": probe.flip, "pad": probe.pad, "seed": seed, "precision": encoder.precision,
-              "copies": options.copies, "weights": weights_facts(encoder)}
+              "epochs": probe.n_epoch, "flip": probe.flip, "pad": probe.pad, "seed": seed, "copies": options.copies,
+              "precision": encoder.precision, "weights": encoder.facts()}
     kind = "grid" if options.grid or len(keys) > 1 else "_".join([str(levels[0]), names[0]])
     outdir = Path(options.outdir or Path(encoder.config.save_dir) / "linear" / f"{encoder.name}_{kind}")
     run = Run(outdir, config, dict(heads=heads, optimizer=optimizer), world, restart=True, desc="linear probe",
@@ -136,14 +137,6 @@ def test_features(encoder: Encoder, items: TestItems, levels: Sequence[int], nam
                 for name, value in encoder.features(batch.images, level, noise, names).items():
                     found.setdefault(f"{level}/{name}", []).append(value)
         yield {key: torch.stack(values) for key, values in found.items()}, batch.labels
-
-
-def weights_facts(encoder: Encoder) -> list:
-    """Return what changes when the probed weights do."""
-    if encoder.weights is None:
-        return []
-    state = encoder.weights.stat() if encoder.weights.is_file() else None
-    return [str(encoder.weights), state and state.st_size, state and state.st_mtime_ns]
 
 
 def report(run: Run, encoder: Encoder, accuracies: dict[str, float], levels: Sequence[int], names: Sequence[str],

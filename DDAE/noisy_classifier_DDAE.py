@@ -1,0 +1,102 @@
+"""A noise-conditional classifier on frozen DDAE features: a small head that is told the noise level.
+
+    python noisy_classifier_DDAE.py --config config/DDPM_ddpm.yaml --use_amp --epoch 1999
+    python noisy_classifier_DDAE.py --config config/EDM_ddpmpp.yaml --use_amp --epoch 1200
+    python noisy_classifier_DDAE.py --config ... --compare output_WRN_DDPM/result.json      # both curves in one picture
+
+Features are those of the config's block. The same command again continues.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from DDAE.encoder import Encoder, encoder_parser, load_encoder, load_split
+from shared.cli import run_main
+from shared.lazy import lazy
+
+if TYPE_CHECKING:
+    from DDAE.batches import TrainBatches
+    from DDAE.heads import NoiseHead
+    from shared.run import Run
+
+torch = lazy("torch")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = encoder_parser(__doc__)
+    parser.add_argument("--block", default=None, metavar="NAME", help="block [the config's linear.blockname]")
+    parser.add_argument("--compare", nargs="*", default=[], metavar="JSON", help="draw the curves of these result.json "
+                        "files as well")
+    parser.add_argument("--outdir", default=None, metavar="DIR", help="results [{save_dir}/noisy_classifier/...]")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    options = parse()
+    from DDAE.batches import TestItems, TrainBatches
+    from DDAE.evaluation import accuracy_by_level, read_curve, report_by_level
+    from DDAE.heads import NoiseHead
+    from shared import distributed
+
+    for path in options.compare:
+        read_curve(path)
+    world = distributed.start(options.device)
+    encoder = load_encoder(options, world.device)
+    probe, block = encoder.probe, options.block or encoder.probe.blockname
+    encoder.check_names([block])
+    train, test = load_split(encoder, "train", options), load_split(encoder, "test", options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        head = NoiseHead(encoder.widths[block], encoder.config.classes).to(world.device)
+    batches = TrainBatches(train, probe.batch_size * (options.gpus or world.size), world, options.seed, probe.flip,
+                           probe.pad)
+    run = fit(head, encoder, block, batches, options)
+
+    def classify(images: torch.Tensor, level: int, noise: torch.Tensor) -> torch.Tensor:
+        feature = encoder.features(images, level, noise, [block])[block]
+        return head(feature, torch.full((len(images),), level, device=images.device))
+
+    items = TestItems(test, probe.batch_size, world, options.seed)
+    accuracies = accuracy_by_level(classify, items, encoder.diffusion.test_levels(), world)
+    report_by_level(run, f"DDAE {encoder.config.model_type} {encoder.name} {block}", accuracies, options.compare)
+    distributed.stop()
+
+
+def fit(head: NoiseHead, encoder: Encoder, block: str, batches: TrainBatches, options: argparse.Namespace) -> Run:
+    """Train the head on features of images at random noise levels: Adam, a cosine step per epoch."""
+    from DDAE.heads import cosine_rate
+    from shared import distributed
+    from shared.randomness import numpy_rng
+    from shared.run import Run
+
+    world, seed, probe = batches.world, options.seed, encoder.probe
+    lr, highest = probe.lrate * (options.gpus or world.size), encoder.diffusion.levels()[-1]
+    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+    config = {"block": block, "dataset": encoder.config.dataset, "encoder": encoder.name, "weights": encoder.facts(),
+              "batch": batches.size, "lr": lr, "epochs": probe.n_epoch, "flip": probe.flip, "pad": probe.pad,
+              "seed": seed, "precision": encoder.precision}
+    outdir = options.outdir or Path(encoder.config.save_dir) / "noisy_classifier" / f"{encoder.name}_{block}"
+    run = Run(outdir, config, dict(head=head, optimizer=optimizer), world, restart=True, image_batch=batches.size,
+              desc="noisy classifier")
+    model = distributed.data_parallel(head, world)
+    for step in run.steps(probe.n_epoch * batches.per_epoch):
+        optimizer.param_groups[0]["lr"] = cosine_rate(step // batches.per_epoch, lr, probe.n_epoch)
+        batch = batches(step)
+        drawn = numpy_rng(seed, step, "levels").integers(1, highest + 1, batch.count)[batch.part]
+        level = torch.from_numpy(drawn).to(world.device)
+        feature = encoder.features(batch.images, level, batch.noise(seed, step, "noise"), [block])[block]
+        logits = model(feature, level)
+        loss = torch.nn.functional.cross_entropy(logits, batch.labels)
+        optimizer.zero_grad(set_to_none=True)
+        # Gradients are averaged over ranks, whose parts of the batch may differ in size.
+        (loss * (batch.share * world.size)).backward()
+        optimizer.step()
+        run.log(loss=loss.detach(), acc=(logits.detach().argmax(1) == batch.labels).float().mean())
+    return run
+
+
+if __name__ == "__main__":
+    run_main(main)
