@@ -1,0 +1,50 @@
+"""The order in which images are drawn."""
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from DASO.lib.data.samplers import permutations, sampling_weights, take, weighted_passes
+from DASO.lib.losses import class_weights
+from tests.golden.daso_cases import each, numbers, of_file, serves, stored
+
+CASES = of_file("samplers.npz")
+RANDOM = [case for case in CASES if case["name"] == "random"]
+AWARE = [case for case in CASES if case["name"] == "classaware"]
+SERVES = serves(RANDOM + AWARE)
+
+
+@each(RANDOM)
+def test_permutations(case: dict[str, Any]) -> None:
+    for key, wanted in stored(case).items():
+        size, total, seed = map(int, key.split("_"))
+        torch.manual_seed(seed)
+        np.testing.assert_array_equal(take(permutations(size), total), wanted, err_msg=key)
+
+
+@each(AWARE)
+def test_weighted_draws(case: dict[str, Any]) -> None:
+    counts = numbers(case["what"][case["what"].index("["):])
+    for key, wanted in stored(case).items():
+        seed, beta, kind = key.split("_")
+        seed, beta = int(seed.removeprefix("s")), float(beta.removeprefix("b"))
+        if kind == "probs":  # the published log shows the weights; the shares drawn are all nearly alike
+            weights = class_weights(counts, beta)
+            np.testing.assert_allclose(weights / weights.sum(), wanted, atol=1e-6, err_msg=key)
+            continue
+        labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+        torch.manual_seed(seed)
+        random.seed(seed)
+        passes = weighted_passes(sampling_weights(labels, len(counts), beta)[0])
+        if kind == "nosh":
+            np.testing.assert_array_equal(take(passes, len(wanted)), wanted, err_msg=key)
+            continue
+        found: list[int] = []
+        while len(found) < len(wanted):
+            drawn = next(passes).tolist()
+            random.shuffle(drawn)
+            found += drawn
+        np.testing.assert_array_equal(found[:len(wanted)], wanted, err_msg=key)
