@@ -199,13 +199,13 @@ class Training:
         self.write_result()
         distributed.stop()
 
-    def log(self, line: str, loss: Tensor, **values: Tensor) -> None:
+    def log(self, line: str, total: Tensor, **values: Tensor) -> None:
         """Give the numbers of the step at hand, tensors [] which are read now and then.
 
         line: of the log, with {epoch}, {epochs}, {step}, {length}, {btime}, {dtime}, {rate}, and {name} and {name_avg}
-        of each of `values`, which also become scalars. loss: the total, which must remain finite.
+        of each of `values`, which also become scalars. total: the loss, which must remain finite.
         """
-        self.run.log(loss=loss)
+        self.run.log(loss=total)
         means = distributed.mean(torch.stack([value.detach().float() for value in values.values()]), self.world)
         self.meters.add(dict(zip(values, means, strict=True)))
         self.line = line

@@ -18,7 +18,7 @@ from tests.golden.cases import arrays, facts, index
 LISTS_BY_HASH = sorted(name for name, case in index("metasemi")["misc"]["cases"].items() if "train_labeled" in case)
 DESCRIBED = facts("metasemi", index("metasemi")["im2rec"]["description_file"])
 BYTES = arrays("metasemi", index("metasemi")["im2rec"]["file"])
-CASES = [*LISTS_BY_HASH, *DESCRIBED]
+SERVES = {*(("misc", name) for name in LISTS_BY_HASH), *(("im2rec", name) for name in DESCRIBED)}
 KNOWN = {"lists", "records", "shuffle_order_by_N"}
 
 
