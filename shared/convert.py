@@ -16,6 +16,7 @@ from PIL import Image
 from shared.archives import Member, read_members
 from shared.cifar import CIFAR10, CIFAR100, Layout, read_batches, read_mnist
 from shared.cli import UserError
+from shared.datasets import load_dataset
 from shared.files import make_dir
 from shared.image_files import class_values, find_images, listed_labels, open_image
 from shared.images import iterate, read_images
@@ -25,6 +26,7 @@ from shared.writers import encode_png, image_name, labels_json, open_destination
 
 CHUNK = 128  # images a worker prepares at a time
 TRANSFORMS = ("center-crop", "center-crop-wide")
+DIGITS = "digits"  # scikit-learn's, part of the package: the one data set that is no file
 CIFAR = {layout.archive: layout for layout in (CIFAR10, CIFAR100)}
 CIFAR_TRAIN, CIFAR_TEST = 50_000, 10_000
 MNIST_TRAIN, MNIST_TEST = "train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"
@@ -80,11 +82,11 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
 
     source: a folder; a folder ending in _lmdb; cifar-10-python.tar.gz or cifar-100-python.tar.gz (its fine labels);
         train-images-idx3-ubyte.gz or t10k-images-idx3-ubyte.gz with its labels beside it; a .zip; or an .npz with
-        images and labels. Images are taken in path order, at most `max_images`.
+        images and labels; or "digits", scikit-learn's. Images are taken in path order, at most `max_images`.
     transform: None resizes to `resolution` (width, height) if given; "center-crop" takes the middle square first;
         "center-crop-wide" takes the middle of that aspect ratio, leaves out images that are too small, and puts the
         result on a black square. The last two make gray images RGB.
-    test_split: take the test images of a CIFAR archive.
+    test_split: take the test images of a CIFAR archive or of the digits.
     relabel: what happens to the labels before they are written.
 
     The destination appears when it is complete, and not at all after an error. Raises UserError for what cannot be
@@ -93,9 +95,9 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
     """
     _check_arguments(source, dest, max_images, transform, resolution)
     source, dest, target = Path(source), Path(dest), Target(transform, resolution)
-    if test_split and source.name not in (*CIFAR, MNIST_TEST):
-        raise UserError(f"--eval takes the test images of {' or '.join(CIFAR)}; {source} has one part: leave it out "
-                        f"(MNIST's test images are the source {MNIST_TEST})")
+    if test_split and source.name not in (*CIFAR, MNIST_TEST) and str(source) != DIGITS:
+        raise UserError(f"--eval takes the test images of {', '.join(CIFAR)} or {DIGITS}; {source} has one part: leave "
+                        f"it out (MNIST's test images are the source {MNIST_TEST})")
     total, chunks = _open_source(source, test_split)
     make_dir(dest.absolute().parent)
     progress = Progress(f"converting {source.name}", min(total, max_images or total), "images")
@@ -133,7 +135,7 @@ def _check_arguments(source: str | os.PathLike, dest: str | os.PathLike, max_ima
     if transform == "center-crop-wide" and resolution[1] > resolution[0]:
         raise UserError(f"--resolution={resolution[0]}x{resolution[1]} is not wide, as center-crop-wide needs it; use "
                         "--transform=center-crop")
-    if not os.path.exists(source):
+    if not os.path.exists(source) and os.fspath(source) != DIGITS:
         raise UserError(f"Missing input file or directory: {source}")
 
 
@@ -232,6 +234,9 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
 
 def _open_source(source: Path, test_split: bool) -> tuple[int, Iterator[_Chunk]]:
     """Return (number of images, the stream of them)."""
+    if str(source) == DIGITS and not source.exists():
+        digits = load_dataset(DIGITS, "test" if test_split else "train")
+        return len(digits), _pixels(source, iterate(digits))
     if source.is_dir():
         return _lmdb(source) if source.name.endswith("_lmdb") else _files(source)
     if source.name in CIFAR:

@@ -18,14 +18,14 @@ def _resolution(context: click.Context, parameter: click.Parameter, text: str | 
 @click.command(context_settings={"max_content_width": 120})
 @click.option("--source", required=True, metavar="PATH",
               help="Folder, folder ending in _lmdb, .zip, .npz, cifar-10-python.tar.gz, cifar-100-python.tar.gz or "
-                   "train-images-idx3-ubyte.gz (t10k-images-idx3-ubyte.gz).")
+                   "train-images-idx3-ubyte.gz (t10k-images-idx3-ubyte.gz); or digits, scikit-learn's.")
 @click.option("--dest", required=True, metavar="PATH", help="The .zip file to write, or an empty folder.")
 @click.option("--max-images", type=click.IntRange(min=1), help="Take the first images only.  [default: all]")
 @click.option("--transform", type=click.Choice(["center-crop", "center-crop-wide"]),
               help="Crop before scaling; needs --resolution.")
 @click.option("--resolution", callback=_resolution, metavar="WxH", help="Size of the written images, such as 64x64.")
 @click.option("--eval", "test_split", type=bool, metavar="BOOL", default=False, show_default=True,
-              help="Take the test images of a CIFAR archive.")
+              help="Take the test images of a CIFAR archive or of digits.")
 def main(source: str, dest: str, max_images: int | None, transform: str | None, resolution: tuple[int, int] | None,
          test_split: bool) -> None:
     """Convert images to the ZIP or folder that EDM trains on.

@@ -116,6 +116,8 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] |
         axes = figure.add_subplot(1, len(panels), position)
         for i, (name, marker) in enumerate(zip(series, "os^", strict=False)):
             points = [(place, *values[i]) for place, values in enumerate(lines.values()) if values[i] is not None]
+            if not points:
+                continue
             shift = 0.22 * (i - (len(series) - 1) / 2)
             axes.errorbar([mean for _, mean, _ in points], [place + shift for place, _, _ in points],
                           xerr=[deviation or 0.0 for _, _, deviation in points], linestyle="none", marker=marker,
@@ -125,7 +127,7 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] |
         axes.set_title(panel, fontsize=10)
         axes.set_xlabel(xlabel, fontsize=8)
         axes.grid(alpha=0.3)
-        if position == 1:
+        if position == 1 and axes.containers:
             axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()

@@ -127,7 +127,7 @@ def main(module: str, tables: Mapping[str, Callable[[str, argparse.Namespace], T
         show(table, tasks, folder, timed=not options.no_estimate)
     failed: list[str] = []
     if not (options.list or options.aggregate):
-        if options.slurm is not None:
+        if options.slurm is not None and options.run is None:  # with --run we are inside such a job
             failed = submit(open_tasks, ["-m", module, *(sys.argv[1:] if argv is None else argv)], options)
         else:
             cards = [card for card in options.gpus.split(",") if card]

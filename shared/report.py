@@ -1,0 +1,211 @@
+"""One HTML file about runs: curves side by side, results, confusion matrices, pictures and tables of papers.
+
+    python -m shared.report RUN... [--out report.html]
+
+RUN is any output folder of this suite: of a trainer (stats.jsonl, result.json), of run_all.sh (report.json), of a
+table (table.json), or a folder that holds some. The file needs no server, no network and no script.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from shared import web_page
+from shared.cli import Parser, UserError, run_main
+from shared.files import atomic, make_dir
+from shared.table_report import TINY
+from shared.table_report import number as mean_and_deviation
+
+FILES = ("table.json", "report.json", "result.json", "stats.jsonl", "metrics.json")
+DEEPEST = 5  # folders below RUN that are searched
+MOST_PICTURES = 12
+# What a run logs about itself rather than about its method.
+HOUSEKEEPING = ("timestamp", "time", "Timing/", "Resources/", "Progress/", "images_per_second", "train/prefecth_time",
+                "train/run_time", "step", "seconds")
+STEPS = {"Progress/kimg": "thousands of images", "step": "step", "iteration": "iteration"}
+
+
+@dataclass
+class Found:
+    """One folder and what is in it. curves: metric -> (steps, values); xlabel: what the steps are."""
+    name: str
+    folder: Path
+    files: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    xlabel: str = "step"
+
+
+def search(root: Path, prefix: str) -> list[Found]:
+    """Return the folders at and below `root` that hold results, in order of their paths; names start with `prefix`."""
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; expected the output folder of a run")
+    folders = [root, *(path for path in sorted(root.rglob("*"))
+                       if path.is_dir() and len(path.relative_to(root).parts) <= DEEPEST)]
+    found = [read(folder, root, prefix) for folder in folders if any((folder / name).is_file() for name in FILES)]
+    if not found:
+        raise UserError(f"{root} holds none of {', '.join(FILES)}; expected the output folder of a run")
+    return found
+
+
+def read(folder: Path, root: Path, prefix: str) -> Found:
+    found = Found(root.name if folder == root else f"{prefix}{folder.relative_to(root)}", folder)
+    for name in FILES[:3]:
+        if (folder / name).is_file():
+            try:
+                found.files[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{folder / name} is damaged: {error}") from None
+    for name in FILES[3:]:
+        if (folder / name).is_file():
+            read_curves(found, folder / name)
+    return found
+
+
+def read_curves(found: Found, path: Path) -> None:
+    """Add the numbers of a file of JSON lines, each a number or {"mean": number}; a line cut short is left out."""
+    for count, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if not isinstance(line, dict):
+            return
+        values = {key: value["mean"] if isinstance(value, dict) and "mean" in value else value
+                  for key, value in line.items()}
+        key = next((key for key in STEPS if isinstance(values.get(key), (int, float))), None)
+        found.xlabel = STEPS[key] if key else "line"
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not name.startswith(HOUSEKEEPING):
+                steps, numbers = found.curves.setdefault(name, ([], []))
+                steps.append(float(values[key]) if key else float(count))
+                numbers.append(float(value))
+
+
+def charts(runs: Sequence[Found]) -> list[str]:
+    """Return one chart per metric, with a line for every run that has it; losses and accuracies first."""
+    names = sorted({name for run in runs for name in run.curves},
+                   key=lambda name: (not any(word in name.lower() for word in ("acc", "top1", "fid")),
+                                     "loss" not in name.lower(), name))
+    drawn = []
+    for name in names:
+        having = [run for run in runs if name in run.curves]
+        labels = dict.fromkeys(run.xlabel for run in having)
+        drawn.append(web_page.chart(name, {run.name: run.curves[name] for run in having}, " or ".join(labels)))
+    return ['<div class="charts">', *filter(None, drawn), "</div>"] if any(drawn) else []
+
+
+def accuracy_rows(runs: Sequence[Found]) -> list[str]:
+    """Return the accuracies of all runs by protocol, as one table."""
+    having = [(run.name, run.files["result.json"]["accuracy"]) for run in runs
+              if isinstance(run.files.get("result.json", {}).get("accuracy"), Mapping)]
+    if not having:
+        return []
+    protocols = list(dict.fromkeys(key for _, accuracy in having for key, value in accuracy.items()
+                                   if isinstance(value, float)))
+    rows = [[name, *(f"{100 * accuracy[key]:.2f}" if isinstance(accuracy.get(key), float) else "–"
+                     for key in protocols)] for name, accuracy in having]
+    return [web_page.table(["run", *(key.replace("_", " ") for key in protocols)], rows,
+                           "Accuracy in % on the test set, by protocol")]
+
+
+def facts(content: Mapping[str, Any], caption: str) -> str:
+    """Return the plain numbers and words of a result as a table that opens on request."""
+    rows = [[key.replace("_", " "), web_page.number(value) if isinstance(value, float) else value]
+            for key, value in content.items() if isinstance(value, (str, int, float)) and value == value]
+    return f"<details><summary>{caption}</summary>{web_page.table(['', ''], rows, caption)}</details>" if rows else ""
+
+
+def paper_table(content: Mapping[str, Any]) -> list[str]:
+    """Return a table of a paper: measured, printed, and what stands behind every cell."""
+    protocol = content["protocols"][0]
+    columns = list(dict.fromkeys(cell["column"] for cell in content["cells"]))
+    places = {(cell["row"], cell["column"]): cell for cell in content["cells"]}
+    rows = []
+    for row in dict.fromkeys(cell["row"] for cell in content["cells"]):
+        cells = [places.get((row, column)) for column in columns]
+        rows.append([row, *("" if cell is None else cell_text(cell, protocol) for cell in cells)])
+    parts = [f'<p class="note">{TINY.replace("`", "")}</p>'] * (content["scale"] == "tiny")
+    parts.append(web_page.table(["", *columns], rows, f"{content['title']}. {content['unit']}, {protocol}; printed: "
+                                f"{content['source']}"))
+    runs = [[f"{cell['row']}, {cell['column']}", run["seed"], run["commit"], run["hardware"]["hardware"],
+             f"{run['seconds']:.0f}", run["folder"]] for cell in content["cells"] for run in cell["runs"]]
+    if runs:
+        head = ["cell", "seed", "commit", "hardware", "seconds", "folder"]
+        parts.append(f"<details><summary>Runs behind the cells</summary>{web_page.table(head, runs, 'Runs')}</details>")
+    return parts
+
+
+def cell_text(cell: Mapping[str, Any], protocol: str) -> str:
+    found, printed = cell["protocols"].get(protocol), cell["printed"]
+    text = mean_and_deviation(found["mean"], found["std"]) if found else "not run"
+    if printed is not None:
+        text += f" (printed {mean_and_deviation(printed['mean'], printed['std'])}"
+        text += ")" if cell["deviations"] is None else f"; {cell['deviations']:+.1f} sd)"
+    return text
+
+
+def about(run: Found) -> list[str]:
+    """Return the section of one folder: tables, facts, confusion matrix and pictures."""
+    parts: list[str] = []
+    if "table.json" in run.files:
+        parts += paper_table(run.files["table.json"])
+    for name in ("report.json", "result.json"):
+        content = run.files.get(name, {})
+        if content:
+            parts.append(facts(content, name))
+        counts, classes = content.get("confusion_matrix"), content.get("classes")
+        if counts and classes and len(classes) == len(counts):
+            parts.append("<details><summary>Confusion matrix</summary>"
+                         + web_page.matrix(counts, classes, "Confusion matrix, images of the test set") + "</details>")
+    pictures = sorted(run.folder.glob("*.png"))
+    parts += [web_page.picture(path, path.stem.replace("_", " ")) for path in pictures[:MOST_PICTURES]]
+    if len(pictures) > MOST_PICTURES:
+        parts.append(f"<p>{len(pictures) - MOST_PICTURES} more pictures are in the folder.</p>")
+    return [part for part in parts if part]
+
+
+def build(folders: Sequence[Path], title: str) -> str:
+    """Return the page about these folders."""
+    runs = [run for folder in folders for run in search(folder, f"{folder.name}/" if len(folders) > 1 else "")]
+    links, body, short = {}, [], []
+    overview = [*accuracy_rows(runs)]
+    if overview:
+        links["results"] = "Results"
+        body.append(web_page.section("results", "Results", overview))
+    for i, run in enumerate(runs):
+        parts = about(run)
+        if parts and "table.json" not in run.files and not any("<figure" in part for part in parts):
+            short += [f"<h3>{escape(run.name)}</h3>", *parts]
+        elif parts:
+            links[f"run{i}"] = run.name
+            body.append(web_page.section(f"run{i}", run.name, parts))
+    if short:
+        links["runs"] = "Single runs"
+        body.append(web_page.section("runs", "Single runs", short))
+    drawn = charts(runs)
+    if drawn:
+        links["curves"] = "Curves"
+        body.append(web_page.section("curves", "Curves", drawn))
+    return web_page.page(title, links, body)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run, table or run_all.sh")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="[report.html]")
+    parser.add_argument("--title", default=None, help="[the names of the folders]")
+    options = parser.parse_args(argv)
+    folders = [folder.resolve() for folder in options.runs]
+    text = build(folders, options.title or ", ".join(dict.fromkeys(folder.name for folder in folders)))
+    make_dir(options.out.parent)
+    with atomic(options.out, "w") as file:
+        file.write(text)
+    print(f"{options.out}: {len(text) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_main(main)

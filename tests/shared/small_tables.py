@@ -1,0 +1,56 @@
+"""A paper of two methods whose runs take a moment, to test shared/tables.py: `python -m tests.shared.small_tables`.
+
+A run writes its value, seed + its method's number, and a line into calls.txt for every stage that was really computed.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from shared.tables import Cell, Job, Printed, Stage, Table, serve
+
+METHODS = {"plain": 1.0, "better": 2.0}
+
+
+def read(folder: Path) -> dict[str, dict[str, float]]:
+    value = json.loads((folder / "value.json").read_text())
+    return {"accuracy": {"last": value, "best": value + 0.5}}
+
+
+def table(scale: str, options: argparse.Namespace) -> Table:
+    def job(method: str, value: float) -> Job:
+        def stage(name: str) -> Stage:
+            return Stage(name, lambda out, seed, iterations: [
+                "-m", "tests.shared.small_tables", "compute", name, str(out), method, str(value + seed),
+                *os.environ.get("SMALL_TABLES_FLAGS", "").split()], 10 if name == "first" else None)
+
+        return Job(method, (stage("first"), stage("second")), read)
+
+    cells = tuple(Cell(method, "digits", job(method, value), "accuracy", Printed(value + 1, 0.5))
+                  for method, value in METHODS.items())
+    return Table("small", "A small table", "nowhere", "Accuracy in %", cells, ("last", "best"))
+
+
+def compute(name: str, folder: Path, method: str, value: float) -> None:
+    """Do one stage: slow where the file `slow` stands beside the table, failing where `fail-<method>` does."""
+    base = folder.parents[2]
+    while (base / "slow").exists() and name == "second":
+        time.sleep(0.05)
+    if (base / f"fail-{method}").exists():
+        print("error: asked to fail", file=sys.stderr)
+        sys.exit(2)
+    with open(base / "calls.txt", "a") as file:
+        file.write(f"{name} {method} {folder.name}\n")
+    if name == "second":
+        (folder / "value.json").write_text(json.dumps(value))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["compute"]:
+        compute(sys.argv[2], Path(sys.argv[3]), sys.argv[4], float(sys.argv[5]))
+    else:
+        serve("tests.shared.small_tables", {"small": table})

@@ -1,0 +1,171 @@
+"""Tables of papers: run, continue, share a folder, refuse what does not belong, aggregate right."""
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared import table_runs
+from shared.aggregate import deviation, deviations_from_print, difference, mean
+from shared.table_runs import Job, Stage, extrapolate
+from tests.shared.programs import one_line_error, run, start
+
+SCRIPT = "tests/shared/small_tables.py"
+PROGRAM = (SCRIPT, "small")
+
+
+def calls(folder: Path) -> list[str]:
+    path = folder / "calls.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_a_table_from_nothing_and_again(tmp_path: Path) -> None:
+    run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--jobs=2")
+    folder = tmp_path / "small-paper"
+    content = json.loads((folder / "table.json").read_text())
+    plain, better = content["cells"]
+    assert plain["protocols"]["last"] == {"mean": 2.0, "std": 1.0, "values": [1.0, 2.0, 3.0]}
+    assert better["protocols"]["best"]["mean"] == 3.5 and better["deviations"] == 0.0
+    text = (folder / "table.md").read_text()
+    assert "2.00 ± 1.00 (printed 2.00 ± 0.50; +0.0 sd) [3](#plain-digits)" in text
+    for cell in content["cells"]:
+        for found in cell["runs"]:
+            assert found["commit"] and found["hardware"]["hardware"]
+            assert all((folder / found["folder"] / name).is_file() for name in ("run.json", *found["logs"]))
+            assert f"({found['folder']}/run.json)" in text
+    assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
+    before = calls(tmp_path)
+    assert len(before) == len(set(before)) == 12  # two methods, three seeds, two stages
+    again = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate")
+    assert calls(tmp_path) == before
+    assert "started" not in again.stdout
+
+
+def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
+    done = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", "--only=better")
+    with open(tmp_path / "small-paper" / "table.csv", newline="") as file:
+        rows = {(row["row"], row["protocol"]): row for row in csv.DictReader(file)}
+    assert rows["plain", "last"]["mean"] == "not run" and rows["plain", "last"]["runs"] == "0"
+    assert rows["better", "last"]["mean"] == "2.0" and rows["better", "last"]["std"] == ""
+    assert rows["better", "last"]["deviations"] == "-2.0"  # (2 - 3) / 0.5, the printed deviation
+    assert "| plain | not run (printed 2.00 ± 0.50) |" in done.stdout
+
+
+def test_killed_and_started_again(tmp_path: Path) -> None:
+    (tmp_path / "slow").touch()
+    process = start(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", "--only=plain")
+    wait_for(lambda: calls(tmp_path) == ["first plain seed_0"])
+    record = tmp_path / "small-paper" / "plain" / "seed_0" / "run.json"
+    wait_for(lambda: "first" in json.loads(record.read_text()).get("stages", {}))
+    process.kill()
+    process.wait()
+    (tmp_path / "slow").unlink()
+    run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", "--only=plain")
+    # The first stage is not repeated; the second may have been finished by the child that was left over.
+    assert calls(tmp_path).count("first plain seed_0") == 1
+    assert json.loads(record.read_text())["state"] == "finished"
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    both = [start(*PROGRAM, f"--out={tmp_path}", "--no-estimate") for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert len(calls(tmp_path)) == len(set(calls(tmp_path))) == 12
+    assert all("2.00 ± 1.00" in out for out, _ in outputs)
+
+
+def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    arguments = (*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1")
+    run(*arguments)
+    before = (tmp_path / "small-paper" / "table.json").read_text()
+    refused = run(*arguments, SMALL_TABLES_FLAGS="--lr=1", status=2)
+    assert "other commands" in one_line_error(refused)
+    assert (tmp_path / "small-paper" / "table.json").read_text() == before
+    # Nor does a folder count that no table made.
+    foreign = tmp_path / "b" / "small-paper" / "plain" / "seed_0"
+    foreign.mkdir(parents=True)
+    (foreign / "value.json").write_text("99")
+    refused = run(*PROGRAM, f"--out={tmp_path / 'b'}", "--no-estimate", status=2)
+    assert "no run.json" in one_line_error(refused)
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "fail-plain").touch()
+    done = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", status=2)
+    assert "asked to fail" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: 1 of 2 runs failed")
+    assert "| plain | not run (printed" in done.stdout and "| better | 2.00 (printed" in done.stdout
+    (tmp_path / "fail-plain").unlink()
+    assert "| plain | 1.00 (printed" in run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1").stdout
+
+
+def test_jobs_of_a_cluster(tmp_path: Path) -> None:
+    """submitit's executor for this machine stands in for SLURM: one process a run, the table at the end."""
+    done = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=2", "--only=plain", "--slurm=main",
+               "--cluster=local", "--slurm-hours=0.1", "--slurm-gpus=0")
+    assert sorted(calls(tmp_path)) == ["first plain seed_0", "first plain seed_1",
+                                       "second plain seed_0", "second plain seed_1"]
+    assert "| plain | 1.50 ± 0.71" in done.stdout
+
+
+def test_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 s to start and 0.1 s an iteration, and a stage of 7 s without a length: 1000 iterations take 112 s."""
+    monkeypatch.setattr(table_runs, "trial", lambda job, n: {"train": 5 + 0.1 * n, "draw": 7.0})
+    job = Job("a", (Stage("train", lambda *_: [], 1000), Stage("draw", lambda *_: [])), lambda _: {})
+    assert extrapolate(job) == pytest.approx(112, rel=1e-6)
+
+
+def test_list_runs_nothing(tmp_path: Path) -> None:
+    done = run(*PROGRAM, f"--out={tmp_path}", "--list", "--no-estimate")
+    assert done.stdout.count("not run") == 6 and not calls(tmp_path)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["smal"], 'did you mean "small"'), (["small", "--only=zebra"], "rows: plain, better"),
+    (["small", "--seeds=0"], "at least 1"), (["small", "--run=plain/seed_9"], "no such run")])
+def test_bad_input(tmp_path: Path, arguments: list[str], words: str) -> None:
+    assert words in one_line_error(run(SCRIPT, *arguments, f"--out={tmp_path}", status=2))
+
+
+numbers = st.floats(-1e6, 1e6, allow_nan=False)
+
+
+@given(st.lists(st.none() | numbers, max_size=12))
+def test_mean_and_deviation(values: list[float | None]) -> None:
+    known = np.array([value for value in values if value is not None], np.float64)
+    assert (mean(values) is None) == (len(known) == 0)
+    assert (deviation(values) is None) == (len(known) < 2)  # one seed has no deviation, not one of zero
+    if len(known):
+        assert mean(values) == pytest.approx(known.mean(), rel=1e-9, abs=1e-6)
+    if len(known) > 1:
+        assert deviation(values) == pytest.approx(known.std(ddof=1), rel=1e-6, abs=1e-6)
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=12))
+def test_paired_difference(pairs: list[tuple[float, float]]) -> None:
+    a, b = np.array(pairs).T
+    found = difference(list(a), list(b))
+    assert found["mean"] == pytest.approx((a - b).mean(), rel=1e-9, abs=1e-6)
+    assert found["standard_error"] == pytest.approx((a - b).std(ddof=1) / math.sqrt(len(a)), rel=1e-6, abs=1e-6)
+    assert found["positive"] == (a > b).sum()
+
+
+@pytest.mark.parametrize("measured, printed, expected", [
+    ((95.0, 0.5), (94.0, 0.25), 4.0), ((95.0, 0.5), (94.0, None), 2.0), ((95.0, None), (94.0, None), None),
+    ((95.0, 0.0), (94.0, None), None), ((None, None), (94.0, 0.1), None)])
+def test_deviations_from_print(measured, printed, expected) -> None:
+    assert deviations_from_print(*measured, *printed) == expected

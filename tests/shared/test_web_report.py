@@ -1,0 +1,136 @@
+"""The report page: complete in itself, right in its numbers, readable in a browser, on a phone and by keyboard."""
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared import web_page
+from shared.plots import image_grid
+from shared.report import main
+from tests.shared.programs import one_line_error, run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=5000")
+# Run inside the page: how wide it is, and what the keyboard reaches.
+PROBE = """<script>addEventListener("load", () => {
+  const reached = [...document.querySelectorAll("a[href], summary, [tabindex]")].filter(
+    element => { element.focus(); return document.activeElement === element; }).length;
+  const wanted = [...document.querySelectorAll("a[href], summary, .wide")].filter(
+    element => element.checkVisibility()).length;
+  document.documentElement.dataset.found = JSON.stringify({
+    page: document.documentElement.scrollWidth, window: innerWidth, reached, wanted,
+    open: document.querySelectorAll("details").length,
+    images: [...document.images].every(image => image.complete && image.naturalWidth > 0)});
+});</script>"""
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A run of a trainer, a table, and a picture, below one folder."""
+    trained = tmp_path / "runs" / "first"
+    trained.mkdir(parents=True)
+    lines = [{"step": step, "loss": 1 / (1 + step), "eval/top-1-acc": step / 100, "timestamp": 1e9}
+             for step in range(90)]
+    lines[40]["loss"] = float("nan")
+    (trained / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 90, "lo')
+    (trained / "result.json").write_text(json.dumps({
+        "accuracy": {"last": 0.875, "best_on_test": 0.9, "best_on_validation": None}, "seconds": 12.5,
+        "classes": ["cat", "<dog>"], "confusion_matrix": [[7, 1], [0, 8]]}))
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 8, 8), np.uint8)
+    image_grid({"cat": pixels}, trained / "generated.png")
+    table = tmp_path / "runs" / "table"
+    run("tests/shared/small_tables.py", "small", f"--out={table}", "--no-estimate", "--seeds=2", "--only=plain")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def page(runs: Path) -> str:
+    main([str(runs), "--out", str(runs / "report.html")])
+    return (runs / "report.html").read_text()
+
+
+class Tags(HTMLParser):
+    """Checks that every tag is closed in order, and gathers attributes."""
+    VOID = {"meta", "img", "br", "link", "path", "polyline", "circle"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def test_the_page_is_whole(page: str) -> None:
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open
+    names = [name for name, _ in tags.seen]
+    assert "script" not in names and "link" not in names
+    # Nothing is loaded from elsewhere: every address is inside the page.
+    addresses = [value for _, attributes in tags.seen for key, value in attributes.items() if key in ("src", "href")]
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in addresses)
+    anchors = {attributes["id"] for _, attributes in tags.seen if "id" in attributes}
+    assert {value[1:] for value in addresses if value.startswith("#")} <= anchors
+    assert all(attributes.get("alt") for name, attributes in tags.seen if name == "img")
+    assert all(attributes.get("aria-label") or attributes.get("aria-hidden") for name, attributes in tags.seen
+               if name == "svg")
+
+
+def test_the_numbers(page: str) -> None:
+    assert "<td>87.50</td>" in page and "<td>90.00</td>" in page  # accuracy by protocol
+    assert "1.50 ± 0.71 (printed 2.00 ± 0.50; -1.0 sd)" in page and "not run (printed 3.00" in page
+    assert "&lt;dog&gt;" in page and "<dog>" not in page
+    assert 'aria-label="loss over step, from 0.01111 to 1; last: first 0.01111"' in page
+    assert "timestamp" not in page.replace("timestamp</th>", "")
+
+
+def test_gaps_where_a_value_is_not_finite() -> None:
+    drawn = web_page.chart("loss", {"a": ([0, 1, 2, 3, 4], [1, 2, float("nan"), 2, 1])}, "step")
+    assert drawn.count("<polyline") == 2
+    assert web_page.chart("loss", {"a": ([0], [float("inf")])}, "step") == ""
+
+
+def test_long_curves_keep_their_last_point() -> None:
+    x, y = web_page.thin(range(10_001), range(10_001))
+    assert len(x) <= web_page.MOST_POINTS + 1 and y[-1] == 10_000
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    assert "is not a folder" in one_line_error(run("shared/report.py", tmp_path / "none", status=2))
+    assert "holds none of" in one_line_error(run("shared/report.py", tmp_path, status=2))
+    (tmp_path / "result.json").write_text("{")
+    assert "damaged" in one_line_error(run("shared/report.py", tmp_path, f"--out={tmp_path}/r.html", status=2))
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the page was not opened in a browser "
+                    "(Debian's package chromium is enough; .ci/run installs it)")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_in_a_browser(page: str, tmp_path: Path, width: int) -> None:
+    """It is no wider than the window, every link, summary and wide table can be reached by Tab, pictures are shown."""
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.replace("</body>", PROBE + "</body>"))
+    done = subprocess.run([CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+                           "--dump-dom", probed.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(re.search(r'data-found="([^"]*)"', done.stdout).group(1).replace("&quot;", '"'))
+    assert found["page"] <= found["window"] <= width
+    assert found["reached"] == found["wanted"] > 5
+    assert found["images"] and found["open"] >= 3
