@@ -1,0 +1,50 @@
+"""Unpack CIFAR-10's 50,000 training images, in their order, to PNG files for `python -m pytorch_fid`.
+
+    python extract_cifar10_pngs.py
+
+writes data/cifar10-pngs/00000.png ... 49999.png. EDM/fid.py and fid.py need no such files.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.cli import Parser, UserError, run_main
+
+EACH = 5000  # images of a class in the published set
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data_dir", default="./data", metavar="DIR", help="where CIFAR-10 is [./data]")
+    parser.add_argument("--dest", metavar="DIR", help="where the PNG files go [cifar10-pngs in --data_dir]")
+    parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    import numpy as np
+
+    from shared.datasets import load_dataset
+    from shared.files import make_dir
+    from shared.pngs import PngWriter
+    from shared.progress import progress
+
+    images = load_dataset("cifar10", "train", args.data_dir, download=args.download)
+    counts = np.bincount(images.labels, minlength=10)
+    if set(counts.tolist()) != {EACH}:
+        raise UserError(f"{args.data_dir}: expected {EACH} images of each class, found {counts.min()} to "
+                        f"{counts.max()}; it is not the whole training set")
+    folder = make_dir(args.dest or Path(args.data_dir) / "cifar10-pngs")
+    with PngWriter() as writer:
+        for start in progress(range(0, len(images), 500), "writing", unit="x 500 images"):
+            numbers = range(start, min(start + 500, len(images)))
+            writer.save((folder / f"{number:05d}.png", np.array(images.images[number])) for number in numbers
+                        if not (folder / f"{number:05d}.png").exists())
+    print(f"{len(images)} images in {folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)
