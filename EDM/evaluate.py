@@ -52,6 +52,7 @@ def option(*names: str, **settings: Any) -> Any:
 @option("--images", metavar="PATH|ZIP|NPZ", type=str, help="Generated images with their classes")
 @option("--network", metavar="PATH|URL", type=str, help="Snapshot to generate them with, instead of --images")
 @option("--per-class", metavar="INT", type=click.IntRange(min=2), default=1000, help="Images of --network a class")
+@option("--first-seed", metavar="INT", type=click.IntRange(min=0), default=0, help="First of the seeds of --network")
 @option("--steps", metavar="INT", type=AT_LEAST_ONE, default=18, help="Sampling steps of --network")
 @option("--metrics", metavar="LIST", type=str, default=",".join(METRICS),
         help="Comma-separated: " + "; ".join(f"{name}, {text}" for name, text in METRICS.items()))
@@ -169,9 +170,9 @@ def generated_images(flags: SimpleNamespace, train: ImageSet, outdir: Path) -> I
 
         path = str(outdir / "generated.zip")
         device = [] if flags.device is None else [f"--device={flags.device}"]
-        generate.main.main([f"--network={flags.network}", f"--outdir={path}", f"--seeds=0-{flags.per_class - 1}",
-                            "--classes=all", f"--steps={flags.steps}", f"--batch={flags.batch}", *device],
-                           standalone_mode=False)
+        generate.main.main([f"--network={flags.network}", f"--outdir={path}",
+                            f"--seeds={flags.first_seed}-{flags.first_seed + flags.per_class - 1}", "--classes=all",
+                            f"--steps={flags.steps}", f"--batch={flags.batch}", *device], standalone_mode=False)
     images = read_images(path, channels=train.channels, num_classes=train.num_classes)
     if images.images.shape[1:] != train.images.shape[1:]:
         raise UserError(f"{path} has images of {shape_text(images)}, --data of {shape_text(train)}")

@@ -12,6 +12,7 @@ from EDM.dataset import open_training_set
 from EDM.dataset_tool import main
 from EDM.transition import load_transition, save_transition, transition_matrix
 from shared.cli import UserError
+from shared.datasets import load_dataset
 from shared.images import ImageSet, read_images
 from shared.writers import write_folder, write_npz
 from tests.shared.programs import ROOT, one_line_error, run
@@ -125,3 +126,10 @@ def test_the_program_says_it_in_one_line_with_status_2(tmp_path):
     found = run("EDM/dataset_tool.py", "--source", source(tmp_path), "--dest", tmp_path / "out.zip",
                 "--noise_type=sym", "--noise_rate=1.5", status=2, cwd=ROOT)
     assert "--noise_rate" in one_line_error(found)
+
+
+def test_the_digits_need_no_file(tmp_path):
+    convert("--source=digits", "--dest", tmp_path / "train.zip", "--noise_type=asym", "--noise_rate=0.5")
+    convert("--source=digits", "--dest", tmp_path / "test.zip", "--eval=1")
+    assert len(content(tmp_path / "train.zip")["clean_labels"]) == len(load_dataset("digits", "train"))
+    np.testing.assert_array_equal(read_images(tmp_path / "test.zip").images, load_dataset("digits", "test").images)

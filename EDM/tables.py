@@ -1,0 +1,185 @@
+"""The tables of EDM and TDSM: the runs behind each cell, and what is printed.
+
+    python -m EDM.tables                                  # which there are
+    python -m EDM.tables tdsm --only "cifar10 sym 40"     # two rows of a table, at the length of the paper
+    python -m EDM.tables tdsm --scale tiny --jobs 2       # from noisy labels to class accuracy on the digits
+
+How they are run, aggregated and written: shared/tables.py.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shared.tables import Cell, Job, Printed, Stage, Table, serve
+
+HERE = Path(__file__).resolve().parent
+PUBLISHED_IMAGES = 200_000_000
+LAST = "last snapshot"
+
+# Networks and lengths of the digits: 8x8 pixels, 0.19 million parameters.
+DIGITS_IMAGES, DIGITS_BATCH = 160_000, 128
+DIGITS_TRAINING = ("--arch=ddpmpp --cbase=16 --cres=1,2 --num-blocks=1 --attn-resolutions=4 --dropout=0.1 --augment=0 "
+                   "--lr=4e-3 --lr-rampup=3 --lr-decay=0.3 --tick=10").split()
+DIGITS_CLASSIFIER = "--augment=0 --lr=2e-3 --lr-rampup=3 --lr-decay=0.3 --tick=10".split()
+DIGITS_CLASSIFIER_IMAGES, DIGITS_PER_CLASS = 80_000, 100
+
+# Class-wise FID and classification accuracy score of Na et al. (ICLR 2024), from memory.
+TDSM_PRINTED = {("cifar10", "sym", 40, "EDM"): (30.45, 47.2), ("cifar10", "sym", 40, "TDSM"): (15.92, 62.3)}
+SOURCES = {"mnist": "MNIST/raw/train-images-idx3-ubyte.gz", "cifar10": "cifar-10-python.tar.gz",
+           "cifar100": "cifar-100-python.tar.gz", "digits": "digits"}
+# Per class, so that 50,000 images are scored.
+PER_CLASS = {"mnist": 5000, "cifar10": 5000, "cifar100": 500, "digits": DIGITS_PER_CLASS}
+# Column -> keys of evaluate.py's result.json, of which one is there, and the factor that gives the column's unit.
+COLUMNS = {
+    "FID": (("fid", "fd_judge"), 1), "CW-FID": (("class_wise_fid", "class_wise_fd_judge"), 1),
+    "density": (("density",), 100), "coverage": (("coverage",), 100),
+    "CW-density": (("class_wise_density",), 100), "CW-coverage": (("class_wise_coverage",), 100),
+    "CAS": (("cas",), 100), "class accuracy": (("class_accuracy",), 100),
+}
+# FID of Karras et al. (NeurIPS 2022), table 2: class-conditional and unconditional CIFAR-10, 35 network evaluations.
+EDM_PRINTED = {("ddpmpp", True): 1.79, ("ncsnpp", True): 1.79, ("ddpmpp", False): 1.97, ("ncsnpp", False): 1.98}
+
+
+def short_run(iterations: int | None, batch: int) -> list[str]:
+    """Return the flags that end a training after so many iterations; None: at its length."""
+    return [f"--duration={iterations * batch / 1e6}", "--tick=1", "--snap=1", "--dump=1"] if iterations else []
+
+
+def training(script: str, out: Path, data: Path, flags: Sequence[str], images: int, batch: int, seed: int,
+             iterations: int | None) -> list[str]:
+    return [str(HERE / script), f"--outdir={out}", "--nosubdir", f"--data={data}", *flags, f"--batch={batch}",
+            f"--seed={seed}", *(short_run(iterations, batch) or [f"--duration={images / 1e6}"])]
+
+
+def read_evaluation(folder: Path) -> dict[str, dict[str, float]]:
+    """Return the columns from the result.json of evaluate.py."""
+    found = json.loads((folder / "evaluation" / "result.json").read_text(encoding="utf-8"))
+    return {column: {LAST: factor * found[key]} for column, (keys, factor) in COLUMNS.items() for key in keys
+            if key in found}
+
+
+# ---------------------------------------------------------------- TDSM
+
+def noisy_job(dataset: str, kind: str, percent: int, method: str, data_dir: Path) -> Job:
+    """Return the runs of one row: noisy set, classifier (TDSM only), diffusion model, evaluation.
+
+    Both methods train for as many images, with the same network, draws and noisy labels.
+    """
+    tiny = dataset == "digits"
+    name = f"{dataset}_{kind}_{percent}"
+    source = "digits" if tiny else str(data_dir / SOURCES[dataset])
+    arch = DIGITS_TRAINING if tiny else [f"--arch={'ddpmpp_mnist' if dataset == 'mnist' else 'ddpmpp'}"]
+    images, batch = (DIGITS_IMAGES, DIGITS_BATCH) if tiny else (PUBLISHED_IMAGES, 512)
+    classifier_images, classifier_batch = (DIGITS_CLASSIFIER_IMAGES, DIGITS_BATCH) if tiny else (PUBLISHED_IMAGES, 1024)
+    noise = [f"--noise_type={kind}", f"--noise_rate={percent / 100}"]
+
+    def data(out: Path, seed: int, iterations: int | None) -> list[str]:
+        return [str(HERE / "dataset_tool.py"), f"--source={source}", f"--dest={out / name}.zip", *noise,
+                f"--seed={seed}"]
+
+    def classifier(out: Path, seed: int, iterations: int | None) -> list[str]:
+        flags = ["--cond=1", *noise, *(DIGITS_CLASSIFIER if tiny else ["--arch=ddpmpp"])]
+        return training("train_classifier.py", out / "classifier", out / f"{name}.zip", flags, classifier_images,
+                        classifier_batch, seed, iterations)
+
+    def train(out: Path, seed: int, iterations: int | None) -> list[str]:
+        aware = [f"--cls={out / 'classifier' / 'network-snapshot-latest.pkl'}", *noise] if method == "TDSM" else []
+        return training("train_noise.py" if aware else "train.py", out / "model", out / f"{name}.zip",
+                        ["--cond=1", *arch, *aware], images, batch, seed, iterations)
+
+    def evaluate(out: Path, seed: int, iterations: int | None) -> list[str]:
+        count = 10 if iterations else PER_CLASS[dataset]
+        short = [f"--classifier-steps={iterations}"] if iterations else []
+        return [str(HERE / "evaluate.py"), f"--outdir={out / 'evaluation'}", f"--data={dataset}",
+                f"--data-dir={data_dir}", f"--network={out / 'model' / 'network-snapshot-latest.pkl'}",
+                f"--per-class={count}", f"--seed={seed}", *short]
+
+    stages = [Stage("data", data)]
+    stages += [Stage("classifier", classifier, classifier_images // classifier_batch)] * (method == "TDSM")
+    stages += [Stage("train", train, images // batch), Stage("evaluate", evaluate)]
+    return Job(f"{name}_{method.lower()}", tuple(stages), read_evaluation)
+
+
+def tdsm_table(scale: str, options: argparse.Namespace) -> Table:
+    """Return plain EDM and TDSM on noisy labels; on the digits with 40 % symmetric noise where the scale is tiny."""
+    settings = [(dataset, kind, percent) for dataset in ("mnist", "cifar10", "cifar100") for kind in ("sym", "asym")
+                for percent in (20, 40)]
+    if scale == "tiny":
+        settings = [("digits", "sym", 40)]
+    cells = []
+    for dataset, kind, percent in settings:
+        for method in ("EDM", "TDSM"):
+            job = noisy_job(dataset, kind, percent, method, options.data_dir)
+            printed = dict(zip(("CW-FID", "CAS"), TDSM_PRINTED.get((dataset, kind, percent, method), ()), strict=False))
+            cells += [Cell(f"{dataset} {kind} {percent} %, {method}", column, job, column,
+                           Printed(printed[column]) if column in printed else None) for column in COLUMNS]
+    return Table(
+        "tdsm", "TDSM: diffusion models from noisy labels", "Na et al., ICLR 2024 (from memory)",
+        "FID (of the digits: Fréchet distance in the features of a judge trained with clean labels), CW- the mean of "
+        "the classes; density, coverage, CAS (classification accuracy score), class accuracy in %",
+        tuple(cells), (LAST,), seeds=(0, 1, 2) if scale == "tiny" else (0,),
+        note="EDM is plain training on the noisy labels, for as many images as TDSM and with the same network. Class "
+             "accuracy: generated images that a classifier trained with clean labels takes for the class they should "
+             "show.")
+
+
+# ---------------------------------------------------------------- EDM
+
+def clean_job(arch: str, conditional: bool, tiny: bool, data_dir: Path) -> Job:
+    """Return the training of a published model and its FID: the lowest of three ranges of seeds, as published."""
+    dataset = "digits" if tiny else "cifar10"
+    name = f"{dataset}_{'cond' if conditional else 'uncond'}_{arch}"
+    source = "digits" if tiny else str(data_dir / SOURCES[dataset])
+    images, batch = (DIGITS_IMAGES, DIGITS_BATCH) if tiny else (PUBLISHED_IMAGES, 512)
+    small = [flag for flag in DIGITS_TRAINING if not flag.startswith("--arch")] if tiny else []
+
+    def data(out: Path, seed: int, iterations: int | None) -> list[str]:
+        return [str(HERE / "dataset_tool.py"), f"--source={source}", f"--dest={out / dataset}.zip"]
+
+    def train(out: Path, seed: int, iterations: int | None) -> list[str]:
+        return training("train.py", out / "model", out / f"{dataset}.zip",
+                        [f"--cond={int(conditional)}", f"--arch={arch}", *small], images, batch, seed, iterations)
+
+    def score(number: int) -> Callable[[Path, int, int | None], list[str]]:
+        def command(out: Path, seed: int, iterations: int | None) -> list[str]:
+            network = f"--network={out / 'model' / 'network-snapshot-latest.pkl'}"
+            if tiny:
+                short = [f"--classifier-steps={iterations}"] if iterations else []
+                return [str(HERE / "evaluate.py"), f"--outdir={out / f'range{number}'}", "--data=digits", network,
+                        f"--per-class={DIGITS_PER_CLASS}", "--metrics=fid", f"--judge-dir={out / 'judge'}",
+                        f"--first-seed={number * DIGITS_PER_CLASS}", *short]
+            count = 16 if iterations else 50_000
+            return [str(HERE / "fid.py"), "calc", network, f"--seeds={number * count}-{(number + 1) * count - 1}",
+                    f"--ref={out / dataset}.zip", f"--json={out / f'range{number}' / 'result.json'}"]
+        return command
+
+    def read(folder: Path) -> dict[str, dict[str, float]]:
+        found = [json.loads((folder / f"range{number}" / "result.json").read_text(encoding="utf-8"))
+                 for number in range(3)]
+        values = [content["fd_judge" if tiny else "fid"] for content in found]
+        return {"FID": {"lowest of three": min(values), "first": values[0]}}
+
+    return Job(name, (Stage("data", data), Stage("train", train, images // batch),
+                      *(Stage(f"score{number}", score(number)) for number in range(3))), read)
+
+
+def edm_table(scale: str, options: argparse.Namespace) -> Table:
+    """Return FID on CIFAR-10; on the digits, class-conditional only, where the scale is tiny."""
+    tiny = scale == "tiny"
+    cells = tuple(
+        Cell("class-conditional" if conditional else "unconditional", arch,
+             clean_job(arch, conditional, tiny, options.data_dir), "FID", Printed(printed))
+        for (arch, conditional), printed in EDM_PRINTED.items() if conditional or not tiny)
+    return Table("edm", "EDM: CIFAR-10, 50,000 images, 35 network evaluations", "Karras et al., NeurIPS 2022, table 2",
+                 "FID (of the digits: Fréchet distance in the features of a judge)", cells,
+                 ("lowest of three", "first"), seeds=(0,),
+                 note="As published, FID is computed for three ranges of seeds and the lowest one is reported.")
+
+
+TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {"tdsm": tdsm_table, "edm": edm_table}
+
+if __name__ == "__main__":
+    serve("EDM.tables", TABLES)

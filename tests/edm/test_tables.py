@@ -1,0 +1,81 @@
+"""EDM.tables: which runs a table needs, what is equal between the compared methods, and how results are read."""
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from EDM import tables
+from shared.tables import Cell, main
+from tests.shared.programs import one_line_error, run
+
+OPTIONS = argparse.Namespace(data_dir=Path("/data"))
+
+
+def commands(cell: Cell, seed: int = 0, iterations: int | None = None) -> dict[str, list[str]]:
+    return {stage.name: list(stage.command(Path("/out"), seed, iterations)) for stage in cell.job.stages}
+
+
+def test_both_methods_train_alike():
+    table = tables.tdsm_table("tiny", OPTIONS)
+    plain, aware = (commands(next(cell for cell in table.cells if cell.row.endswith(method)), seed=2)
+                    for method in (" EDM", " TDSM"))
+    assert list(plain) == ["data", "train", "evaluate"] and list(aware) == ["data", "classifier", "train", "evaluate"]
+    assert plain["data"] == aware["data"] and plain["evaluate"] == aware["evaluate"]
+    assert "--noise_rate=0.4" in plain["data"] and "--seed=2" in plain["data"]
+    added = set(aware["train"]) - set(plain["train"])
+    assert {word.partition("=")[0] for word in added if word.startswith("--")} == {"--cls", "--noise_type",
+                                                                                   "--noise_rate"}
+    assert set(plain["train"]) - set(aware["train"]) == {str(tables.HERE / "train.py")}
+
+
+def test_every_setting_of_the_paper_has_its_cells():
+    table = tables.tdsm_table("paper", OPTIONS)
+    rows = {cell.row for cell in table.cells}
+    assert len(rows) == 24 and "cifar100 asym 20 %, TDSM" in rows
+    printed = {(cell.row, cell.column): cell.printed.mean for cell in table.cells if cell.printed}
+    assert printed["cifar10 sym 40 %, TDSM", "CW-FID"] == 15.92
+    found = commands(next(cell for cell in table.cells if cell.row == "mnist sym 20 %, TDSM"))
+    assert "--source=/data/MNIST/raw/train-images-idx3-ubyte.gz" in found["data"]
+    assert "--arch=ddpmpp_mnist" in found["train"] and "--duration=200.0" in found["train"]
+    assert {"--arch=ddpmpp", "--batch=1024"} <= set(found["classifier"])
+
+
+def test_trials_are_short_and_runs_are_not():
+    cell = tables.edm_table("paper", OPTIONS).cells[0]
+    short, whole = commands(cell, iterations=2), commands(cell)
+    assert f"--duration={2 * 512 / 1e6}" in short["train"] and "--duration=200.0" in whole["train"]
+    assert "--seeds=50000-99999" in whole["score1"] and "--seeds=16-31" in short["score1"]
+
+
+def test_results_are_read_in_the_units_of_the_table(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "result.json").write_text(
+        json.dumps({"fd_judge": 3.5, "class_accuracy": 0.875, "cas": 0.5, "coverage": 0.25}))
+    assert tables.read_evaluation(tmp_path) == {
+        "FID": {"last snapshot": 3.5}, "class accuracy": {"last snapshot": 87.5}, "CAS": {"last snapshot": 50.0},
+        "coverage": {"last snapshot": 25.0}}
+    job = tables.edm_table("tiny", OPTIONS).cells[0].job
+    for number, value in enumerate((3.0, 2.0, 4.0)):
+        (tmp_path / f"range{number}").mkdir()
+        (tmp_path / f"range{number}" / "result.json").write_text(json.dumps({"fd_judge": value}))
+    assert job.read(tmp_path) == {"FID": {"lowest of three": 2.0, "first": 3.0}}
+
+
+def test_the_list_of_runs(tmp_path, capsys):
+    main("EDM.tables", tables.TABLES, argv=["tdsm", "--scale=tiny", "--list", "--no-estimate", f"--out={tmp_path}"])
+    said = capsys.readouterr().out
+    assert said.count("not run") == 6 and "digits_sym_40_tdsm/seed_2: not run" in said
+
+
+def test_an_unknown_table_is_one_line():
+    assert 'did you mean "tdsm"' in one_line_error(run("EDM/tables.py", "tdsn", status=2))
+
+
+@pytest.mark.parametrize("name", list(tables.TABLES))
+def test_names_of_runs_differ(name):
+    for scale in ("paper", "tiny"):
+        jobs = tables.TABLES[name](scale, OPTIONS).jobs()
+        assert len({job.name for job in jobs}) == len(jobs)
