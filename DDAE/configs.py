@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,11 @@ class Config:
         return plain
 
 
-def read_config(path: str | Path) -> Config:
-    """Read a YAML file. Raises UserError for one that is missing or malformed, or a key that is unknown or wrong."""
+def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file; `overrides` KEY=VALUE overrule it, a key of a section being written section.key.
+
+    Raises UserError for a file that is missing or malformed, or a key that is unknown or wrong.
+    """
     import yaml
 
     if path is None:
@@ -94,7 +97,27 @@ def read_config(path: str | Path) -> Config:
         raise UserError(f"--config: cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {path} is not plain YAML: {str(error).splitlines()[0]}") from None
+    if isinstance(content, dict):
+        for override in overrides:
+            _overrule(content, override)
     return make_config(content, str(path))
+
+
+def _overrule(content: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set: expected KEY=VALUE, got {override!r}")
+    *sections, name = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise UserError(f"--set {override}: {section} is not a section of the config")
+    try:
+        content[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {text!r} is not a plain YAML value") from None
 
 
 def make_config(content: Any, source: str) -> Config:

@@ -55,7 +55,7 @@ def main() -> None:
     from shared.files import make_dir
     from shared.hardware import computed_on
 
-    config = read_config(options.config)
+    config = read_config(options.config, options.set)
     epochs = checkpoints(config, options)
     world = distributed.start(options.device)
     size = BATCH * (options.gpus or world.size)

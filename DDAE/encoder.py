@@ -96,7 +96,7 @@ def load_encoder(options: argparse.Namespace, device: torch.device, epoch: int |
     from DDAE.configs import make_diffusion, make_network, read_config
     from DDAE.unet import use_channels_last
 
-    config = read_config(options.config)
+    config = read_config(options.config, options.set)
     config.probe()
     precision = choose_precision(options, device)
     set_arithmetic(precision)

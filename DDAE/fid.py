@@ -65,7 +65,7 @@ def main() -> None:
     args = parse()
     from DDAE.configs import read_config
 
-    config = read_config(args.config)
+    config = read_config(args.config, args.set)
 
     from EDM.detectors import load_detector
     from EDM.extraction import extract

@@ -21,6 +21,8 @@ def ddae_parser(description: str, config: bool = True) -> Parser:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     if config:
         parser.add_argument("--config", metavar="YAML", help="configuration, for instance config/DDPM_ddpm.yaml")
+        parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the config in "
+                            "place of the file's, for instance --set n_epoch=10 --set linear.timestep=21")
         parser.add_argument("--use_amp", action="store_true",
                             help="mixed precision: bf16 where the device has it, else fp16")
     parser.add_argument("--precision", choices=PRECISIONS, help="arithmetic of the network; overrules --use_amp [fp32]")

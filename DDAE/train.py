@@ -45,7 +45,7 @@ def main() -> None:
     args = parse()
     from DDAE.configs import read_config
 
-    config = read_config(args.config)
+    config = read_config(args.config, args.set)
 
     from shared import distributed
     from shared.files import make_dir

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ from shared.cli import UserError
 from shared.distributed import World
 from shared.dropout import set_dropout_keys
 from shared.ema import EMA
-from shared.files import make_dir
+from shared.files import atomic, make_dir
+from shared.hardware import computed_on
 from shared.randomness import torch_rng
 from shared.run import Run
 
@@ -217,6 +219,18 @@ def train(config: Config, net: UNet, batches: Batches, world: World, settings: S
             if world.main:
                 end_epoch(config, diffusion, net, ema, optimizer, batch, update, epoch, settings, run)
             distributed.barrier(world)
+    if world.main:
+        write_result(run, config, batches, settings)
+
+
+def write_result(run: Run, config: Config, batches: Batches, settings: Settings) -> None:
+    """Write result.json: what the run was, and what it took."""
+    content = dict(config=config.source, seed=settings.seed, iterations=run.step, epochs=run.step / batches.per_epoch,
+                   gpus=settings.gpus, precision=settings.precision, seconds=round(run.seconds, 1),
+                   processes=run.world.size, **computed_on(run.world.device))
+    with atomic(run.outdir / "result.json", "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+    run.print(f"Done: {run.outdir}")
 
 
 def load_epoch(config: Config, net: UNet, ema: EMA, optimizer: torch.optim.Optimizer, run: Run) -> int:

@@ -23,7 +23,7 @@ def check_state(net: torch.nn.Module, file: str) -> None:
 
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", NETWORKS, ids=lambda case: case["id"])
-def test_network(case: dict[str, Any], memory: str) -> None:
+def test_unet(case: dict[str, Any], memory: str) -> None:
     net, stored, notes = fill(UNet(**case["constructor"])).eval(), tensors(case), case["notes"]
     check_state(net, f"{case['id']}_state.json")
     assert sum(p.numel() for p in net.parameters()) == notes["params"]
@@ -73,7 +73,7 @@ def make_block(case: dict[str, Any]) -> torch.nn.Module:
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case["id"])
-def test_block(case: dict[str, Any], memory: torch.memory_format) -> None:
+def test_unet_block(case: dict[str, Any], memory: torch.memory_format) -> None:
     block, stored = fill(make_block(case)).eval(), tensors(case)
     if block.state_dict() and not isinstance(block, (Upsample, Downsample, LevelBlock)):
         check_state(block, f"block_{case['id']}_state.json")
