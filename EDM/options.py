@@ -38,9 +38,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 PRECONDITIONINGS = {"vp": "VP", "ve": "VE", "edm": "EDM"}
 AUGMENTATIONS = dict(xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
 AUGMENT_DIM = 9
+# Classifiers of noisy images ("Label-Noise Robust Diffusion Models", Na et al., ICLR 2024).
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "ddpmpp": dict(model_type="ClassifierSong", embedding_type="positional", decoder_type="standard"),
+    "ncsnpp": dict(model_type="ClassifierSong", embedding_type="fourier", channel_mult_noise=2),
+    "adm": dict(model_type="ClassifierDhariwal", model_channels=192, channel_mult=[1, 2, 3, 4]),
+}
 
 # How a run is carried out, as opposed to what it computes: may differ between the parts of an interrupted run.
-FREE_KEYS = ("run_dir", "data_loader_kwargs", "batch_gpu", "cudnn_benchmark", "compile")
+FREE_KEYS = ("run_dir", "data_loader_kwargs", "batch_gpu", "cudnn_benchmark", "compile", "cls", "pairs_gpu")
 
 
 def option_dictionary(flags: SimpleNamespace, resolution: int, size: int, seed: int) -> dict[str, Any]:
@@ -118,12 +124,67 @@ def summary(options: Mapping[str, Any], flags: SimpleNamespace, world_size: int)
             f"Mixed-precision:         {options['network_kwargs']['use_fp16']}"]
 
 
+def classifier_dictionary(flags: SimpleNamespace, resolution: int, size: int, seed: int, encoder: str, learned: bool,
+                          noise: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the option dictionary of a classifier's training; see `option_dictionary`.
+
+    encoder: "cnn", "resnet18", "resnet34" or "resnet34_64". learned: whether the transition matrix is learned.
+    noise: what is recorded of the label noise.
+    """
+    kind = PRECONDITIONINGS[flags.precond]
+    options = option_dictionary(flags, resolution, size, seed)
+    network = dict(CLASSIFIERS[flags.arch])
+    if encoder == "cnn":
+        network["model_type"], encoder = "ClassifierSong_MNIST", "standard"
+    network["encoder_type"] = encoder
+    if flags.cbase is not None:
+        network["model_channels"] = flags.cbase
+    if flags.augment:
+        network["augment_dim"] = AUGMENT_DIM
+    if flags.sigma_data is not None:
+        network["sigma_data"] = flags.sigma_data
+    wrapper = f"{kind}Precond_classifier" + "_with_transition_matrix" * learned
+    options["network_kwargs"] = dict(network, class_name=f"training.networks.{wrapper}", dropout=flags.dropout,
+                                     use_fp16=flags.fp16)
+    name = f"{kind}ClassifierWithVMLoss" if learned else f"{kind}ClassifierLoss"
+    options["loss_kwargs"] = dict(options["loss_kwargs"], class_name=f"training.loss.{name}", **noise)
+    if flags.optimizer == "sgd":
+        options["optimizer_kwargs"] = dict(class_name="torch.optim.SGD", lr=flags.lr, momentum=0.9, weight_decay=0)
+    own = dict(averaged=flags.averaged or None, accuracy_images=flags.accuracy_images, eval_data=flags.eval_data,
+               vm_schedule_kimg=flags.vm_schedule if learned else None)
+    options.update({key: value for key, value in own.items() if value is not None})
+    return options
+
+
+def denoiser_dictionary(flags: SimpleNamespace, resolution: int, size: int, seed: int, noise: Mapping[str, Any],
+                        classifier: str | None) -> dict[str, Any]:
+    """Return the option dictionary of a TDSM training; see `option_dictionary`.
+
+    noise: what is recorded of the label noise. classifier: digest of the classifier's snapshot.
+    """
+    kind = PRECONDITIONINGS[flags.precond]
+    options = option_dictionary(SimpleNamespace(**{**vars(flags), "label_dropout": None}), resolution, size, seed)
+    loss = dict(options["loss_kwargs"], class_name=f"training.loss.{kind}NoiseLoss", **noise, tau=flags.tau,
+                temp=flags.temp)
+    own = dict(relative_tau=flags.relative_tau or None, renormalise=flags.renormalise or None,
+               full_gradient=flags.full_gradient or None, label_dropout=flags.label_dropout or None,
+               classifier=classifier)
+    loss.update({key: value for key, value in own.items() if value is not None})
+    options["loss_kwargs"] = loss
+    if flags.cls is not None:
+        options["cls"] = flags.cls
+    if flags.pairs_gpu is not None:
+        options["pairs_gpu"] = flags.pairs_gpu
+    return options
+
+
 # ------------------------------------------------------------------------------------------------- the run's folder
 
 def run_description(flags: SimpleNamespace, gpus: int | str) -> str:
     """Return the run's name without its number: data set, conditioning, network, loss, GPUs, batch, precision."""
     name = os.path.splitext(os.path.basename(flags.data))[0]
-    parts = [name, "cond" if flags.cond else "uncond", flags.arch, flags.precond, f"gpus{gpus}",
+    arch = getattr(flags, "arch_name", flags.arch)
+    parts = [name, "cond" if flags.cond else "uncond", arch, flags.precond, f"gpus{gpus}",
              f"batch{flags.batch}", "fp16" if flags.fp16 else "fp32"]
     return "-".join(parts + ([flags.desc] if flags.desc is not None else []))
 

@@ -82,7 +82,7 @@ def fingerprint(net: torch.nn.Module) -> torch.Tensor:
     """Return an int64 scalar that differs when the bits of any parameter or buffer do (with near certainty)."""
     total = torch.zeros((), dtype=torch.int64, device=next(net.parameters()).device)
     for number, tensor in enumerate(net.state_dict().values(), start=1):
-        bits = tensor.contiguous().view(torch.int32).flatten().to(torch.int64)
+        bits = tensor.contiguous().flatten().view(torch.int32).to(torch.int64)
         # Weighted by place, so that exchanged values are noticed; int64 wraps around.
         total += number * (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
     return total
