@@ -55,6 +55,10 @@ AT_LEAST_ONE = click.IntRange(min=1)
 @option("--disc", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Ablate the time steps")
 @option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Ablate the noise schedule sigma(t)")
 @option("--scaling", type=click.Choice(["vp", "none"]), help="Ablate the signal scaling s(t)")
+@option("--network_2", metavar="PATH|URL", type=str, help="Second network of the affine score, of noisy labels (TDSM)")
+@option("--affine_weight", metavar="FLOAT", type=NOT_NEGATIVE, default=0.0,
+        help="Weight a of the affine score: (1 + a) network - a network_2")
+@option("--save_each_sample", is_flag=True, help="No grid-*.png beside the images of a TDSM network")
 # Beyond the published command line.
 @option("--sampler", type=click.Choice(SAMPLERS), help="Sampler  [default: edm; ablation with any of the four above]")
 @option("--classes", metavar="all|LIST", type=str, help="Every seed once per class, in OUTDIR/CLASS/")
@@ -107,6 +111,12 @@ def check(flags: SimpleNamespace) -> None:
         raise UserError("--class and --classes cannot be specified at the same time")
     if flags.guide_network is not None and flags.guidance is None:
         raise UserError("--guide-network needs --guidance, for instance --guidance=2")
+    if flags.network_2 == "None":  # the published default, in so many words
+        flags.network_2 = None
+    if flags.affine_weight and flags.network_2 is None:
+        raise UserError("--affine_weight needs --network_2, a network trained on the noisy labels")
+    if flags.affine_weight and flags.guidance is not None:
+        raise UserError("--affine_weight and --guidance cannot be specified at the same time")
     if flags.strict and (flags.compile or flags.precision not in (None, "fp32")):
         raise UserError("--strict means fp32 and no compilation; leave out --precision and --compile")
     if flags.strict:
@@ -169,6 +179,8 @@ def generate(flags: SimpleNamespace) -> None:
                 [s.class_index for s in samples]
         if flags.grid:
             files.write_grid(Path(flags.grid), samples, labels)
+        if sheet := published_sheet(flags, sampler, samples, is_archive):
+            files.write_sheet(root / sheet, samples)
         if is_archive:
             files.pack(outdir, samples, labels, label_dim, everything)
         print("Done.")
@@ -190,6 +202,7 @@ def load(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, A
 
     net = network(flags.network)
     guide = network(flags.guide_network) if flags.guide_network else None
+    second = network(flags.network_2) if flags.affine_weight else None  # without weight it would change nothing
     if net.img_channels not in (1, 3):
         raise UserError(f"{flags.network} makes images of {net.img_channels} channels; a PNG holds 1 or 3")
 
@@ -200,13 +213,27 @@ def load(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, A
     arguments.update({argument: value for name, argument in varying.items()
                       if (value := getattr(flags, name)) is not None})
     guidance = 1.0 if flags.guidance is None else flags.guidance
-    sampler = SeedSampler(net, sampler=flags.sampler, guide=guide, guidance=guidance, precision=flags.precision,
-                          fast=not flags.strict, compile=flags.compile, **arguments)
+    sampler = SeedSampler(net, sampler=flags.sampler, guide=guide, guidance=guidance, second=second,
+                          affine_weight=flags.affine_weight, precision=flags.precision, fast=not flags.strict,
+                          compile=flags.compile, **arguments)
     settings = dict(network=digest(flags.network), guide_network=digest(flags.guide_network) if guide else None,
                     guidance=guidance, sampler=flags.sampler,
                     **{name: "inf" if value == math.inf else value for name, value in arguments.items()},
                     precision=sampler.precision, device=world.device.type)
+    if second is not None:
+        settings.update(network_2=digest(flags.network_2), affine_weight=flags.affine_weight)
     return sampler, settings
+
+
+def published_sheet(flags: SimpleNamespace, sampler: SeedSampler, samples: list, is_archive: bool) -> str | None:
+    """Return the name of the square sheet that goes beside the images of a TDSM network; None where none does.
+
+    As published it holds a single batch; unlike there, the images are also written one by one.
+    """
+    label_noise = flags.network_2 is not None or "noise_type" in sampler.loss_kwargs
+    if not label_noise or flags.save_each_sample or flags.classes or is_archive or len(samples) > flags.batch:
+        return None
+    return f"grid-{flags.class_index}-{samples[0].seed:06d}-{samples[-1].seed:06d}.png"
 
 
 def chosen_classes(flags: SimpleNamespace, label_dim: int) -> list[int | None]:

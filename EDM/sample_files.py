@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from shared.cli import UserError
 from shared.files import atomic, make_dir
-from shared.pngs import read_pngs
+from shared.pngs import read_pngs, write_png
 
 RECORD = "generate.json"
 ARCHIVES = (".zip", ".npz")
@@ -52,7 +53,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], images: Sequence[Pat
     """
     settings = json.loads(json.dumps(settings))
     old = read_record(folder / RECORD)
-    present = sorted(path.relative_to(folder) for path in folder.rglob("*.png")) if folder.is_dir() else []
+    present = sorted(path.relative_to(folder) for path in folder.rglob("*.png")
+                     if not path.name.startswith("grid-")) if folder.is_dir() else []
     wanted = {path.relative_to(folder) for path in images}
     clash = [path for path in present if path in wanted] if old is None else present
     if overwrite:
@@ -135,6 +137,14 @@ def pack(archive: Path, samples: Sequence[Sample], labels: Sequence[int], label_
         file.write(json.dumps(settings, indent=2) + "\n")
     (write_zip if archive.suffix == ".zip" else write_npz)(images, archive)
     shutil.rmtree(work_folder(archive))
+
+
+def write_sheet(path: Path, samples: Sequence[Sample]) -> None:
+    """Write the first n x n images, n = floor(sqrt(number)), row by row and without gaps, in the published form."""
+    side = math.isqrt(len(samples))
+    images = read_pngs([sample.path for sample in samples[:side**2]])  # [n², C, R, R]
+    rows = [np.concatenate(list(images[start:start + side]), axis=2) for start in range(0, side**2, side)]
+    write_png(path, np.concatenate(rows, axis=1))
 
 
 def write_grid(path: Path, samples: Sequence[Sample], labels: Sequence[int]) -> None:

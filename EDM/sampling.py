@@ -8,7 +8,7 @@ import torch
 
 from EDM import samplers
 from EDM.networks import use_channels_last
-from EDM.samplers import Model, Noise, denoiser, guided
+from EDM.samplers import Model, Noise, affine, denoiser, guided
 from shared.cli import UserError
 from shared.seeds import SeedGenerators
 
@@ -25,23 +25,30 @@ class SeedSampler:
     net, guide: preconditioned networks (EDM/preconditioning.py) in eval mode on the device to sample on.
     sampler: one of SAMPLERS; `arguments` go to it (see EDM/samplers.py).
     guidance: scale of `guided`; the guide is `guide`, or `net` without its class labels.
+    second, affine_weight: network and weight of `affine`, in place of guidance.
     precision: fp32, bf16 or fp16; None: what the network was made for, else bf16 on a GPU that has it, else fp32.
     fast: the memory layout that is faster here; False is the published one. compile: compile the network first.
     """
 
     def __init__(self, net: torch.nn.Module, *, sampler: str = "edm", guide: torch.nn.Module | None = None,
-                 guidance: float = 1.0, precision: str | None = None, fast: bool = True, compile: bool = False,
-                 **arguments: Any) -> None:
+                 guidance: float = 1.0, second: torch.nn.Module | None = None, affine_weight: float = 0.0,
+                 precision: str | None = None, fast: bool = True, compile: bool = False, **arguments: Any) -> None:
         if guidance != 1 and guide is None and not net.label_dim:
             raise UserError("guidance without a guide needs a class-conditional network")
         if guide is not None and ((guide.img_channels, guide.img_resolution) != (net.img_channels, net.img_resolution)
                                   or guide.label_dim not in (0, net.label_dim)):
             raise UserError("the guide does not fit the network: other image size, channels or number of classes")
+        if second is not None and ((second.img_channels, second.img_resolution, second.label_dim)
+                                   != (net.img_channels, net.img_resolution, net.label_dim)):
+            raise UserError("the second network does not fit the first: other image size, channels or classes")
+        self.loss_kwargs = getattr(net, "loss_kwargs", {})
         self.device = next(net.parameters()).device
         self.precision = precision or _own_precision(net, self.device)
         self.sampler, self.arguments, self.guidance = sampler, arguments, guidance
         self.net = self._prepared(net, fast, compile)
         self.guide = self.net if guide is None else self._prepared(guide, fast, compile)
+        self.second = None if second is None else self._prepared(second, fast, compile)
+        self.affine_weight = affine_weight
         self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
         # Apple GPUs have no float64.
         self.state_dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -114,6 +121,8 @@ class SeedSampler:
         if self.guidance != 1:
             guide_labels = labels if self.guide is not self.net and self.guide.label_dim else None
             model = guided(model, denoiser(self.guide, guide_labels), self.guidance)
+        if self.second is not None:
+            model = affine(model, denoiser(self.second, labels), self.affine_weight)
         if self.precision == "fp32" or self.net.use_fp16:
             return model
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16

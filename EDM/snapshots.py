@@ -60,6 +60,7 @@ class Snapshot:
             raise UserError(f"{self.source}: no {self.class_name} can be made from its constructor arguments "
                             f"({error})") from None
         load_weights(net, self.state_dict, self.source)
+        net.loss_kwargs = dict(self.loss_kwargs)  # says of a denoiser whether it was trained from noisy labels
         return net.eval().requires_grad_(False)
 
 
