@@ -17,10 +17,10 @@ torch = lazy("torch")
 class Algorithm:
     """A semi-supervised learner; one of them is a file with a class of this kind.
 
-    views: what it wants to see of every unlabelled image, in this order: "weak", "strong", or "rotated" (the first
-    strong view by a random number of quarter turns). labeled_views: more views of the labelled images, behind the weak
-    one. state: the attributes that are saved, tensors or objects with a state of their own; they must be those of the
-    global batch, equal on all ranks. supervised_steps: steps on labels alone before the training, at the initial
+    views: what it wants to see of every unlabelled image, in this order: "weak", "medium", "strong", or "rotated" (the
+    first strong view by a random number of quarter turns). labeled_views: more views of the labelled images, behind the
+    weak one. state: the attributes that are saved, tensors or objects with a state of their own; they must be those of
+    the global batch, equal on all ranks. supervised_steps: steps on labels alone before the training, at the initial
     learning rate. rotation_head: whether the network also predicts quarter turns. teacher: the moving average of the
     weights, kept by the trainer; in eval mode and without gradients.
     """

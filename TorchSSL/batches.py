@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from shared import randaugment
 from shared.augment import WeakPolicy, draw_strong, draw_weak, rotate_quarter_turns, strong, weak
 from shared.cli import UserError
 from shared.distributed import World
@@ -38,10 +39,11 @@ class Batch:
 class Batches:
     """Makes the batch of any step.
 
-    views: "weak" (flip and shift), "strong" (RandAugment and cutout, then its own flip and shift) or "rotated" (the
-    first strong view, turned; behind all others) for each view of an unlabelled image; labeled_views: weak or strong
-    ones of a labelled image, besides its first weak one. size: labelled images in the global batch; every rank has an
-    equal part of it. Raises UserError where the images are too small for the weak augmentation or to be rotated.
+    views: "weak" (flip and shift), "medium" (one operation of RandAugment), "strong" (RandAugment and cutout; both then
+    have a flip and shift of their own) or "rotated" (the first strong view, turned; behind all others) for each view of
+    an unlabelled image; labeled_views: weak or strong ones of a labelled image, besides its first weak one. size:
+    labelled images in the global batch; every rank has an equal part of it. Raises UserError where the images are too
+    small for the weak augmentation or cannot be rotated.
     """
 
     def __init__(self, data: TrainingData, options: argparse.Namespace, world: World, views: tuple[str, ...],
@@ -96,14 +98,17 @@ class Batches:
 
     def augmented(self, images: torch.Tensor, view: str, step: int, purpose: str, count: int,
                   part: slice) -> torch.Tensor:
-        """Return this rank's uint8 images [n, C, H, W] as a view begins: RandAugment for strong ones, else as they are.
+        """Return this rank's uint8 images [n, C, H, W] as a view begins, before its flip and shift.
 
         count: images in the global batch, of which these are `part`.
         """
         if view == "weak":
             return images
-        draws = draw_strong(count, self.rng(step, purpose), self.data.unlabeled.size, self.options.strong_ops)
-        return strong(images, draws[part])
+        operations = 1 if view == "medium" else self.options.strong_ops
+        draws = draw_strong(count, self.rng(step, purpose), self.data.unlabeled.size, operations)[part]
+        if view == "medium":
+            return randaugment.apply(images, draws.operations, draws.magnitudes)
+        return strong(images, draws)
 
     def labeled_positions(self, step: int) -> np.ndarray:
         """Draw the global labelled batch, with replacement: uniformly, or with a share of real images.

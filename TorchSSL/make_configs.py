@@ -35,7 +35,7 @@ ALGORITHMS = {
     "softmatch": "hard_label True, T 0.5, ulb_loss_ratio 1.0, uratio 7, dist_align True",
 }
 FLEX = {"uda_flex": "uda", "pseudolabel_flex": "pseudolabel"}  # the same with `use_flex: True`
-LEARNERS = (*ALGORITHMS, *FLEX, "defixmatch")  # the scripts that train, <name>.py
+LEARNERS = (*ALGORITHMS, *FLEX, "defixmatch", "sequencematch")  # the scripts that train, <name>.py
 ON_IMAGENET = ("fixmatch", "flexmatch")
 WITH_TEN_LABELS = ("fixmatch", "flexmatch", "meanteacher", "mixmatch", "pimodel", "pseudolabel", "remixmatch", "uda",
                    "vat")
@@ -96,6 +96,7 @@ ON_DIGITS = {
     "fullysupervised": "all_labels True",
     "vat": "uratio 1, vat_eps 1.0, vat_xi 0.01",  # 64 pixels in place of 3072: the same length for each of them
     "defixmatch": "hard_label True, T 0.5, p_cutoff 0.95, ulb_loss_ratio 0.5, uratio 7",
+    "sequencematch": "hard_label True, T 0.5, p_cutoff 0.95, ulb_loss_ratio 1.0, kl_loss_ratio 1.0, uratio 7",
     "pseudolabel": "uratio 7, p_cutoff 0.8", "pseudolabel_flex": "uratio 7, p_cutoff 0.8",
     "meanteacher": "uratio 7, ulb_loss_ratio 1", "remixmatch": "uratio 3, w_rot 0.1, strong_ops 1",
 }

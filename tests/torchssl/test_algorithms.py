@@ -79,13 +79,15 @@ def test_run_kill_and_same_command(name: str, tmp_path: Path) -> None:
 
 
 # One of each kind of state: none, counts and averages, mixing across ranks, perturbations, more labelled views.
-@pytest.mark.parametrize("name", ["flexmatch", "softmatch", "remixmatch", "vat", "meanteacher", "defixmatch"])
+@pytest.mark.parametrize("name", ["flexmatch", "softmatch", "remixmatch", "vat", "meanteacher", "defixmatch",
+                                  "sequencematch"])
 def test_two_ranks_are_one(name: str, tmp_path: Path) -> None:
     """In one process: the parts of two ranks, put together, are the batch, the noise and the mixing of one."""
     script = importlib.import_module(f"TorchSSL.{name}")
     options = script.parse(command(name))
     data = load_training_data(options, tmp_path)
-    views = {"remixmatch": ("weak", "strong", "strong", "rotated"), "vat": ("weak",)}.get(name, ("weak", "strong"))
+    views = {"remixmatch": ("weak", "strong", "strong", "rotated"), "vat": ("weak",),
+             "sequencematch": ("weak", "medium", "strong")}.get(name, ("weak", "strong"))
     labeled_views = ("strong",) if name == "defixmatch" else ()
     whole = Batches(data, options, World(), views, 4, labeled_views)(3)
     parts = [Batches(data, options, World(rank, 2), views, 4, labeled_views)(3) for rank in range(2)]
@@ -250,3 +252,47 @@ def test_extra_images_join_the_labelled_ones(name: str, tmp_path: Path) -> None:
     assert start_and_wait(name, tmp_path, f"--aug_path={extra}") == 0, (tmp_path / "output.txt").read_text()[-2000:]
     result = json.loads((tmp_path / "saved_models/short/result.json").read_text())
     assert result["labeled_images"] == result["num_labels"] + 30
+
+
+def test_sequencematch_loss() -> None:
+    """Against its definition in float64, image by image; only what follows is moved, never what leads."""
+    from TorchSSL.sequencematch import SequenceMatch, parse
+
+    class Given(torch.nn.Module):
+        def forward(self, logits: torch.Tensor) -> torch.Tensor:
+            return logits
+
+    generator = torch.Generator().manual_seed(0)
+    weak, medium, strong = (4 * torch.randn(12, 5, generator=generator) for _ in range(3))
+    medium.requires_grad_(), strong.requires_grad_()
+    batch = Batch(torch.randn(3, 5, generator=generator), torch.tensor([0, 1, 2]), (weak, medium, strong),
+                  truth=torch.full((12,), -1))
+    learner = SequenceMatch(parse(["--p_cutoff=0.8", "--kl_loss_ratio=0.7"]), Setting(5, 12, (0.2,) * 5, World()))
+    total, found = learner.loss(Given(), batch, 0)
+
+    w, m, s = (logits.detach().double() for logits in (weak, medium, strong))
+    confident, unsure = 0.0, 0.0
+    for i in range(12):
+        p = w[i].softmax(0)
+        if p.max() >= 0.8:
+            confident -= m[i].log_softmax(0)[p.argmax()] + s[i].log_softmax(0)[p.argmax()]
+        else:
+            for leader, follower in ((w, m), (m, s), (w, s)):
+                target = (leader[i] / 0.5).softmax(0)
+                unsure += (target * (target.log() - follower[i].log_softmax(0))).sum()
+    assert 0 < float(found["train/utilisation"]) < 1
+    torch.testing.assert_close(found["train/unsup_loss"].double(), confident / 12, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found["train/divergence_loss"].double(), unsure / 12, rtol=1e-6, atol=1e-6)
+    supervised = torch.nn.functional.cross_entropy(batch.labeled.double(), batch.labels)
+    torch.testing.assert_close(total.double(), supervised + confident / 12 + 0.7 * unsure / 12, rtol=1e-6, atol=1e-6)
+
+
+def test_medium_view_is_one_operation_without_cutout(tmp_path: Path) -> None:
+    """An image of one value stays one under every single operation but those that move it; cutout would show."""
+    script = importlib.import_module("TorchSSL.sequencematch")
+    options = script.parse([*command("sequencematch"), "--weak_pad=0", "--weak_subpixel=False"])
+    data = load_training_data(options, tmp_path)
+    data.unlabeled.images[:] = 0  # black: what is moved in is black too
+    batch = Batches(data, options, World(), ("weak", "medium", "strong"), 4)(0)
+    spread = [view.flatten(1).amax(1) - view.flatten(1).amin(1) for view in batch.views]
+    assert (spread[1] == 0).all() and (spread[2] > 0).any()
