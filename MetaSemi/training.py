@@ -63,7 +63,8 @@ class Training:
         labeled, rest = split(train.labels, options.num_label // options.num_classes, rng)
         warn_of_split(options, train.labels[labeled])
         check_labels(options, folder, label_text(labeled))
-        resume = resume_from(options, folder)
+        config = {**options.method, "precision": self.precision}
+        resume = resume_from(options, folder, config)
         pools = streams(labeled, rest if unlabeled else None, options.total_steps * options.batch_size, rng)
         layout = torch.contiguous_format if options.strict else torch.channels_last
         self.batches = Batches(train, pools, options.dataset, options.batch_size, options.seed, world, layout)
@@ -79,7 +80,7 @@ class Training:
                                          weight_decay=options.weight_decay, fused=not options.strict)
         self.meters, self.best = Meters(), Best()
 
-        self.run = Run(folder, {**options.method, "precision": self.precision}, world=world, checkpoint=CHECKPOINT,
+        self.run = Run(folder, config, world=world, checkpoint=CHECKPOINT,
                        keep={"model": self.net, "optimizer": self.optimizer, "best_acc": self.best,
                              "meters": self.meters},
                        resume=resume, restart=options.overwrite, save_every=options.test_freq,
@@ -260,7 +261,7 @@ def check_labels(options: argparse.Namespace, folder: Path, text: str) -> None:
                         "--save-path")
 
 
-def resume_from(options: argparse.Namespace, folder: Path) -> str:
+def resume_from(options: argparse.Namespace, folder: Path, config: Mapping[str, Any]) -> str:
     """Return "auto" to continue what the folder holds, or the checkpoint of --resume, any whose network fits.
 
     The same command given again continues behind what it has reached since.
@@ -277,5 +278,5 @@ def resume_from(options: argparse.Namespace, folder: Path) -> str:
         return str(path)
     own = path.resolve() == newest[0].resolve() or newest[1].get("state", {}).get("resumed") == str(path.resolve())
     saved: Mapping[str, Any] = newest[1].get("config", {})
-    same = all(saved.get(key) == value for key, value in json.loads(json.dumps(options.method)).items())
+    same = all(saved.get(key) == value for key, value in json.loads(json.dumps(config)).items())
     return "auto" if own and same else str(path)
