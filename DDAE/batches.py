@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.augment import WeakDraws, WeakPolicy, draw_weak, shift_whole
+from shared.augment import WeakPolicy, draw_weak, shift_whole
 from shared.cli import UserError
 from shared.distributed import World
 from shared.images import ImageSet
@@ -85,17 +85,27 @@ class TrainBatches:
 
     def __call__(self, step: int) -> Batch:
         """Return this rank's part of the batch of `step`."""
-        items = self.items(step)
-        part = share_out(len(items), self.world)
-        draws = draw_weak(len(items), numpy_rng(self.seed, step, "augment"), self.shape, self.policy)[part]
-        return self._take(items[part], part, len(items), draws)
+        return self._rows(step, share_out(len(self.items(step)), self.world))
 
-    def _take(self, items: np.ndarray, part: slice, count: int, draws: WeakDraws) -> Batch:
-        images = self.pool.take(items)
+    def mirrored(self, step: int) -> Batch:
+        """Return the images at the mirrored places of the global batch: the last one for the first, and so on.
+
+        Its part runs backwards.
+        """
+        count = len(self.items(step))
+        part = share_out(count, self.world)
+        first, stop = count - 1 - part.start, count - 1 - part.stop
+        return self._rows(step, slice(first, stop if stop >= 0 else None, -1))
+
+    def _rows(self, step: int, part: slice) -> Batch:
+        items = self.items(step)
+        draws = draw_weak(len(items), numpy_rng(self.seed, step, "augment"), self.shape, self.policy)
+        chosen = items[part]
+        images = self.pool.take(chosen)
         if self.policy.flip or self.policy.pad:
-            images = shift_whole(images, draws)
-        labels = self.pool.labels[torch.from_numpy(items).to(self.pool.device)]
-        return Batch(images.float().div_(255), labels, items, part, count)
+            images = shift_whole(images, draws[part])
+        labels = self.pool.labels[torch.from_numpy(chosen.copy()).to(self.pool.device)]
+        return Batch(images.float().div_(255), labels, chosen, part, len(items))
 
 
 class TestItems:

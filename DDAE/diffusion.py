@@ -90,6 +90,10 @@ class DDPM:
 
     # ------------------------------------------------------------------------------------------------------ sampling
 
+    def default_steps(self) -> int:
+        """Return 100, the published number of DDIM steps, or n_T if that is less."""
+        return min(SAMPLER_STEPS[self.kind], self.n_T)
+
     def evaluations(self, mode: str, steps: int) -> int:
         """Return how often a sampler calls the network."""
         return self.n_T if mode == "DDPM" else len(self.ddim_times(steps)) - 1
@@ -111,7 +115,7 @@ class DDPM:
         """
         if mode == "DDPM":
             return (self._sample_ddpm(net, latents, noise) + 1) / 2
-        return (self._sample_ddim(net, latents, noise, steps or SAMPLER_STEPS[self.kind], eta) + 1) / 2
+        return (self._sample_ddim(net, latents, noise, steps or self.default_steps(), eta) + 1) / 2
 
     def _sample_ddpm(self, net: torch.nn.Module, x: Tensor, noise: Noise) -> Tensor:
         tables = {name: table.tolist() for name, table in self.train_tables.items()}
@@ -248,6 +252,10 @@ class EDM:
 
     # ------------------------------------------------------------------------------------------------------ sampling
 
+    def default_steps(self) -> int:
+        """Return 18, the published number."""
+        return SAMPLER_STEPS[self.kind]
+
     def evaluations(self, mode: str, steps: int) -> int:
         """Return how often the sampler calls the network."""
         return 2 * steps - 1
@@ -260,7 +268,7 @@ class EDM:
         Heun's method with 2·steps - 1 calls. eta: each step between S_min and S_max first raises the noise level by the
         factor 1 + (√2 - 1)·eta. mode is ignored. On Apple's GPUs, which have no float64, all is float32.
         """
-        steps = steps or SAMPLER_STEPS[self.kind]
+        steps = steps or self.default_steps()
         sigmas = self.schedule(steps).tolist()
         dtype = torch.float32 if latents.device.type == "mps" else torch.float64
         x = latents.to(dtype) * sigmas[0]

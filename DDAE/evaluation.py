@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,16 +35,20 @@ def accuracy_by_level(classify: Classify, items: TestItems, levels: Sequence[int
     return dict(zip(levels, (distributed.sum_(correct, world).double() / len(items)).tolist(), strict=True))
 
 
-def report_by_level(run: Run, name: str, accuracies: Mapping[int, float], compare: Sequence[str], **facts: Any) -> None:
-    """Print a line per level; write result.json and curve.png with the curves of other result.json files beside it."""
+def report_by_level(run: Run, name: str, accuracies: Mapping[int, float], compare: Sequence[str]) -> None:
+    """Print a line per level; write result.json and curve.png with the curves of other result.json files beside it.
+
+    The accuracy of the result is the mean over levels.
+    """
     for level, accuracy in accuracies.items():
         run.print(f"[timestep {level}]: Test acc: {accuracy:.3f}")
     if not run.world.main:
         return
     with atomic(run.outdir / "result.json", "w") as file:
-        json.dump({"name": name, "accuracy": {str(level): value for level, value in accuracies.items()}, **facts,
-                   "config": run.config, "seconds": round(run.seconds, 1), **computed_on(run.world.device)}, file,
-                  indent=1)
+        json.dump({"name": name, "accuracy": {"last": sum(accuracies.values()) / len(accuracies)}, "by_level":
+                   {str(level): value for level, value in accuracies.items()}, "seed": run.config["seed"],
+                   "iterations": run.step, "precision": run.config["precision"], "seconds": round(run.seconds, 1),
+                   **computed_on(run.world.device), "config": run.config}, file, indent=1)
     lines = {name: (list(accuracies), list(accuracies.values()))}
     for path in compare:
         lines.update(read_curve(path))
@@ -58,7 +61,7 @@ def read_curve(path: str) -> dict[str, tuple[list[int], list[float]]]:
     """Return name -> (levels, accuracies) of a result.json of a noise-conditional classifier; UserError."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        accuracy = content["accuracy"]
-        return {str(content["name"]): ([int(level) for level in accuracy], [float(a) for a in accuracy.values()])}
+        found = content["by_level"]
+        return {str(content["name"]): ([int(level) for level in found], [float(a) for a in found.values()])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--compare {path}: not the result.json of a noise-conditional classifier") from None

@@ -33,7 +33,7 @@ np, torch = lazy("numpy"), lazy("torch")
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = encoder_parser(__doc__)
     parser.add_argument("--block", default=None, metavar="NAME", help="last block [the config's linear.blockname]")
-    parser.add_argument("--time", type=int, default=None, metavar="N", help="noise level [the config's linear.timestep]")
+    parser.add_argument("--time", type=int, default=None, metavar="N", help="noise level [linear.timestep]")
     parser.add_argument("--no_noise", action="store_true", help="the network is told the level, but no noise is added")
     parser.add_argument("--encoder", choices=("trained", "untrained"), default="trained", help="start from the "
                         "checkpoint, or from fresh weights to compare with [trained]")
@@ -102,7 +102,7 @@ def fit(net: Classifier, encoder: Encoder, batches: TrainBatches, test: TestItem
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step / per_epoch, options.warm_epoch, options.epochs)
         batch = batches(step)
-        images, target = augmented(batch, net.classes, step, options)
+        images, target = augmented(batch, batches, net.classes, step, options)
         net.train()
         set_dropout_keys(net, seed, step, range(batch.part.start, batch.part.stop))
         with autocast(world.device, encoder.precision):
@@ -139,22 +139,31 @@ def schedule(epoch: float, warm_epoch: float, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (epoch - warm_epoch) / max(1e-8, epochs - warm_epoch)))
 
 
-def augmented(batch: Batch, classes: int, step: int, options: argparse.Namespace
+def augmented(batch: Batch, batches: TrainBatches, classes: int, step: int, options: argparse.Namespace
               ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the images [n, C, H, W] in [0, 1] and their targets: int64 [n], or float32 [n, classes] with mixup."""
+    from shared.randomness import numpy_rng
+
+    images = randaugment(batch, step, options) if options.randaugment else batch.images
+    if not options.mixup:
+        return images, batch.labels
+    # Each image is mixed with the one at the mirrored place of the global batch, all with one share.
+    other = batches.mirrored(step)
+    partners = randaugment(other, step, options) if options.randaugment else other.images
+    share = float(numpy_rng(options.seed, step, "mixup").beta(options.mixup, options.mixup))
+    one_hot = torch.nn.functional.one_hot
+    target = share * one_hot(batch.labels, classes) + (1 - share) * one_hot(other.labels, classes)
+    return share * images + (1 - share) * partners, target
+
+
+def randaugment(batch: Batch, step: int, options: argparse.Namespace) -> torch.Tensor:
+    """Return the images after two operations of RandAugment and a cutout, which follow from step and place."""
     from shared.augment import draw_strong, strong
     from shared.randomness import numpy_rng
 
-    images = batch.images
-    if options.randaugment:
-        draws = draw_strong(batch.count, numpy_rng(options.seed, step, "randaugment"), images.shape[2:], 2)[batch.part]
-        images = strong((255 * images).round().to(torch.uint8), draws).float().div_(255)
-    if not options.mixup:
-        return images, batch.labels
-    # Each rank mixes its own images in reverse order, with a share drawn per step.
-    share = float(numpy_rng(options.seed, step, "mixup").beta(options.mixup, options.mixup))
-    target = torch.nn.functional.one_hot(batch.labels, classes).float()
-    return share * images + (1 - share) * images.flip(0), share * target + (1 - share) * target.flip(0)
+    rng = numpy_rng(options.seed, step, "randaugment")
+    draws = draw_strong(batch.count, rng, tuple(batch.images.shape[2:]), 2)[batch.part]
+    return strong((255 * batch.images).round().to(torch.uint8), draws).float().div_(255)
 
 
 def test_accuracy(net: Classifier, items: TestItems, encoder: Encoder) -> float:
@@ -183,8 +192,10 @@ def report(run: Run, encoder: Encoder) -> None:
     if not run.world.main:
         return
     with atomic(run.outdir / "result.json", "w") as file:
-        json.dump({"accuracy": tests[-1][1], "tests": tests, "config": run.config, "seconds": round(run.seconds, 1),
-                   **computed_on(run.world.device)}, file, indent=1)
+        json.dump({"accuracy": {"last": tests[-1][1] / 100, "best_on_test": max(test[1] for test in tests) / 100},
+                   "tests": tests, "seed": run.config["seed"], "iterations": run.step, "precision": encoder.precision,
+                   "seconds": round(run.seconds, 1), **computed_on(run.world.device), "config": run.config}, file,
+                  indent=1)
     curves({"fine-tuning": {encoder.name: ([epoch for epoch, _ in tests], [accuracy for _, accuracy in tests])}},
            run.outdir / "curve.png", {"fine-tuning": "epoch"})
 

@@ -12,7 +12,6 @@ same command again continues.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,31 +140,34 @@ def test_features(encoder: Encoder, items: TestItems, levels: Sequence[int], nam
 
 def report(run: Run, encoder: Encoder, accuracies: dict[str, float], levels: Sequence[int], names: Sequence[str],
            options: argparse.Namespace) -> None:
-    """Print the accuracies; write result.json and the heads, for several also table.csv, table.md and grid.png."""
+    """Print the accuracies; write result.json and the heads, for several also table.csv, table.md and two pictures."""
+    from DDAE.probing import write_result
+
+    for key, accuracy in accuracies.items():
+        run.print(f"[key {key}]: Test acc: {100 * accuracy:.2f}")
+    if not run.world.main:
+        return
+    asked = f"{encoder.probe.timestep}/{encoder.probe.blockname}"
+    write_result(run, run.keep["heads"], accuracies, asked if asked in accuracies else next(iter(accuracies)),
+                 test_draws=options.test_draws)
+    if len(accuracies) > 1:
+        write_grid(run.outdir, encoder, accuracies, levels, names)
+        best = max(accuracies, key=accuracies.get)
+        run.print(f"best: {best}, {100 * accuracies[best]:.2f}; table.md, table.csv, grid.png and curves.png are in "
+                  f"{run.outdir}")
+
+
+def write_grid(out: Path, encoder: Encoder, accuracies: dict[str, float], levels: Sequence[int], names: Sequence[str]
+               ) -> None:
+    """Write the accuracies over noise levels and blocks as a table, a heat map and curves, in percent."""
     import csv
 
     import numpy as np
 
-    from shared.checkpoint import write_checkpoint
     from shared.files import atomic
-    from shared.hardware import computed_on
     from shared.plots import curves, heat_map
 
-    for key, accuracy in accuracies.items():
-        run.print(f"[key {key}]: Test acc: {accuracy:.2f}")
-    if not run.world.main:
-        return
-    out, best = run.outdir, max(accuracies, key=accuracies.get)
-    with atomic(out / "result.json", "w") as file:
-        json.dump({"accuracy": accuracies, "best": best, "config": run.config, "test_draws": options.test_draws,
-                   "seconds": round(run.seconds, 1), **computed_on(run.world.device)}, file, indent=1)
-    heads = run.keep["heads"]
-    write_checkpoint(out / "heads.pth", {key: dict(zip(("weight", "bias"), (part.cpu().clone() for part in
-                                                                              heads.head(key)), strict=True))
-                                         for key in heads.keys})
-    if len(accuracies) == 1:
-        return
-    table = [[accuracies[f"{level}/{name}"] for name in names] for level in levels]
+    table = [[100 * accuracies[f"{level}/{name}"] for name in names] for level in levels]
     with atomic(out / "table.csv", "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["time", *names])
@@ -183,7 +185,6 @@ def report(run: Run, encoder: Encoder, accuracies: dict[str, float], levels: Seq
             "over noise levels": {name: (levels, column)
                                   for name, column in zip(names, zip(*table, strict=True), strict=True)}},
            out / "curves.png", {"over blocks": "decoder block", "over noise levels": "noise level"})
-    run.print(f"best: {best}, {accuracies[best]:.2f}; table.md, table.csv, grid.png and curves.png are in {out}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Training and testing of linear heads on frozen features, the same for a U-Net's blocks and a DiT's."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from DDAE.heads import LinearHeads, cosine_rate, heads_loss
 from shared import distributed
+from shared.checkpoint import write_checkpoint
 from shared.distributed import World
+from shared.files import atomic
+from shared.hardware import computed_on
 from shared.run import Run
 
 # step -> (features by key [n, dim], labels int64 [n], this rank's share of the global batch)
@@ -34,7 +39,7 @@ def train_heads(run: Run, heads: LinearHeads, optimizer: torch.optim.Optimizer, 
 @torch.no_grad()
 def test_heads(heads: LinearHeads, examples: Iterable[tuple[Mapping[str, Tensor], Tensor]], world: World
                ) -> dict[str, float]:
-    """Return the accuracy of each head in percent, over the items of all ranks, each counted once.
+    """Return the share that each head classifies correctly of the items of all ranks, each counted once.
 
     examples: (features by key [n, dim] or, for several draws of the noise whose logits are averaged, [draws, n, dim];
     labels int64 [n]).
@@ -47,7 +52,20 @@ def test_heads(heads: LinearHeads, examples: Iterable[tuple[Mapping[str, Tensor]
         counts[:-1] += (logits.argmax(2) == labels).sum(1)
         counts[-1] += len(labels)
     *correct, total = distributed.sum_(counts, world).tolist()
-    return {key: 100 * number / total for key, number in zip(heads.keys, correct, strict=True)}
+    return {key: number / total for key, number in zip(heads.keys, correct, strict=True)}
 
 
 test_heads.__test__ = False  # no test
+
+
+def write_result(run: Run, heads: LinearHeads, accuracies: Mapping[str, float], main_key: str, **facts: Any) -> None:
+    """Write result.json and heads.pth: accuracies as shares by key, `main_key` being the one that was asked for."""
+    best = max(accuracies, key=accuracies.get)
+    with atomic(run.outdir / "result.json", "w") as file:
+        json.dump({"accuracy": {"last": accuracies[main_key], "best_on_test": accuracies[best]}, "probe": main_key,
+                   "best": best, "probes": dict(accuracies), "seed": run.config["seed"], "iterations": run.step,
+                   "precision": run.config["precision"], "seconds": round(run.seconds, 1), **facts,
+                   **computed_on(run.world.device), "config": run.config}, file, indent=1)
+    write_checkpoint(run.outdir / "heads.pth", {
+        key: {name: part.cpu().clone() for name, part in zip(("weight", "bias"), heads.head(key), strict=True)}
+        for key in heads.keys})

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from DDAE.sampling import ImageSampler
     from shared.distributed import World
 
-DEFAULT_STEPS = {"DDPM": 100, "EDM": 18}
-
 
 def add_sampler_flags(parser: Parser) -> None:
     """Add the flags that decide which image a number stands for."""
@@ -96,7 +94,7 @@ def make_sampler(config: Config, args: argparse.Namespace, world: World) -> tupl
         raise UserError(f"{config.source}: a PNG holds 1 or 3 channels, not {net.image_shape[0]}")
     precision = choose_precision(args, world.device)
     set_arithmetic(precision, deterministic=args.strict)
-    steps = args.steps or DEFAULT_STEPS[config.model_type]
+    steps = args.steps or diffusion.default_steps()
     if config.model_type == "EDM" or args.mode == "DDIM":
         # Told now, not after the first batch.
         diffusion.schedule(steps) if config.model_type == "EDM" else diffusion.ddim_times(steps)

@@ -11,12 +11,12 @@ The same command again continues.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from DDAE.DiT.options import dit_parser
+from DDAE.DiT.options import code_folder, dit_parser
+from DDAE.options import autocast, choose_precision
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
 
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 np, torch = lazy("numpy"), lazy("torch")
 
 BLOCK = "layer-13"
-LEVELS = {"cifar": 121, "tiny": 81}
-CLASSES = {"cifar": 10, "tiny": 200}
+LEVEL = {"tiny": 81}        # 121 for all others
 STEPS = 1000
 
 
@@ -38,7 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=128, help="per process [128]")
     parser.add_argument("--lr", type=float, default=1e-3, help="for one process; multiplied by their number [1e-3]")
     parser.add_argument("--epoch", type=int, default=30, help="epochs of training [30]")
-    parser.add_argument("--time", default=None, help="noise level 0..999, or several: 81,121  [121 cifar, 81 tiny]")
+    parser.add_argument("--time", default=None, help="noise level 0..999, or several: 81,121  [121; tiny: 81]")
     parser.add_argument("--name", default=BLOCK, help=f"block from layer-0 on, or several: layer-9,layer-13  [{BLOCK}]")
     parser.add_argument("--num_copies", type=int, default=None, help="use only so many augmented copies [all]")
     parser.add_argument("--ckpt", default="pretrained_models/DiT-XL-2-256x256.pt", metavar="FILE",
@@ -57,14 +56,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def parse_times(text: str | None, dataset: str) -> list[int]:
     """Return the noise levels; a negative one is the published way to ask for the default."""
     if text is None:
-        return [LEVELS[dataset]]
+        return [LEVEL.get(dataset, 121)]
     try:
         times = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--time {text}: expected whole numbers from 0 to {STEPS - 1}, separated by commas") from None
     if any(time >= STEPS for time in times):
         raise UserError(f"--time {text}: expected 0 to {STEPS - 1}")
-    return [LEVELS[dataset] if time < 0 else time for time in times]
+    return [LEVEL.get(dataset, 121) if time < 0 else time for time in times]
 
 
 def main() -> None:
@@ -76,7 +75,8 @@ def main() -> None:
     from shared.run import Run
 
     world = distributed.start(options.device)
-    folder = Path(options.codes) / options.dataset
+    options.precision = choose_precision(options, world.device)
+    folder = code_folder(options)
     train, test = read_latents(folder, "train"), read_latents(folder, "test")
     if options.num_copies is not None:
         train = type(train)(train.copies[:max(1, options.num_copies)], train.labels)
@@ -84,13 +84,13 @@ def main() -> None:
     net.check_names(options.names)
 
     keys = {f"{time}/{name}": net.width for time in options.times for name in options.names}
-    heads = LinearHeads(keys, CLASSES[options.dataset], options.seed).to(world.device)
+    heads = LinearHeads(keys, int(train.labels.max()) + 1, options.seed).to(world.device)
     optimizer = torch.optim.Adam(heads.parameters())
     size = options.batch_size * world.size
     config = {"dataset": options.dataset, "probes": list(keys), "batch": size, "lr": options.lr * world.size,
               "epochs": options.epoch, "model": options.model, "ckpt": Path(options.ckpt).name, "seed": options.seed,
-              "copies": len(train.copies), "use_amp": options.use_amp}
-    run = Run(Path(options.outdir) / options.dataset, config, dict(heads=heads, optimizer=optimizer), world,
+              "copies": len(train.copies), "precision": options.precision}
+    run = Run(Path(options.outdir) / folder.name, config, dict(heads=heads, optimizer=optimizer), world,
               restart=True, desc="linear probe", image_batch=size)
     if not run.finished:
         run.print(f"{options.model}: {', '.join(keys)} on {len(train)} latents of {len(train.copies)} copies; "
@@ -98,7 +98,7 @@ def main() -> None:
     examples = Examples(net, train, size, options, world)
     train_heads(run, heads, optimizer, examples, options.epoch, -(-len(train) // size), options.lr * world.size)
     accuracies = test_heads(heads, test_examples(net, test, options, world), world)
-    report(run, accuracies, len(keys) == 1, world)
+    report(run, heads, accuracies, world)
     distributed.stop()
 
 
@@ -166,26 +166,19 @@ def probe_features(net: DiT, codes: torch.Tensor, noise: Any, options: argparse.
     """Return "time/block" -> float32 [n, width], one pass per noise level; noise: level -> [n, C, S, S]."""
     from DDAE.DiT.probe import latent_features
 
-    device = codes.device.type
-    half = torch.autocast(device, torch.float16 if device == "cuda" else torch.bfloat16)
-    with torch.no_grad(), half if options.use_amp else contextlib.nullcontext():
+    with torch.no_grad(), autocast(codes.device, options.precision):
         return {f"{time}/{name}": value for time in options.times
                 for name, value in latent_features(net, codes, time, options.names, noise(time)).items()}
 
 
-def report(run: Any, accuracies: dict[str, float], alone: bool, world: World) -> None:
-    """Print the accuracies and write them to result.json."""
-    import json
-
-    from shared.files import atomic
-    from shared.hardware import computed_on
+def report(run: Any, heads: Any, accuracies: dict[str, float], world: World) -> None:
+    """Print the accuracies; write result.json and the heads."""
+    from DDAE.probing import write_result
 
     for key, accuracy in accuracies.items():
-        run.print(f"{'' if alone else f'[key {key}]: '}Test acc: {accuracy:.2f}")
+        run.print(f"{'' if len(accuracies) == 1 else f'[key {key}]: '}Test acc: {100 * accuracy:.2f}")
     if world.main:
-        with atomic(run.outdir / "result.json", "w") as file:
-            json.dump({"accuracy": accuracies, "config": run.config, "seconds": round(run.seconds, 1),
-                       **computed_on(world.device)}, file, indent=1)
+        write_result(run, heads, accuracies, next(iter(accuracies)))
 
 
 if __name__ == "__main__":

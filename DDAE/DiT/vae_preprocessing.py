@@ -10,12 +10,12 @@ flipped and cropped anew; the test set once, as it is. The same command again ma
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from DDAE.DiT.options import dit_parser
+from DDAE.DiT.options import code_folder, dit_parser
+from DDAE.options import autocast, choose_precision
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
 
@@ -54,7 +54,7 @@ def main() -> None:
     vae = load_vae(options.vae).to(world.device)
     if vae.config.latent_channels != 4:
         raise UserError(f"--vae {options.vae}: latents of {vae.config.latent_channels} channels; DiT takes 4")
-    folder = Path(options.codes) / options.dataset
+    folder = code_folder(options)
     for split, copies in (("train", options.num_copies), ("test", 1)):
         images = load_images(options.dataset, split, options.data_dir)
         if world.main:
@@ -136,7 +136,7 @@ def prepared(images: ImageSet, items: np.ndarray, split: str, copy: int, options
     # On bytes, on the CPU: the arithmetic of Pillow's bilinear filter.
     enlarged = torch.nn.functional.interpolate(chosen, size=(options.resolution, options.resolution), mode="bilinear",
                                                antialias=True)
-    return enlarged.to(device).float().div_(255)
+    return enlarged.to(device).float().div_(255).expand(-1, 3, -1, -1)  # gray images get three equal channels
 
 
 def encode(vae: torch.nn.Module, images: torch.Tensor, items: np.ndarray, purpose: str,
@@ -145,8 +145,7 @@ def encode(vae: torch.nn.Module, images: torch.Tensor, items: np.ndarray, purpos
     from DDAE.batches import item_noise
 
     device = images.device
-    half = torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16)
-    with torch.no_grad(), half if options.use_amp else contextlib.nullcontext():
+    with torch.no_grad(), autocast(device, choose_precision(options, device)):
         posterior = vae.encode(2 * images - 1).latent_dist
     mean, deviation = posterior.mean.float(), posterior.std.float()
     noise = item_noise(options.seed, items, mean.shape[1:], f"posterior {purpose}").to(device)
