@@ -105,8 +105,8 @@ def test_two_ranks_are_one(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name, flags", [
     # Thresholds that images pass at once, so that there is something to agree on.
     ("flexmatch", ["--p_cutoff=0.2"]),
-    # Aligned predictions of a new network are nearly equal for all classes: only soft labels without a threshold have no
-    # decision that the last digit of a sum could tip.
+    # Aligned predictions of a new network are nearly equal for all classes: only soft labels without a threshold make
+    # no decision that the last digit of a sum could tip.
     ("flexmatch", ["--p_cutoff=0.0", "--use_DA=True", "--hard_label=False"]),
     ("remixmatch", []), ("softmatch", [])])
 def test_two_processes_are_one(name: str, flags: list[str], tmp_path: Path) -> None:
