@@ -221,12 +221,12 @@ class Training:
                                       dtime=self.data_time / self.timed, **figures))
             self.scalar("train/learning-rate", self.rate, step)
         if place + 1 == self.length or last:
-            self.run.means()  # all losses were finite, or this ends the run
+            means = self.run.means()  # all losses were finite, or this ends the run
             for name, (_, average) in self.meters.read(World()).items():
                 self.scalar(f"train/{name.replace('_', '-')}", average, epoch)
             if place + 1 == self.length:
                 self.meters.reset()
-            self.evaluate(epoch)
+            self.evaluate(epoch, means)
 
     def scalar(self, name: str, value: float, x: int) -> None:
         if self.board is not None:
@@ -244,14 +244,17 @@ class Training:
                        self.decoding_device(), self.options.workers, self.decoder)
         return validate(self.net, self.ready(made), world, self.say, self.options.print_freq, count)
 
-    def evaluate(self, epoch: int) -> None:
-        """Measure the validation images, write scalars, and keep the weights if they are the best so far."""
+    def evaluate(self, epoch: int, means: Mapping[str, float]) -> None:
+        """Measure the validation images, write scalars, and keep the weights if they are the best so far.
+
+        means: what was logged since the last line.
+        """
         acc1, acc5, loss = self.validate()
         self.scalar("test/acc1", acc1, epoch)
         self.scalar("test/acc5", acc5, epoch)
         improved = self.best.offer(acc1)
         self.say(f"Best acc1={self.best.value:.5f}")
-        self.run.record({"epoch": epoch, "test/acc1": acc1, "test/acc5": acc5, "test/loss": loss})
+        self.run.record({**means, "epoch": epoch, "test/acc1": acc1, "test/acc5": acc5, "test/loss": loss})
         state = self.run.state
         state["accuracies"] = [*state.get("accuracies", []), acc1 / 100][-MEDIAN_OF:]
         state |= {"acc5": acc5 / 100, "test_loss": loss}

@@ -185,12 +185,12 @@ class RecordFile:
         """Check the heads of a record's parts without reading its data; raises Damaged."""
         start, end = int(self.starts[position]), int(self.ends[position])
         if start >= self.size:
-            raise Damaged(f"{self.name(position)} is missing: the index has it at byte {start}, the file ends at byte "
-                          f"{self.size}")
+            raise Damaged(f"{self.name(position)} is cut short: the index has it at byte {start}, the file ends at "
+                          f"byte {self.size}")
         magic, word = PART.unpack(os.pread(self.file, PART.size, start).ljust(PART.size))
         length = word & (MAX_CONTENT - 1)
         whole = PART.size + length + (-length % 4)
-        if magic != MAGIC or word >> 29 != WHOLE or start + whole != end:
+        if magic != MAGIC or word >> 29 != WHOLE or start + whole != end or end > self.size:
             self.read(position)  # says what is wrong, or that all is well with a record of several parts
 
 
@@ -198,11 +198,11 @@ def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return ids and byte offsets, int64 [N] each, of an index file, by offset; UserError for a file that is none."""
     try:
         columns = [line.split() for line in path.read_text(encoding="ascii").splitlines() if line.strip()]
+        if not columns:
+            raise UserError(f"{path}: the index is empty")
         table = np.array(columns, dtype=np.uint64).astype(np.int64).reshape(len(columns), -1)
     except (ValueError, OverflowError):
         raise UserError(f"{path}: not an index; expected an id and a byte offset on every line") from None
-    if not len(table):
-        raise UserError(f"{path}: the index is empty")
     if table.shape[1] != 2 or (table < 0).any():
         raise UserError(f"{path}: not an index; expected an id and a byte offset on every line")
     order = np.argsort(table[:, 1], kind="stable")
