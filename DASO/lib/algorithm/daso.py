@@ -107,7 +107,7 @@ class DASO(Algorithm):
         self.blender.note(label, it)
         none = torch.full_like(label, -1)
         kinds = {"main": label, "linear": linear.argmax(1), "semantic": semantic.argmax(1) if active else none}
-        return Step(found, None, kinds, mask)
+        return Step(found, None, kinds, mask, confidence=confidence)
 
 
 def remember(learner: Algorithm, batch: Batch) -> None:

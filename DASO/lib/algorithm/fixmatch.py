@@ -40,7 +40,7 @@ class FixMatch(Algorithm):
         labelled = adjusted(labelled, self.cfg, self.prior())
         losses = {"loss_cls": self.labelled_loss(labelled, batch.labels, it),
                   "loss_cons": self.cfg.MODEL.LOSS.UNLABELED_LOSS_WEIGHT * consistency(strong, label, mask)}
-        return Step(losses, labelled, {"main": label}, mask)
+        return Step(losses, labelled, {"main": label}, mask, confidence=confidence)
 
     def targets(self, probabilities: Tensor, batch: Batch, it: int) -> Tensor:
         """Return predictions on the weak view [B_u, K], aligned and refined where asked for."""

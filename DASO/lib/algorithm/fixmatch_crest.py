@@ -56,5 +56,5 @@ class FixMatchCReST(Algorithm):
 
     def after_iteration(self, trainer: Trainer, it: int) -> None:
         self.self_training.after_iteration(trainer, it)
-        counts = torch.from_numpy(trainer.batches.counts()).to(self.prior)
+        counts = torch.from_numpy(trainer.batches.counts).to(self.prior)
         self.prior = counts / counts.sum()

@@ -43,7 +43,7 @@ class Step:
     losses: name -> loss [], in published order; the sum is descended. logits: float [B_l, K], of the labelled images,
     for the training accuracy (None: not logged). pseudo_labels: kind ("main", "linear", "semantic") -> int64 [B_u], -1
     where there is none; recall and precision are logged of them. mask: [B_u], 1 where the pseudo-label was learned.
-    log: further numbers, name -> value.
+    log: further numbers, name -> value. confidence: [B_u], of the main pseudo-label.
     """
 
     losses: dict[str, Tensor]
@@ -51,6 +51,7 @@ class Step:
     pseudo_labels: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     log: dict[str, Tensor | float] = field(default_factory=dict)
+    confidence: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from DASO.lib.config.config import Config
 
 class ReMixMatchDASO(Algorithm):
     state = ("alignment", "semantics")
-    logged_pseudo_labels = ("main", "linear", "semantic")
+    logged_pseudo_labels = ("main", "semantic")
 
     def __init__(self, cfg: Config, setting: Setting) -> None:
         super().__init__(cfg, setting)

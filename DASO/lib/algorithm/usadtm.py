@@ -46,10 +46,10 @@ class USADTM(Algorithm):
         losses = {"loss_cls": self.labelled_loss(labelled, batch.labels, it),
                   "uc_loss": options.UC_LOSS_WEIGHT * triplet_mutual_information(plain, weak, strong, self.setting)}
         if it < options.PRETRAIN_STEPS:
-            return Step({**losses, "loss_cons": strong.sum() * 0.0}, labelled)
+            return Step({**losses, "loss_cons": strong.sum() * 0.0})
         label, mask = match(weak_features, self.queue.prototypes, options.DTM_THRES)
         losses["loss_cons"] = self.cfg.MODEL.LOSS.UNLABELED_LOSS_WEIGHT * consistency(strong, label, mask)
-        return Step(losses, labelled, {"main": label}, mask)
+        return Step(losses, None, {"main": label}, mask)
 
 
 def match(features: Tensor, prototypes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ class Batches:
     """Makes the batch of any iteration, and knows the labelled set, which self-training extends.
 
     size, ratio: labelled images in the global batch, and unlabelled ones for each of them. views, labelled_view: see
-    Algorithm.
+    Algorithm. counts: images of every class in the labelled set as it now is, int64 [K].
     """
 
     def __init__(self, data: TrainingData, world: World, seed: int, size: int, ratio: int, views: tuple[str, ...],
@@ -64,14 +64,11 @@ class Batches:
         self.extra_index, self.extra_labels = np.asarray(index, np.int64), np.asarray(labels, np.int64)
         own = self.labelled.labels
         self.all_labels = torch.cat([own, torch.from_numpy(self.extra_labels).to(own.device)])
-        weights = None
+        weights, labels = None, self.all_labels.cpu().numpy()
+        self.counts = np.bincount(labels, minlength=self.num_classes)
         if self.beta is not None:
-            weights, self.drawn_shares = sampling_weights(self.all_labels.cpu().numpy(), self.num_classes, self.beta)
+            weights, self.drawn_shares = sampling_weights(labels, self.num_classes, self.beta)
         self.sampler = Sampler(len(self.all_labels), self.size, self.seed, f"labelled {len(self.extra_index)}", weights)
-
-    def counts(self) -> np.ndarray:
-        """Return the images of every class in the labelled set as it now is, int64 [K]."""
-        return np.bincount(self.all_labels.cpu().numpy(), minlength=self.num_classes)
 
     def __call__(self, it: int) -> Batch:
         """Return the batch of iteration `it`."""
