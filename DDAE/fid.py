@@ -25,15 +25,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ddae_parser(__doc__)
     add_sampler_flags(parser)
     parser.add_argument("--ref", metavar="NPZ", required=True, help="statistics made by EDM/fid.py ref")
-    parser.add_argument("--num", type=int, default=50000, help="number of images [50000]")
+    parser.add_argument("--images", type=int, default=50000, help="number of images [50000]")
     parser.add_argument("--detector", default="inception", metavar="inception|FILE",
                         help="network of the features: Inception's weights from assets/, or a file [inception]")
     parser.add_argument("--download", action="store_true", help="fetch Inception's weights if they are not there")
     parser.add_argument("--json", dest="json_file", metavar="FILE", help="also write the value and all it depends on")
     args = parser.parse_args(argv)
     check(args)
-    if args.num < 2:
-        raise UserError(f"--num: expected at least 2, got {args.num}")
+    if args.images < 2:
+        raise UserError(f"--images: expected at least 2, got {args.images}")
     return args
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     detector = load_detector(args.detector, world.device, args.download, world)
     reference = []
     distributed.on_main(lambda: reference.append(read_reference(args.ref, detector)), world)
-    source = SampledImages(sampler, args.num, args.batch, detector.channels)
+    source = SampledImages(sampler, args.images, args.batch, detector.channels)
     extraction = extract(source, detector, args.batch, world)
     distributed.stop()
     if not world.main:
@@ -86,7 +86,7 @@ def main() -> None:
     mu, sigma = extraction.moments.mean_and_covariance()
     real = [part.to(mu.device) for part in (reference[0].mu, reference[0].sigma)]
     value = frechet_distance(mu, sigma, *real)
-    facts = {"fid": value, "images": args.num, "reference": args.ref, "detector": detector.name,
+    facts = {"fid": value, "images": args.images, "reference": args.ref, "detector": detector.name,
              "sha256": detector.sha256, "sampling": settings}
     if args.json_file:
         import json
@@ -97,7 +97,7 @@ def main() -> None:
         make_dir(Path(args.json_file).absolute().parent)
         with atomic(args.json_file, "w") as file:
             file.write(json.dumps(facts, indent=2) + "\n")
-    print(f"epoch {epoch}, {args.num} images, detector {detector.name}: FID {value:g}")
+    print(f"epoch {epoch}, {args.images} images, detector {detector.name}: FID {value:g}")
 
 
 if __name__ == "__main__":

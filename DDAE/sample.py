@@ -39,11 +39,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ddae_parser(__doc__)
     add_sampler_flags(parser)
     parser.add_argument("--batches", type=int, default=125, help="number of images in 400s [125]")
-    parser.add_argument("--num", type=int, help="number of images, in place of --batches")
+    parser.add_argument("--images", type=int, help="number of images, in place of --batches")
     parser.add_argument("--npz", action="store_true", help="also write all images into one .npz beside the folder")
     parser.add_argument("--overwrite", action="store_true", help="make images anew that are there already")
     args = parser.parse_args(argv)
-    check(args, "batches", "num")
+    check(args, "batches", "images")
     return args
 
 
@@ -117,7 +117,7 @@ def generate(config: Config, args: argparse.Namespace, world: World) -> None:
 
     sampler, epoch, settings = make_sampler(config, args, world)
     folder = Path(config.save_dir) / files.folder_name(epoch, config.model_type, args.mode, settings["steps"], args.eta)
-    count = args.num or files.BATCH * args.batches
+    count = args.images or files.BATCH * args.batches
     distributed.on_main(lambda: files.claim(folder, settings, args.overwrite), world)
     if world.main:
         calls = sampler.diffusion.evaluations(args.mode, settings["steps"])
