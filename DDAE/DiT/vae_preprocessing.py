@@ -71,7 +71,8 @@ def load_vae(name: str) -> torch.nn.Module:
     except ImportError:
         raise UserError("the VAE needs the package diffusers: pip install 'fewlabel[dit]'") from None
     try:
-        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, local_files_only=Path(name).is_dir())
+        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False,
+                                            local_files_only=Path(name).is_dir())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"--vae {name}: cannot be loaded ({reason}); without a network, give a folder with config.json "
