@@ -58,4 +58,4 @@ def assert_same(a, b, path: str = "") -> None:
         for number, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same(x, y, f"{path}/{number}")
     else:
-        assert a == b, f"{path}: {a} and {b}"
+        assert a == b or (a != a and b != b), f"{path}: {a} and {b}"  # nan is the same as nan
