@@ -1,7 +1,6 @@
 """Two processes with half a batch each compute what one with the whole batch does, for every rival of DASO."""
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
