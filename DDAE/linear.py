@@ -92,6 +92,7 @@ def main() -> None:
                   f"{len(train)} images of {train.name}; {world.size} process(es) on {world.device.type}")
     train_heads(run, heads, optimizer, examples, probe.n_epoch, batches.per_epoch, lr)
     accuracies = test_heads(heads, test_features(encoder, items, levels, names, options.test_draws), world)
+    accuracies = {key: accuracies[key] for key in keys}
     report(run, encoder, accuracies, levels, names, options)
     distributed.stop()
 

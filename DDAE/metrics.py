@@ -1,6 +1,8 @@
 """Alignment and uniformity of features on the sphere (Wang and Isola 2020, arXiv 2005.10242)."""
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,4 +21,4 @@ def uniformity(x: Tensor, t: float = 2.0) -> Tensor:
     square = x.square().sum(-1)
     distance = (square[..., :, None] + square[..., None, :] - 2 * x @ x.mT).clamp(min=0)
     rows, columns = torch.triu_indices(count, count, offset=1, device=x.device)
-    return (-t * distance[..., rows, columns]).logsumexp(-1) - torch.log(torch.tensor(float(len(rows))))
+    return (-t * distance[..., rows, columns]).logsumexp(-1) - math.log(len(rows))
