@@ -9,10 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from shared.cli import UserError
 from shared.files import atomic
+
+# What a pickled number of NumPy is made of, under the names of NumPy 1 and 2.
+NUMPY_NUMBERS = [(np.float64(0).__reduce__()[0], f"{module}.multiarray.scalar") for module in ("numpy.core",
+                                                                                            "numpy._core")]
+NUMPY_NUMBERS += [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1"))]
 
 
 def previous_path(path: Path) -> Path:
@@ -40,7 +46,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path}: damaged checkpoint (record {damaged} fails its checksum)")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # NumPy's numbers, which older trainers kept beside their tensors, are plain values too.
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).replace("\n", " ")
         named = reason[reason.find("GLOBAL"):].split(" was not")[0] if "GLOBAL" in reason else "cut short or damaged"

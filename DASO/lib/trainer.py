@@ -21,7 +21,7 @@ from DASO.lib.data.sets import TrainingData, load_data, shots, warn_of_queue
 from DASO.lib.evaluation import accuracy, class_accuracies, extend_history, grouped, metrics, predict
 from DASO.lib.models.ema import ModelEMA
 from DASO.lib.models.semi import SemiModel, build_model
-from DASO.lib.results import write_results
+from DASO.lib.results import write_result, write_results
 from DASO.lib.solver import Scheduler, average_gradients, make_optimizer
 from DASO.lib.statistics import PseudoLabelStatistics, rates, report
 from shared import distributed
@@ -204,7 +204,8 @@ def train(cfg: Config, folder: Path, world: World) -> None:
     trainer.algorithm.finish(trainer)
     if world.main:
         write_weights(trainer, folder / "model_final.pth.tar", run.state)
-        write_results(folder, run.state)
+        write_results(trainer, run.state)
+        write_result(trainer, run.state)
     distributed.stop()
 
 
@@ -246,7 +247,7 @@ def log_evaluation(trainer: Trainer, run: Run, it: int) -> None:
     run.record(values, line=dict(sorted(line.items())))
     run.print(console_line(trainer, run, values))
     if trainer.world.main:
-        write_results(trainer.folder, run.state)
+        write_results(trainer, run.state)
 
 
 def add(courses: dict[str, list[Any]], name: str, value: Any) -> None:
