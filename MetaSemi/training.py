@@ -61,6 +61,9 @@ class Training:
                        for part in ("train", "test"))
         rng = random.Random(options.seed)
         labeled, rest = split(train.labels, options.num_label // options.num_classes, rng)
+        if unlabeled and not len(rest):
+            raise UserError(f"--num-label {options.num_label}: no unlabelled images are left of {len(train)}; give "
+                            "fewer labels")
         warn_of_split(options, train.labels[labeled])
         check_labels(options, folder, label_text(labeled))
         config = {**options.method, "precision": self.precision}
