@@ -15,6 +15,7 @@ from shared.pool import Pool
 from shared.randaugment import to_device
 from shared.randomness import numpy_rng
 from TorchSSL.data import TrainingData
+from TorchSSL.photographs import CROP, PhotographPool, PhotographSet, make_pool
 
 
 @dataclass
@@ -56,9 +57,11 @@ class Batches:
         if self.rotated and height != width:
             raise UserError(f"images of {height}x{width} cannot be rotated by quarter turns; this algorithm needs "
                             "square images")
-        self.labeled = Pool(data.labeled, data.mean, data.std, world.device)
-        self.unlabeled = Pool(data.unlabeled, data.mean, data.std, world.device)
-        self.policy = WeakPolicy(options.weak_flip, options.weak_pad, options.weak_pad_mode, options.weak_subpixel)
+        self.labeled, self.unlabeled = (
+            make_pool(images, data.mean, data.std, world.device, options.num_workers, options.decoder)
+            for images in (data.labeled, data.unlabeled))
+        self.policy = WeakPolicy(options.weak_flip, options.weak_pad, options.weak_pad_mode, options.weak_subpixel,
+                                 CROP if isinstance(data.unlabeled, PhotographSet) else None)
         draw_weak(1, np.random.default_rng(0), data.unlabeled.size, self.policy)  # refuses what does not fit, now
         self.memory_format = torch.contiguous_format if options.strict else torch.channels_last
         # Drawn for the global batch, labelled images first, then view after view; this rank's part of each.
@@ -79,10 +82,11 @@ class Batches:
             unlabeled = self.rng(step, "unlabeled").integers(len(self.unlabeled), size=count)[part]
             plain, index = self.unlabeled.take(unlabeled), to_device(unlabeled, device)
         for number, view in enumerate(self.views):
-            images.append(self.augmented(plain, view, step, f"{view} {number}", count, part))
+            images.append(self.augmented(self.unlabeled, unlabeled, plain, view, step, f"{view} {number}", count, part))
         for number, view in enumerate(self.labeled_views):
             purpose = f"labeled {view} {number}"
-            images.append(self.augmented(images[0], view, step, purpose, self.counts[0], self.parts[0]))
+            images.append(self.augmented(self.labeled, labeled, images[0], view, step, purpose, self.counts[0],
+                                         self.parts[0]))
         draws = draw_weak(sum(self.counts), self.rng(step, "weak"), size, self.policy)[self.rows]
         joint = weak(torch.cat(images), draws, self.data.mean, self.data.std)
         joint = joint.contiguous(memory_format=self.memory_format)
@@ -96,16 +100,18 @@ class Batches:
         return Batch(first, self.labeled.labels[to_device(labeled, device)], tuple(views), index,
                      None if index is None else self.unlabeled.labels[index], turns, tuple(labeled_views))
 
-    def augmented(self, images: torch.Tensor, view: str, step: int, purpose: str, count: int,
-                  part: slice) -> torch.Tensor:
+    def augmented(self, pool: Pool | PhotographPool, positions: np.ndarray, images: torch.Tensor, view: str, step: int,
+                  purpose: str, count: int, part: slice) -> torch.Tensor:
         """Return this rank's uint8 images [n, C, H, W] as a view begins, before its flip and shift.
 
-        count: images in the global batch, of which these are `part`.
+        images: those at `positions` of the pool. count: images in the global batch, of which these are `part`.
         """
         if view == "weak":
             return images
         operations = 1 if view == "medium" else self.options.strong_ops
         draws = draw_strong(count, self.rng(step, purpose), self.data.unlabeled.size, operations)[part]
+        if isinstance(pool, PhotographPool):  # before they are made squares
+            return (pool.medium if view == "medium" else pool.strong)(positions, draws)
         if view == "medium":
             return randaugment.apply(images, draws.operations, draws.magnitudes)
         return strong(images, draws)

@@ -13,13 +13,13 @@ import torch
 
 from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
-from shared.datasets import load_dataset
 from shared.distributed import World, broadcast_value, start
 from shared.images import ImageSet
 from shared.pool import Pool
-from TorchSSL.data import NORMALISATION, TrainingData, load_pools
+from TorchSSL.data import NORMALISATION, TrainingData, load_pools, load_split
 from TorchSSL.evaluation import predict
 from TorchSSL.networks import build_network, first_stride_for
+from TorchSSL.photographs import PhotographPool, PhotographSet, make_pool
 
 # Under which names weights are kept, ours and the published ones first, then those of older trainers.
 AVERAGED, TRAINED = ("ema_model", "eval_model"), ("model", "train_model")
@@ -112,7 +112,7 @@ def keep_confident(data: TrainingData, options: argparse.Namespace, world: World
     extra = data.labeled.subset(slice(data.num_real, None))
     judge_options = argparse.Namespace(**{**vars(options), "given": set()})  # its own network, not the one to train
     judge = load_classifier(options.aug_filter, judge_options, extra)
-    pool = Pool(extra, judge.mean or data.mean, judge.std or data.std, world.device)
+    pool = make_pool(extra, judge.mean or data.mean, judge.std or data.std, world.device)
     probabilities = predict(judge.net.to(world.device), pool, options.eval_batch_size).softmax(1)
     if probabilities.shape[1] != data.num_classes:
         raise UserError(f"--aug_filter: {options.aug_filter} knows {probabilities.shape[1]} classes, {options.dataset} "
@@ -127,7 +127,8 @@ def keep_confident(data: TrainingData, options: argparse.Namespace, world: World
     return dataclasses.replace(data, labeled=data.labeled.subset(index), notes=(*data.notes, note))
 
 
-def open_split(options: argparse.Namespace, split: str) -> tuple[torch.nn.Module, Pool, ImageSet]:
+def open_split(options: argparse.Namespace, split: str) -> tuple[
+        torch.nn.Module, Pool | PhotographPool, ImageSet | PhotographSet]:
     """Return the classifier of --load_path on --device, and a split of the data set as it takes it. UserError.
 
     split: "train" (the unlabelled pool: all training images, those of STL-10 behind its unlabelled ones) or "test".
@@ -140,7 +141,7 @@ def open_split(options: argparse.Namespace, split: str) -> tuple[torch.nn.Module
     if split == "train":
         images = load_pools(options.dataset, options.data_dir, options.download)[1]
     else:
-        images = load_dataset(options.dataset, split, options.data_dir, options.download)
+        images = load_split(options.dataset, split, options.data_dir, options.download)
     classifier = load_classifier(options.load_path, options, images, options.use_train_model)
     mean, std = classifier.mean, classifier.std
     if mean is None or std is None:
@@ -148,10 +149,10 @@ def open_split(options: argparse.Namespace, split: str) -> tuple[torch.nn.Module
             raise UserError(f"--load_path: {options.load_path} does not say how the images of {options.dataset} were "
                             "normalised; use a checkpoint of this project's trainer")
         mean, std = NORMALISATION[options.dataset]
-    return classifier.net.to(device), Pool(images, tuple(mean), tuple(std), device), images
+    return classifier.net.to(device), make_pool(images, tuple(mean), tuple(std), device), images
 
 
-def predict_split(options: argparse.Namespace, split: str) -> tuple[torch.Tensor, ImageSet]:
+def predict_split(options: argparse.Namespace, split: str) -> tuple[torch.Tensor, ImageSet | PhotographSet]:
     """Return (float32 logits [N, C] on the CPU, images) of a split of the data set; see `open_split`."""
     net, pool, images = open_split(options, split)
     return predict(net, pool, options.batch_size).cpu(), images

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from shared.files import atomic
 from shared.images import ImageSet, read_images, shape_text
 from shared.randomness import numpy_rng
 from shared.splits import cifar10_one_label_split, class_balanced_split
+from TorchSSL.photographs import PhotographSet, extra_photographs, imagenet
 
 # Channel means and standard deviations on the unit scale, as published with the benchmarks.
 NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -25,7 +27,7 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "digits": ((0.305,), (0.376,)),
 }
-INDEX_FILE = "sampled_label_idx.npy"
+INDEX_FILE, FILES_FILE = "sampled_label_idx.npy", "labeled_files.json"
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,15 @@ class TrainingData:
     are in no other set (None without --val_fraction).
     """
 
-    labeled: ImageSet
-    unlabeled: ImageSet
-    test: ImageSet
+    labeled: ImageSet | PhotographSet
+    unlabeled: ImageSet | PhotographSet
+    test: ImageSet | PhotographSet
     labeled_index: np.ndarray
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     notes: tuple[str, ...] = field(default=())
-    validation: ImageSet | None = None
+    validation: ImageSet | PhotographSet | None = None
 
     @property
     def num_real(self) -> int:
@@ -62,9 +64,9 @@ class TrainingData:
 def load_training_data(options: argparse.Namespace, folder: Path) -> TrainingData:
     """Read and check all that `options` ask for; nothing is written. folder: where an earlier split may lie."""
     pool, unlabeled = load_pools(options.dataset, options.data_dir, options.download)
-    test = load_dataset(options.dataset, "test", options.data_dir, options.download)
+    test = load_split(options.dataset, "test", options.data_dir, options.download)
     num_classes = count_classes(options, pool)
-    if test.images.shape[1:] != pool.images.shape[1:]:
+    if (test.channels, test.size) != (pool.channels, pool.size):
         raise UserError(f"{options.dataset}: test images are {shape_text(test)}, training images {shape_text(pool)}")
     if not len(test) or test.labels.min() < 0 or test.labels.max() >= num_classes:
         raise UserError(f"{options.dataset}: every test image needs a label in 0..{num_classes - 1}")
@@ -73,7 +75,7 @@ def load_training_data(options: argparse.Namespace, folder: Path) -> TrainingDat
     notes: tuple[str, ...] = ()
     if options.aug_path is not None:
         extra = read_extra_images(options.aug_path, pool, num_classes)
-        labeled = labeled.concatenate(ImageSet(extra.images, extra.labels, pool.classes, extra.name))
+        labeled = labeled.concatenate(dataclasses.replace(extra, classes=pool.classes))
         notes = ("augmentation dataset is added",)
     mean, std = channel_statistics(options.dataset, unlabeled)
     validation = None
@@ -84,13 +86,18 @@ def load_training_data(options: argparse.Namespace, folder: Path) -> TrainingDat
     return TrainingData(labeled, unlabeled, test, index, num_classes, mean, std, notes, validation)
 
 
-def load_pools(dataset: str, data_dir: str, download: bool) -> tuple[ImageSet, ImageSet]:
+def load_split(dataset: str, split: str, data_dir: str, download: bool) -> ImageSet | PhotographSet:
+    """Return one split of a data set; that of ImageNet stays on the disk."""
+    return imagenet(data_dir, split) if dataset == "imagenet" else load_dataset(dataset, split, data_dir, download)
+
+
+def load_pools(dataset: str, data_dir: str, download: bool) -> tuple[ImageSet | PhotographSet, ...]:
     """Return (images that labels are drawn from, unlabelled images) of a data set; the second contains the first.
 
     SVHN: both are the training set followed by the extra one. STL-10, and own images with an `unlabeled` part: labels
     come from the training images; unlabelled are the unlabelled images followed by those.
     """
-    train = load_dataset(dataset, "train", data_dir, download)
+    train = load_split(dataset, "train", data_dir, download)
     if dataset == "svhn":
         train = train.concatenate(load_dataset(dataset, "extra", data_dir, download))
     if has_split(dataset, "unlabeled"):
@@ -100,7 +107,7 @@ def load_pools(dataset: str, data_dir: str, download: bool) -> tuple[ImageSet, I
     return train, train
 
 
-def count_classes(options: argparse.Namespace, train: ImageSet) -> int:
+def count_classes(options: argparse.Namespace, train: ImageSet | PhotographSet) -> int:
     """Return the number of classes: the data set's own, which --num_classes must equal where it is given."""
     if not train.has_labels:
         raise UserError(f"{options.dataset}: no training image has a label; put images into train/<class>/ folders or "
@@ -208,6 +215,9 @@ def write_split(data: TrainingData, options: argparse.Namespace, folder: Path) -
         np.save(file, data.labeled_index)
     with atomic((folder / INDEX_FILE).with_suffix(".json"), "w") as file:
         json.dump(split_facts(options, data.num_classes), file, indent=1)
+    if isinstance(data.labeled, PhotographSet):
+        with atomic(folder / FILES_FILE, "w") as file:
+            json.dump(data.labeled.subset(slice(data.num_real)).names_by_class(), file, indent=1)
     statistics = folder / "data_statistics"
     statistics.mkdir(exist_ok=True)
     with atomic(statistics / f"{Path(options.dataset).stem}_{data.num_real}.json", "w") as file:
@@ -216,7 +226,7 @@ def write_split(data: TrainingData, options: argparse.Namespace, folder: Path) -
 
 # ------------------------------------------------------------------------------------------------------ extra images
 
-def read_extra_images(path: str, train: ImageSet, num_classes: int) -> ImageSet:
+def read_extra_images(path: str, train: ImageSet | PhotographSet, num_classes: int) -> ImageSet | PhotographSet:
     """Read labelled images of --aug_path: one folder per class, named by its number or by the class's name.
 
     Raises UserError for another layout, labels beyond the classes and images of another size than `train`'s.
@@ -237,6 +247,8 @@ def read_extra_images(path: str, train: ImageSet, num_classes: int) -> ImageSet:
         if not numbered and unknown:
             raise UserError(f"{flag}: the folder {unknown[0]!r} is neither a class number nor one of the classes "
                             f"{', '.join(train.classes[:10])}")
+    if isinstance(train, PhotographSet):
+        return extra_photographs(folder, num_classes, classes)
     extra = read_images(folder, channels=train.channels, num_classes=num_classes, classes=classes)
     if (extra.labels < 0).any():
         raise UserError(f"{flag}: {(extra.labels < 0).sum()} images have no class; expected <class>/<image>.png")

@@ -15,13 +15,17 @@ from torch.nn import functional as F
 from shared.distributed import World, gather
 from shared.pool import Pool
 from TorchSSL.algorithm import classify
+from TorchSSL.photographs import PhotographPool, evaluated
 
-# One-vs-one AUC looks at every pair of classes: beyond this many classes it is left to the last evaluation.
-AUC_EVERY_TIME = 20
+# One-vs-one AUC looks at every pair of classes: beyond this many classes it is left to the last evaluation, and beyond
+# the second number left out (ImageNet has half a million pairs).
+AUC_EVERY_TIME, AUC_AT_ALL = 20, 200
+LOGGED_CLASSES = 100  # confusion matrices of more classes are not written into the log
 
 
 @torch.no_grad()
-def predict(net: torch.nn.Module, pool: Pool, batch_size: int = 1024, world: World | None = None) -> torch.Tensor:
+def predict(net: torch.nn.Module, pool: Pool | PhotographPool, batch_size: int = 1024,
+            world: World | None = None) -> torch.Tensor:
     """Return float32 logits [N, C] of all images of `pool` in order, on its device; each rank computes its part.
 
     net: in eval mode; takes normalised float [n, channels, H, W] (of several outputs the first counts).
@@ -31,7 +35,8 @@ def predict(net: torch.nn.Module, pool: Pool, batch_size: int = 1024, world: Wor
     indices = np.minimum(np.arange(world.rank * part, (world.rank + 1) * part), len(pool) - 1)
     if not part:
         raise ValueError("there is nothing to predict: the pool is empty")
-    logits = [classify(net, pool.normalised(indices[start:start + batch_size])) for start in range(0, part, batch_size)]
+    parts = [indices[start:start + batch_size] for start in range(0, part, batch_size)]
+    logits = [classify(net, images) for images in evaluated(pool, parts)]
     return gather(torch.cat(logits), world)[:len(pool)]
 
 
@@ -57,6 +62,7 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, auc: bool | None = None)
     }
     if auc is None:
         auc = logits.shape[1] <= AUC_EVERY_TIME
+    auc = auc and logits.shape[1] <= AUC_AT_ALL
     scores = logits.softmax(1).double().cpu().numpy()
     if auc and len(np.unique(truth)) == logits.shape[1] and np.isfinite(scores).all():
         values["eval/AUC"] = _auc(truth, scores)

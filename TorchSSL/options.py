@@ -78,7 +78,10 @@ COMMON = {
         Flag("--label_table", parse_bool, True, "CIFAR-10 with 10 labels: take the published sets (seeds 0 to 7)"),
         Flag("--download", None, False, "fetch a published data set that is not in --data_dir"),
         Flag("--train_sampler", ("RandomSampler",), "RandomSampler", "uniform draws with replacement"),
-        Flag("--num_workers", WHOLE, 1, "accepted; batches are made on the device, no worker processes are needed"),
+        Flag("--num_workers", WHOLE, 1, "imagenet: four times as many threads decode; other batches are made on the "
+             "device, without workers"),
+        Flag("--decoder", ("auto", "dali", "torchvision"), "auto", "imagenet: what decodes; auto: NVIDIA DALI on GPUs "
+             "where it is installed"),
     ),
     "augmentation": (
         Flag("--weak_flip", parse_bool, True, "weak view: mirror half of the images"),
@@ -129,8 +132,8 @@ COMMON = {
 # What may differ between a command and the run it continues: nothing here changes the numbers.
 NOT_THE_METHOD = frozenset({
     "c", "given", "save_dir", "save_name", "resume", "load_path", "overwrite", "use_tensorboard", "data_dir",
-    "num_save_iter", "save_seconds", "eval_batch_size", "download", "num_workers", "rank", "dist_url", "dist_backend",
-    "gpu", "multiprocessing_distributed", "device", "epoch", "train_sampler", "label_idx"})
+    "num_save_iter", "save_seconds", "eval_batch_size", "download", "num_workers", "decoder", "rank", "dist_url",
+    "dist_backend", "gpu", "multiprocessing_distributed", "device", "epoch", "train_sampler", "label_idx"})
 
 
 def parse_options(algorithm: str, description: str, flags: Sequence[Flag], argv: Sequence[str] | None = None,

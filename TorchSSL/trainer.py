@@ -29,8 +29,9 @@ from TorchSSL.algorithm import Algorithm
 from TorchSSL.batches import Batch, Batches
 from TorchSSL.classifier import keep_confident, make_network
 from TorchSSL.data import TrainingData, load_training_data
-from TorchSSL.evaluation import confusion_matrix, confusion_text, metrics, predict
+from TorchSSL.evaluation import LOGGED_CLASSES, confusion_matrix, confusion_text, metrics, predict
 from TorchSSL.options import method_config, relaunch
+from TorchSSL.photographs import Ahead, PhotographPool, PhotographSet, make_pool
 from TorchSSL.run_folder import LATEST, load_foreign, open_folder, resume_from, write_best, write_result
 
 FREQUENT_EVAL = 1000      # evaluations come at least this often ...
@@ -125,11 +126,14 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
         run.print(report(data.unlabeled, data.test))
 
     warm_up = learner.supervised_steps
-    test = Pool(data.test, data.mean, data.std, world.device)
-    validation = Pool(data.validation, data.mean, data.std, world.device) if data.validation is not None else None
-    for step in run.steps(warm_up + options.num_train_iter):
+    test, validation = (
+        None if images is None else make_pool(images, data.mean, data.std, world.device, options.num_workers,
+                                              options.decoder) for images in (data.test, data.validation))
+    total = warm_up + options.num_train_iter
+    made = Ahead(batches, total - 1) if isinstance(data.unlabeled, PhotographSet) else batches
+    for step in run.steps(total):
         started = time.perf_counter()
-        batch = batches(step)
+        batch = made(step)
         fetched = time.perf_counter()
         if step < warm_up:
             run.log(**trainer.supervised_step(batch))
@@ -228,8 +232,8 @@ def is_evaluated(iteration: int, options: argparse.Namespace) -> bool:
     return iteration % period == 0 or iteration == options.num_train_iter - 1
 
 
-def evaluate(run: Run, trainer: Trainer, test: Pool, validation: Pool | None, values: dict[str, Any],
-             facts: dict[str, Any], options: argparse.Namespace) -> None:
+def evaluate(run: Run, trainer: Trainer, test: Pool | PhotographPool, validation: Pool | PhotographPool | None,
+             values: dict[str, Any], facts: dict[str, Any], options: argparse.Namespace) -> None:
     """Measure the averaged weights on the test set, log it, and keep them if they are the best so far.
 
     The best on the test set is what the published tables report. Beside it are kept the last, the median, and that of
@@ -256,7 +260,8 @@ def evaluate(run: Run, trainer: Trainer, test: Pool, validation: Pool | None, va
     values = {name: float(value) for name, value in values.items()} | found
     run.record(found, line={"step": run.step, **values})
     best = f"BEST_EVAL_ACC: {state.get('best_acc', 0.0)}, at {state.get('best_it', 0)} iters"
-    lines = [confusion_text(counts), f"{trainer.iteration} iteration, USE_EMA: True, {values}, {best}"]
+    matrix = [confusion_text(counts)] if len(counts) <= LOGGED_CLASSES else []
+    lines = [*matrix, f"{trainer.iteration} iteration, USE_EMA: True, {values}, {best}"]
     run.print("\n".join(time.strftime("[%Y-%m-%d %H:%M:%S INFO] ") + line for line in lines),
               console=f"{trainer.iteration} iteration, eval/top-1-acc: {accuracy:.4f}, "
                       f"eval/loss: {found['eval/loss']:.4f}, {best}")

@@ -17,7 +17,7 @@ from shared.cli import UserError
 from shared.image_files import open_image
 from shared.parallel import one_ahead
 from shared.photograph_batches import AHEAD, Batch, Request
-from shared.photographs import MEAN, STD, CentreCrop, Photograph, Photographs, RandomCrop, image_size
+from shared.photographs import MEAN, STD, CentreCrop, Photograph, Photographs, RandomCrop, image_size, looks_whole
 
 Inputs = tuple[list[np.ndarray], ...]
 
@@ -128,3 +128,43 @@ def why_bad(payload: bytes, name: str) -> str:
     except RuntimeError:
         return f"{name}: DALI cannot decode it"
     return ""
+
+
+class Decoder:
+    """Decodes lists of image files, on the GPU where there is one. device: where the images are wanted."""
+
+    def __init__(self, device: torch.device, threads: int = 4) -> None:
+        self.device, self.threads = device, threads
+        self.pipelines: dict[int, Pipeline] = {}
+
+    def __call__(self, payloads: list[bytes], names: list[str]) -> list[torch.Tensor]:
+        """Return uint8 [3, H, W] each; UserError naming the first that cannot be decoded."""
+        for payload, name in zip(payloads, names, strict=True):
+            if not looks_whole(payload):
+                open_image(payload, name)
+        if len(payloads) not in self.pipelines:
+            self.pipelines[len(payloads)] = self._pipeline(len(payloads))
+        pipeline = self.pipelines[len(payloads)]
+        pipeline.feed_input("encoded", [np.frombuffer(payload, np.uint8) for payload in payloads])
+        try:
+            images, = pipeline.run()
+        except RuntimeError as error:
+            reason = next((found for pair in zip(payloads, names, strict=True) if (found := why_bad(*pair))), None)
+            raise UserError(reason or f"DALI stopped: {' '.join(str(error).split())[:300]}") from None
+        return [self._tensor(images[number]).permute(2, 0, 1) for number in range(len(payloads))]
+
+    def _pipeline(self, batch: int) -> Pipeline:
+        gpu = self.device.type == "cuda"
+        pipeline = Pipeline(batch, self.threads, (self.device.index or 0) if gpu else None, prefetch_queue_depth=1)
+        with pipeline:
+            encoded = fn.external_source(name="encoded")
+            pipeline.set_outputs(fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB,
+                                                   adjust_orientation=False))
+        pipeline.build()
+        return pipeline
+
+    def _tensor(self, image: object) -> torch.Tensor:
+        """Return a copy of what DALI will write over."""
+        pixels = torch.empty(tuple(image.shape()), dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        return feed_ndarray(image, pixels, cuda_stream=stream)
