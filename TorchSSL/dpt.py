@@ -18,7 +18,7 @@ from pathlib import Path
 
 from shared.cli import Parser, UserError, nearest, run_main
 from shared.steps import Runner, Step
-from TorchSSL import dpt_tdsm
+from TorchSSL import dpt_longtail, dpt_tdsm
 from TorchSSL.make_configs import CONFIG, DATASETS, LEARNERS
 
 TORCHSSL = Path(__file__).resolve().parent
@@ -54,7 +54,8 @@ class Recipe:
 # learning-rate ramp (10 million images) would outlast the run.
 DIGITS_DIFFUSION = ("--batch=128 --cbase=16 --cres=1,2 --num-blocks=1 --attn-resolutions=4 --dropout=0.1 --augment=0 "
                     "--duration=0.08 --lr=4e-3 --lr-rampup=3 --lr-decay=0.3 --tick=5")
-DIGITS_NOISE_CLASSIFIER = ("--batch=128 --augment=0 --duration=0.08 --lr=2e-3 --lr-rampup=3 --lr-decay=0.3 --tick=5")
+DIGITS_NOISE_CLASSIFIER = ("--batch=128 --augment=0 --duration=0.03 --lr=2e-3 --lr-rampup=3 --lr-decay=0.5 --averaged=1 "
+                           "--tick=5")
 RECIPES = {
     "digits": Recipe(10, 100, "-8x8", "freematch_digits_10_1", diffusion=DIGITS_DIFFUSION,
                      noise_classifier=DIGITS_NOISE_CLASSIFIER, judge=True, one_thread=True),
@@ -122,8 +123,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", help="put everything below DIR [TorchSSL/saved_models, TorchSSL/data-aug and "
         "EDM/training-runs, the report in runs/]")
     for stage in (1, 3):
-        add(f"--stage{stage}", choices=LEARNERS, default="freematch", metavar="NAME",
-            help=f"semi-supervised learner of stage {stage}: {', '.join(LEARNERS)} [freematch]")
+        add(f"--stage{stage}", choices=(*LEARNERS, dpt_longtail.NAME), default="freematch" if stage == 1 else None,
+            metavar="NAME", help=f"semi-supervised learner of stage {stage}: {', '.join(LEARNERS)} [freematch]; or "
+            "daso in both, for long-tailed data")
+    add("--imbalance", type=whole_number(1), metavar="G", help="for daso: the most frequent class has G times the "
+        "images of the rarest, labelled (--labels in the former) and unlabelled [digits 20, cifar10 100, cifar100 10]")
     add("--stage2", choices=("edm", "tdsm"), default="edm", help="diffusion model of stage 2: edm, or also tdsm, which "
         "knows that pseudo-labels err, and is then compared with edm [edm]")
     add("--transition", choices=list(dpt_tdsm.TRANSITIONS), help="where tdsm learns how pseudo-labels err: "
@@ -141,6 +145,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                             f"{nearest(options.dataset, RECIPES)}")
         options.dataset = str(Path(options.dataset).resolve())
     dpt_tdsm.check(options)
+    dpt_longtail.check(options)
     if options.data_dir != "./data":
         options.data_dir = str(Path(options.data_dir).resolve())
     return options
@@ -176,6 +181,9 @@ class Experiment:
 
     def steps(self) -> Iterator[Step]:
         """Yield the steps one by one; later ones may depend on what earlier ones have written."""
+        if self.options.stage1 == dpt_longtail.NAME:
+            yield from dpt_longtail.LongTail(self).steps()
+            return
         yield Step("data", "The data set: fetched where it is missing; classes, counts, sizes, duplicates", "TorchSSL",
                    ["python", "check_data.py", f"--dataset={self.dataset}", "--download", *self.elsewhere()])
         stages = {1: self.stage_1, 2: self.stage_2, 3: self.stage_3}
@@ -331,10 +339,13 @@ class Experiment:
         found = [value for key, value in zip(said, said[1:], strict=False) if key == "num_train_iter"]
         return int(found[-1]) if found and found[-1].isdigit() else 2**20
 
+    def report_folder(self) -> Path:
+        """Return the folder of the report, as typed in any of the papers' folders."""
+        return self.report if self.options.out else Path("..") / self.report.relative_to(ROOT)
+
     def report_step(self) -> Step:
         model = self.model_folder()
-        report = self.report if self.options.out else Path("..") / self.report.relative_to(ROOT)
-        command = ["python", "report.py", f"--out={report}", f"--dataset={self.dataset}",
+        command = ["python", "report.py", f"--out={self.report_folder()}", f"--dataset={self.dataset}",
                    f"--stage1={self.stage1}", f"--stage2={self.from_torchssl(model)}",
                    f"--images={self.images}/{self.generated}", f"--stage3={self.stage3}", *self.elsewhere()]
         command += self.tdsm.report_flags() if self.tdsm is not None else []
@@ -357,9 +368,11 @@ def main() -> None:
     options = parse()
     title = Path(options.dataset).name.removesuffix(".zip")
     labels = options.labels or RECIPES.get(options.dataset, OWN_IMAGES).labels
+    kind, folder_of_report = (f"imbalance{options.imbalance}", "DASO") if options.imbalance else (labels, "TorchSSL")
+    script = "dpt_report.py" if options.imbalance else "report.py"
     seeds = range(options.seed, options.seed + options.seeds)
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]}-{seeds[-1]}"
-    out = Path(options.out).resolve() if options.out else ROOT / "runs" / f"{title}_{labels}_{span}"
+    out = Path(options.out).resolve() if options.out else ROOT / "runs" / f"{title}_{kind}_{span}"
     folders = [out] if len(seeds) == 1 else [out / f"seed_{seed}" for seed in seeds]
 
     if RECIPES.get(options.dataset, OWN_IMAGES).one_thread and "OMP_NUM_THREADS" not in os.environ:
@@ -373,8 +386,8 @@ def main() -> None:
         if len(seeds) > 1:
             runner.history = out / "commands.jsonl"
             reports = [f"--seed_report={folder}" for folder in folders]
-            runner.run(Step("report of all seeds", "Mean and standard deviation over the seeds", "TorchSSL",
-                            ["python", "report.py", f"--out={out}", *reports]))
+            runner.run(Step("report of all seeds", "Mean and standard deviation over the seeds", folder_of_report,
+                            ["python", script, f"--out={out}", *reports]))
 
 
 if __name__ == "__main__":

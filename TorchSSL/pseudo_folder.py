@@ -12,12 +12,8 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from shared.cli import Parser, UserError, run_main
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,6 +35,7 @@ def main() -> None:
     import numpy as np
 
     from shared.images import ImageSet
+    from shared.splits import class_balanced_draw
     from shared.writers import write_folder
     from TorchSSL.data import load_pools
 
@@ -48,26 +45,13 @@ def main() -> None:
         raise UserError(f"--labels: {options.labels} holds {labels.size} labels, {options.dataset} has {len(images)} "
                         "training images; give the pseudo_label.npy of that data set")
     pseudo = ImageSet(images.images, labels.astype(np.int64), images.classes, images.name)
-    for name, chosen in (("real_all", pseudo),
-                         ("real_balanced", pseudo.subset(balanced(labels, options.per_class, options.seed)))):
+    even = class_balanced_draw(labels, options.per_class, options.seed)
+    for name, chosen in (("real_all", pseudo), ("real_balanced", pseudo.subset(even))):
         folder = Path(options.dest) / name
         if folder.exists():
             shutil.rmtree(folder)
         write_folder(chosen, folder)
         print(f"{folder}: {len(chosen)} images, per class {np.bincount(chosen.labels).tolist()}")
-
-
-def balanced(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Return int64 positions: `per_class` of every class in `labels` [N], each image as evenly often as possible."""
-    import numpy as np
-
-    from shared.randomness import numpy_rng
-
-    chosen = []
-    for label in np.unique(labels):
-        positions = numpy_rng(seed, int(label), "balanced pseudo-labels").permutation(np.flatnonzero(labels == label))
-        chosen.append(np.resize(positions, per_class))
-    return np.concatenate(chosen)
 
 
 if __name__ == "__main__":

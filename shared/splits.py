@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from shared.cli import UserError
+from shared.randomness import numpy_rng
 
 # CIFAR-10 with one label a class: the eight labelled sets that FixMatch and its successors report on, by seed
 # (Sohn et al. 2020, "barely supervised learning"). Indices into the 50,000 training images in published order.
@@ -59,3 +60,12 @@ def cifar10_one_label_split(seed: int) -> np.ndarray:
         raise UserError(f"--seed {seed}: the published sets of ten CIFAR-10 labels exist for seeds 0 to "
                         f"{len(CIFAR10_ONE_LABEL_A_CLASS) - 1}; use one of them or --label_table False")
     return np.array(CIFAR10_ONE_LABEL_A_CLASS[seed], dtype=np.int64)
+
+
+def class_balanced_draw(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Return int64 positions: `per_class` of every class in `labels` [N], each image as evenly often as possible."""
+    chosen = []
+    for label in np.unique(labels):
+        positions = numpy_rng(seed, int(label), "balanced pseudo-labels").permutation(np.flatnonzero(labels == label))
+        chosen.append(np.resize(positions, per_class))
+    return np.concatenate(chosen)

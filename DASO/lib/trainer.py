@@ -232,7 +232,7 @@ def log_evaluation(trainer: Trainer, run: Run, it: int) -> None:
         values |= extend_history(history, found, split)
         add(courses, f"{split}/top1", found[f"{split}/top1"])
         add(courses, f"{split}/classes", classes[split].tolist())
-        for group, mean in grouped(classes[split], shots(trainer.data.counts)).items():
+        for group, mean in grouped(classes[split], shots(trainer.data.real_counts)).items():
             add(courses, f"{split}/{group}", mean)
     counted = trainer.statistics.counts()
     for kind, confusion in counted.items():
@@ -267,7 +267,7 @@ def evaluate_only(cfg: Config, folder: Path, world: World) -> dict[str, float]:
     load_weights(trainer, Path(cfg.RESUME) if cfg.RESUME else folder / CHECKPOINT)
     values, classes = trainer.evaluate()
     for split, each in classes.items():
-        values |= {f"{split}/{name}": mean for name, mean in grouped(each, shots(trainer.data.counts)).items()}
+        values |= {f"{split}/{name}": mean for name, mean in grouped(each, shots(trainer.data.real_counts)).items()}
     distributed.stop()
     return values
 

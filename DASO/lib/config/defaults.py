@@ -141,6 +141,7 @@ ADDED: dict[str, Any] = {
     "ALGORITHM.SIMPRO.LABELED_WEIGHT": 0.0,  # of the labelled loss; 0: unlabelled batch ratio * labelled / unlabelled
     "ALGORITHM.ABC.SCHEDULE": "published",   # 500 epochs of 500 iterations; or max_iter: over the whole run
     "DATASET.DOWNLOAD": True,
+    "DATASET.AUG_PATH": "",                  # generated images that join the labelled ones: a folder a class
     "DATASET.DIGITS.NUM_LABELED_HEAD": 40,
     "DATASET.DIGITS.IMB_FACTOR_L": 10,
     "DATASET.DIGITS.NUM_UNLABELED_HEAD": 70,

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from DASO.lib.data.semi_aves import load_semi_aves
 from shared.augment import WeakPolicy
 from shared.cli import UserError
 from shared.datasets import load_dataset
-from shared.images import ImageSet
+from shared.images import ImageSet, read_images
 
 CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 CIFAR100_STATISTICS = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -31,7 +31,7 @@ class TrainingData:
     """Everything read before training.
 
     valid, test: None where there is none. unlabelled: None for learners without. Its labels, where known, serve
-    statistics only.
+    statistics only. generated: how many of the labelled images, the last ones, are those of DATASET.AUG_PATH.
     """
 
     labelled: ImageSet
@@ -40,11 +40,17 @@ class TrainingData:
     test: ImageSet | None
     look: Look
     num_classes: int
+    generated: int = 0
 
     @property
     def counts(self) -> np.ndarray:
         """Labelled images of every class, int64 [K]."""
         return np.bincount(self.labelled.labels, minlength=self.num_classes)
+
+    @property
+    def real_counts(self) -> np.ndarray:
+        """Labelled images of every class, without generated ones, int64 [K]."""
+        return np.bincount(self.labelled.labels[:len(self.labelled) - self.generated], minlength=self.num_classes)
 
 
 def load_data(cfg: Config) -> TrainingData:
@@ -57,7 +63,18 @@ def load_data(cfg: Config) -> TrainingData:
                         f"classes; set MODEL.NUM_CLASSES {data.num_classes}")
     if data.unlabelled is not None and len(data.unlabelled) == 0:
         raise UserError(f"{cfg.DATASET.NAME}: no unlabelled images; check NUM_UNLABELED_HEAD")
-    return data
+    return with_generated(data, cfg.DATASET.AUG_PATH) if cfg.DATASET.AUG_PATH else data
+
+
+def with_generated(data: TrainingData, path: str) -> TrainingData:
+    """Return the data with the images of a folder, zip or npz among the labelled ones; UserError."""
+    labelled = data.labelled
+    generated = read_images(path, resolution=labelled.size[0], channels=labelled.channels, num_classes=data.num_classes)
+    if (generated.labels < 0).any():
+        raise UserError(f"DATASET.AUG_PATH {path}: {int((generated.labels < 0).sum())} images have no class; expected "
+                        "one sub-folder a class, named by its number")
+    generated = ImageSet(generated.images, generated.labels, labelled.classes, generated.name)
+    return replace(data, labelled=labelled.concatenate(generated), generated=len(generated))
 
 
 def _read(name: str, split: str, cfg: Config) -> ImageSet:
