@@ -1,0 +1,202 @@
+"""The tables of DDAE: the runs behind each cell, and what is printed.
+
+    python -m DDAE.tables                                 # which there are
+    python -m DDAE.tables cifar10 --only EDM_ddpmpp       # one row at the length of the paper
+    python -m DDAE.tables cifar10 --scale tiny --jobs 2   # the whole chain on the digits, 3 seeds
+    python -m DDAE.tables dit                             # linear probe of DiT-XL/2
+
+Each row is one chain of commands: pre-train, sample, probe and so on. How they are run, aggregated and written:
+shared/tables.py.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shared.tables import Cell, Job, Printed, Stage, Table, Values, serve
+
+HERE = Path(__file__).resolve().parent
+LAST, BEST = "last", "best on test"
+# config -> (epoch, FID, linear probe in %) of the best probe and of the best FID (README of DDAE).
+PRINTED = {
+    "DDPM_ddpm": ((800, 4.09, 90.05), (1999, 3.62, 88.23)),
+    "EDM_ddpm": ((1200, 3.97, 90.44), (1999, 3.56, 89.71)),
+    "DDPM_ddpmpp": ((1200, 3.08, 93.97), (1999, 2.98, 93.03)),
+    "EDM_ddpmpp": ((1200, 2.23, 94.50),),
+    "EDM_ddpmpp_aug": ((2000, 2.34, 95.49), (3200, 2.12, 95.19)),
+}
+# 4 processes with the config's batch size and rate each, 8 for the last: 512 or 256 images a step.
+PROCESSES = {"EDM_ddpmpp_aug": 8}
+STEPS = {"DDPM_ddpm": 98 * 2000, "EDM_ddpm": 98 * 2000, "DDPM_ddpmpp": 196 * 2000, "EDM_ddpmpp": 196 * 2000,
+         "EDM_ddpmpp_aug": 98 * 4000}
+REFERENCE = "fid-refs/cifar10.npz"      # below the data folder, made once by EDM/fid.py ref
+
+DIGITS = {"DDPM_digits": "1,11,31,71", "EDM_digits": "2,4,6,8"}     # config -> noise levels of its grid
+DIGITS_WRN = ("--dataset=digits --epoch=40 --lr=0.05 --blocks_per_group=1 --channel_multiplier=2 --no_flip "
+              "--pad=0").split()
+DIGITS_TUNING = "--epochs=30 --lr=1e-3 --eval_every=10 --warm_epoch=2 --batch_size=128".split()
+# row -> (folder of the result.json, its entry); in the folder of the chain.
+DIGITS_ROWS = {
+    "linear probe": "probe", "linear probe, untrained network": "untrained", "linear probe, raw pixels": "pixels",
+    "fine-tuned": "finetune", "the same from scratch": "scratch",
+    "noisy images, DDAE head (mean over levels)": "head", "noisy images, WideResNet (mean over levels)": "wrn",
+}
+
+
+def call(script: str, *flags: str) -> list[str]:
+    return [str(HERE / script), *flags]
+
+
+def common(config: str, out: Path, seed: int, options: argparse.Namespace) -> list[str]:
+    """Return the flags that every stage of a chain has."""
+    return [f"--config={HERE / 'config' / f'{config}.yaml'}", f"--set=save_dir={out / 'run'}", f"--seed={seed}",
+            f"--data_dir={options.data_dir}"]
+
+
+def untried(*_: object) -> list[str]:
+    """Return a command that does nothing: there is no checkpoint to work on in a trial of a few steps."""
+    return ["-c", ""]
+
+
+def accuracies(path: Path) -> dict[str, float]:
+    """Return the accuracies of a result.json in percent by protocol."""
+    found = json.loads(path.read_text(encoding="utf-8"))["accuracy"]
+    names = {LAST: "last", BEST: "best_on_test"}
+    return {protocol: 100 * found[key] for protocol, key in names.items() if key in found}
+
+
+# ------------------------------------------------------------------------------------------------------------ CIFAR-10
+
+def published_chain(config: str, options: argparse.Namespace) -> Job:
+    """Return one row of the README: pre-training, then FID and linear probe of one or two of its checkpoints."""
+    epochs = [epoch for epoch, *_ in PRINTED[config]]
+    gpus = f"--gpus={PROCESSES.get(config, 4)}"
+
+    def train(out: Path, seed: int, iterations: int | None) -> list[str]:
+        short = [f"--steps={iterations}"] if iterations else []
+        return call("train.py", *common(config, out, seed, options), "--use_amp", gpus, *short)
+
+    def fid(epoch: int) -> Callable[[Path, int, int | None], Sequence[str]]:
+        def command(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
+            return untried() if iterations else call(
+                "fid.py", *common(config, out, seed, options), "--use_amp", f"--epoch={epoch}",
+                f"--ref={options.data_dir / REFERENCE}", f"--json={out / f'fid_{epoch}.json'}")
+        return command
+
+    def probe(epoch: int) -> Callable[[Path, int, int | None], Sequence[str]]:
+        def command(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
+            return untried() if iterations else call(
+                "linear.py", *common(config, out, seed, options), "--use_amp", gpus, f"--epoch={epoch}",
+                f"--outdir={out / f'probe_{epoch}'}")
+        return command
+
+    def read(folder: Path) -> Values:
+        values: dict[str, dict[str, float]] = {}
+        for epoch in epochs:
+            fid_value = json.loads((folder / f"fid_{epoch}.json").read_text(encoding="utf-8"))["fid"]
+            values[f"FID {epoch}"] = {LAST: fid_value}
+            values[f"acc {epoch}"] = accuracies(folder / f"probe_{epoch}" / "result.json")
+        return values
+
+    stages = [Stage("train", train, STEPS[config])]
+    for epoch in epochs:
+        stages += [Stage(f"fid{epoch}", fid(epoch)), Stage(f"probe{epoch}", probe(epoch))]
+    return Job(config, tuple(stages), read, (HERE / "config" / f"{config}.yaml",))
+
+
+def cifar10_table(scale: str, options: argparse.Namespace) -> Table:
+    """Return the five rows of the README; at the tiny scale the chain on the digits."""
+    if scale == "tiny":
+        return digits_table(options)
+    cells = []
+    for config, rows in PRINTED.items():
+        job = published_chain(config, options)
+        for which, (epoch, fid, accuracy) in zip(("best probe", "best FID"), rows, strict=False):
+            cells += [Cell(config, f"{which}: FID", job, f"FID {epoch}", Printed(fid)),
+                      Cell(config, f"{which}: acc", job, f"acc {epoch}", Printed(accuracy))]
+    return Table("cifar10", "DDAE: FID and linear probe on CIFAR-10", "README of DDAE, one run", "FID; accuracy in %",
+                 tuple(cells), (LAST, BEST), seeds=(1337,))
+
+
+# -------------------------------------------------------------------------------------------------------------- digits
+
+def digits_chain(config: str, options: argparse.Namespace) -> Job:
+    """Return everything that there is to do with a DDAE, on the digits."""
+    mode = config.partition("_")[0]
+    grid = ["--grid", f"--times={DIGITS[config]}", "--copies=1"]
+
+    def stage(name: str, script: str, *flags: str, checkpoint: bool = True, config_flags: bool = True) -> Stage:
+        def command(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
+            if iterations and checkpoint:
+                return untried()
+            own = common(config, out, seed, options) if config_flags else [f"--seed={seed}"]
+            return call(script, *own, *(flag.replace("{out}", str(out)) for flag in flags))
+        return Stage(name, command)
+
+    def train(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
+        return call("train.py", *common(config, out, seed, options), *([f"--steps={iterations}"] if iterations else []))
+
+    stages = (
+        Stage("train", train, 1000),
+        stage("sample", "sample.py", "--images=100"),
+        stage("probe", "linear.py", *grid, "--outdir={out}/probe"),
+        stage("untrained", "linear.py", *grid, "--encoder=untrained", "--outdir={out}/untrained", checkpoint=False),
+        stage("pixels", "linear.py", "--encoder=pixels", "--copies=1", "--outdir={out}/pixels", checkpoint=False),
+        stage("contrastive", "contrastive.py", "--outdir={out}/contrastive", "--epoch_interval=100000"),
+        stage("wrn", "noisy_classifier_WRN.py", f"--mode={mode}", *DIGITS_WRN, "--save_dir={out}/wrn",
+              checkpoint=False, config_flags=False),
+        stage("head", "noisy_classifier_DDAE.py", "--outdir={out}/head", "--compare", "{out}/wrn/result.json"),
+        stage("finetune", "finetune.py", *DIGITS_TUNING, "--outdir={out}/finetune"),
+        stage("scratch", "finetune.py", *DIGITS_TUNING, "--encoder=untrained", "--outdir={out}/scratch",
+              checkpoint=False),
+    )
+
+    def read(folder: Path) -> Values:
+        return {row: accuracies(folder / name / "result.json") for row, name in DIGITS_ROWS.items()}
+
+    return Job(config, stages, read, (HERE / "config" / f"{config}.yaml",))
+
+
+def digits_table(options: argparse.Namespace) -> Table:
+    """Return accuracies on the digits: probe, its two comparisons, fine-tuning, both noise-conditional classifiers."""
+    cells = [Cell(row, config, job, row) for config in DIGITS for job in [digits_chain(config, options)]
+             for row in DIGITS_ROWS]
+    return Table("cifar10", "DDAE on the handwritten digits", "nothing", "Accuracy in %, 500 test images", tuple(cells),
+                 (LAST, BEST), seeds=(0, 1, 2),
+                 note="Each run also leaves samples, the grid as heat map, the contrastive metrics and the curves over "
+                      "noise levels as PNG files in its folder. The probe is that of the config; the best on test is "
+                      "the best of the grid.")
+
+
+# ----------------------------------------------------------------------------------------------------------------- DiT
+
+def dit_table(scale: str, options: argparse.Namespace) -> Table:
+    """Return the linear probe of DiT-XL/2; its weights and the VAE lie in pretrained_models/ of the data folder."""
+    cells = []
+    for dataset, printed in (("cifar", 85.73), ("tiny", 66.57)):
+        def latents(out: Path, seed: int, iterations: int | None, dataset: str = dataset) -> Sequence[str]:
+            return untried() if iterations else call(
+                "DiT/vae_preprocessing.py", f"--dataset={dataset}", f"--codes={out / 'codes'}", "--use_amp",
+                f"--vae={options.data_dir / 'pretrained_models' / 'sd-vae-ft-mse'}", f"--data_dir={options.data_dir}",
+                f"--seed={seed}")
+
+        def probe(out: Path, seed: int, iterations: int | None, dataset: str = dataset) -> Sequence[str]:
+            return untried() if iterations else call(
+                "DiT/linear.py", f"--dataset={dataset}", f"--codes={out / 'codes'}", "--use_amp", f"--seed={seed}",
+                f"--ckpt={options.data_dir / 'pretrained_models' / 'DiT-XL-2-256x256.pt'}", f"--outdir={out / 'probe'}")
+
+        def read(folder: Path, dataset: str = dataset) -> Values:
+            return {"acc": accuracies(folder / "probe" / dataset / "result.json")}
+
+        job = Job(f"dit_{dataset}", (Stage("latents", latents), Stage("probe", probe)), read)
+        cells.append(Cell("DiT-XL/2", dataset, job, "acc", Printed(printed)))
+    return Table("dit", "Linear probe of DiT-XL/2", "README of DDAE's DiT folder", "Accuracy in %", tuple(cells),
+                 (LAST,), seeds=(0,))
+
+
+TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {"cifar10": cifar10_table, "dit": dit_table}
+
+if __name__ == "__main__":
+    serve("DDAE.tables", TABLES)
