@@ -316,8 +316,11 @@ def global_batch_size(options: argparse.Namespace, world: World) -> int:
 
 
 def seed_dropout(options: argparse.Namespace, iteration: int, world: World) -> None:
-    """Let dropout, the only draw that networks make themselves, depend on the iteration and rank alone."""
-    if options.dropout > 0:
+    """Let dropout, the only draw that networks make themselves, depend on the iteration and rank alone.
+
+    Some networks of torchvision have a dropout of their own, whatever --dropout says.
+    """
+    if options.dropout > 0 or options.net_from_name:
         torch.manual_seed((options.seed * 1_000_003 + iteration) * 4096 + world.rank)
 
 
