@@ -1,4 +1,7 @@
-"""Two processes with half a batch each are one process with the whole batch."""
+"""Two processes with half a batch each are one process with the whole batch.
+
+In double precision: on batches of eight, an update multiplies what rounding leaves by ten and more.
+"""
 from __future__ import annotations
 
 import json
@@ -8,19 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from tests.daso.small import LEARNERS, call, command, saved
+from tests.daso.small import LEARNERS, command, saved
 from tests.shared.programs import run
 
 DASO = ("fixmatch_daso", {"ALGORITHM.ABC.APPLY": True, "MODEL.LOSS.WITH_LABELED_COST_SENSITIVE": True,
                           "MODEL.LOSS.WARMUP_ITERS": 2, "MODEL.LOSS.COST_SENSITIVE.LOSS_OVERRIDE": "LDAM"})
-STEPS = {"SOLVER.MAX_ITER": 4, "PERIODS.EVAL": 4, "PERIODS.LOG": 4, "SOLVER.BASE_LR": 0.003}
+STEPS = {"SOLVER.MAX_ITER": 4, "PERIODS.EVAL": 4, "PERIODS.LOG": 4}
 
 
 def compare(config: str, keys: dict[str, Any], folder: Path) -> None:
     """Run both ways and compare states, averages and losses."""
-    one = call(config, folder / "one", keys)
-    run("DASO/main.py", *command(config, folder / "two", keys), ranks=2)
-    two = next(path for path in (folder / "two").iterdir() if path.is_dir())
+    found = []
+    for name, ranks in ("one", 1), ("two", 2):
+        run("tests/daso/double_main.py", *command(config, folder / name, keys), ranks=ranks)
+        found += [path for path in (folder / name).iterdir() if path.is_dir()]
+    one, two = found
     ours, theirs = saved(one), saved(two)
     assert_near(ours["algorithm"], theirs["algorithm"], "algorithm")
     for part in ("model", "ema_model"):
@@ -29,7 +34,7 @@ def compare(config: str, keys: dict[str, Any], folder: Path) -> None:
                       for path in (one, two)), strict=True):
         for name in a:
             if "loss" in name or name.startswith(("imb_factors", "main_pl")):
-                assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-4), name
+                assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), name
 
 
 def assert_near(a: Any, b: Any, path: str) -> None:
@@ -38,7 +43,7 @@ def assert_near(a: Any, b: Any, path: str) -> None:
         for key in a:
             assert_near(a[key], b[key], f"{path}/{key}")
     elif isinstance(a, torch.Tensor):
-        torch.testing.assert_close(b, a, rtol=1e-3, atol=2e-4, msg=lambda m: f"{path}: {m}")
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda m: f"{path}: {m}")
     else:
         assert a == b, path
 
