@@ -7,7 +7,6 @@ matrix and the one that was realised.
 """
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from EDM import transition
+from EDM.noisy_set import clean_labels
 from shared.cifar import CIFAR10, CIFAR100
 from shared.cli import UserError, nearest
 from shared.images import ImageSet
@@ -148,23 +148,8 @@ def plan_noise(noise_type: str | None, noise_rate: float | None, transition_file
 
 def with_clean_labels(images: ImageSet, path: str) -> ImageSet:
     """Return the set read from `path` with the clean labels that its dataset.json keeps; itself where it keeps none."""
-    from shared.archives import read_members, zip_members
-    from shared.image_files import LABEL_FILE, find_images
-
-    file = Path(path)
-    if file.is_dir():
-        content = (file / LABEL_FILE).read_bytes() if (file / LABEL_FILE).is_file() else b"{}"
-    elif file.suffix.lower() == ".zip":
-        members = [member for member in zip_members(file) if member.name == LABEL_FILE]
-        content = next(read_members(file, members)) if members else b"{}"
-    else:
+    labels = clean_labels(path)
+    if labels is None:
         return images
-    clean = json.loads(content).get("clean_labels")
-    if clean is None:
-        return images
-    names, known = find_images(file).names, dict(clean)
-    if sorted(known) != sorted(names) or any(type(label) is not int or label < 0 for label in known.values()):
-        raise UserError(f"{path}: the clean labels in {LABEL_FILE} are not those of its images; make the set anew")
-    labels = np.array([known[name] for name in names], np.int64)
     classes = tuple(map(str, range(max(int(labels.max()) + 1, images.num_classes))))
     return ImageSet(images.images, labels, classes, images.name)

@@ -54,8 +54,8 @@ class Recipe:
 # learning-rate ramp (10 million images) would outlast the run.
 DIGITS_DIFFUSION = ("--batch=128 --cbase=16 --cres=1,2 --num-blocks=1 --attn-resolutions=4 --dropout=0.1 --augment=0 "
                     "--duration=0.08 --lr=4e-3 --lr-rampup=3 --lr-decay=0.3 --tick=5")
-DIGITS_NOISE_CLASSIFIER = ("--batch=128 --augment=0 --duration=0.03 --lr=2e-3 --lr-rampup=3 --lr-decay=0.5 --averaged=1 "
-                           "--tick=5")
+DIGITS_NOISE_CLASSIFIER = ("--batch=128 --augment=0 --duration=0.03 --lr=2e-3 --lr-rampup=3 --lr-decay=0.5 "
+                           "--averaged=1 --tick=5")
 RECIPES = {
     "digits": Recipe(10, 100, "-8x8", "freematch_digits_10_1", diffusion=DIGITS_DIFFUSION,
                      noise_classifier=DIGITS_NOISE_CLASSIFIER, judge=True, one_thread=True),
