@@ -1,0 +1,47 @@
+"""The tables: every command is one that its script understands, and results are read as they are written."""
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from DDAE.tables import DIGITS_ROWS, HERE, PRINTED, TABLES
+from shared.tables import Job
+
+OPTIONS = argparse.Namespace(data_dir=Path("data"))
+
+
+def jobs() -> list:
+    return [pytest.param(job, id=f"{name}-{scale}-{job.name}") for name, make in TABLES.items()
+            for scale in ("paper", "tiny") for job in make(scale, OPTIONS).jobs()]
+
+
+@pytest.mark.parametrize("job", jobs())
+@pytest.mark.parametrize("iterations", [None, 3])
+def test_every_command_is_understood(job: Job, tmp_path: Path, iterations: int | None) -> None:
+    for stage in job.stages:
+        script, *flags = stage.command(tmp_path, 1, iterations)
+        if script == "-c":
+            assert iterations is not None, f"{stage.name} does nothing"
+            continue
+        module = importlib.import_module("DDAE." + ".".join(Path(script).relative_to(HERE).with_suffix("").parts))
+        module.parse(flags)
+
+
+def test_the_printed_table_is_whole() -> None:
+    table = TABLES["cifar10"]("paper", OPTIONS)
+    printed = {(cell.row, cell.column): cell.printed.mean for cell in table.cells}
+    assert printed["EDM_ddpmpp_aug", "best FID: FID"] == 2.12 and printed["DDPM_ddpm", "best probe: acc"] == 90.05
+    assert len(printed) == 2 * sum(map(len, PRINTED.values())) == 18
+
+
+def test_results_are_read(tmp_path: Path) -> None:
+    job = next(job for job in TABLES["cifar10"]("tiny", OPTIONS).jobs() if len(job.stages) > 3)
+    for folder in DIGITS_ROWS.values():
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "result.json").write_text(json.dumps({"accuracy": {"last": 0.5, "best_on_test": 0.75}}))
+    values = job.read(tmp_path)
+    assert values and all(row == {"last": 50.0, "best on test": 75.0} for row in values.values())
