@@ -25,7 +25,7 @@ from shared.checkpoint import load_newest, read_checkpoint
 from shared.cli import UserError
 from shared.datasets import load_dataset
 from shared.files import atomic
-from shared.hardware import machine
+from shared.hardware import computed_on
 from shared.pool import Pool
 from shared.run import Run
 
@@ -178,8 +178,7 @@ class Training:
                          "median_of_last_20": statistics.median(state["accuracies"]),
                          "best_on_test": self.best.value / 100, "best_iteration": state.get("best_step")},
             "test_loss": state["test_loss"], "test_images": len(self.test), "seconds": self.run.seconds,
-            "precision": self.precision, "device": self.world.device.type, "processes": self.world.size,
-            "threads": torch.get_num_threads(), **machine()}
+            "precision": self.precision, "processes": self.world.size, **computed_on(self.world.device)}
         with atomic(self.run.outdir / RESULT, "w") as file:
             json.dump(result, file, indent=1)
 

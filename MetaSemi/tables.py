@@ -1,0 +1,124 @@
+"""The tables of MetaSemi: the runs behind each cell, and what is printed.
+
+    python -m MetaSemi.tables                              # which there are
+    python -m MetaSemi.tables ablation --list              # its runs, and how long they take here
+    python -m MetaSemi.tables ablation --scale tiny        # on the digits with 20 and 40 labels, minutes
+
+How they are run, aggregated and written: shared/tables.py.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shared.tables import Cell, Job, Printed, Stage, Table, Values, serve
+
+HERE = Path(__file__).resolve().parent
+# Accuracies of result.json by protocol; the published tables report the best one on the test set.
+PROTOCOLS = {"best on test": "best_on_test", "median of last 20": "median_of_last_20", "last": "last"}
+STEPS, DIGITS_STEPS = 400_000, 600
+
+# Data set -> its labels and flags in the README of the original; the seed there is that of our seed 0.
+SETTINGS = {"svhn": (1000, ("--alpha=0.1", "--weight-decay=5e-5"), 7788),
+            "cifar10": (4000, ("--alpha=1.0", "--weight-decay=1e-4"), 8469),
+            "cifar100": (10000, ("--alpha=1.0", "--weight-decay=1e-4"), 7788)}
+# Row -> script, switch, error rates on these three.
+ABLATION = {"labels only": ("train_baseline", (), (9.76, 15.43, 38.74)),
+            "meta only": ("train_meta", (), (3.68, 11.63, 35.40)),
+            "mix-up only": ("train_baseline", ("--mix-up",), (5.60, 11.10, 32.67)),
+            "MetaSemi (both)": ("train_meta", ("--mix-up",), (3.15, 7.78, 30.74))}
+ALL_LABELS = (2.67, 4.88, 22.10)
+# The digits: 8x8 images, a small network, a short training with the published shape of the schedule.
+DIGITS = ("--dataset=digits", "-a=small", "--batch-size=32", "--warmup=60", "--milestones=[400,500]",
+          "--test-freq=100", "--print-freq=100")
+# Row -> script, images of its passes over the data, iterations at a global batch of 512, top-1 and top-5 error.
+GLOBAL_BATCH, EPOCHS = 512, 600
+IMAGENET = {"labels only": ("train_imagenet", 128_000, (53.65, 31.01)),
+            "MetaSemi": ("train_meta_imagenet", 1_153_167, (44.87, 18.88))}
+
+
+def read_error(folder: Path) -> Values:
+    """Return the error in % by protocol from a run's result.json, and its top-5 error where there is one."""
+    accuracy = json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))["accuracy"]
+    values = {"error": {name: 100 - 100 * accuracy[key] for name, key in PROTOCOLS.items()}}
+    if "last_top5" in accuracy:
+        values["top-5 error"] = {"last": 100 - 100 * accuracy["last_top5"]}
+    return values
+
+
+def training(name: str, script: str, flags: Sequence[str], length: int, first_seed: int = 0,
+             launcher: Sequence[str] = (), short: Callable[[int], list[str]] | None = None) -> Job:
+    """Return a run of one script. first_seed: the --seed of seed 0. short: flags of so many steps, to time them."""
+    def command(out: Path, seed: int, iterations: int | None) -> list[str]:
+        trial = (short or (lambda steps: [f"--total-steps={steps}", f"--test-freq={steps}"]))(iterations
+                                                                                           ) if iterations else []
+        return [*launcher, str(HERE / f"{script}.py"), *flags, f"--seed={first_seed + seed}",
+                f"--save-path={out / 'run'}", *trial]
+
+    return Job(name, (Stage("train", command, length),), read_error)
+
+
+def ablation_table(scale: str, options: argparse.Namespace) -> Table:
+    """Return the errors of MetaSemi and of its parts; on the digits with 20 and 40 labels where the scale is tiny."""
+    cells = []
+    for row, (script, switch, printed) in ABLATION.items():
+        word = row.split(" (")[0].replace(" ", "-").lower()
+        if scale == "tiny":
+            for labels in (20, 40):
+                flags = (*DIGITS, f"--num-label={labels}", f"--total-steps={DIGITS_STEPS}", *switch)
+                cells.append(Cell(row, f"digits, {labels} labels",
+                                  training(f"{word}_digits_{labels}", script, flags, DIGITS_STEPS), "error"))
+            continue
+        for (dataset, (labels, method, seed)), error in zip(SETTINGS.items(), printed, strict=True):
+            flags = (f"--dataset={dataset}", f"--num-label={labels}", *method, *switch, *where(options))
+            cells.append(Cell(row, f"{dataset}, {labels} labels",
+                              training(f"{word}_{dataset}", script, flags, STEPS, seed), "error", Printed(error)))
+    if scale == "paper":
+        for (dataset, (labels, method, seed)), error in zip(SETTINGS.items(), ALL_LABELS, strict=True):
+            # More than there are of any class: all of them.
+            flags = (f"--dataset={dataset}", "--num-label=200000", *method, *where(options))
+            cells.append(Cell("all labels", f"{dataset}, {labels} labels",
+                              training(f"all-labels_{dataset}", "train_baseline", flags, STEPS, seed), "error",
+                              Printed(error)))
+    return Table("ablation", "MetaSemi and its parts", "Zhang et al., AISTATS 2021, ConvLarge", "Error in %",
+                 tuple(cells), tuple(PROTOCOLS))
+
+
+def where(options: argparse.Namespace) -> list[str]:
+    return [f"--data-path={options.data_dir}", *["--gpu"] * bool(getattr(options, "gpus", "") or options.gpu)]
+
+
+def imagenet_table(scale: str, options: argparse.Namespace) -> Table:
+    """Return top-1 and top-5 error of ResNet-18 with a tenth of the labels (tiny: the digits with 20 labels)."""
+    note = "records: <data-dir>/imagenet-records, the nine files that imagenet/im2rec.py writes"
+    title, source, unit = "MetaSemi: ImageNet, 128,000 labels, ResNet-18", "Zhang et al., AISTATS 2021", "Error in %"
+    if scale == "tiny":
+        tiny = [cell for cell in ablation_table(scale, options).cells if cell.column == "digits, 20 labels"
+                and cell.row in ("labels only", "MetaSemi (both)")]
+        return Table("imagenet", title, source, unit, tuple(tiny), tuple(PROTOCOLS), seeds=(0,))
+    count, cells = options.processes, []
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}") if count > 1 else ()
+    for row, (script, images, (top1, top5)) in IMAGENET.items():
+        flags = (f"--data={options.data_dir / 'imagenet-records'}", f"--batch-size={GLOBAL_BATCH // count}",
+                 f"--epochs={EPOCHS}")
+        job = training(f"{row.lower().replace(' ', '-')}_imagenet", script, flags,
+                       EPOCHS * -(-images // GLOBAL_BATCH), 12, launcher, lambda steps: [f"--iterations={steps}"])
+        cells += [Cell(row, "top-1", job, "error", Printed(top1)),
+                  Cell(row, "top-5", job, "top-5 error", Printed(top5))]
+    return Table("imagenet", title, source, unit, tuple(cells), ("last", "best on test", "median of last 20"),
+                 seeds=(0,), note=note)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", action="store_true", help="train on a GPU (--gpus implies it)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", choices=(1, 2, 4, 8, 16, 32),
+                        help="ImageNet: GPUs of one run, which share its batches of 512 [1]")
+
+
+TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {"ablation": ablation_table,
+                                                                 "imagenet": imagenet_table}
+
+if __name__ == "__main__":
+    serve("MetaSemi.tables", TABLES, add_flags)

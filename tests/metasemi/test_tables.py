@@ -1,0 +1,94 @@
+"""MetaSemi.tables and the Dockerfile: which runs a table needs, how results are read, which versions are installed."""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from MetaSemi import tables, train_baseline, train_meta
+from shared.tables import Cell, main
+from tests.shared.programs import ROOT
+
+OPTIONS = argparse.Namespace(data_dir=Path("/data"), gpu=False, gpus="", processes=4)
+SCRIPTS = {"train_meta.py": train_meta, "train_baseline.py": train_baseline}
+
+
+def words(cell: Cell, seed: int = 0, iterations: int | None = None) -> list[str]:
+    return list(cell.job.stages[0].command(Path("/out"), seed, iterations))
+
+
+def test_published_commands() -> None:
+    """The row of MetaSemi is the README's commands, its first seed the published one."""
+    cells = {cell.column.partition(",")[0]: cell for cell in tables.ablation_table("paper", OPTIONS).cells
+             if cell.row == "MetaSemi (both)"}
+    for dataset, flags in {
+            "svhn": "--num-label 1000 --alpha 0.1 --weight-decay 5e-5 --seed 7788",
+            "cifar10": "--num-label 4000 --alpha 1.0 --weight-decay 1e-4 --seed 8469",
+            "cifar100": "--num-label 10000 --alpha 1.0 --weight-decay 1e-4 --seed 7788"}.items():
+        script, *ours = words(cells[dataset])
+        found = train_meta.parse(ours)
+        wanted = train_meta.parse(["--dataset", dataset, "--mix-up", *flags.split(), "--save-path", "/out/run",
+                                   "--data-path", "/data"])
+        assert Path(script).name == "train_meta.py" and vars(found) == vars(wanted)
+        assert train_meta.parse(words(cells[dataset], seed=2)[1:]).seed == wanted.seed + 2
+
+
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+def test_every_command_of_the_ablation_is_right(scale: str) -> None:
+    for cell in tables.ablation_table(scale, OPTIONS).cells:
+        for iterations in (None, 5):
+            script, *flags = words(cell, 1, iterations)
+            options = SCRIPTS[Path(script).name].parse(flags)
+            assert options.mix_up == (cell.row in ("mix-up only", "MetaSemi (both)"))
+            assert (Path(script).name == "train_meta.py") == (cell.row in ("meta only", "MetaSemi (both)"))
+            assert options.total_steps == (iterations or cell.job.stages[0].iterations)
+
+
+def test_all_methods_on_the_digits_train_alike() -> None:
+    cells = [cell for cell in tables.ablation_table("tiny", OPTIONS).cells if "20" in cell.column]
+    assert [cell.row for cell in cells] == ["labels only", "meta only", "mix-up only", "MetaSemi (both)"]
+    flags = [set(words(cell)[1:]) - {"--mix-up"} for cell in cells]
+    assert all(other == flags[0] for other in flags)
+
+
+def test_imagenet_keeps_the_global_batch() -> None:
+    cells = tables.imagenet_table("paper", OPTIONS).cells
+    assert {(cell.row, cell.column): cell.printed.mean for cell in cells} == {
+        ("labels only", "top-1"): 53.65, ("labels only", "top-5"): 31.01, ("MetaSemi", "top-1"): 44.87,
+        ("MetaSemi", "top-5"): 18.88}
+    command = words(cells[-1])
+    assert "--nproc_per_node=4" in command and "--batch-size=128" in command
+    alone = argparse.Namespace(**{**vars(OPTIONS), "processes": 1})
+    command = words(tables.imagenet_table("paper", alone).cells[-1], iterations=3)
+    assert Path(command[0]).name == "train_meta_imagenet.py" and "--batch-size=512" in command
+    assert "--iterations=3" in command
+
+
+def test_results_become_error_rates(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    accuracy = {"last": 0.9, "median_of_last_20": 0.875, "best_on_test": 0.925}
+    (tmp_path / "run" / "result.json").write_text(json.dumps({"accuracy": accuracy}))
+    found = tables.read_error(tmp_path)
+    assert found == {"error": {"last": pytest.approx(10), "median of last 20": pytest.approx(12.5),
+                               "best on test": pytest.approx(7.5)}}
+
+
+def test_table_on_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The whole machinery, with a training of a few steps."""
+    monkeypatch.setattr(tables, "DIGITS_STEPS", 4)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    argv = ["ablation", "--scale=tiny", "--seeds=1", "--only=metasemi", f"--out={tmp_path}", "--no-estimate"]
+    main("MetaSemi.tables", tables.TABLES, tables.add_flags, argv)
+    assert "MetaSemi (both)" in capsys.readouterr().out
+    assert {path.suffix for path in (tmp_path / "ablation-tiny").glob("table.*")} >= {".md", ".csv", ".json", ".png"}
+
+
+def test_docker_image_has_the_tested_versions() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [line.replace('"', "'") for line in lines if line and not line.startswith("#")]
+    text = (ROOT / "MetaSemi" / "Docker" / "Dockerfile").read_text().replace("\\\n", " ")
+    install = re.search(r"RUN python -m pip install --no-cache-dir (.*)", text)[1]
+    assert [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', install)] == wanted
