@@ -52,15 +52,16 @@ class NoiseAware:
     def stage_2(self) -> Iterator[Step]:
         ours, options = self.experiment, self.experiment.options
         data = ours.from_edm(f"{ours.stage1}/{ours.zip_name}.zip")
-        noise, inputs = ["--precond=edm_vm", "--noise_type=learn"], [data]
+        noise, inputs = ["--precond=edm_vm", "--noise_type=learn", *ours.recipe.volmin.split()], [data]
         if self.transition is not None:
             yield self.estimate()
             matrix = ours.from_edm(self.transition)
-            noise, inputs = ["--noise_type=file", f"--transition={matrix}"], [data, matrix]
+            noise = ["--noise_type=file", f"--transition={matrix}", *ours.recipe.noise_classifier.split()]
+            inputs = [data, matrix]
         seed = f"--seed={ours.seed}"
         yield Step("noise classifier", "Stage 2, TDSM: a classifier of noisy images, corrected for wrong labels", "EDM",
                    [*ours.launch(), "train_classifier.py", f"--outdir={self.classifier}", "--nosubdir",
-                    f"--data={data}", "--cond=1", "--arch=ddpmpp", *noise, *ours.recipe.noise_classifier.split(), seed,
+                    f"--data={data}", "--cond=1", "--arch=ddpmpp", *noise, seed,
                     *options.classifier_args],
                    output=f"{self.classifier}/result.json", inputs=tuple(inputs))
         snapshot = f"{self.classifier}/network-snapshot-latest.pkl"
