@@ -198,7 +198,8 @@ def check_counts(flags: SimpleNamespace, generated: ImageSet, train: ImageSet) -
     """Raise UserError now, not after the training of a judge, where a class has too few images for the metrics."""
     import numpy as np
 
-    least = max([1] + [2] * ("fid" in flags.metrics) + [max(flags.k, flags.pr_k) + 1] * ("prdc" in flags.metrics))
+    needs = {"cas": 1, "fid": 2, "prdc": max(flags.k, flags.pr_k) + 1}
+    least = max(needs.get(name, 0) for name in flags.metrics)
     for images, what in ((generated, "generated images"), (train, "real images")):
         counts = np.bincount(images.labels, minlength=train.num_classes)
         if counts.min() < least:
@@ -312,7 +313,8 @@ def draw(content: dict[str, Any], generated: ImageSet, train: ImageSet, outdir: 
 
     rows: dict[str, np.ndarray] = {name: generated.images[np.flatnonzero(generated.labels == label)[:12]]
                                    for label, name in enumerate(train.classes[:20])}
-    image_grid(rows, outdir / "samples.png", "Generated images, one class a row")
+    there = {name: row for name, row in rows.items() if len(row)}
+    image_grid(there, outdir / "samples.png", "Generated images, one class a row")
     names = ["samples.png"]
     if "confusion_matrix" in content:
         heading = f"Class wanted (rows) and seen: {100 * content['class_accuracy']:.1f} %"

@@ -101,7 +101,7 @@ class NoiseAware:
             yield Step(f"judged {kind}", "How many generated images show their class, by a judge trained with all "
                        "true labels", "EDM",
                        ["python", "evaluate.py", f"--outdir={outdir}", f"--data={ours.dataset}", f"--images={images}",
-                        "--metrics=accuracy,fid", f"--judge-dir={judge}"],
+                        "--metrics=accuracy", f"--judge-dir={judge}"],
                        output=f"{outdir}/result.json", inputs=(images,))
 
     def report_flags(self) -> list[str]:

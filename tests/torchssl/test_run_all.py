@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from EDM.snapshots import read_snapshot
 from tests.shared.programs import ROOT, assert_same, environment
 
 STAGE_1 = "--num_train_iter=6 --num_eval_iter=3 --batch_size=4 --uratio=2 --num_save_iter=1"
@@ -64,6 +66,30 @@ def test_the_same_command_again_does_nothing_twice(whole):
     printed = finish(start(out))
     assert printed.count("# complete: ") == 7 and "it/s" not in printed
     assert {path: path.stat().st_mtime_ns for path in work} == before
+
+
+@pytest.mark.slow
+def test_tdsm_joins_a_finished_experiment(whole, tmp_path):
+    """What plain DPT has made is taken over as it is; only the steps of TDSM are run."""
+    out, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
+    tiny = ("--stage2=tdsm", "--transition=held-out", "--held-out=20", f"--classifier-args={STAGE_2} --ema=0.01")
+    printed = finish(start(out, *tiny))
+    assert printed.count("# complete: ") == 7
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    report = json.loads((out / "report.json").read_text())
+    assert 0 <= report["stage3_tdsm_accuracy"] <= 1 and report["tdsm"]["transition"]["held_out"] == 20
+    assert report["tdsm"]["minus_stage3"] == report["stage3_tdsm_accuracy"] - report["stage3_accuracy"]
+    assert set(report["tdsm"]["images_of_the_right_class"]) == {"plain", "tdsm"}
+    assert report["tdsm"]["generated"]["by_class"] == [3] * 10 and "generated_tdsm.png" in report["pictures"]
+    assert "over plain DPT" in printed and "TDSM minus stage 3 of plain DPT" in (out / "report.md").read_text()
+    # The matrix that the diffusion model was trained with is the estimated one.
+    snapshots = [read_snapshot(next(out.glob(f"training-runs/*-tdsm-held-out-20{part}/network-snapshot-latest.pkl")))
+                 for part in ("-classifier", "")]
+    for snapshot in snapshots:
+        np.testing.assert_allclose(snapshot.loss_kwargs["transition_matrix"],
+                                   report["tdsm"]["transition"]["transition_matrix"], atol=1e-6)
+    assert finish(start(out, *tiny)).count("# complete: ") == 14
 
 
 def test_killed_in_every_stage_it_continues_to_the_same_numbers(whole, tmp_path):
