@@ -12,6 +12,7 @@ The same command again continues, and reuses what is there.
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,8 @@ def option(*names: str, **settings: Any) -> Any:
 def main(**given: Any) -> None:
     flags = SimpleNamespace(**given)
     flags.metrics = read_metrics(flags.metrics)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("evaluate.py runs in one process; generate the images beforehand with several (generate.py)")
     if (flags.images is None) == (flags.network is None):
         raise UserError("give either --images or --network")
     if (flags.classifier == "resnet50_pretrained") != (flags.weights is not None):
@@ -100,8 +103,6 @@ def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
     from shared.hardware import computed_on
 
     world = start(flags.device)
-    if world.size > 1:
-        raise UserError("evaluate.py runs in one process; generate the images beforehand with several (generate.py)")
     settle(flags, train)
     generated = generated_images(flags, train, make_dir(outdir))
     check_counts(flags, generated, train)

@@ -166,3 +166,17 @@ def test_the_program_answers_at_once(tmp_path):
     assert "--classifier-steps" in run("EDM/evaluate.py", "--help").stdout
     found = run("EDM/evaluate.py", "--outdir=out", "--data=digits", status=2, cwd=tmp_path)
     assert "--images or --network" in one_line_error(found)
+
+
+def test_one_process_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="runs in one process"):
+        call(f"--outdir={tmp_path}", "--data=digits", "--images=x.zip")
+
+
+def test_a_class_without_images_is_a_row_of_zeros(real, tmp_path):
+    some = images(120, 3)
+    write_zip(some.subset(np.flatnonzero(some.labels < 2)), tmp_path / "two.zip")
+    flags = [flag for flag in flags_of(real, tmp_path / "out") if not flag.startswith("--images")]
+    found = call(*flags, f"--images={tmp_path}/two.zip", "--metrics=accuracy")
+    assert found["confusion_matrix"][2] == [0, 0, 0] and found["class_accuracy"] > 0.97

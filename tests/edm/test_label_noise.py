@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import pytest
 
 from EDM.dataset import open_training_set
 from EDM.dataset_tool import main
-from EDM.transition import load_transition, save_transition, transition_matrix
+from EDM.transition import asym_targets, load_transition, save_transition, transition_matrix
 from shared.cli import UserError
 from shared.datasets import load_dataset
 from shared.images import ImageSet, read_images
 from shared.writers import write_folder, write_npz
+from tests.golden.data_sources import add_to_tar
 from tests.shared.programs import ROOT, one_line_error, run
 
 
@@ -82,6 +85,22 @@ def test_any_labelled_source_and_folders_as_destination(tmp_path):
     found = json.loads((tmp_path / "noisy" / "dataset.json").read_text())
     assert {clean for _, clean, _ in found["flips"]} <= {2, 3, 5, 6}
     assert {(clean, noisy) for _, clean, noisy in found["flips"]} <= {(2, 7), (3, 8), (5, 6), (6, 5)}
+
+
+def test_cifar100_is_read_from_its_archive_by_fine_labels(tmp_path):
+    labels = np.arange(200) % 100
+    batch = {"data": np.zeros((200, 3072), np.uint8), "fine_labels": labels.tolist(), "coarse_labels": [0] * 200}
+    with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as archive:
+        add_to_tar(archive, "cifar-100-python/train", pickle.dumps(batch))
+        add_to_tar(archive, "cifar-100-python/test", pickle.dumps({**batch, "fine_labels": labels[::-1].tolist()}))
+    with pytest.warns(UserWarning, match="200 images in place of"):
+        convert("--source", tmp_path / "cifar-100-python.tar.gz", "--dest", tmp_path / "a.zip", "--noise_type=asym",
+                "--noise_rate=0.5")
+        convert("--source", tmp_path / "cifar-100-python.tar.gz", "--dest", tmp_path / "b.zip", "--eval=1")
+    targets = asym_targets("cifar100")  # by the archive, whatever --dest is called
+    assert all(noisy == targets[clean] for _, clean, noisy in content(tmp_path / "a.zip")["flips"])
+    assert len(content(tmp_path / "a.zip")["flips"]) > 50
+    assert read_images(tmp_path / "b.zip").labels.tolist() == labels[::-1].tolist()
 
 
 def test_without_noise_nothing_is_added(tmp_path):
