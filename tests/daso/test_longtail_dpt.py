@@ -1,0 +1,130 @@
+"""Long-tailed DPT: its commands, generated images among the labelled ones, the labels it hands on, its report."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from DASO import digits_table, dpt_report, get_labels
+from DASO.lib.data.sets import load_data
+from shared.cli import UserError
+from shared.images import ImageSet, read_images
+from shared.writers import write_folder
+from tests.daso.small import call, command
+from TorchSSL import dpt
+
+
+def commands(*arguments: str) -> list[str]:
+    """Return the commands that run_all.sh would run, with the folder of each."""
+    options = dpt.parse(list(arguments))
+    return [f"{step.folder}: {step.text()}" for step in dpt.Experiment(options, options.seed, Path("/out")).steps()]
+
+
+def test_commands() -> None:
+    found = commands("--stage1=daso", "--imbalance=50", "--out=/out", "--gpus=1", "--seed=7")
+    assert [line.split()[:3] for line in found] == [
+        ["DASO:", "python", "main.py"], ["DASO:", "python", "get_labels.py"], ["EDM:", "python", "dataset_tool.py"],
+        ["EDM:", "python", "train.py"], ["EDM:", "bash", "generate.sh"], ["DASO:", "python", "main.py"],
+        ["DASO:", "python", "dpt_report.py"]]
+    for line in (found[0], found[5]):
+        assert "configs/digits/fixmatch_daso.yaml" in line and "SEED 7" in line
+        assert "DATASET.DIGITS.IMB_FACTOR_L 50" in line and "DATASET.DIGITS.IMB_FACTOR_UL 50" in line
+    images = found[4].split()[4]
+    assert f"DATASET.AUG_PATH {images} MEMO aug100" in found[5]
+    assert "DASO_digits_l_40_50_ul_70_50_seed_7_aug100" in found[6]
+    twice = commands("--stage1=daso", "--controls", "--out=/out")
+    assert any("SOLVER.MAX_ITER 1200 MEMO twice" in line for line in twice)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--imbalance=20",), "--imbalance belongs to --stage1 daso"),
+    (("--stage1=daso", "--stage3=fixmatch"), "--stage3 fixmatch does not go with --stage1 daso"),
+    (("--stage1=daso", "--stage2=tdsm"), "--stage2 tdsm does not go with --stage1 daso"),
+    (("--stage1=daso", "--dataset=svhn"), "expected --dataset digits, cifar10, cifar100, got svhn"),
+    (("--stage3=daso",), "--stage3 daso belongs to --stage1 daso"),
+])
+def test_mistakes(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        dpt.parse(list(flags))
+
+
+def generated(folder: Path, per_class: int = 3, side: int = 8) -> Path:
+    """Write a folder of noise, a sub-folder a class."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (10 * per_class, 1, side, side), dtype=np.uint8)
+    write_folder(ImageSet(images, np.arange(10).repeat(per_class), tuple(map(str, range(10))), "noise"), folder)
+    return folder
+
+
+def configuration(folder: Path, **keys: object) -> object:
+    from DASO.lib.config.config import parse
+
+    return parse(command("fixmatch_daso", folder, {f"DATASET.{key}": value for key, value in keys.items()}))[0]
+
+
+def test_generated_images_join_the_labelled_ones(tmp_path: Path) -> None:
+    plain = load_data(configuration(tmp_path))
+    data = load_data(configuration(tmp_path, AUG_PATH=generated(tmp_path / "images")))
+    assert (data.counts == plain.counts + 3).all() and (data.real_counts == plain.counts).all()
+    assert np.array_equal(data.unlabelled.images, plain.unlabelled.images)
+    with pytest.raises(UserError, match="16x16, not 8x8"):
+        load_data(configuration(tmp_path, AUG_PATH=generated(tmp_path / "large", side=16)))
+
+
+def test_labels_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two finished runs: labels of every image, real images evened out, and what each class gained."""
+    keys = {"EVAL_ON_TEST_SET": True}
+    first = call("fixmatch_daso", tmp_path / "first", keys)
+    again = call("fixmatch_daso", tmp_path / "again", {**keys, "DATASET.AUG_PATH": str(generated(tmp_path / "images"))})
+
+    def start(program: object, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        program.main()
+
+    start(get_labels, "--run", str(first), "--per_class", "4")
+    labels, report = read_images(first / "pseudo_label.npz"), json.loads((first / "pseudo_label.json").read_text())
+    data = load_data(configuration(tmp_path))
+    known = len(data.labelled)
+    assert np.array_equal(labels.labels[:known], data.labelled.labels) and len(labels) == known + len(data.unlabelled)
+    agreement = float((labels.labels[known:] == data.unlabelled.labels).mean())
+    assert report["agreement"] == pytest.approx(agreement)
+    assert sum(report["pseudo_label_counts"]) == len(data.unlabelled)
+    even = read_images(first / "real_balanced")
+    assert np.bincount(even.labels, minlength=10).tolist() == [4] * 10
+
+    for out in (tmp_path / "1", tmp_path / "2"):
+        start(dpt_report, f"--out={out}", f"--stage1={first}", f"--stage3={again}")
+    content = json.loads((tmp_path / "1" / "report.json").read_text())
+    assert content["by_class"]["stage3"] == json.loads((again / "result.json").read_text())["accuracy_by_class"]
+    assert (tmp_path / "1" / "classes.png").stat().st_size > 1000
+    start(dpt_report, f"--out={tmp_path}", f"--seed_report={tmp_path / '1'}", f"--seed_report={tmp_path / '2'}")
+    gain = content["accuracy"]["stage3"]["last"] - content["accuracy"]["stage1"]["last"]
+    merged = json.loads((tmp_path / "report.json").read_text())["runs"]["stage3"]["all"]["gain"]
+    assert merged["mean"] == pytest.approx(gain) and merged["standard_error"] == pytest.approx(0)
+
+
+def test_digits_table_has_a_row_for_every_learner(tmp_path: Path) -> None:
+    """Every learner appears; the differences are of the same seeds."""
+    from DASO.lib.algorithms import ALGORITHMS
+    from DASO.lib.config.config import read_yaml
+
+    names = {read_yaml(digits_table.HERE / "configs/digits" / f"{config}.yaml")["ALGORITHM.NAME"]
+             for config, _ in digits_table.ROWS.values()}
+    assert names | {"DARP_ESTIM"} == set(ALGORITHMS)
+    options = digits_table.parse(["--seeds=2", "--only=FixMatch + DASO", f"--out={tmp_path}"])
+    assert options.names == ["FixMatch", "FixMatch + DASO"]
+
+    def result(few: float) -> dict:
+        return {"accuracy": {"last": 0.5, "median_of_last_20": 0.4}, "seconds": 2.0, "iterations": 3, "hardware": "x",
+                "groups": {group: {"last": few} for group in digits_table.GROUPS}, "precision": "fp32",
+                "labelled_counts": [2, 1]}
+
+    text = digits_table.table({"FixMatch": [result(0.1), result(0.3)],
+                               "FixMatch + DASO": [result(0.3), result(0.2)]}, options)
+    assert "| FixMatch + DASO | 50.0 ± 0.0 | 40.0 ± 0.0 | 25.0 ± 7.1 | 25.0 ± 7.1 | 25.0 ± 7.1 | +5.0 (1 of 2) | 2 |" \
+        in text
+    with pytest.raises(UserError, match="did you mean"):
+        digits_table.parse(["--only=FixMach"])
