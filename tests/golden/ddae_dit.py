@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from DDAE.DiT.gaussian import SpacedDiffusion
-from DDAE.DiT.network import SIZES, DiT, position_table, sinusoid
+from DDAE.DiT.network import SIZES, DiT, make_dit, position_table, sinusoid
 from DDAE.DiT.probe import latent_features
 from tests.golden.cases import facts, fill, index
 from tests.golden.ddae_compare import assert_close, cases, given, served, tensors
@@ -110,11 +110,16 @@ def test_loss_and_samplers(case):
     assert_close(ours, stored["ancestral_out"], tolerance, "ancestral")
 
 
+def published_size(case: dict) -> tuple[str, str]:
+    """Return size and patch of the network that a case is about, such as XL and 2."""
+    return re.search(r"DiT-(\w+)/(\d+)", case["what"]).groups()
+
+
 @pytest.mark.parametrize("case", POSITIONS, ids=name)
 def test_position_table(case):
     stored = given(case)
     side = round(len(stored["row_sums"]) ** 0.5)
-    size = next(size for size in SIZES if f"-{size}/" in case["what"])
+    size, _ = published_size(case)
     table = position_table(SIZES[size][1], side).numpy()
     rows = [int(number) for number in re.search(r"rows ([\d, ]+\d)", case["what"])[1].split(",")]
     stride = int(re.search(r"strided by (\d+)", case["what"])[1])
@@ -125,11 +130,10 @@ def test_position_table(case):
 @pytest.mark.parametrize("case", POSITIONS, ids=name)
 def test_published_size(case):
     # On the meta device: names and shapes without 2.7 GB of weights.
-    size = next(size for size in SIZES if f"-{size}/" in case["what"])
-    depth, width, heads = SIZES[size]
+    size, patch = published_size(case)
     with torch.device("meta"):
-        net = DiT(hidden_size=width, depth=depth, num_heads=heads)
+        net = make_dit(f"DiT-{size}/{patch}")
     assert sum(value.numel() for value in net.parameters()) == case["notes"]["params"]
-    file = f"dit_{size.lower()}_2_state.json"
+    file = f"dit_{size.lower()}_{patch}_state.json"
     if file in index("ddae")["state_files"]:
         assert shapes(net) == expected_shapes(file)
