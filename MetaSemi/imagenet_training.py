@@ -20,7 +20,7 @@ from torch import Tensor
 
 from MetaSemi.meters import Best, Meters
 from MetaSemi.schedules import CosAnnealingLR
-from MetaSemi.training import MEDIAN_OF, choose_precision, set_arithmetic
+from MetaSemi.training import MEDIAN_OF, adopt, choose_precision, set_arithmetic
 from MetaSemi.validation import validate
 from shared import distributed
 from shared.allocator import keep_freed_memory
@@ -124,8 +124,9 @@ class Training:
                        extra=lambda: {"epoch": self.run.step // self.length},
                        image_batch=self.batch * len(self.orders))
         self.meters.to(world.device)
-        for group in self.optimizer.param_groups:  # a checkpoint made elsewhere may say otherwise
-            group["fused"] = not options.strict
+        adopt(self.optimizer, fused=not options.strict)
+        for group in self.optimizer.param_groups:  # the command line's, whatever the checkpoint was made with
+            group |= {"momentum": options.momentum, "weight_decay": options.weight_decay}
         if self.run.resumed_from is None:
             self.run.step = options.start_epoch * self.length
         elif resume != "auto":

@@ -96,7 +96,7 @@ def test_a_run_leaves_what_was_published(name: str, whole: dict[str, Path]) -> N
 
 
 @pytest.mark.parametrize("name", photographs.SCRIPTS)
-@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_killed_and_resumed_is_bitwise_the_same(name: str, step: int, whole: dict[str, Path], data: Path,
                                                 tmp_path: Path) -> None:
     run(name, tmp_path, data, "--save-seconds", "0", sabotage=KilledAt(step), status=-signal.SIGKILL)
@@ -147,7 +147,7 @@ def test_evaluate_measures_and_leaves_the_run_alone(whole: dict[str, Path], data
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"} == before
 
 
-@pytest.mark.parametrize("name", photographs.SCRIPTS)
+@pytest.mark.parametrize("name", ["meta", pytest.param("baseline", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(name: str, data: Path, tmp_path: Path) -> None:
     """Of half the batch each."""
     script = f"MetaSemi/{photographs.SCRIPTS[name].__name__.rpartition('.')[2]}.py"
