@@ -1,6 +1,6 @@
 """Fréchet inception distance of a DDAE's samples, straight from the network: no PNG files.
 
-    python ../EDM/fid.py ref --data=data/cifar-10-batches-py --dest=fid-refs/cifar10.npz
+    python ../EDM/fid.py ref --data=data/cifar10-32x32.zip --dest=fid-refs/cifar10.npz
     python fid.py --config config/DDPM_ddpm.yaml --use_amp --epoch 400 --ref fid-refs/cifar10.npz
 
 The images are those that sample.py writes with the same flags.
