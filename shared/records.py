@@ -16,7 +16,8 @@ import numpy as np
 
 from shared.cli import UserError
 
-MAGIC = struct.pack("<I", 0xCED7230A)
+MAGIC_NUMBER = 0xCED7230A
+MAGIC = struct.pack("<I", MAGIC_NUMBER)
 WHOLE, FIRST, MIDDLE, LAST = range(4)   # how a part continues
 MAX_CONTENT = 1 << 29
 PART = struct.Struct("<4sI")
@@ -39,7 +40,7 @@ def encode_record(number: int, labels: Sequence[float], payload: bytes, scalar: 
     if size >= MAX_CONTENT:
         raise ValueError(f"{len(payload)} bytes are too many for a record")
     padding = bytes(-size % 4)
-    if MAGIC not in head and _aligned(payload, len(head)) < 0:  # nearly always: the payload is not copied
+    if not len(magic_words(head)) and not len(magic_words(payload)):  # nearly always: the payload is not copied
         return [PART.pack(MAGIC, WHOLE << 29 | size), head, payload, padding]
     parts = split_content(head + payload)
     kinds = [FIRST] + [MIDDLE] * (len(parts) - 2) + [LAST] if len(parts) > 1 else [WHOLE]
@@ -52,20 +53,16 @@ def encode_record(number: int, labels: Sequence[float], payload: bytes, scalar: 
 def split_content(content: bytes) -> list[memoryview]:
     """Cut content at every magic word that begins at a multiple of four bytes; the words themselves are dropped."""
     view, parts, start = memoryview(content), [], 0
-    at = _aligned(content, 0)
-    while at >= 0:
+    for at in magic_words(content):
         parts.append(view[start:at])
         start = at + 4
-        at = _aligned(content, 0, start)
     return [*parts, view[start:]]
 
 
-def _aligned(data: bytes, before: int, start: int = 0) -> int:
-    """Return where the magic word begins in `data` at a multiple of four, counted with `before` bytes ahead; or -1."""
-    at = data.find(MAGIC, start)
-    while at >= 0 and (before + at) % 4:
-        at = data.find(MAGIC, at + 1)
-    return at
+def magic_words(data: bytes) -> list[int]:
+    """Return the multiples of four at which the magic word begins in `data`; the head's length is one of them."""
+    words = np.frombuffer(data, "<u4", count=len(data) // 4)  # much quicker than bytes.find
+    return (4 * np.flatnonzero(words == MAGIC_NUMBER)).tolist()
 
 
 @dataclass(frozen=True)
