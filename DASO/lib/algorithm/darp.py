@@ -200,4 +200,5 @@ def estimate_counts(confusion: torch.Tensor, predicted: torch.Tensor) -> tuple[t
     condition = float(torch.linalg.cond(confusion)) if confusion.isfinite().all() else math.inf
     if not math.isfinite(condition):
         return torch.full_like(predicted, math.nan, dtype=torch.float64), math.inf
-    return torch.linalg.solve(confusion, predicted.double()), condition
+    counts, failure = torch.linalg.solve_ex(confusion, predicted.double())
+    return (counts, condition) if not failure else (torch.full_like(counts, math.nan), math.inf)
