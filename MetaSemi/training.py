@@ -31,6 +31,9 @@ from shared.run import Run
 
 CHECKPOINT, BEST, LABELS, RESULT = "checkpoint.pth", "model_best.pth", "label_indices.txt", "result.json"
 TEST_BATCH = 100
+# A step is a fifth faster on a CPU when freed memory is kept, and ConvLarge with batches of 128 then takes 2.5 GB in
+# place of 1.5: beyond this batch size it is given back.
+KEEP_MEMORY_UP_TO = 64
 MEDIAN_OF = 20  # evaluations that the median accuracy is taken over
 
 
@@ -44,7 +47,7 @@ class Training:
     def __init__(self, options: argparse.Namespace, unlabeled: bool) -> None:
         self.options = options
         self.world = world = distributed.start("cuda" if options.gpu else "cpu")
-        if world.device.type == "cpu":
+        if world.device.type == "cpu" and options.batch_size <= KEEP_MEMORY_UP_TO:
             keep_freed_memory()
         self.precision = choose_precision(options, world.device)
         self.autocast = torch.bfloat16 if self.precision == "bf16" else None

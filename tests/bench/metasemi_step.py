@@ -121,7 +121,7 @@ def measure(step: Step, repeats: int) -> tuple[Tensor, Tensor, float]:
 
 
 def main() -> int:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 32
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     torch.manual_seed(0)
     net, batch = ConvLarge(stochastic=False), make_batch(count)
     loss, meta_grad, slow = measure(original_step(plain_batch_norm(net), batch), repeats=3)
@@ -129,7 +129,7 @@ def main() -> int:
     keep_freed_memory()  # as the scripts do at their start
     failed = False
     for name, meta in {"finite": MetaGradient(EPSILON), "exact": MetaGradient(exact=True)}.items():
-        our_loss, ours, units = measure(our_step(copy.deepcopy(net), batch, meta), repeats=5)
+        our_loss, ours, units = measure(our_step(copy.deepcopy(net), batch, meta), repeats=3)
         apart = (ours - meta_grad).abs().max().item()
         print(f"{name}: {units:.1f} units, {slow / units:.2f} times as fast (bar {BAR}), losses "
               f"{abs(our_loss - loss):.1e} apart, meta-gradients {apart:.1e}", flush=True)
