@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)   # how a part continues
 MAX_CONTENT = 1 << 29
 PART = struct.Struct("<4sI")
 HEADER = struct.Struct("<IfQQ")         # number of labels behind the header (0: the one in it), label, id, second id
-CHECKED_AT_START = 20_000               # records whose heads are looked at when a file is opened
+CHECKED_AT_START = 2_000                # records whose heads are looked at when a file is opened
 BytesLike = bytes | memoryview
 
 
@@ -81,7 +82,7 @@ class Damaged(UserError):
 class RecordFile:
     """The records of `<path>.rec`, by position in the file; `<path>.idx` says where each begins.
 
-    Opening checks that the two belong together (in large files: the ends, and 20,000 records between them); reading
+    Opening checks that the two belong together (in large files: the ends, and 2,000 records between them); reading
     checks each record. skip_bad: leave records out that opening finds damaged; `skipped` says which.
     Raises UserError naming file and record: files missing or empty, an index that is none or of another file, records
     cut short. Reading is safe from several threads and processes at once.
@@ -193,15 +194,19 @@ class RecordFile:
 
 def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return ids and byte offsets, int64 [N] each, of an index file, by offset; UserError for a file that is none."""
+    content = path.read_bytes()
+    lines = sum(1 for line in content.splitlines() if line.strip())
+    if not lines:
+        raise UserError(f"{path}: the index is empty")
     try:
-        columns = [line.split() for line in path.read_text(encoding="ascii").splitlines() if line.strip()]
-        if not columns:
-            raise UserError(f"{path}: the index is empty")
-        table = np.array(columns, dtype=np.uint64).astype(np.int64).reshape(len(columns), -1)
-    except (ValueError, OverflowError):
-        raise UserError(f"{path}: not an index; expected an id and a byte offset on every line") from None
-    if table.shape[1] != 2 or (table < 0).any():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what numpy says where it meets something else than numbers
+            table = np.fromstring(content, dtype=np.int64, sep=" ")
+    except (ValueError, OverflowError, DeprecationWarning):
+        table = np.zeros(0, np.int64)
+    if len(table) != 2 * lines or (table < 0).any() or (table == np.iinfo(np.int64).max).any():
         raise UserError(f"{path}: not an index; expected an id and a byte offset on every line")
+    table = table.reshape(lines, 2)
     order = np.argsort(table[:, 1], kind="stable")
     ids, starts = table[order].T
     repeated = np.flatnonzero(np.diff(starts) == 0)
