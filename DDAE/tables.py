@@ -34,7 +34,7 @@ STEPS = {"DDPM_ddpm": 98 * 2000, "EDM_ddpm": 98 * 2000, "DDPM_ddpmpp": 196 * 200
 REFERENCE = "fid-refs/cifar10.npz"      # below the data folder, made once by EDM/fid.py ref
 
 DIGITS, DIGITS_LEVELS = "DDPM_digits", "1,11,31,71,121"
-DIGITS_WRN = ("--dataset=digits --epoch=40 --lr=0.05 --blocks_per_group=1 --channel_multiplier=2 --no_flip "
+DIGITS_WRN = ("--dataset=digits --epoch=40 --batch_size=32 --blocks_per_group=1 --channel_multiplier=2 --no_flip "
               "--pad=1").split()
 DIGITS_TUNING = "--epochs=30 --lr=1e-3 --eval_every=10 --warm_epoch=2 --batch_size=128".split()
 # row -> folder of its result.json in the folder of the run.
