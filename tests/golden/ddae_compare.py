@@ -32,6 +32,17 @@ def served(found: list[dict[str, Any]]) -> set[tuple[str, str]]:
     return {(case["file"], case["id"]) for case in found}
 
 
+def stated(tolerance: str, word: str) -> str:
+    """Return the part of a tolerance that speaks of `word`: parts are separated by semicolons or commas, and a part of
+    names alone belongs to the one before it. Raises LookupError where there is none."""
+    found = None
+    for part in re.split("[;,]", re.sub(r"\(.*?\)", "", tolerance)):
+        found = part if found is None or re.search(r"\d", part) else found + "," + part
+        if re.search(rf"(?<!\w){word}(?!\w)", part):
+            return found
+    raise LookupError(f"{tolerance!r} says nothing of {word}")
+
+
 def assert_close(ours: Any, reference: Any, tolerance: str, name: str = "") -> None:
     """Check an array against a stated tolerance.
 

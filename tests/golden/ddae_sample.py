@@ -1,6 +1,7 @@
 """The sampling script: names of folders and files, and the bytes of the images."""
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def test_sampling_script(case: dict[str, Any], batch: int, tmp_path: Path, monke
     found = np.stack([pixels(folders[0] / "pngs" / f"{number}.png") for number in range(count)]).astype(int)
     assert [*found.shape[1:]] == notes["png_shape"]
     difference = np.abs(found - reference)
-    assert difference.max() <= 1 and (difference > 0).mean() < 0.005
+    levels, percent = re.search(r"at most (\d+) grey level.* < ([\d.]+)% of pixels", case["tolerance"]).groups()
+    assert difference.max() <= int(levels) and (difference > 0).mean() < float(percent) / 100
     assert [*pixels(folders[0] / "grid_0.png").shape] == notes["grid_png_shape"]
 
 
