@@ -129,6 +129,26 @@ def test_one_flat_pass_is_one_pass_a_class(kind: str, pairs_at_once: int | None,
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * gradients[0].abs().max()
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("sharpness", [0.0, 4.0, 50.0])
+def test_the_cost_is_that_of_the_candidates(classes: int, sharpness: float, batch: dict) -> None:
+    """In images through the network, whatever the number of classes; in forwards, ceilings of them."""
+    seen = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x, sigma, labels, augment_labels):
+            seen.append(len(x))
+            return x
+
+    said = sharpness * torch.randn(N, classes, generator=torch.Generator().manual_seed(2))
+    loss_fn = TDSMLoss(EDMLoss(), transition_matrix("sym", 0.4, classes), Says(said), tau=0.01, pairs_at_once=16)
+    loss_fn(Net(), **{**batch, "labels": torch.eye(classes)[batch["labels"].argmax(1)]})
+    pairs = round(float(loss_fn.statistics["candidates"]) * N)
+    assert sum(seen) == N + pairs
+    assert max(seen) <= 16
+    assert len(seen) == 1 + -(-pairs // 16)
+
+
 def test_labels_without_noise_give_the_plain_loss(batch: dict) -> None:
     net = network()
     expected = EDMLoss()(net, **batch)
