@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from DDAE import linear
+from DDAE import finetune, linear, noisy_classifier_DDAE
 from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
 from tests.ddae.probed import LINEAR, TEST, call_in, killed, make_folder, result
@@ -158,7 +158,7 @@ def test_a_mistake_is_one_line(folder: Path) -> None:
     assert "there are the epochs 1, 2" in one_line_error(failed)
 
 
-def test_a_snapshot_is_probed_by_the_same_command(folder: Path, tmp_path: Path) -> None:
+def test_a_snapshot_is_probed_by_the_same_commands(folder: Path, tmp_path: Path) -> None:
     from EDM.preconditioning import EDMPrecond
     from EDM.snapshots import save_snapshot
 
@@ -168,6 +168,13 @@ def test_a_snapshot_is_probed_by_the_same_command(folder: Path, tmp_path: Path) 
     save_snapshot(tmp_path / "network-snapshot-000001.pkl", net)
     shutil.copytree(folder / "digits.npz.d", tmp_path / "digits.npz.d")
     shutil.copy(folder / "tiny.yaml", tmp_path)
-    call_in(tmp_path, linear, f"--network={tmp_path / 'network-snapshot-000001.pkl'}", "--grid")
-    content = result(tmp_path / "out" / "linear" / "network-snapshot-000001_grid")
-    assert len(content["probes"]) == 3 * 4
+    snapshot = f"--network={tmp_path / 'network-snapshot-000001.pkl'}"
+    call_in(tmp_path, linear, snapshot, "--grid")
+    assert len(result(tmp_path / "out" / "linear" / "network-snapshot-000001_grid")["probes"]) == 3 * 4
+    call_in(tmp_path, noisy_classifier_DDAE, snapshot)
+    assert len(result(tmp_path / "out" / "noisy_classifier" / "network-snapshot-000001_out_2")["by_level"]) == 18
+    call_in(tmp_path, finetune, snapshot, "--epochs=1")
+    tuned = tmp_path / "out" / "finetune" / "network-snapshot-000001_4_out_2"
+    changed = {name for name, value in read_checkpoint(tuned / "checkpoint.pt")["net"].items()
+               if name.startswith("body.net.") and not torch.equal(value, net.state_dict()[name[len("body.net."):]])}
+    assert changed and not [name for name in changed if ".dec.8x8_aux" in name or "out_conv" in name]
