@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from DASO.lib.algorithm.acr import ACR
-from DASO.lib.algorithm.darp import make_target, solve
+from DASO.lib.algorithm.darp import estimate_name, make_target, read_estimate, solve
 from DASO.lib.algorithm.darp_estim import DARPEstimate
 from DASO.lib.algorithm.interface import Batch, Draws, Setting
 from DASO.lib.algorithm.simpro import SimPro
@@ -19,7 +19,7 @@ from DASO.lib.config.config import Config
 from DASO.lib.data.long_tail import long_tail_counts
 from shared.cli import UserError
 from tests.daso.small import LEARNERS, STEPS, call, saved
-from tests.shared.programs import assert_same
+from tests.shared.programs import ROOT, assert_same
 
 STATELESS = {"MeanTeacher", "MixMatch"}  # their only state is that of every learner; kept short here
 
@@ -128,3 +128,16 @@ def test_classifier_retraining_takes_the_encoder_of_a_finished_run(tmp_path: Pat
         moved = "running" in key or "num_batches" in key or key.startswith("classifier.")
         assert moved or after[key].equal(value), key
     assert not after["classifier.classifier.weight"].equal(before["classifier.classifier.weight"])
+
+
+def test_released_estimates_are_where_darp_looks() -> None:
+    """Every mismatched setting of the paper's tables finds its class counts beside main.py."""
+    folder = ROOT / "DASO" / Config().ALGORITHM.DARP.EST
+    for head, unlabelled in (1500, 3000), (500, 4000):
+        for factor, reverse in (1, False), (100, True):
+            name = estimate_name("cifar10", (head, 100), (unlabelled, factor), reverse)
+            assert read_estimate(folder, name, 1000, 10).sum().item() == pytest.approx(1000, rel=1e-5)
+    for head in 150, 450:
+        for factor in 10, 20:
+            name = estimate_name("stl10", (head, factor), (-1, -1), False)
+            assert (read_estimate(folder, name, 100_000, 10) > 0).all()

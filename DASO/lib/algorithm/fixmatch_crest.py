@@ -56,5 +56,6 @@ class FixMatchCReST(Algorithm):
 
     def after_iteration(self, trainer: Trainer, it: int) -> None:
         self.self_training.after_iteration(trainer, it)
-        counts = torch.from_numpy(trainer.batches.counts).to(self.prior)
-        self.prior = counts / counts.sum()
+        if (it + 1) % self.self_training.period == 0:
+            counts = torch.from_numpy(trainer.batches.counts).to(self.prior)
+            self.prior = counts / counts.sum()
