@@ -27,7 +27,7 @@ def tensors(case: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def numbers(case: dict[str, Any]) -> list[float]:
     """Return the bounds in the words of a case's tolerance, in their order."""
-    return [float(text) for text in re.findall(r"\d+(?:\.\d+)?e-?\d+", case["tolerance"])]
+    return [float(text) for text in re.findall(r"\d+(?:\.\d+)?e-?\d+|0\.\d+", case["tolerance"])]
 
 
 def assert_state(net: torch.nn.Module, file: str, listed: bool = True) -> None:

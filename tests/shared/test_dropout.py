@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from shared.dropout import Dropout, set_dropout_keys
+from shared.dropout import Dropout, derived_dropout_keys, set_dropout_keys
 
 P = 0.13
 SHAPE = (8, 32, 32)
@@ -108,3 +108,26 @@ def test_nothing_is_dropped_in_evaluation():
     net, x = Net().eval(), torch.randn(2, *SHAPE)
     set_dropout_keys(net, 0, 0, range(2))
     assert net.layers[0](x) is x
+
+
+def test_derived_masks_are_those_of_row_and_tag():
+    """Independent between tags, and from the masks they derive from, which come back afterwards."""
+    net = Net()
+    before = dropped(net)
+    ones = torch.ones([6, *SHAPE])
+    rows, tags = torch.tensor([0, 0, 0, 1, 1, 5]), torch.tensor([0, 1, 99, 0, 1, 1])
+    with derived_dropout_keys(net, rows, tags):
+        derived = torch.stack([layer(ones) == 0 for layer in net.layers])
+    with derived_dropout_keys(net, rows[[4, 2]], tags[[4, 2]]):
+        again = torch.stack([layer(ones[:2]) == 0 for layer in net.layers])
+    assert torch.equal(again, derived[:, [4, 2]])
+    assert abs(derived.float().mean() - P) < 0.01
+    masks = [*derived.flatten(0, 1), *before[:, :2].flatten(0, 1)]
+    assert max(abs(correlation(a, b)) for a, b in itertools.combinations(masks, 2)) < 5
+    assert torch.equal(torch.stack([layer(torch.ones([16, *SHAPE])) == 0 for layer in net.layers]), before)
+
+
+def test_layers_without_keys_stay_without_them():
+    net = Net()
+    with derived_dropout_keys(net, torch.tensor([0]), torch.tensor([1])):
+        assert all(layer.keys is None for layer in net.layers)
