@@ -57,7 +57,10 @@ class FeatureQueue:
     def similarity(self, features: Tensor) -> Tensor:
         """Return the cosine of features [n, D] with every prototype: float [n, K] in -1..1."""
         unit = features.float() / features.float().norm(dim=1, keepdim=True).clamp(min=EPSILON)
-        return unit @ (self.prototypes / self.prototypes.norm(dim=1, keepdim=True).clamp(min=EPSILON)).T
+        prototypes = self.prototypes / self.prototypes.norm(dim=1, keepdim=True).clamp(min=EPSILON)
+        # Temperatures of 0.05 need more digits than the network's bfloat16 has.
+        with torch.autocast(unit.device.type, enabled=False):
+            return unit @ prototypes.T
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"features": self.features, "pushed": self.pushed, "prototypes": self.prototypes}
