@@ -18,6 +18,7 @@ from pathlib import Path
 
 from shared.cli import Parser, UserError, run_main
 from shared.files import atomic
+from shared.progress import progress
 
 SHUFFLE_SEED = 100
 
@@ -88,7 +89,8 @@ def main() -> None:
 def write_lists(options: argparse.Namespace) -> None:
     """Write the .lst files and print the label of every folder; UserError where there is no image."""
     exts = set(options.exts)
-    found = list(walk(options.root, exts) if options.recursive else flat(options.root, exts))
+    found = list(progress(walk(options.root, exts) if options.recursive else flat(options.root, exts), "listing",
+                          unit="images"))
     if not found:
         deeper = "" if options.recursive else "; give --recursive to look into its sub-folders"
         raise UserError(f"{options.root}: no file ends with {' or '.join(options.exts)}{deeper}")

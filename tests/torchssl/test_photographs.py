@@ -14,9 +14,12 @@ from torchvision.transforms import functional as TF
 
 from shared.augment import draw_strong, strong
 from shared.cli import UserError
+from shared.distributed import World
 from tests.shared.programs import assert_same
 from tests.torchssl import tiny
-from TorchSSL.data import NORMALISATION
+from TorchSSL import freematch
+from TorchSSL.batches import Batches
+from TorchSSL.data import NORMALISATION, load_training_data, read_extra_images
 from TorchSSL.photographs import CROP, SIDE, Ahead, PhotographPool, imagenet
 
 CPU = torch.device("cpu")
@@ -90,6 +93,38 @@ def test_batches_ahead_are_the_same() -> None:
     ahead = Ahead(lambda step: asked.append(step) or step * step, 5)
     assert [ahead(step) for step in (2, 3, 4, 5)] == [4, 9, 16, 25] and asked == [2, 3, 4, 5]
     assert ahead(1) == 1  # out of turn
+
+
+def test_ranks_share_a_batch(folder: Path) -> None:
+    """Two ranks see the two halves of what one sees, and no view is that of another."""
+    options = freematch.parse([*PHOTOS, f"--data_dir={folder}", "--save_name=x", "--decoder=torchvision"])
+    data = load_training_data(options, folder / "none")
+    whole, *parts = (Batches(data, options, world, ("weak", "strong", "strong"), 4, ("strong",))(7)
+                     for world in (World(), World(0, 2), World(1, 2)))
+    assert whole.labeled.shape == (4, 3, CROP, CROP) and len(whole.views) == 3
+    for name in ("labeled", "labels", "index", "truth"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+    for name in ("views", "labeled_views"):
+        for number, view in enumerate(getattr(whole, name)):
+            assert torch.equal(view, torch.cat([getattr(part, name)[number] for part in parts]))
+    assert not torch.equal(whole.views[1], whole.views[2]) and not torch.equal(whole.labeled, whole.labeled_views[0])
+
+
+def test_extra_photographs(folder: Path, tmp_path: Path) -> None:
+    """Of any size, in folders named by the classes or by their numbers."""
+    train = imagenet(str(folder), "train")
+    for names in (CLASSES, ("0", "1")):
+        place = tmp_path / names[0]
+        for number, name in enumerate(names):
+            (place / name).mkdir(parents=True)
+            Image.new("RGB", (50 + number, 60)).save(place / name / "made.png")
+        extra = read_extra_images(str(place), train, 2)
+        assert extra.labels.tolist() == [0, 1] and [Path(file).parent.name for file in extra.files] == list(names)
+        both = train.concatenate(extra)
+        assert len(both) == 10 and both.labels[8:].tolist() == [0, 1]
+    (tmp_path / "other" / "n00000000").mkdir(parents=True)
+    with pytest.raises(UserError, match="n00000000.* is neither a class number nor one of the classes"):
+        read_extra_images(str(tmp_path / "other"), train, 2)
 
 
 @pytest.fixture(scope="module")
