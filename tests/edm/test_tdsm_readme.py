@@ -10,7 +10,7 @@ import pytest
 from tests.shared.programs import ROOT
 
 TEXT = (ROOT / "EDM/TDSM.md").read_text()
-SCRIPTS = ("dataset_tool", "train_classifier", "train_noise", "train", "generate")
+SCRIPTS = ("dataset_tool", "train_classifier", "train_noise", "train", "generate", "evaluate")
 
 
 def commands() -> list[tuple[str, list[str]]]:
