@@ -102,6 +102,8 @@ def load_encoder(options: argparse.Namespace, device: torch.device, epoch: int |
     set_arithmetic(precision)
     epoch = options.epoch if epoch is None else epoch
     kind, snapshot = getattr(options, "encoder", "trained"), getattr(options, "network", None)
+    if snapshot is not None and kind != "trained":
+        raise UserError(f"--network and --encoder {kind} contradict each other; give one of them")
     if snapshot is not None:
         from DDAE.snapshots import load_snapshot
 

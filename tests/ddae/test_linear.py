@@ -145,6 +145,7 @@ def test_ddpm_and_half_precision(tmp_path: Path) -> None:
     (("--epoch=2", "--set=network.n_blocks=2"), "made with another config"),
     (("--epoch=2", "--set=dataset=nothing"), "dataset 'nothing': expected cifar, cifar100, tiny, digits"),
     (("--network=nothing.pkl",), "nothing.pkl"),
+    (("--network=nothing.pkl", "--encoder=pixels"), "--network and --encoder pixels contradict"),
 ])
 def test_mistakes(folder: Path, flags: tuple[str, ...], message: str) -> None:
     before = sorted(folder.rglob("*"))
