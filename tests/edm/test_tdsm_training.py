@@ -124,6 +124,15 @@ def test_two_processes_train_the_same_denoiser(tmp_path, data, classifier, denoi
         assert largest_difference(checkpoint(tmp_path / "two")[name], checkpoint(denoiser)[name]) < 1e-3
 
 
+def test_accumulation_changes_nothing_beyond_rounding(tmp_path, data, classifier, denoiser):
+    parts = call(train_noise, tmp_path / "parts", data, *DENOISER, *LONG, f"--cls={snapshot_of(classifier)}",
+                 "--batch-gpu=4", "--pairs-gpu=3")
+    for ours, theirs in zip(stats(parts), stats(denoiser), strict=True):
+        for name in ("Loss/loss", "Loss/dsm", "Loss/candidates"):
+            assert ours[name]["mean"] == pytest.approx(theirs[name]["mean"], rel=1e-3), name
+    assert largest_difference(checkpoint(parts)["net"], checkpoint(denoiser)["net"]) < 1e-3
+
+
 def test_a_classifier_goes_on_from_a_training_state_and_from_a_snapshot(tmp_path, data):
     flags = (*CLASSIFIER, "--batch=250")
     whole = call(train_classifier, tmp_path / "whole", data, *flags, "--duration=0.002")
