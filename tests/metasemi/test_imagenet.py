@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -156,7 +157,10 @@ def test_two_ranks_equal_one(name: str, data: Path, tmp_path: Path) -> None:
             "8", "--iterations", "2", "--lr", "0.01"]
     programs.run(script, *args, "--save-path", "one/run", cwd=tmp_path)
     if name == "meta":  # as the published command has it, which passes --local-rank
-        launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29611"]
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={port}"]
         subprocess.run([*launcher, programs.ROOT / script, *args, "--batch-size", "4", "--save-path", "two/run"],
                        cwd=tmp_path, env=programs.environment(), check=True, timeout=300)
     else:
