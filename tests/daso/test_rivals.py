@@ -141,3 +141,16 @@ def test_released_estimates_are_where_darp_looks() -> None:
         for factor in 10, 20:
             name = estimate_name("stl10", (head, factor), (-1, -1), False)
             assert (read_estimate(folder, name, 100_000, 10) > 0).all()
+
+
+@pytest.mark.parametrize(("config", "keys", "message"), [
+    ("fixmatch_crest", {"ALGORITHM.CREST.GEN_PERIOD_STEPS": 4}, "must be a multiple of ALGORITHM.CREST.GEN_PERIOD_STE"),
+    ("crt", {"ALGORITHM.CRT.TARGET_DIR": "nowhere"}, "nowhere/model_final.pth.tar does not exist"),
+    ("crt", {}, "ALGORITHM.CRT.TARGET_DIR: name the folder"),
+    ("darp_estim", {"DATASET.NUM_VALID": 0, "ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES": 0}, "held-out labels"),
+    ("remixmatch", {"ALGORITHM.REMIXMATCH.NUM_AUG": 3}, "ALGORITHM.REMIXMATCH.NUM_AUG: expected 2, got 3"),
+])
+def test_mistakes_touch_nothing(config: str, keys: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        call(config, tmp_path, keys)
+    assert list(tmp_path.iterdir()) == []
