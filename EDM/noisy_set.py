@@ -71,6 +71,23 @@ def open_noisy_set(flags: SimpleNamespace) -> TrainingSet:
     return with_classes(dataset, number_of_classes(flags, dataset.label_dim))
 
 
+def open_eval_set(flags: SimpleNamespace, dataset: TrainingSet) -> TrainingSet | None:
+    """Open --eval-data, if given. Raises UserError unless its images and classes are those of `dataset`."""
+    from EDM.dataset import open_training_set
+
+    if flags.eval_data is None:
+        return None
+    try:
+        test = open_training_set(flags.eval_data, use_labels=True)
+    except UserError as error:
+        raise UserError(f"--eval-data: {error}") from None
+    shapes = [(found.num_channels, found.resolution) for found in (test, dataset)]
+    if not test.has_onehot_labels or test.label_dim > dataset.label_dim or shapes[0] != shapes[1]:
+        raise UserError(f"--eval-data: {flags.eval_data} needs class labels below {dataset.label_dim} and images of "
+                        f"{dataset.num_channels} x {dataset.resolution} x {dataset.resolution}")
+    return test
+
+
 def with_classes(dataset: TrainingSet, num_classes: int) -> TrainingSet:
     """Return the set with a label width of `num_classes`."""
     return dataclasses.replace(dataset, label_dim=num_classes)

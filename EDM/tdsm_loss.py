@@ -43,7 +43,7 @@ def noisy_log_posterior(logits: torch.Tensor, log_transition: torch.Tensor, temp
 def log_matrix(transition: np.ndarray, device: torch.device | str) -> torch.Tensor:
     """Return log T as float32 [K, K] on `device`; -inf where T is 0."""
     with np.errstate(divide="ignore"):
-        return torch.from_numpy(np.log(transition)).to(device, torch.float32)
+        return torch.from_numpy(np.log(transition)).to(torch.float32).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------- the classifier

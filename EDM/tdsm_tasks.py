@@ -10,7 +10,7 @@ import torch
 
 from EDM import noisy_set, transition
 from EDM.accuracy import accuracy_of
-from EDM.dataset import TrainingSet, open_training_set
+from EDM.dataset import TrainingSet
 from EDM.loss import LOSSES
 from EDM.noise_classifiers import CLASSIFIERS, volmin_transition
 from EDM.noisy_set import Noise
@@ -40,7 +40,6 @@ def classifying(options: Mapping[str, Any], dataset: TrainingSet, world: World, 
     if learned:
         loss_fn, rate = VolMinLoss(levels), volmin_rate(options)
     else:
-        transition.check_labels(noise.matrix, dataset.raw_labels, flags.data)
         loss_fn, rate = ClassifierLoss(levels, noise.matrix, world.device), ramp(options)
     freeze_at = 1000 * options.get("vm_schedule_kimg", VM_SCHEDULE)[2]
 
@@ -73,13 +72,10 @@ def measurement(options: Mapping[str, Any], dataset: TrainingSet, world: World, 
                 noise: Noise) -> Any:
     """Return the Accuracy on --eval-data, or else on images of the training set."""
     count, seed = options.get("accuracy_images", 500), options["seed"]
-    if flags.eval_data is None:
+    test = noisy_set.open_eval_set(flags, dataset)
+    if test is None:
         return accuracy_of(dataset, noisy_set.clean_labels(flags.data), count, noise.matrix, seed, world.device,
                            "training images")
-    test = open_training_set(flags.eval_data, use_labels=True)
-    if not test.has_onehot_labels or test.label_dim > dataset.label_dim or image_shape(test) != image_shape(dataset):
-        raise UserError(f"--eval-data: {flags.eval_data} needs class labels below {dataset.label_dim} and images of "
-                        f"{dataset.num_channels} x {dataset.resolution} x {dataset.resolution}")
     return accuracy_of(test, None, count, noise.matrix, seed, world.device, "images of --eval-data", observed=False)
 
 
@@ -102,7 +98,6 @@ def denoising_from_noisy_labels(options: Mapping[str, Any], dataset: TrainingSet
     """Return the training of a denoiser of clean classes from noisy labels."""
     snapshot = classifier_snapshot(flags.cls, dataset)
     noise = noisy_set.agreed_noise(flags, dataset.label_dim, snapshot)
-    transition.check_labels(noise.matrix, dataset.raw_labels, flags.data)
     net, augment = build(options, dataset, world.device, PRECONDITIONERS)
     classifier = None
     if snapshot is not None and not np.array_equal(noise.matrix, np.eye(dataset.label_dim)):

@@ -87,10 +87,14 @@ def noise_of(flags: SimpleNamespace, dataset: TrainingSet) -> Noise:
 
 
 def options_of(flags: SimpleNamespace, dataset: TrainingSet, seed: int) -> dict[str, Any]:
-    from EDM.noisy_set import kind_of
+    from EDM.noisy_set import kind_of, open_eval_set
     from EDM.options import classifier_dictionary
+    from EDM.transition import check_labels
 
     noise, kind = noise_of(flags, dataset), kind_of(flags)
+    if noise.matrix is not None:
+        check_labels(noise.matrix, dataset.raw_labels, flags.data)
+    open_eval_set(flags, dataset)
     encoder = flags.classifier or encoder_of(kind, dataset)
     if encoder == "cnn" and (flags.arch == "adm" or dataset.resolution % 4):
         if flags.classifier is not None:

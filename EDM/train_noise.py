@@ -58,8 +58,10 @@ def options_of(flags: SimpleNamespace, dataset: TrainingSet, seed: int) -> dict[
     from EDM.options import denoiser_dictionary
     from EDM.snapshots import digest
     from EDM.tdsm_tasks import classifier_snapshot
+    from EDM.transition import check_labels
 
     noise = agreed_noise(flags, dataset.label_dim, classifier_snapshot(flags.cls, dataset))
+    check_labels(noise.matrix, dataset.raw_labels, flags.data)
     print(f"label noise: {noise}")
     return denoiser_dictionary(flags, dataset.resolution, len(dataset), seed, noise.settings(),
                                None if flags.cls is None else digest(flags.cls)[:16])

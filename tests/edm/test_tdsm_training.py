@@ -214,6 +214,15 @@ def test_a_learned_matrix(tmp_path, data, capsys):
         call(train_noise, tmp_path / "no", data, *DENOISER, *SHORT, cls, "--noise_type=sym", "--noise_rate=0.4")
 
 
+def test_accuracy_on_other_images(tmp_path, data, folder):
+    run_folder = call(train_classifier, tmp_path / "run", data, *CLASSIFIER, *SHORT,
+                      f"--eval-data={folder / 'clean.zip'}")
+    assert json.loads((run_folder / "accuracy.json").read_text())["history"][0].keys() == {"nimg", "clean"}
+    gray = write_set(tmp_path / "gray.zip", channels=1)
+    with pytest.raises(UserError, match="--eval-data: .*gray.zip needs class labels below 3 and images of 3 x 8 x 8"):
+        call(train_classifier, tmp_path / "no", data, *CLASSIFIER, *SHORT, f"--eval-data={gray}")
+
+
 def test_a_matrix_from_a_file(tmp_path, data):
     matrix = np.array([[0.8, 0.2, 0], [0, 0.7, 0.3], [0.1, 0, 0.9]])
     for name in ("T.json", "T.npy"):
@@ -277,6 +286,7 @@ def test_unfit_matrices(rows, message, tmp_path, data):
     path = write_matrix(tmp_path / "T.json", rows)
     with pytest.raises(UserError, match=message):
         call(train_classifier, tmp_path / "run", data, *CLASSIFIER, *SHORT, f"--transition={path}")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("rate", ["1", "-0.1", "1.5", "nan"])
@@ -338,4 +348,4 @@ def test_mistakes(script, flags, message, tmp_path, data):
     own = DENOISER if script is train_noise else ("--cbase=8",)
     with pytest.raises(UserError, match=message):
         call(script, tmp_path / "run", data, *own, *SHORT, *flags)
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run").exists()
