@@ -21,8 +21,8 @@ ARCHITECTURES = (
         "16gf", "1_6gf", "32gf", "3_2gf", "400mf", "800mf", "8gf")), "regnet_y_128gf", "resnet101", "resnet152",
     "resnet18", "resnet34", "resnet50", "resnext101_32x8d", "resnext101_64x4d", "resnext50_32x4d",
     "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0", "squeezenet1_0",
-    "squeezenet1_1", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn",
-    "wide_resnet101_2", "wide_resnet50_2")
+    "squeezenet1_1", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s", "swin_v2_t", "vgg11", "vgg11_bn", "vgg13",
+    "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "wide_resnet101_2", "wide_resnet50_2")
 COUNT, WHOLE = number(int, 1), number(int, 0)
 NONNEGATIVE, SHARE, ABOVE_ZERO = number(float, 0), number(float, 0, 1), number(float, 1e-12)
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from MetaSemi import imagenet_training
+from MetaSemi.imagenet_options import ARCHITECTURES
 from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
 from shared.records import RecordFile
@@ -172,6 +174,23 @@ def test_two_ranks_equal_one(name: str, data: Path, tmp_path: Path) -> None:
     losses = [json.loads((tmp_path / folder / "run" / "stats.jsonl").read_text().splitlines()[0])["loss"]
               for folder in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_every_network_of_the_table_is_torchvision_s() -> None:
+    assert set(ARCHITECTURES) <= set(torchvision.models.list_models(module=torchvision.models))
+    with torch.device("meta"):
+        for name in ("resnet18", "alexnet", "densenet121", "swin_t", "mobilenet_v3_small"):
+            net = torchvision.models.get_model(name, weights=None, num_classes=7).eval()
+            assert net(torch.empty(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_local_rank_in_both_spellings(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for script in photographs.SCRIPTS.values():
+        for flags in (["--local_rank", "1"], ["--local-rank=1"]):
+            monkeypatch.delenv("LOCAL_RANK", raising=False)
+            assert script.parse([*flags, "--data", str(data)]).local_rank == 1
+            assert os.environ["LOCAL_RANK"] == "1"
+    monkeypatch.delenv("LOCAL_RANK")
 
 
 class TestBadInput:
