@@ -12,7 +12,7 @@ from typing import Any
 from shared.cli import Parser, UserError, nearest
 from shared.flag_types import number
 
-# torchvision's classifiers that give one vector of logits and take images of any size from 32 pixels on.
+# torchvision's classifiers that give one vector of logits and take images of any size from 64 pixels on.
 ARCHITECTURES = (
     "alexnet", "convnext_base", "convnext_large", "convnext_small", "convnext_tiny", "densenet121", "densenet161",
     "densenet169", "densenet201", *(f"efficientnet_b{size}" for size in range(8)), "efficientnet_v2_l",
