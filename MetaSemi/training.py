@@ -120,6 +120,7 @@ class Training:
             self.finish_step(step)
             last = time.perf_counter()
         self.write_result()
+        distributed.stop()
 
     def mixing(self, step: int) -> torch.Tensor | None:
         """Return the mix-up coefficients of `step` [b, 1], None without --mix-up."""
