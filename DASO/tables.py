@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 # Accuracies of result.json by protocol; the published tables report the median of the last 20 evaluations.
 PROTOCOLS = {"median of last 20": "median_of_last_20", "last": "last", "best on validation": "best_on_validation",
              "best on test": "best_on_test"}
-PUBLISHED_LENGTH, DIGITS_LENGTH = 250_000, 1500
+PUBLISHED_LENGTH, DIGITS_LENGTH = 250_000, 1000
 LOGIT_ADJUSTMENT, ABC = ("ALGORITHM.LOGIT_ADJUST.APPLY", "True"), ("ALGORITHM.ABC.APPLY", "True")
 DARP, MISMATCHED = ("ALGORITHM.DARP.APPLY", "True"), ("ALGORITHM.DASO.DIST_TEMP", "0.3")
 # Row -> configuration file and the keys it adds.

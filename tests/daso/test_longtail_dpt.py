@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from DASO import digits_table, dpt_report, get_labels
+from DASO.lib.config.config import read_yaml
 from DASO.lib.data.sets import load_data
 from shared.cli import UserError
 from shared.images import ImageSet, read_images
@@ -36,7 +37,8 @@ def test_commands() -> None:
     assert f"DATASET.AUG_PATH {images} MEMO aug100" in found[5]
     assert "DASO_digits_l_40_50_ul_70_50_seed_7_aug100" in found[6]
     twice = commands("--stage1=daso", "--controls", "--out=/out")
-    assert any("SOLVER.MAX_ITER 1200 MEMO twice" in line for line in twice)
+    length = read_yaml(digits_table.HERE / "configs/digits/fixmatch_daso.yaml")["SOLVER.MAX_ITER"]
+    assert any(f"SOLVER.MAX_ITER {2 * length} MEMO twice" in line for line in twice)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -109,7 +111,6 @@ def test_labels_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_digits_table_has_a_row_for_every_learner(tmp_path: Path) -> None:
     """Every learner appears; the differences are of the same seeds."""
     from DASO.lib.algorithms import ALGORITHMS
-    from DASO.lib.config.config import read_yaml
 
     names = {read_yaml(digits_table.HERE / "configs/digits" / f"{config}.yaml")["ALGORITHM.NAME"]
              for config, _ in digits_table.ROWS.values()}
