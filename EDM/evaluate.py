@@ -68,6 +68,7 @@ def option(*names: str, **settings: Any) -> Any:
 @option("--weights", metavar="FILE", type=str, help="torchvision weights of resnet50_pretrained")
 @option("--flip", metavar="BOOL", type=bool, help="Mirror half of their images  [default: where images have colour]")
 @option("--judge-dir", metavar="DIR", type=str, help="Folder of the judge, to share it  [default: OUTDIR/judge]")
+@option("--overwrite", is_flag=True, help="Replace the images and classifiers of another evaluation in --outdir")
 @option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the classifiers")
 @option("--batch", metavar="INT", type=AT_LEAST_ONE, default=64, help="Images at once")
 @option("--device", metavar="NAME", type=str, help="cpu, cuda, cuda:N or mps  [default: a GPU if there is one]")
@@ -170,10 +171,10 @@ def generated_images(flags: SimpleNamespace, train: ImageSet, outdir: Path) -> I
         from EDM import generate
 
         path = str(outdir / "generated.zip")
-        device = [] if flags.device is None else [f"--device={flags.device}"]
+        more = [f"--device={flags.device}"] * (flags.device is not None) + ["--overwrite"] * flags.overwrite
         generate.main.main([f"--network={flags.network}", f"--outdir={path}",
                             f"--seeds={flags.first_seed}-{flags.first_seed + flags.per_class - 1}", "--classes=all",
-                            f"--steps={flags.steps}", f"--batch={flags.batch}", *device], standalone_mode=False)
+                            f"--steps={flags.steps}", f"--batch={flags.batch}", *more], standalone_mode=False)
     images = read_images(path, channels=train.channels, num_classes=train.num_classes)
     if images.images.shape[1:] != train.images.shape[1:]:
         raise UserError(f"{path} has images of {shape_text(images)}, --data of {shape_text(train)}")
@@ -219,7 +220,7 @@ def trained(flags: SimpleNamespace, folder: Path, images: ImageSet, world: World
     from EDM.image_classifier import train_classifier
 
     return train_classifier(folder, flags.classifier, images, world, seed=flags.seed, steps=flags.classifier_steps,
-                            flip=flags.flip, weights=flags.weights, desc=desc)
+                            flip=flags.flip, weights=flags.weights, restart=flags.overwrite, desc=desc)
 
 
 def accuracies(name: str, net: Any, images: ImageSet, world: World) -> tuple[dict[str, Any], list[list[int]]]:

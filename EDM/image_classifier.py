@@ -82,12 +82,13 @@ def make_network(kind: str, images: ImageSet, weights: str | None = None) -> tor
 
 
 def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *, seed: int, steps: int | None = None,
-                     flip: bool = False, weights: str | None = None, source: str = "", desc: str = "classifier"
+                     flip: bool = False, weights: str | None = None, restart: bool = False, desc: str = "classifier"
                      ) -> torch.nn.Module:
     """Train on the labelled `images` in the run folder, or find it done there; return the network in eval mode.
 
     steps: None for the network's own number. flip: mirror half of the images; all are shifted by up to an eighth of
-    their side. source: what the images are, which a run continued in the folder must share.
+    their side. restart: begin anew where the folder holds a run with other images or settings; otherwise that raises
+    UserError.
     """
     recipe = RECIPES[kind]
     steps = steps or recipe.steps
@@ -97,10 +98,9 @@ def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *,
     others = [p for p in net.parameters() if p.ndim <= 1]
     optimizer = torch.optim.SGD([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=recipe.lr,
                                 momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
-    config = dict(classifier=kind, steps=steps, seed=seed, flip=flip, images=len(images), source=source,
-                  digest=digest(images))
+    config = dict(classifier=kind, steps=steps, seed=seed, flip=flip, images=len(images), digest=digest(images))
     run = Run(folder, config, dict(net=net, optimizer=optimizer), world, checkpoint=CHECKPOINT, tensorboard=False,
-              log_every=max(1, min(100, steps // 4)), image_batch=recipe.batch, desc=desc)
+              restart=restart, log_every=max(1, min(100, steps // 4)), image_batch=recipe.batch, desc=desc)
     policy = WeakPolicy(flip=flip, pad=max(1, images.size[0] // 8), pad_mode="zero")
     pixels, labels = torch.from_numpy(np.array(images.images)), torch.from_numpy(images.labels)
     pixels, labels = pixels.to(world.device), labels.to(world.device)

@@ -180,3 +180,13 @@ def test_a_class_without_images_is_a_row_of_zeros(real, tmp_path):
     flags = [flag for flag in flags_of(real, tmp_path / "out") if not flag.startswith("--images")]
     found = call(*flags, f"--images={tmp_path}/two.zip", "--metrics=accuracy")
     assert found["confusion_matrix"][2] == [0, 0, 0] and found["class_accuracy"] > 0.97
+
+
+def test_other_images_in_a_used_folder_are_refused_and_replaced_on_request(real, tmp_path):
+    out = tmp_path / "out"
+    first = call(*flags_of(real, out), "--metrics=cas")
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        call(*flags_of(real, out, "half_wrong.zip"), "--metrics=cas")
+    assert json.loads((out / "result.json").read_text()) == first
+    second = call(*flags_of(real, out, "half_wrong.zip"), "--metrics=cas", "--overwrite")
+    assert second["cas"] != first["cas"] or second["source"] != first["source"]
