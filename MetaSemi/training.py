@@ -21,7 +21,7 @@ from MetaSemi.noise import set_noise
 from shared import distributed
 from shared.allocator import keep_freed_memory
 from shared.batchnorm import sync_batchnorm
-from shared.checkpoint import load_newest, read_checkpoint
+from shared.checkpoint import keep_layout, load_newest, read_checkpoint
 from shared.cli import UserError
 from shared.datasets import load_dataset
 from shared.files import atomic
@@ -212,16 +212,10 @@ def make_network(options: argparse.Namespace, channels: int) -> torch.nn.Module:
 
 
 def adopt(optimizer: torch.optim.Optimizer, fused: bool) -> None:
-    """Make what a checkpoint has put into an optimizer its own: kernels as chosen here, memory as of the parameters.
-
-    Fused kernels run through momentum, gradient and parameter in step, whatever their strides.
-    """
+    """Make what a checkpoint has put into an optimizer its own: kernels as chosen here, memory as of the parameters."""
     for group in optimizer.param_groups:
         group["fused"] = fused
-        for value in group["params"]:
-            for name, kept in optimizer.state.get(value, {}).items():
-                if isinstance(kept, torch.Tensor) and kept.shape == value.shape and kept.stride() != value.stride():
-                    optimizer.state[value][name] = torch.empty_like(value).copy_(kept)
+    keep_layout(optimizer)
 
 
 def choose_precision(options: argparse.Namespace, device: torch.device) -> str:

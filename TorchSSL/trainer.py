@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from shared import distributed
 from shared.allocator import keep_freed_memory
 from shared.batchnorm import sync_batchnorm
+from shared.checkpoint import keep_layout
 from shared.cli import UserError
 from shared.datasets import NAMES, report
 from shared.distributed import World
@@ -212,9 +213,12 @@ def make_optimizer(net: torch.nn.Module, options: argparse.Namespace) -> torch.o
     plain = [value for name, value in net.named_parameters() if "bn" in name or "bias" in name]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if options.optim == "AdamW":
-        return torch.optim.AdamW(groups, lr=options.lr, fused=not options.strict)
-    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0,
-                           fused=not options.strict)
+        optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=not options.strict)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0,
+                                    fused=not options.strict)
+    optimizer.register_load_state_dict_post_hook(keep_layout)
+    return optimizer
 
 
 def cosine(step: int, total: int, warm_up: int = 0) -> float:

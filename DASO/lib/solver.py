@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from shared.checkpoint import keep_layout
 from shared.distributed import World
 
 if TYPE_CHECKING:
@@ -19,10 +20,13 @@ def make_optimizer(parameters: list[torch.nn.Parameter], cfg: Config) -> torch.o
     """Return SGD or Adam over all parameters alike: weight decay also on batch norm and biases, as published."""
     solver, fused = cfg.SOLVER, not cfg.STRICT
     if solver.OPTIM_NAME == "Adam":
-        return torch.optim.Adam(parameters, solver.BASE_LR, (solver.ADAM.BETA1, solver.ADAM.BETA2), solver.ADAM.EPS,
-                                solver.ADAM.WEIGHT_DECAY, fused=fused)
-    return torch.optim.SGD(parameters, solver.BASE_LR, solver.SGD.MOMENTUM, weight_decay=solver.SGD.WEIGHT_DECAY,
-                           nesterov=solver.SGD.NESTEROV, fused=fused)
+        optimizer = torch.optim.Adam(parameters, solver.BASE_LR, (solver.ADAM.BETA1, solver.ADAM.BETA2),
+                                     solver.ADAM.EPS, solver.ADAM.WEIGHT_DECAY, fused=fused)
+    else:
+        optimizer = torch.optim.SGD(parameters, solver.BASE_LR, solver.SGD.MOMENTUM, nesterov=solver.SGD.NESTEROV,
+                                    weight_decay=solver.SGD.WEIGHT_DECAY, fused=fused)
+    optimizer.register_load_state_dict_post_hook(keep_layout)
+    return optimizer
 
 
 def learning_rate(cfg: Config, it: int, max_iter: int | None = None) -> float:
