@@ -5,16 +5,13 @@ import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shared.aggregate import deviation, deviations_from_print, mean
 from shared.cli import UserError
 from shared.files import atomic
 from shared.hardware import machine
-from shared.table_runs import Task
-
-if TYPE_CHECKING:
-    from shared.tables import Cell, Table
+from shared.table_runs import Cell, Table, Task
 
 TINY = ("Made at `--scale tiny`: the digits, tiny networks and short runs. It shows that every command of the table "
         "works; its numbers say nothing about those of the paper.")

@@ -1,4 +1,5 @@
-"""Runs of a table: commands in a folder that is locked, continued, recorded, and refused where it holds another run."""
+"""What a table is made of, and its runs: commands in a folder that is locked, continued, recorded, and refused where it
+holds another run."""
 from __future__ import annotations
 
 import argparse
@@ -53,6 +54,38 @@ class Job:
     stages: tuple[Stage, ...]
     read: Callable[[Path], Values]
     configs: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A number of the paper: mean, and standard deviation where it is printed."""
+    mean: float
+    std: float | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    row: str
+    column: str
+    job: Job
+    metric: str
+    printed: Printed | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """source: where the printed numbers stand; protocols: the first is that of the paper; seeds: those of the paper."""
+    name: str
+    title: str
+    source: str
+    unit: str
+    cells: tuple[Cell, ...]
+    protocols: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    note: str = ""
+
+    def jobs(self) -> list[Job]:
+        return list({cell.job.name: cell.job for cell in self.cells}.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ one run

@@ -4,7 +4,7 @@
     python -m TorchSSL.tables cifar10 --only fixmatch     # run what is missing, write table.md, .csv, .json and .png
     python -m TorchSSL.tables cifar10 --scale tiny        # the same machinery on the digits, in minutes
 
-A paper's `tables.py` holds tables as data (Table, Cell, Job, Stage below) and calls `serve`. Each run has a folder
+A paper's `tables.py` holds tables as data (Table, Cell, Job, Stage) and calls `serve`. Each run has a folder
 `<out>/<table>-<scale>/<job>/seed_<s>` with `run.json`: its commands, configuration, commit, hardware and result. The
 same command again reuses what is finished and continues what is not. Several of them may work on one folder at a time:
 a run is held by a lock that lives as long as the process that computes it.
@@ -15,49 +15,29 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from shared.cli import Parser, UserError, nearest, run_main
 from shared.files import make_dir
 from shared.hardware import machine
 from shared.progress import duration
-from shared.table_runs import Job, Stage, Task, Values, estimate, hold, run_tasks, submit
+from shared.table_report import write_table
+from shared.table_runs import (
+    Cell,
+    Job,
+    Printed,
+    Stage,
+    Table,
+    Task,
+    Values,
+    estimate,
+    hold,
+    run_tasks,
+    submit,
+)
 
 __all__ = ["Cell", "Job", "Printed", "Stage", "Table", "Values", "main", "serve"]
-
-
-
-@dataclass(frozen=True)
-class Printed:
-    """A number of the paper: mean, and standard deviation where it is printed."""
-    mean: float
-    std: float | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    row: str
-    column: str
-    job: Job
-    metric: str
-    printed: Printed | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """source: where the printed numbers stand; protocols: the first is that of the paper; seeds: those of the paper."""
-    name: str
-    title: str
-    source: str
-    unit: str
-    cells: tuple[Cell, ...]
-    protocols: tuple[str, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    note: str = ""
-
-    def jobs(self) -> list[Job]:
-        return list({cell.job.name: cell.job for cell in self.cells}.values())
 
 
 def options_of(tables: Mapping[str, Callable[[str, argparse.Namespace], Table]], argv: Sequence[str] | None,
@@ -104,8 +84,6 @@ def selected(table: Table, only: str) -> Table:
 def main(module: str, tables: Mapping[str, Callable[[str, argparse.Namespace], Table]],
          add_flags: Callable[[argparse.ArgumentParser], None] | None = None, argv: Sequence[str] | None = None) -> None:
     """Serve `python -m <module> TABLE ...`; `tables`: name -> function of (scale, options) that returns the table."""
-    from shared.table_report import write_table
-
     options = options_of(tables, argv, add_flags)
     options.out, options.data_dir = options.out.resolve(), options.data_dir.resolve()
     if options.table is None:

@@ -25,8 +25,8 @@ from PIL import Image
 from EDM import sources
 from EDM.detectors import Detector
 from EDM.extraction import extract
-from shared.frechet import Moments, frechet_distance
 from shared.distributed import World
+from shared.frechet import Moments, frechet_distance
 
 SIDE = 32
 BATCH = 64
