@@ -35,7 +35,8 @@ SETTINGS = ("kid_subsets", "kid_subset_size", "pr_k", "dc_k", "isc_splits")
 NEED_FEATURES = {"kid", "prdc", "cwfid"}
 # How images are made from a snapshot: the flags of generate.py that say so.
 SAMPLING = ("class", "classes", "steps", "sigma_min", "sigma_max", "rho", *generate.CHURN_FLAGS,
-            *generate.ABLATION_FLAGS, "sampler", "guidance", "guide_network", "precision", "strict", "compile")
+            *generate.ABLATION_FLAGS, "sampler", "network_2", "affine_weight", "guidance", "guide_network", "precision",
+            "strict", "compile")
 
 option = generate.option
 AT_LEAST_ONE = click.IntRange(min=1)
