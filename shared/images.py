@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -199,14 +200,16 @@ def decode(files: ImageFiles, channels: int | None, allocate: Allocate) -> np.nd
     chunks = (_Chunk(files.path, files.members[i:i + CHUNK], i, str(array.filename))
               for i in range(0, len(files.members), CHUNK))
     progress = Progress(f"decoding {files.path.name}", len(files.members), "images")
-    try:
-        for colour_found in ordered_map(_decode_chunk, chunks):
+    gray_so_far = channels is None and first.shape[0] == 1
+    # Closed before anything else happens to the array: a worker that still writes into it must not find it replaced.
+    with closing(progress), closing(ordered_map(_decode_chunk, chunks)) as results:
+        for colour_found in results:
             progress.advance(min(CHUNK, len(array) - progress.count))
-            if colour_found and channels is None and first.shape[0] == 1:
-                return decode(files, 3, allocate)  # gray at first, but not all through
-    finally:
-        progress.close()
-    return array
+            if colour_found and gray_so_far:
+                break
+        else:
+            return array
+    return decode(files, 3, allocate)  # gray at first, but not all through
 
 
 def _decode_chunk(chunk: _Chunk) -> bool:
