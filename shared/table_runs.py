@@ -119,8 +119,11 @@ class Task:
     def record(self) -> dict[str, Any]:
         """Return run.json, {} where there is none; raise UserError where the folder holds a run of another identity."""
         path = self.folder / "run.json"
+        # Looked at first: another process writes run.json, under a hidden name until it is whole, before anything else.
+        holds_files = self.folder.exists() and any(entry.name != "lock" and not entry.name.startswith(".")
+                                                   for entry in self.folder.iterdir())
         if not path.exists():
-            if self.folder.exists() and any(entry.name != "lock" for entry in self.folder.iterdir()):
+            if holds_files:
                 raise UserError(f"{self.folder} holds files but no run.json: it is not a run of this table; move it "
                                 "away or give another --out")
             return {}
