@@ -27,7 +27,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="the published arithmetic: fp32 and no fast path")
     parser.add_argument("--constant_ema", action="store_true", help="use the config's ema from the start, without the "
                         "published warm-up")
-    parser.add_argument("--steps", type=int, help="end after so many steps, to try things out")
+    parser.add_argument("--steps", type=int, help="end after so many steps, with a "
+                        "checkpoint of the epoch they reach, to try things out")
     parser.add_argument("--checkpoint_seconds", type=float, default=600.0,
                         help="time between two checkpoints to continue from [600]")
     parser.add_argument("--log_every", type=int, default=50, help="steps between two lines of the log [50]")
@@ -48,12 +49,11 @@ def main() -> None:
     config = read_config(args.config, args.set)
 
     from shared import distributed
-    from shared.files import make_dir
-    from shared.steps import lock
+    from shared.files import lock
 
     world = distributed.start(args.device)
     held = []  # while this process lives, no other one trains in the folder
-    distributed.on_main(lambda: held.append(lock(make_dir(config.save_dir))), world)
+    distributed.on_main(lambda: held.append(lock(config.save_dir)), world)
     start(config, args, world)
     for file in held:
         file.close()

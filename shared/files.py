@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written under a temporary name, flushed, renamed."""
+"""Files that are complete or absent: written under a temporary name, flushed, renamed; and folders held by a lock."""
 from __future__ import annotations
 
 import os
@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import IO
 
 from shared.cli import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks; two runs in one folder then go unnoticed
+    fcntl = None
 
 
 @contextmanager
@@ -55,3 +60,23 @@ def make_dir(path: str | os.PathLike) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cannot write into the folder {folder}")
     return folder
+
+
+class InUse(UserError):
+    """A folder in which another process works."""
+
+
+def lock(folder: str | os.PathLike, wait: bool = False) -> IO[str]:
+    """Return the open lock file of a folder: held until it is closed, here and in the children that inherit it.
+
+    While another process holds it, wait, or raise InUse.
+    """
+    file = (make_dir(folder) / ".lock").open("a")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        file.close()
+        raise InUse(f"{folder} is in use by a run that is still going on; wait for it, or choose another "
+                        "--out") from None
+    return file

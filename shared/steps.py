@@ -18,12 +18,7 @@ from types import FrameType
 from typing import IO, Any
 
 from shared.cli import UserError
-from shared.files import make_dir
-
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks; two runs in one folder then go unnoticed
-    fcntl = None
+from shared.files import lock, make_dir
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -62,7 +57,7 @@ class Runner:
         self.root, self.dry_run, self.place, self.history = root, dry_run, root, out / "commands.jsonl"
         self.child: subprocess.Popen | None = None
         self.stopped_by = 0
-        self.lock = None if dry_run else lock(make_dir(out))
+        self.lock = None if dry_run else lock(out)
 
     def __enter__(self) -> Runner:
         self.handlers = {number: signal.signal(number, self.pass_on) for number in PASSED_ON}
@@ -149,19 +144,6 @@ class Runner:
         make_dir(self.history.parent)
         with self.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def lock(folder: Path) -> IO[str]:
-    """Return the open lock file of a folder; raise UserError while another process works there."""
-    file = (folder / ".lock").open("a")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UserError(f"{folder} is in use by a run that is still going on; wait for it, or choose another "
-                            "--out") from None
-    return file
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
