@@ -105,32 +105,40 @@ def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str
 
 def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] | None]]], series: Sequence[str],
          path: str | os.PathLike, xlabel: str, title: str = "") -> None:
-    """Write panels side by side: panel title -> row name -> one (mean, deviation or None) or None per name in `series`.
+    """Write panels: panel title -> row name -> one (mean, deviation or None) or None per name in `series`.
 
-    Rows stand below each other, their values on one axis; a row without a value stays, empty.
+    Rows stand below each other, their values on one axis; a row without a value stays, empty. Four panels side by side
+    at most; where all have the same rows, those are named once.
     """
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
     rows = max(len(lines) for lines in panels.values())
-    names = max(len(str(name)) for lines in panels.values() for name in lines)
-    figure = _figure((2.4 + 0.08 * names) * len(panels) + 0.6, 1.5 + 0.3 * rows)
+    alike = len({tuple(lines) for lines in panels.values()}) == 1
+    names = 0.08 * max(len(str(name)) for lines in panels.values() for name in lines)  # inches
+    figure = _figure(2.6 * across + names * (1 if alike else across) + 0.4, (1.1 + 0.28 * rows) * down + 0.5)
+    shown = {}
     for position, (panel, lines) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(1, len(panels), position)
+        axes = figure.add_subplot(down, across, position)
         for i, (name, marker) in enumerate(zip(series, "os^", strict=False)):
             points = [(place, *values[i]) for place, values in enumerate(lines.values()) if values[i] is not None]
             if not points:
                 continue
             shift = 0.22 * (i - (len(series) - 1) / 2)
-            axes.errorbar([mean for _, mean, _ in points], [place + shift for place, _, _ in points],
-                          xerr=[deviation or 0.0 for _, _, deviation in points], linestyle="none", marker=marker,
-                          markersize=5, fillstyle="none" if i else "full", capsize=2, label=name)
-        axes.set_yticks(range(len(lines)), [str(name) for name in lines], fontsize=8)
+            shown[name] = axes.errorbar(
+                [mean for _, mean, _ in points], [place + shift for place, _, _ in points], color=f"C{i}",
+                xerr=[deviation or 0.0 for _, _, deviation in points], linestyle="none", marker=marker, markersize=5,
+                fillstyle="none" if i else "full", capsize=2)
+        named = not alike or position % across == 1 or across == 1
+        axes.set_yticks(range(len(lines)), [str(name) if named else "" for name in lines], fontsize=8)
         axes.set_ylim(len(lines) - 0.5, -0.5)
-        axes.set_title(panel, fontsize=10)
-        axes.set_xlabel(xlabel, fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_title(panel, fontsize=9)
         axes.grid(alpha=0.3)
-        if position == 1 and axes.containers:
-            axes.legend(fontsize=8)
+    figure.supxlabel(xlabel, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
+    if len(shown) > 1:
+        figure.legend(shown.values(), shown, fontsize=8, loc="lower right", ncols=len(shown))
     _save(figure, path)
 
 

@@ -14,11 +14,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from shared import web_page
+from shared import table_report, web_page
 from shared.cli import Parser, UserError, run_main
 from shared.files import atomic, make_dir
+from shared.progress import duration
 from shared.table_report import TINY
-from shared.table_report import number as mean_and_deviation
 
 FILES = ("table.json", "report.json", "result.json", "stats.jsonl", "metrics.json")
 DEEPEST = 5  # folders below RUN that are searched
@@ -116,36 +116,27 @@ def facts(content: Mapping[str, Any], caption: str) -> str:
     """Return the plain numbers and words of a result as a table that opens on request."""
     rows = [[key.replace("_", " "), web_page.number(value) if isinstance(value, float) else value]
             for key, value in content.items() if isinstance(value, (str, int, float)) and value == value]
-    return f"<details><summary>{caption}</summary>{web_page.table(['', ''], rows, caption)}</details>" if rows else ""
+    return web_page.details(caption, web_page.table(["", ""], rows, caption)) if rows else ""
 
 
 def paper_table(content: Mapping[str, Any]) -> list[str]:
     """Return a table of a paper: measured, printed, and what stands behind every cell."""
-    protocol = content["protocols"][0]
-    columns = list(dict.fromkeys(cell["column"] for cell in content["cells"]))
-    places = {(cell["row"], cell["column"]): cell for cell in content["cells"]}
-    rows = []
-    for row in dict.fromkeys(cell["row"] for cell in content["cells"]):
-        cells = [places.get((row, column)) for column in columns]
-        rows.append([row, *("" if cell is None else cell_text(cell, protocol) for cell in cells)])
-    parts = [f'<p class="note">{TINY.replace("`", "")}</p>'] * (content["scale"] == "tiny")
-    parts.append(web_page.table(["", *columns], rows, f"{content['title']}. {content['unit']}, {protocol}; printed: "
-                                f"{content['source']}"))
-    runs = [[f"{cell['row']}, {cell['column']}", run["seed"], run["commit"], run["hardware"]["hardware"],
-             f"{run['seconds']:.0f}", run["folder"]] for cell in content["cells"] for run in cell["runs"]]
+    notes = [TINY.replace("`", "")] * (content["scale"] == "tiny") + [content["note"]] * bool(content["note"])
+    parts = [f'<p class="note">{escape(note)}</p>' for note in notes]
+    for title, head, rows in table_report.grids(content):
+        # Measured, printed, their distance: one below the other.
+        lines = [[row[0], *(text.replace(" (", "\n").replace("; ", "\n").rstrip(")") for text in row[1:])]
+                 for row in rows]
+        grid = web_page.table(head, lines, title.rstrip(":") or content["title"])
+        parts.append(web_page.details(title.rstrip(":"), grid) if title else grid)
+    parts.append(f"<p>{escape(table_report.about(content))}</p>")
+    runs = [[f"{cell['row']}, {cell['column']}", run["seed"], run["commit"], duration(run["seconds"]),
+             table_report.hardware_text(run["hardware"]), ", ".join(run["configs"]) or "command line", run["folder"]]
+            for cell in content["cells"] for run in cell["runs"]]
     if runs:
-        head = ["cell", "seed", "commit", "hardware", "seconds", "folder"]
-        parts.append(f"<details><summary>Runs behind the cells</summary>{web_page.table(head, runs, 'Runs')}</details>")
+        head = ["cell", "seed", "commit", "time", "hardware", "configuration", "folder"]
+        parts.append(web_page.details("Runs behind the cells", web_page.table(head, runs, "Runs")))
     return parts
-
-
-def cell_text(cell: Mapping[str, Any], protocol: str) -> str:
-    found, printed = cell["protocols"].get(protocol), cell["printed"]
-    text = mean_and_deviation(found["mean"], found["std"]) if found else "not run"
-    if printed is not None:
-        text += f" (printed {mean_and_deviation(printed['mean'], printed['std'])}"
-        text += ")" if cell["deviations"] is None else f"; {cell['deviations']:+.1f} sd)"
-    return text
 
 
 def about(run: Found) -> list[str]:
@@ -159,10 +150,12 @@ def about(run: Found) -> list[str]:
             parts.append(facts(content, name))
         counts, classes = content.get("confusion_matrix"), content.get("classes")
         if counts and classes and len(classes) == len(counts):
-            parts.append("<details><summary>Confusion matrix</summary>"
-                         + web_page.matrix(counts, classes, "Confusion matrix, images of the test set") + "</details>")
+            parts.append(web_page.details("Confusion matrix", web_page.matrix(
+                counts, classes, "Confusion matrix, images of the test set")))
     pictures = sorted(run.folder.glob("*.png"))
-    parts += [web_page.picture(path, path.stem.replace("_", " ")) for path in pictures[:MOST_PICTURES]]
+    known = {"table": "Measured (dots) and printed (squares), with standard deviations"}
+    parts += [web_page.picture(path, known.get(path.stem, path.stem.replace("_", " ")))
+              for path in pictures[:MOST_PICTURES]]
     if len(pictures) > MOST_PICTURES:
         parts.append(f"<p>{len(pictures) - MOST_PICTURES} more pictures are in the folder.</p>")
     return [part for part in parts if part]
@@ -178,7 +171,7 @@ def build(folders: Sequence[Path], title: str) -> str:
         body.append(web_page.section("results", "Results", overview))
     for i, run in enumerate(runs):
         parts = about(run)
-        if parts and "table.json" not in run.files and not any("<figure" in part for part in parts):
+        if parts and "table.json" not in run.files and not any("<img" in part for part in parts):
             short += [f"<h3>{escape(run.name)}</h3>", *parts]
         elif parts:
             links[f"run{i}"] = run.name

@@ -3,12 +3,12 @@ holds another run."""
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
 import queue
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shared.cli import UserError
-from shared.files import atomic, make_dir
+from shared.files import InUse, atomic, lock
 from shared.hardware import commit, machine
 from shared.progress import duration
 
@@ -33,7 +33,8 @@ class Stage:
     """One command of a run.
 
     name        of the stage, in the log and the estimate
-    command     (folder of the run, seed, iterations or None for the length of the paper) -> words after `python`
+    command     (folder of the run, seed, iterations or None for the whole length) -> words after `python`; none where
+                a trial of a few iterations cannot be made, and the estimate leaves the stage out
     iterations  how many there are at full length, in the unit that `command` takes; None: it has no such length
     """
     name: str
@@ -74,7 +75,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """source: where the printed numbers stand; protocols: the first is that of the paper; seeds: those of the paper."""
+    """source: where the printed numbers stand. protocols: the first is that of the paper. seeds: those of the paper.
+    base: a row with which the others are compared, seed by seed. runs: the folder of the runs, for tables that share
+    them; "": the table's own."""
     name: str
     title: str
     source: str
@@ -83,9 +86,16 @@ class Table:
     protocols: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     note: str = ""
+    base: str = ""
+    runs: str = ""
 
     def jobs(self) -> list[Job]:
         return list({cell.job.name: cell.job for cell in self.cells}.values())
+
+    def first_seeds(self, count: int | None) -> tuple[int, ...]:
+        """Return so many seeds: the paper's, then the numbers after the last of them; None: the paper's."""
+        last = self.seeds[-1]
+        return self.seeds if count is None else (*self.seeds, *range(last + 1, last + 1 + count))[:count]
 
 
 # ------------------------------------------------------------------------------------------------------------ one run
@@ -120,8 +130,7 @@ class Task:
         """Return run.json, {} where there is none; raise UserError where the folder holds a run of another identity."""
         path = self.folder / "run.json"
         # Looked at first: another process writes run.json, under a hidden name until it is whole, before anything else.
-        holds_files = self.folder.exists() and any(entry.name != "lock" and not entry.name.startswith(".")
-                                                   for entry in self.folder.iterdir())
+        holds_files = self.folder.exists() and any(not entry.name.startswith(".") for entry in self.folder.iterdir())
         if not path.exists():
             if holds_files:
                 raise UserError(f"{self.folder} holds files but no run.json: it is not a run of this table; move it "
@@ -144,18 +153,7 @@ class Task:
             json.dump(content, file, indent=1)
 
 
-def hold(folder: Path, wait: bool = False) -> int | None:
-    """Lock the folder for this process and the children that inherit the descriptor; None: somebody else holds it."""
-    descriptor = os.open(make_dir(folder) / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: str, lock: int | None) -> None:
+def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: str, held: IO | None) -> None:
     """Run `python <command>`, its output in <folder>/<log>; UserError with its last line where it fails."""
     path = folder / log
     # Scripts that start scripts call them by the name `python`: the same one as ours.
@@ -165,23 +163,25 @@ def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], l
         output.flush()
         done = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, check=False,
                               stdin=subprocess.DEVNULL, env={**os.environ, "PATH": search, **environment},
-                              pass_fds=() if lock is None else (lock,))
+                              pass_fds=() if held is None else (held.fileno(),))
     if done.returncode:
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise UserError(f"{command[0]} ended with status {done.returncode}: {lines[-1][:300]} (see {path})")
 
 
-def compute(task: Task, environment: Mapping[str, str], lock: int) -> None:
+def compute(task: Task, environment: Mapping[str, str], held: IO) -> None:
     """Run or continue one run; the caller holds its lock."""
     found = task.record()
     done: dict[str, float] = found.get("stages", {})
     facts = {"commit": commit(), "hardware": machine(), "threads": environment.get("OMP_NUM_THREADS")}
     task.write(state="running", stages=done, **facts)
+    for path in task.job.configs:  # beside the log, for whoever looks at the run
+        shutil.copyfile(path, task.folder / path.name)
     for stage in task.job.stages:
         if stage.name in done:
             continue
         start = time.monotonic()
-        call(stage.command(task.folder, task.seed, None), task.folder, environment, f"{stage.name}.log", lock)
+        call(stage.command(task.folder, task.seed, None), task.folder, environment, f"{stage.name}.log", held)
         done[stage.name] = round(time.monotonic() - start, 2)
         task.write(stages=done)
     task.write(state="finished", result=task.job.read(task.folder))
@@ -203,21 +203,18 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[Mapping[str, str]]) -> list
                 task = waiting.get_nowait()
             except queue.Empty:
                 return
-            lock = hold(task.folder)
-            if lock is None:  # another process computes it: look again when the others are done
+            try:
+                with lock(task.folder) as held:
+                    if not task.finished():
+                        print(f"{task.name}: started", flush=True)
+                        compute(task, environment, held)
+                        print(f"{task.name}: done in {duration(sum(task.record()['stages'].values()))}", flush=True)
+            except InUse:  # another process computes it: look again when the others are done
                 time.sleep(1)
                 waiting.put(task)
-                continue
-            try:
-                if not task.finished():
-                    print(f"{task.name}: started", flush=True)
-                    compute(task, environment, lock)
-                    print(f"{task.name}: done in {duration(sum(task.record()['stages'].values()))}", flush=True)
             except UserError as error:
                 failed.append(f"{task.name}: {error}")
                 print(failed[-1], file=sys.stderr, flush=True)
-            finally:
-                os.close(lock)
 
     threads = [threading.Thread(target=work, args=(slot,), daemon=True) for slot in slots]
     for thread in threads:
@@ -228,19 +225,41 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[Mapping[str, str]]) -> list
     return failed
 
 
+class SlurmJob:
+    """A command as a SLURM job; where the time limit ends it, submitit puts it back into the queue, to go on."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = list(command)
+
+    def __call__(self) -> None:
+        subprocess.run(self.command, check=True)
+
+    def checkpoint(self) -> Any:
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
 def submit(tasks: Sequence[Task], words: Sequence[str], options: argparse.Namespace) -> list[str]:
     """Run every task as a SLURM job through submitit; return what failed."""
     try:
         import submitit
     except ImportError:
         raise UserError("--slurm needs submitit: pip install 'fewlabel[slurm]'") from None
-    executor = submitit.AutoExecutor(options.out / "slurm", cluster=options.cluster)
+    try:
+        executor = submitit.AutoExecutor(options.out / "slurm", cluster=options.cluster,
+                                         slurm_max_num_timeout=options.slurm_restarts)
+    except RuntimeError as error:
+        raise UserError(f"--slurm: {error}") from None
     executor.update_parameters(name="fewlabel", timeout_min=int(60 * options.slurm_hours),
-                               gpus_per_node=options.slurm_gpus)
+                               gpus_per_node=options.slurm_gpus or None)
     if options.cluster == "slurm":
-        executor.update_parameters(slurm_partition=options.slurm)
-    jobs = {task: executor.submit(submitit.helpers.CommandFunction(
-        [sys.executable, *words, "--no-estimate", f"--run={task.name}"], verbose=False)) for task in tasks}
+        own = dict(pair.partition("=")[::2] for pair in options.slurm_args.split())
+        executor.update_parameters(slurm_partition=options.slurm, slurm_additional_parameters=own)
+    jobs = {}
+    for task in tasks:
+        jobs[task] = executor.submit(SlurmJob([sys.executable, *words, "--no-estimate", f"--run={task.name}"]))
+        print(f"{task.name}: job {jobs[task].job_id}", flush=True)
     failed = []
     for task, job in jobs.items():
         error = job.exception()
@@ -273,27 +292,37 @@ def estimate(jobs: Sequence[Job], cache: Path, data_dir: Path) -> dict[str, floa
 def extrapolate(job: Job) -> float:
     """Return the seconds of one run of full length, from trials of 2 and of more iterations of each stage.
 
-    The longer trial is lengthened until it stands out of the time that a process takes to start. A stage without a
-    length counts as it is in the trial.
+    The longer trial of a stage is lengthened until it stands out of the time that a process takes to start. A stage
+    without a length counts as it is in the trial.
     """
-    few, many = 2, 8
-    short = trial(job, few)
+    few, longest = 2, 512
+    lengths = {stage.name: stage.iterations for stage in job.stages if stage.iterations}
+    many = dict.fromkeys(lengths, 8)
+    short = trial(job, dict.fromkeys(lengths, few))
     while True:
         long = trial(job, many)
-        slower = {stage.name: long[stage.name] - short[stage.name] for stage in job.stages if stage.iterations}
-        if many >= 512 or all(more > max(1.0, 0.3 * short[name]) for name, more in slower.items()):
+        slower = {name: long[name] - short[name] for name in lengths}
+        hidden = [name for name in lengths if many[name] < longest and slower[name] <= max(1.0, 0.3 * short[name])]
+        if not hidden:
             break
-        many *= 4
-    return sum(short[stage.name] + max(0, (stage.iterations or 0) - few) * max(0.0, slower.get(stage.name, 0.0))
-               / (many - few) for stage in job.stages)
+        many.update({name: 4 * many[name] for name in hidden})
+    return sum(short.values()) + sum(max(0, lengths[name] - few) * max(0.0, slower[name]) / (many[name] - few)
+                                     for name in lengths)
 
 
-def trial(job: Job, iterations: int) -> dict[str, float]:
+def untried(job: Job) -> list[str]:
+    """Return the stages of which no trial can be made."""
+    return [stage.name for stage in job.stages if not stage.command(Path("{out}"), 0, 2)]
+
+
+def trial(job: Job, iterations: Mapping[str, int]) -> dict[str, float]:
     """Return the seconds of each stage with so few iterations, in a folder that is thrown away."""
+    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        seconds = {}
         for stage in job.stages:
             start = time.monotonic()
-            call(stage.command(Path(folder), 0, iterations), Path(folder), {}, f"{stage.name}.log", None)
+            command = stage.command(Path(folder), 0, iterations.get(stage.name, 1))
+            if command:
+                call(command, Path(folder), {}, f"{stage.name}.log", None)
             seconds[stage.name] = time.monotonic() - start
     return seconds

@@ -27,11 +27,13 @@ a { color: #0072b2; } @media (prefers-color-scheme: dark) { a { color: #7cc4f0; 
 a:focus-visible, summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid #d55e00; outline-offset: 2px; }
 .skip { position: absolute; left: -99rem; } .skip:focus { position: static; }
 li { min-width: 0; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin-bottom: .75rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border: 1px solid var(--line); padding: .2rem .5rem; text-align: right; white-space: nowrap; }
-th[scope=row], thead th:first-child { text-align: left; }
-th[scope=row] { white-space: normal; min-width: 7rem; } caption { text-align: left; font-weight: 600; }
+th, td { border: 1px solid var(--line); padding: .2rem .5rem; text-align: right; white-space: pre;
+  overflow-wrap: normal; }
+th[scope=row], thead th:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+th[scope=row] { white-space: normal; }
+@media (max-width: 30rem) { th, td { font-size: .8rem; padding: .1rem .3rem; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
@@ -58,35 +60,47 @@ def section(anchor: str, title: str, parts: Sequence[str]) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """Return a table whose first column names the rows; it scrolls inside its own box, by keyboard too."""
+    """Return a table whose first column names the rows and stays in sight."""
+    return _table(columns, [(row[0], "".join(f"<td>{escape(str(value))}</td>" for value in row[1:])) for row in rows],
+                  caption)
+
+
+def details(summary: str, content: str) -> str:
+    """Return what opens on request."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, str]], caption: str) -> str:
+    """Return a table of rows (name, cells in HTML)."""
     head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in columns)
-    lines = "".join(f'<tr><th scope="row">{escape(str(row[0]))}</th>'
-                    + "".join(f"<td>{escape(str(value))}</td>" for value in row[1:]) + "</tr>\n" for row in rows)
-    return (f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>'
-            f"{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table></div>")
+    lines = "".join(f'<tr><th scope="row">{escape(str(name))}</th>{cells}</tr>\n' for name, cells in rows)
+    return _wide(caption, f"<table><thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table>")
+
+
+def _wide(caption: str, content: str) -> str:
+    """Return a figure that scrolls inside its own box, by keyboard too."""
+    return (f'<figure><figcaption>{escape(caption)}</figcaption><div class="wide" tabindex="0" role="region" '
+            f'aria-label="{escape(caption)}">{content}</div></figure>')
 
 
 def matrix(counts: Sequence[Sequence[int]], classes: Sequence[str], caption: str) -> str:
     """Return a confusion matrix: row = true class, column = predicted; the shade is the share of the row."""
-    head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in classes)
-    lines = []
-    for name, row in zip(classes, counts, strict=True):
-        cells = []
-        for count in row:
-            share = count / max(1, sum(row))
-            colour = "#fff" if share > 0.5 else "inherit"
-            cells.append(f'<td style="background:rgba(0,114,178,{share:.2f});color:{colour}">{count}</td>')
-        lines.append(f'<tr><th scope="row">{escape(str(name))}</th>{"".join(cells)}</tr>\n')
-    return (f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>'
-            f'{escape(caption)}</caption><thead><tr><th scope="col">true \\ predicted</th>{head}</tr></thead><tbody>\n'
-            f'{"".join(lines)}</tbody></table></div>')
+    def cell(count: int, total: int) -> str:
+        share = count / max(1, total)
+        colour = "#fff" if share > 0.5 else "inherit"
+        return f'<td style="background:rgba(0,114,178,{share:.2f});color:{colour}">{count}</td>'
+
+    rows = [(name, "".join(cell(count, sum(row)) for count in row))
+            for name, row in zip(classes, counts, strict=True)]
+    return _table(["true \\ predicted", *classes], rows, caption)
 
 
 def picture(path: Path, text: str) -> str:
-    """Return a PNG file, carried inside the page."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><figcaption>{escape(text)}</figcaption><img alt="{escape(text)}" '
-            f'src="data:image/png;base64,{data}"></figure>')
+    """Return a PNG file, carried inside the page; it is not made smaller than can be read, but scrolls."""
+    data = path.read_bytes()
+    width = int.from_bytes(data[16:20], "big")  # of the PNG header
+    return _wide(text, f'<img alt="{escape(text)}" style="min-width:min({width}px,40rem)" '
+                       f'src="data:image/png;base64,{base64.b64encode(data).decode()}">')
 
 
 def number(value: float) -> str:

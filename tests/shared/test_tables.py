@@ -4,7 +4,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import signal
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ from hypothesis import strategies as st
 from shared import table_runs
 from shared.aggregate import deviation, deviations_from_print, difference, mean
 from shared.table_runs import Job, Stage, extrapolate
-from tests.shared.programs import one_line_error, run, start
+from tests.shared.programs import ROOT, one_line_error, run, start
 
 SCRIPT = "tests/shared/small_tables.py"
 PROGRAM = (SCRIPT, "small")
@@ -53,6 +57,22 @@ def test_a_table_from_nothing_and_again(tmp_path: Path) -> None:
     again = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate")
     assert calls(tmp_path) == before
     assert "started" not in again.stdout
+
+
+def test_tables_that_share_their_runs(tmp_path: Path) -> None:
+    for name in ("small", "again"):
+        done = run(SCRIPT, name, f"--out={tmp_path}", "--no-estimate", "--seeds=2")
+    assert len(calls(tmp_path)) == 8
+    text = (tmp_path / "again-paper" / "table.md").read_text()
+    assert "(../small-paper/plain/seed_0/run.json)" in text and "| plain | 1.50 ± 0.71 (printed" in text
+    # One of them compares with a row, seed by seed.
+    assert "| minus plain |" in done.stdout and "| +1.00 (2 of 2) |" in done.stdout
+
+
+def test_more_seeds_than_the_paper_has(tmp_path: Path) -> None:
+    run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=5", "--only=plain")
+    content = json.loads((tmp_path / "small-paper" / "table.json").read_text())
+    assert [found["seed"] for found in content["cells"][0]["runs"]] == [0, 1, 2, 3, 4]
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
@@ -122,11 +142,71 @@ def test_jobs_of_a_cluster(tmp_path: Path) -> None:
     assert "| plain | 1.50 ± 0.71" in done.stdout
 
 
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """Environment in which SLURM's programs are there."""
+    for name in ("sbatch", "srun", "sacct", "scontrol"):
+        place = tmp_path / "bin" / name
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/shared/fake_slurm.py {name} "$@"\n')
+        place.chmod(0o755)
+    (tmp_path / "slurm").mkdir()
+    return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "FAKE_SLURM": str(tmp_path / "slurm")}
+
+
+def test_jobs_of_slurm(tmp_path: Path, slurm: dict[str, str]) -> None:
+    """Every run is a job, whose script says what was asked for; one that the time limit ends goes on by itself."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "slow").touch()
+    process = start(*PROGRAM, f"--out={out}", "--no-estimate", "--seeds=1", "--slurm=main", "--slurm-hours=3",
+                    "--slurm-gpus=2", "--slurm-args=account=us cpus-per-task=8", **slurm)
+    record = out / "small-paper" / "plain" / "seed_0" / "run.json"
+    wait_for(lambda: record.exists() and "first" in json.loads(record.read_text()).get("stages", {}))
+    script = (tmp_path / "slurm" / "1.sh").read_text().splitlines()
+    assert {"#SBATCH --partition=main", "#SBATCH --time=180", "#SBATCH --gpus-per-node=2", "#SBATCH --account=us",
+            "#SBATCH --cpus-per-task=8", "#SBATCH --job-name=fewlabel"} <= set(script)
+    os.killpg(int((tmp_path / "slurm" / "1.step").read_text()), signal.SIGUSR2)  # as SLURM does, near the end
+    wait_for(lambda: len(list((out / "slurm").glob("1_0_log.out"))) and "Requeued job 1" in "".join(
+        path.read_text() for path in (out / "slurm").glob("1_0_log.*")))
+    (out / "slow").unlink()
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "| plain | 1.00 (printed" in said and "| better | 2.00 (printed" in said
+    assert calls(out).count("first plain seed_0") == 1 and json.loads(record.read_text())["state"] == "finished"
+
+
+def test_a_job_that_fails_is_named(tmp_path: Path, slurm: dict[str, str]) -> None:
+    (tmp_path / "fail-plain").touch()
+    done = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", "--slurm=main", status=2, **slurm)
+    assert "1 of 2 runs failed" in done.stderr and "plain/seed_0" in done.stderr
+
+
+def test_without_slurm(tmp_path: Path) -> None:
+    assert "srun" in one_line_error(run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--slurm=main", status=2))
+
+
 def test_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """5 s to start and 0.1 s an iteration, and a stage of 7 s without a length: 1000 iterations take 112 s."""
-    monkeypatch.setattr(table_runs, "trial", lambda job, n: {"train": 5 + 0.1 * n, "draw": 7.0})
-    job = Job("a", (Stage("train", lambda *_: [], 1000), Stage("draw", lambda *_: [])), lambda _: {})
-    assert extrapolate(job) == pytest.approx(112, rel=1e-6)
+    """5 s to start and 0.1 s an iteration, and a stage of 7 s without a length: 1000 iterations take 112 s. What stands
+    out is not timed for longer: the second training, at 1 s an iteration."""
+    asked = []
+
+    def trial(job: Job, iterations: Mapping[str, int]) -> dict[str, float]:
+        asked.append(dict(iterations))
+        seconds = {"train": 5 + 0.1 * iterations["train"], "draw": 7.0}
+        return seconds | ({"more": iterations["more"]} if "more" in iterations else {})
+
+    monkeypatch.setattr(table_runs, "trial", trial)
+    train, draw = Stage("train", lambda *_: [], 1000), Stage("draw", lambda *_: [])
+    assert extrapolate(Job("a", (train, draw), lambda _: {})) == pytest.approx(112, rel=1e-6)
+    asked.clear()
+    assert extrapolate(Job("b", (train, draw, Stage("more", lambda *_: [], 50)), lambda _: {})) == pytest.approx(162)
+    assert asked == [{"train": 2, "more": 2}, {"train": 8, "more": 8}, {"train": 32, "more": 8}]
+
+
+def test_an_estimate_says_what_it_leaves_out(tmp_path: Path) -> None:
+    done = run(*PROGRAM, f"--out={tmp_path}", "--list", "--only=plain", SMALL_TABLES_UNTRIED="second")
+    assert "3 of 3 runs are missing" in done.stdout and "not counted: second of 3 runs" in done.stdout
 
 
 def test_list_runs_nothing(tmp_path: Path) -> None:
