@@ -40,9 +40,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder", choices=ENCODERS, default="trained", help="compare with fresh weights, or with "
                         "the pixels themselves [trained]")
     parser.add_argument("--outdir", default=None, metavar="DIR", help="results [{save_dir}/linear/...]")
+    parser.add_argument("--steps", type=int, default=None, metavar="N", help="end after so many steps, without a test, "
+                        "to see how long they take")
     options = parser.parse_args(argv)
-    if options.copies < 0 or options.test_draws < 1:
-        raise UserError("--copies must not be negative, --test_draws at least 1")
+    if options.copies < 0 or options.test_draws < 1 or (options.steps or 1) < 1:
+        raise UserError("--copies must not be negative, --test_draws and --steps at least 1")
     try:
         options.levels = None if options.times is None else [int(part) for part in options.times.split(",")]
     except ValueError:
@@ -90,7 +92,9 @@ def main() -> None:
     if not run.finished:
         run.print(f"{encoder.name}: {len(keys)} heads ({', '.join(map(str, levels))} x {', '.join(names)}) on "
                   f"{len(train)} images of {train.name}; {world.size} process(es) on {world.device.type}")
-    train_heads(run, heads, optimizer, examples, probe.n_epoch, batches.per_epoch, lr)
+    train_heads(run, heads, optimizer, examples, probe.n_epoch, batches.per_epoch, lr, options.steps)
+    if options.steps is not None:
+        return distributed.stop()
     accuracies = test_heads(heads, test_features(encoder, items, levels, names, options.test_draws), world)
     accuracies = {key: accuracies[key] for key in keys}
     report(run, encoder, accuracies, levels, names, options)

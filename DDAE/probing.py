@@ -21,11 +21,13 @@ Examples = Callable[[int], tuple[Mapping[str, Tensor], Tensor, float]]
 
 
 def train_heads(run: Run, heads: LinearHeads, optimizer: torch.optim.Optimizer, examples: Examples, epochs: int,
-                per_epoch: int, lr: float) -> None:
-    """Train all heads at once, each as if it were alone: Adam on its own cross-entropy, a cosine step per epoch."""
+                per_epoch: int, lr: float, steps: int | None = None) -> None:
+    """Train all heads at once, each as if it were alone: Adam on its own cross-entropy, a cosine step per epoch.
+
+    steps: end after so many of them; None: after all epochs."""
     world = run.world
     model = distributed.data_parallel(heads, world)
-    for step in run.steps(epochs * per_epoch):
+    for step in run.steps(min(epochs * per_epoch, steps or epochs * per_epoch)):
         optimizer.param_groups[0]["lr"] = cosine_rate(step // per_epoch, lr, epochs)
         features, labels, share = examples(step)
         loss = heads_loss(model(features), labels)

@@ -27,6 +27,7 @@ PRINTED = {
     "EDM_ddpmpp": ((1200, 2.23, 94.50),),
     "EDM_ddpmpp_aug": ((2000, 2.34, 95.49), (3200, 2.12, 95.19)),
 }
+IMAGES = 50_000  # of CIFAR-10's training set, and for FID
 # 4 processes with the config's batch size and rate each, 8 for the last: 512 or 256 images a step.
 PROCESSES = {"EDM_ddpmpp_aug": 8}
 STEPS = {"DDPM_ddpm": 98 * 2000, "EDM_ddpm": 98 * 2000, "DDPM_ddpmpp": 196 * 2000, "EDM_ddpmpp": 196 * 2000,
@@ -54,11 +55,6 @@ def common(config: str, out: Path, seed: int, options: argparse.Namespace) -> li
             f"--data_dir={options.data_dir}"]
 
 
-def untried(*_: object) -> list[str]:
-    """Return a command that does nothing: there is no checkpoint to work on in a trial of a few steps."""
-    return ["-c", ""]
-
-
 def accuracies(path: Path) -> dict[str, float]:
     """Return the accuracies of a result.json in percent by protocol."""
     found = json.loads(path.read_text(encoding="utf-8"))["accuracy"]
@@ -71,7 +67,8 @@ def accuracies(path: Path) -> dict[str, float]:
 def published_chain(config: str, options: argparse.Namespace) -> Job:
     """Return one row of the README: pre-training, then FID and linear probe of one or two of its checkpoints."""
     epochs = [epoch for epoch, *_ in PRINTED[config]]
-    gpus = f"--gpus={PROCESSES.get(config, 4)}"
+    processes = PROCESSES.get(config, 4)
+    gpus, probe_steps = f"--gpus={processes}", 15 * -(-IMAGES // (128 * processes))
 
     def train(out: Path, seed: int, iterations: int | None) -> list[str]:
         short = [f"--steps={iterations}"] if iterations else []
@@ -79,16 +76,18 @@ def published_chain(config: str, options: argparse.Namespace) -> Job:
 
     def fid(epoch: int) -> Callable[[Path, int, int | None], Sequence[str]]:
         def command(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
-            return untried() if iterations else call(
-                "fid.py", *common(config, out, seed, options), "--use_amp", f"--epoch={epoch}",
-                f"--ref={options.data_dir / REFERENCE}", f"--json={out / f'fid_{epoch}.json'}")
+            own = (*common(config, out, seed, options), "--use_amp")
+            if iterations:  # what counts are the images: of the network that the trial of the training leaves
+                return call("sample.py", *own, "--epoch=0", "--overwrite", f"--images={iterations}")
+            return call("fid.py", *own, f"--epoch={epoch}", f"--ref={options.data_dir / REFERENCE}",
+                        f"--json={out / f'fid_{epoch}.json'}")
         return command
 
     def probe(epoch: int) -> Callable[[Path, int, int | None], Sequence[str]]:
         def command(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
-            return untried() if iterations else call(
-                "linear.py", *common(config, out, seed, options), "--use_amp", gpus, f"--epoch={epoch}",
-                f"--outdir={out / f'probe_{epoch}'}")
+            short = [f"--steps={iterations}"] if iterations else []
+            return call("linear.py", *common(config, out, seed, options), "--use_amp", gpus,
+                        f"--epoch={0 if iterations else epoch}", f"--outdir={out / f'probe_{epoch}'}", *short)
         return command
 
     def read(folder: Path) -> Values:
@@ -101,7 +100,7 @@ def published_chain(config: str, options: argparse.Namespace) -> Job:
 
     stages = [Stage("train", train, STEPS[config])]
     for epoch in epochs:
-        stages += [Stage(f"fid{epoch}", fid(epoch)), Stage(f"probe{epoch}", probe(epoch))]
+        stages += [Stage(f"fid{epoch}", fid(epoch), IMAGES), Stage(f"probe{epoch}", probe(epoch), probe_steps)]
     return Job(config, tuple(stages), read, (HERE / "config" / f"{config}.yaml",))
 
 
@@ -126,7 +125,7 @@ def digits_stage(options: argparse.Namespace, name: str, script: str, *flags: st
     """Return a command on the digits; trained: it needs the checkpoint of the run, which a trial has not."""
     def command(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
         if iterations and trained:
-            return untried()
+            return ()
         own = common(DIGITS, out, seed, options) if config else [f"--seed={seed}"]
         return call(script, *own, *(flag.replace("{out}", str(out)) for flag in flags))
     return Stage(name, command)
@@ -184,28 +183,43 @@ def digits_table(options: argparse.Namespace) -> Table:
 
 # ----------------------------------------------------------------------------------------------------------------- DiT
 
+def dit_job(dataset: str, options: argparse.Namespace, tiny: bool) -> Job:
+    """Return latents and probe of one data set; the weights lie in pretrained_models/ of the data folder, small ones
+    are made."""
+    def common(out: Path, seed: int) -> list[str]:
+        return [f"--dataset={dataset}", f"--codes={out / 'codes'}", "--use_amp", f"--seed={seed}"]
+
+    def pretrained(out: Path) -> Path:
+        return out / "small" if tiny else options.data_dir / "pretrained_models"
+
+    def small(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
+        return call("DiT/small.py", f"--outdir={pretrained(out)}", f"--seed={seed}")
+
+    def latents(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
+        vae, short = ("vae", ["--resolution=32", "--num_copies=2"]) if tiny else ("sd-vae-ft-mse", [])
+        return () if iterations else call("DiT/vae_preprocessing.py", *common(out, seed), *short,
+                                          f"--vae={pretrained(out) / vae}", f"--data_dir={options.data_dir}")
+
+    def probe(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
+        ckpt, short = ("DiT-S-2.pt", ["--model=DiT-S/2", "--name=layer-5"]) if tiny else ("DiT-XL-2-256x256.pt", [])
+        return () if iterations else call("DiT/linear.py", *common(out, seed), *short,
+                                          f"--ckpt={pretrained(out) / ckpt}", f"--outdir={out / 'probe'}")
+
+    def read(folder: Path) -> Values:
+        return {"acc": accuracies(folder / "probe" / dataset / "result.json")}
+
+    made = (Stage("small", small),) if tiny else ()
+    return Job(f"dit_{dataset}", (*made, Stage("latents", latents), Stage("probe", probe)), read)
+
+
 def dit_table(scale: str, options: argparse.Namespace) -> Table:
-    """Return the linear probe of DiT-XL/2; its weights and the VAE lie in pretrained_models/ of the data folder."""
-    cells = []
-    for dataset, printed in (("cifar", 85.73), ("tiny", 66.57)):
-        def latents(out: Path, seed: int, iterations: int | None, dataset: str = dataset) -> Sequence[str]:
-            return untried() if iterations else call(
-                "DiT/vae_preprocessing.py", f"--dataset={dataset}", f"--codes={out / 'codes'}", "--use_amp",
-                f"--vae={options.data_dir / 'pretrained_models' / 'sd-vae-ft-mse'}", f"--data_dir={options.data_dir}",
-                f"--seed={seed}")
-
-        def probe(out: Path, seed: int, iterations: int | None, dataset: str = dataset) -> Sequence[str]:
-            return untried() if iterations else call(
-                "DiT/linear.py", f"--dataset={dataset}", f"--codes={out / 'codes'}", "--use_amp", f"--seed={seed}",
-                f"--ckpt={options.data_dir / 'pretrained_models' / 'DiT-XL-2-256x256.pt'}", f"--outdir={out / 'probe'}")
-
-        def read(folder: Path, dataset: str = dataset) -> Values:
-            return {"acc": accuracies(folder / "probe" / dataset / "result.json")}
-
-        job = Job(f"dit_{dataset}", (Stage("latents", latents), Stage("probe", probe)), read)
-        cells.append(Cell("DiT-XL/2", dataset, job, "acc", Printed(printed)))
+    """Return the linear probe of DiT-XL/2; of a small DiT without training, on the digits, where the scale is tiny."""
+    tiny = scale == "tiny"
+    cells = [Cell("DiT-S/2, random weights" if tiny else "DiT-XL/2", dataset, dit_job(dataset, options, tiny), "acc",
+                  printed) for dataset, printed in
+             ({"digits": None} if tiny else {"cifar": Printed(85.73), "tiny": Printed(66.57)}).items()]
     return Table("dit", "Linear probe of DiT-XL/2", "README of DDAE's DiT folder", "Accuracy in %", tuple(cells),
-                 (LAST,), seeds=(0,))
+                 (LAST,), seeds=(0, 1, 2) if tiny else (0,))
 
 
 TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {"cifar10": cifar10_table, "dit": dit_table}

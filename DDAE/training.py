@@ -200,9 +200,8 @@ def train(config: Config, net: UNet, batches: Batches, world: World, settings: S
         net.compile()
 
     total = config.n_epoch * batches.per_epoch
-    if settings.steps is not None:
-        total = min(total, settings.steps)
-    for step in run.steps(total):
+    last = total if settings.steps is None else min(total, settings.steps)
+    for step in run.steps(last):
         epoch, place = divmod(step, batches.per_epoch)
         lr = learning_rate(config, epoch, settings.gpus)
         if place == 0:
@@ -219,6 +218,8 @@ def train(config: Config, net: UNet, batches: Batches, world: World, settings: S
             if world.main:
                 end_epoch(config, diffusion, net, ema, optimizer, batch, update, epoch, settings, run)
             distributed.barrier(world)
+        elif step + 1 == last < total and world.main:
+            save_epoch(config, net, ema, optimizer, update, epoch, run)
     if world.main:
         write_result(run, config, batches, settings)
 
@@ -247,16 +248,21 @@ def load_epoch(config: Config, net: UNet, ema: EMA, optimizer: torch.optim.Optim
 def end_epoch(config: Config, diffusion: DDPM | EDM, net: UNet, ema: EMA, optimizer: torch.optim.Optimizer,
               batch: Batch, update: int, epoch: int, settings: Settings, run: Run) -> None:
     """Write the checkpoint of an epoch, then a sheet of samples and of training images."""
-    folder = Path(config.save_dir)
-    if config.save_model:
-        path = make_dir(folder / "ckpts") / f"model_{epoch}.pth"
-        write_model(path, net, ema.module, update, optimizer, config, epoch)
-        run.print(f"saved model at {path}")
+    save_epoch(config, net, ema, optimizer, update, epoch, run)
     images = torch.cat([preview(config, diffusion, ema.module, epoch, settings.seed, batch.images.device),
                         batch.images[:config.n_sample]])
-    path = folder / "visual" / f"image_ep{epoch}_ema.png"
+    path = Path(config.save_dir) / "visual" / f"image_ep{epoch}_ema.png"
     write_sheet(path, images, PREVIEW_COLUMNS)
     run.print(f"saved image at {path}")
+
+
+def save_epoch(config: Config, net: UNet, ema: EMA, optimizer: torch.optim.Optimizer, update: int, epoch: int,
+               run: Run) -> None:
+    """Write the checkpoint of an epoch, where the config wants any."""
+    if config.save_model:
+        path = make_dir(Path(config.save_dir) / "ckpts") / f"model_{epoch}.pth"
+        write_model(path, net, ema.module, update, optimizer, config, epoch)
+        run.print(f"saved model at {path}")
 
 
 def preview(config: Config, diffusion: DDPM | EDM, net: UNet, epoch: int, seed: int, device: torch.device

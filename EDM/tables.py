@@ -16,7 +16,7 @@ from pathlib import Path
 from shared.tables import Cell, Job, Printed, Stage, Table, serve
 
 HERE = Path(__file__).resolve().parent
-PUBLISHED_IMAGES = 200_000_000
+PUBLISHED_IMAGES, FID_IMAGES = 200_000_000, 50_000
 LAST = "last snapshot"
 
 # Networks and lengths of the digits: 8x8 pixels, 0.19 million parameters.
@@ -32,6 +32,9 @@ SOURCES = {"mnist": "MNIST/raw/train-images-idx3-ubyte.gz", "cifar10": "cifar-10
            "cifar100": "cifar-100-python.tar.gz", "digits": "digits"}
 # Per class, so that 50,000 images are scored.
 PER_CLASS = {"mnist": 5000, "cifar10": 5000, "cifar100": 500, "digits": DIGITS_PER_CLASS}
+# An evaluation is timed by so many images a class, and as many steps of its classifiers as are due to them.
+IMAGES_TIMED = 5
+CLASSIFIER_STEPS = {"mnist": 4000, "cifar10": 40_000, "cifar100": 40_000, "digits": 600}
 # Column -> keys of evaluate.py's result.json, of which one is there, and the factor that gives the column's unit.
 COLUMNS = {
     "FID": (("fid", "fd_judge"), 1), "CW-FID": (("class_wise_fid", "class_wise_fd_judge"), 1),
@@ -73,6 +76,7 @@ def noisy_job(dataset: str, kind: str, percent: int, method: str, data_dir: Path
     source = "digits" if tiny else str(data_dir / SOURCES[dataset])
     arch = DIGITS_TRAINING if tiny else [f"--arch={'ddpmpp_mnist' if dataset == 'mnist' else 'ddpmpp'}"]
     images, batch = (DIGITS_IMAGES, DIGITS_BATCH) if tiny else (PUBLISHED_IMAGES, 512)
+    evaluations = PER_CLASS[dataset] // IMAGES_TIMED
     classifier_images, classifier_batch = (DIGITS_CLASSIFIER_IMAGES, DIGITS_BATCH) if tiny else (PUBLISHED_IMAGES, 1024)
     noise = [f"--noise_type={kind}", f"--noise_rate={percent / 100}"] if percent else []
 
@@ -91,15 +95,15 @@ def noisy_job(dataset: str, kind: str, percent: int, method: str, data_dir: Path
                         ["--cond=1", *arch, *aware], images, batch, seed, iterations)
 
     def evaluate(out: Path, seed: int, iterations: int | None) -> list[str]:
-        count = 10 if iterations else PER_CLASS[dataset]
-        short = [f"--classifier-steps={iterations}"] if iterations else []
+        count = iterations * IMAGES_TIMED if iterations else PER_CLASS[dataset]
+        short = [f"--classifier-steps={iterations * CLASSIFIER_STEPS[dataset] // evaluations}"] if iterations else []
         return [str(HERE / "evaluate.py"), f"--outdir={out / 'evaluation'}", f"--data={dataset}",
                 f"--data-dir={data_dir}", f"--network={out / 'model' / 'network-snapshot-latest.pkl'}",
                 f"--per-class={count}", f"--seed={seed}", *short]
 
     stages = [Stage("data", data)]
     stages += [Stage("classifier", classifier, classifier_images // classifier_batch)] * (method == "TDSM")
-    stages += [Stage("train", train, images // batch), Stage("evaluate", evaluate)]
+    stages += [Stage("train", train, images // batch), Stage("evaluate", evaluate, evaluations)]
     return Job(f"{name}_{method.lower()}", tuple(stages), read_evaluation)
 
 
@@ -152,7 +156,7 @@ def clean_job(arch: str, conditional: bool, tiny: bool, data_dir: Path) -> Job:
                 return [str(HERE / "evaluate.py"), f"--outdir={out / f'range{number}'}", "--data=digits", network,
                         f"--per-class={DIGITS_PER_CLASS}", "--metrics=fid", f"--judge-dir={out / 'judge'}",
                         f"--first-seed={number * DIGITS_PER_CLASS}", *short]
-            count = 16 if iterations else 50_000
+            count = iterations * IMAGES_TIMED if iterations else FID_IMAGES
             return [str(HERE / "fid.py"), "calc", network, f"--seeds={number * count}-{(number + 1) * count - 1}",
                     f"--ref={out / dataset}.zip", f"--json={out / f'range{number}' / 'result.json'}"]
         return command
@@ -164,7 +168,8 @@ def clean_job(arch: str, conditional: bool, tiny: bool, data_dir: Path) -> Job:
         return {"FID": {"lowest of three": min(values), "first": values[0]}}
 
     return Job(name, (Stage("data", data), Stage("train", train, images // batch),
-                      *(Stage(f"score{number}", score(number)) for number in range(3))), read)
+                      *(Stage(f"score{number}", score(number), None if tiny else FID_IMAGES // IMAGES_TIMED)
+                        for number in range(3))), read)
 
 
 def edm_table(scale: str, options: argparse.Namespace) -> Table:

@@ -97,7 +97,7 @@ def imagenet_table(scale: str, options: argparse.Namespace) -> Table:
     if scale == "tiny":
         tiny = [cell for cell in ablation_table(scale, options).cells if cell.column == "digits, 20 labels"
                 and cell.row in ("labels only", "MetaSemi (both)")]
-        return Table("imagenet", title, source, unit, tuple(tiny), tuple(PROTOCOLS), seeds=(0,))
+        return Table("imagenet", title, source, unit, tuple(tiny), tuple(PROTOCOLS), seeds=(0,), runs="ablation-tiny")
     count, cells = options.processes, []
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}") if count > 1 else ()
     for row, (script, images, (top1, top5)) in IMAGENET.items():

@@ -2,6 +2,7 @@
 
     python -m TorchSSL.tables                             # which there are
     python -m TorchSSL.tables cifar10 --list              # its runs, and how long they take here
+    python -m TorchSSL.tables digits                      # all learners on the handwritten digits, in minutes
     python -m TorchSSL.tables dpt --scale tiny            # the whole machinery on the digits
 
 How they are run, aggregated and written: shared/tables.py.
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from shared.tables import Cell, Job, Printed, Stage, Table, serve
-from TorchSSL.make_configs import CONFIG
+from TorchSSL.make_configs import CONFIG, LEARNERS
 
 HERE = Path(__file__).resolve().parent
 # Accuracies of result.json by protocol; the published tables report the best one on the test set.
@@ -78,6 +79,8 @@ ACCURACY = {
         fixmatch 96.19 1.18 97.98 .02 98.04 .03
         flexmatch 91.81 3.2 93.41 2.29 93.28 .3"""),
 }
+SUPERVISED, ALL_LABELS = "supervised, 40 labels", "fullysupervised"  # one script, without and with the other labels
+DIGITS = "digits"  # the folder of the runs on the digits, which several tables show
 IMAGENET = {"fixmatch": (56.34, 78.20), "flexmatch": (58.15, 80.52)}  # top-1 and top-5 with 100,000 labels
 DPT_ERROR = Printed(4.68, 0.17)  # CIFAR-10, 40 labels; the deviation is from memory
 
@@ -92,15 +95,32 @@ def read_accuracy(folder: Path) -> dict[str, dict[str, float]]:
     return {"accuracy": percent(result["accuracy"]), "top-5": {"last": 100 * result["last"]["eval/top-5-acc"]}}
 
 
-def learner(name: str, config: Path, length: int, data: Path) -> Job:
-    """Return the run of one learner with one configuration file."""
+def learner(name: str, config: Path, length: int, data: Path, *flags: str, job: str = "") -> Job:
+    """Return the run of one learner with one configuration file. job: its name, where that of the file is another's."""
 
     def command(out: Path, seed: int, iterations: int | None) -> list[str]:
         short = [f"--num_train_iter={iterations}", f"--num_eval_iter={iterations}"] if iterations else []
         return [str(HERE / f"{name}.py"), "--c", str(config), f"--seed={seed}", f"--save_dir={out}", "--save_name=run",
-                f"--data_dir={data}", *short]
+                f"--data_dir={data}", *flags, *short]
 
-    return Job(config.stem.removesuffix("_0"), (Stage("train", command, length),), read_accuracy, (config,))
+    return Job(job or config.stem.removesuffix("_0"), (Stage("train", command, length),), read_accuracy, (config,))
+
+
+def on_digits(name: str, data: Path) -> Job:
+    """Return the run of one learner, or of SUPERVISED, on the digits with 40 labels."""
+    if name == SUPERVISED:
+        config = CONFIG / ALL_LABELS / f"{ALL_LABELS}_digits_40_0.yaml"
+        return learner(ALL_LABELS, config, DIGITS_LENGTH, data, "--all_labels=False", job="supervised_digits_40")
+    return learner(name, CONFIG / name / f"{name}_digits_40_0.yaml", DIGITS_LENGTH, data)
+
+
+def digits_table(scale: str, options: argparse.Namespace) -> Table:
+    """Return all learners on the digits, beside the same training on the labelled images alone."""
+    cells = [Cell(f"{name}, all labels" if name == ALL_LABELS else name, "accuracy", on_digits(name, options.data_dir),
+                  "accuracy") for name in (SUPERVISED, *LEARNERS)]
+    protocols = ("last", "median of last 20", "best on test")
+    return Table("digits", "All learners on the handwritten digits, 40 labels", "nothing",
+                 "Accuracy in % on 500 test images", tuple(cells), protocols, base=SUPERVISED, runs=DIGITS)
 
 
 def accuracy_table(dataset: str, scale: str, options: argparse.Namespace) -> Table:
@@ -110,28 +130,27 @@ def accuracy_table(dataset: str, scale: str, options: argparse.Namespace) -> Tab
     for line in text.split("\n")[1:]:
         name, *numbers = line.split()
         if scale == "tiny":
-            config = CONFIG / name / f"{name}_digits_40_0.yaml"
-            cells.append(Cell(name, "digits, 40 labels", learner(name, config, DIGITS_LENGTH, options.data_dir),
-                              "accuracy"))
+            cells.append(Cell(name, "digits, 40 labels", on_digits(name, options.data_dir), "accuracy"))
             continue
         for i, count in enumerate(labels):
             config = CONFIG / name / f"{name}_{dataset}_{count}_0.yaml"
             cells.append(Cell(name, f"{count} labels", learner(name, config, PUBLISHED_LENGTH, options.data_dir),
                               "accuracy", Printed(float(numbers[2 * i]), float(numbers[2 * i + 1]) or None)))
     return Table(dataset, f"TorchSSL: accuracy on {dataset}", "README of TorchSSL, seeds 0, 1 and 2",
-                 "Accuracy in %", tuple(cells), tuple(PROTOCOLS))
+                 "Accuracy in %", tuple(cells), tuple(PROTOCOLS), runs=DIGITS if scale == "tiny" else "")
 
 
 def imagenet_table(scale: str, options: argparse.Namespace) -> Table:
     """Return top-1 and top-5 accuracy on ImageNet with 100,000 labels."""
     cells = []
     for name, (top1, top5) in IMAGENET.items():
-        tiny = scale == "tiny"
-        config = CONFIG / name / f"{name}_{'digits_40' if tiny else 'imagenet_100000'}_0.yaml"
-        job = learner(name, config, DIGITS_LENGTH if tiny else IMAGENET_LENGTH, options.data_dir)
+        config = CONFIG / name / f"{name}_imagenet_100000_0.yaml"
+        job = on_digits(name, options.data_dir) if scale == "tiny" else learner(name, config, IMAGENET_LENGTH,
+                                                                               options.data_dir)
         cells += [Cell(name, "top-1", job, "accuracy", Printed(top1)), Cell(name, "top-5", job, "top-5", Printed(top5))]
     return Table("imagenet", "TorchSSL: ImageNet, 100,000 labels", "README of TorchSSL", "Accuracy in %", tuple(cells),
-                 ("last", *[name for name in PROTOCOLS if name != "last"]), seeds=(0,))
+                 ("last", *[name for name in PROTOCOLS if name != "last"]), seeds=(0,),
+                 runs=DIGITS if scale == "tiny" else "")
 
 
 def read_dpt(folder: Path) -> dict[str, dict[str, float]]:
@@ -175,6 +194,7 @@ def dpt_table(scale: str, options: argparse.Namespace) -> Table:
 TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {
     **{name: (lambda scale, options, name=name: accuracy_table(name, scale, options)) for name in ACCURACY},
     "imagenet": imagenet_table,
+    "digits": digits_table,
     "dpt": dpt_table,
 }
 

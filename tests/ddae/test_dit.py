@@ -12,7 +12,8 @@ from PIL import Image
 
 from DDAE.DiT import linear, vae_preprocessing
 from DDAE.DiT.gaussian import SpacedDiffusion, kept_steps
-from DDAE.DiT.network import DiT, make_dit
+from DDAE.DiT.network import DiT
+from DDAE.DiT.small import write_small
 from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
 from tests.ddae.probed import killed, result
@@ -20,7 +21,7 @@ from tests.ddae.tiny import call
 from tests.shared.programs import assert_same, one_line_error, run
 
 VAE = ("--device=cpu", "--dataset=images", "--vae=vae", "--resolution=32", "--num_copies=2", "--batch_size=5")
-PROBE = ("--device=cpu", "--dataset=images", "--ckpt=dit.pt", "--model=DiT-S/2", "--epoch=2", "--batch_size=8",
+PROBE = ("--device=cpu", "--dataset=images", "--ckpt=DiT-S-2.pt", "--model=DiT-S/2", "--epoch=2", "--batch_size=8",
          "--name=layer-0,layer-2", "--time=81,121")
 
 
@@ -36,15 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(count):
                 pixels = rng.integers(0, 156, (16, 16, 3), dtype=np.uint8) + np.uint8(100 * label)
                 Image.fromarray(pixels).save(place / f"{number}.png")
-    torch.manual_seed(0)
-    blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    AutoencoderKL(block_out_channels=(8,) * 4, down_block_types=blocks[0], up_block_types=blocks[1],
-                  layers_per_block=1, norm_num_groups=4, latent_channels=4).save_pretrained(root / "vae")
-    net = make_dit("DiT-S/2", 4)
-    with torch.no_grad():  # as initialised, every block is the identity
-        for block in net.blocks:
-            block.adaLN_modulation[1].weight.normal_(std=0.02)
-    torch.save({"ema": net.state_dict(), "opt": {}}, root / "dit.pt")
+    write_small(root, 32, 0)
     call(vae_preprocessing, *VAE, folder=root)
     return root
 

@@ -59,6 +59,8 @@ def test_grid_equals_single_probes(folder: Path, grid: Path, tmp_path: Path, key
 
 
 def test_default_is_the_probe_of_the_config(folder: Path) -> None:
+    call_in(folder, linear, "--epoch=1", "--steps=2")  # a trial, which goes on
+    assert not (folder / "out" / "linear" / "ep1_4_out_2" / "result.json").exists()
     call_in(folder, linear, "--epoch=1")
     content = result(folder / "out" / "linear" / "ep1_4_out_2")
     assert list(content["probes"]) == ["4/out_2"]

@@ -127,6 +127,8 @@ def test_constant_average(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out")
     train_in(tmp_path, "--steps=2")
     slow = checkpoint(tmp_path)
+    # What a run of a few steps has learned can be sampled and probed.
+    assert model(tmp_path, 0)["EMA"]["step"] == 2
     # After two updates the published average has moved with 1 - 2^(-2/3) = 0.37, the constant one with 0.9.
     name = "final.weight"
     assert torch.equal(fast["net"][name], slow["net"][name])

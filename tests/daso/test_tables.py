@@ -1,0 +1,74 @@
+"""DASO.tables: every command is one that main.py understands; the tables on the digits share their runs."""
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from DASO import tables
+from DASO.lib.algorithms import ALGORITHMS
+from DASO.lib.config.config import experiment_name, parse
+from shared.table_runs import Task
+from shared.tables import Job
+
+OPTIONS = argparse.Namespace(data_dir=Path("/data"), imbalance=20, args="")
+
+
+def jobs(name: str, scale: str) -> dict[str, Job]:
+    return {job.name: job for job in tables.BUILDERS[name](scale, OPTIONS).jobs()}
+
+
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+@pytest.mark.parametrize("name", list(tables.BUILDERS))
+def test_every_command_is_understood(name: str, scale: str) -> None:
+    found = jobs(name, scale)
+    assert len({tuple(job.stages[-1].command(Path("/out"), 0, None)) for job in found.values()}) == len(found)
+    for job in found.values():
+        for stage in job.stages:
+            for iterations in (None, 5):
+                cfg, _ = parse(stage.command(Path("/out"), 3, iterations)[1:])
+                assert cfg.SEED == 3 and cfg.SOLVER.MAX_ITER == (iterations or stage.iterations), job.name
+
+
+def test_unlabelled_images_of_another_distribution() -> None:
+    found = jobs("mismatched", "paper")
+    configs = {name: parse(job.stages[0].command(Path("/out"), 0, None)[1:])[0] for name, job in found.items()}
+    assert all(cfg.ALGORITHM.DASO.DIST_TEMP == 0.3 for name, cfg in configs.items() if "daso" in name)
+    assert {(cfg.DATASET.CIFAR10.IMB_FACTOR_UL, cfg.DATASET.REVERSE_UL_DISTRIBUTION) for cfg in configs.values()
+            if cfg.DATASET.NAME == "cifar10"} == {(1, False), (100, True)}
+    assert all((Path(cfg.ALGORITHM.DARP.EST) / "stl10_l_150_20_ul_-1_-1_estim.npyz").is_file()
+               for cfg in configs.values() if cfg.ALGORITHM.DARP.APPLY)
+
+
+def test_the_digits_have_a_row_for_every_learner() -> None:
+    commands = [job.stages[-1].command(Path("/out"), 0, None)[1:] for job in jobs("digits", "paper").values()]
+    assert {parse(command)[0].ALGORITHM.NAME for command in commands} | {"DARP_ESTIM"} == set(ALGORITHMS)
+
+
+def test_classifier_retraining_takes_the_encoder_that_was_trained_for_it() -> None:
+    encoder, train = (parse(stage.command(Path("/out"), 2, None)[1:])[0]
+                      for stage in jobs("digits", "paper")["crt_on_supervised_digits"].stages)
+    assert train.ALGORITHM.CRT.TARGET_DIR == f"{encoder.OUTPUT_DIR}/{experiment_name(encoder, 2)}"
+
+
+@pytest.mark.parametrize("name", ["matched", "mismatched"])
+def test_tiny_tables_reuse_the_runs_of_the_digits(name: str) -> None:
+    assert tables.BUILDERS[name]("tiny", OPTIONS).runs == tables.digits_table("paper", OPTIONS).runs
+    known, shared = jobs("digits", "paper"), 0
+    for job in jobs(name, "tiny").values():
+        if job.name in known:
+            ours, theirs = (Task(job, 1, Path("/out"), OPTIONS.data_dir).identity() for job in (job, known[job.name]))
+            assert ours == theirs
+            shared += 1
+    assert shared == (10 if name == "matched" else 0)
+
+
+def test_results_are_percents_by_protocol(tmp_path: Path) -> None:
+    run = tmp_path / "run" / "DASO_digits_seed_0"
+    run.mkdir(parents=True)
+    values = {"last": 0.5, "median_of_last_20": 0.25, "best_on_test": None}
+    (run / "result.json").write_text(json.dumps({"accuracy": values, "groups": {"few": values}}))
+    wanted = {"median of last 20": 25.0, "last": 50.0}
+    assert tables.read_accuracy(tmp_path) == {"accuracy": wanted, "few": wanted}

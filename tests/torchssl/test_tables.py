@@ -1,0 +1,66 @@
+"""TorchSSL.tables: every command is one that its script understands; the tables on the digits share their runs."""
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from shared.table_runs import Task
+from shared.tables import Job
+from TorchSSL import tables
+from TorchSSL.make_configs import LEARNERS
+
+OPTIONS = argparse.Namespace(data_dir=Path("/data"))
+ON_DIGITS = [name for name in tables.TABLES if name not in ("dpt", "digits")]
+
+
+def jobs(name: str, scale: str) -> dict[str, Job]:
+    return {job.name: job for job in tables.TABLES[name](scale, OPTIONS).jobs()}
+
+
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+@pytest.mark.parametrize("name", list(tables.TABLES))
+def test_every_command_is_understood(name: str, scale: str) -> None:
+    for job in jobs(name, scale).values():
+        for stage in job.stages:
+            for iterations in (None, 5):
+                script, *flags = stage.command(Path("/out"), 3, iterations)
+                options = importlib.import_module(f"TorchSSL.{Path(script).stem}").parse(flags)
+                if name != "dpt":
+                    assert options.seed == 3 and options.num_train_iter == (iterations or stage.iterations), job.name
+
+
+def test_published_rows_are_whole() -> None:
+    for name, (labels, text) in tables.ACCURACY.items():
+        cells = tables.TABLES[name]("paper", OPTIONS).cells
+        assert len(cells) == len(labels) * len(text.strip().splitlines()) and all(cell.printed for cell in cells)
+
+
+def test_the_digits_have_every_learner_and_the_labels_alone() -> None:
+    table = tables.digits_table("paper", OPTIONS)
+    rows = [cell.row for cell in table.cells]
+    assert rows[0] == table.base == tables.SUPERVISED and len(rows) == len(LEARNERS) + 1
+    alone, all_labels = (next(cell.job for cell in table.cells if cell.row.startswith(name))
+                         for name in (tables.SUPERVISED, tables.ALL_LABELS))
+    words = [list(job.stages[0].command(Path("/out"), 0, None)) for job in (alone, all_labels)]
+    assert set(words[0]) - set(words[1]) == {"--all_labels=False"} and not set(words[1]) - set(words[0])
+
+
+@pytest.mark.parametrize("name", ON_DIGITS)
+def test_tiny_tables_reuse_the_runs_of_the_digits(name: str) -> None:
+    assert tables.TABLES[name]("tiny", OPTIONS).runs == tables.digits_table("paper", OPTIONS).runs
+    known = jobs("digits", "paper")
+    for job in jobs(name, "tiny").values():
+        ours, theirs = (Task(job, 1, Path("/out"), OPTIONS.data_dir).identity() for job in (job, known[job.name]))
+        assert ours == theirs
+
+
+def test_results_are_percents_by_protocol(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    accuracy = {"last": 0.5, "median_of_last_20": 0.25, "best_on_test": 0.75, "best_on_validation": None}
+    (tmp_path / "run" / "result.json").write_text(json.dumps({"accuracy": accuracy, "last": {"eval/top-5-acc": 1.0}}))
+    assert tables.read_accuracy(tmp_path) == {
+        "accuracy": {"best on test": 75.0, "median of last 20": 25.0, "last": 50.0}, "top-5": {"last": 100.0}}
