@@ -39,6 +39,7 @@ def measure(cell: Cell, table: Table, scale: str, folder: Path, runs: Path, seed
         "printed": None if cell.printed is None or scale != "paper" else vars(cell.printed),
         "runs": [{"seed": seed, "folder": os.path.relpath(path, folder), "commit": run["commit"],
                   "hardware": {**run["hardware"], "threads": run["threads"]}, "seconds": sum(run["stages"].values()),
+                  "earlier": run.get("earlier", []),
                   "logs": [f"{name}.log" for name in run["stages"]],
                   "configs": [config.name for config in cell.job.configs if (path / config.name).is_file()]}
                  for seed, path, run in found]}
@@ -184,9 +185,13 @@ def evidence(run: Content) -> str:
     def links(names: Sequence[str]) -> str:
         return ", ".join(f"[{name}]({run['folder']}/{name})" for name in names)
 
+    starts = run["earlier"]
+    broken_off = ""
+    if starts:
+        broken_off = f" since the last of {len(starts)} interruptions (begun at commit {starts[0]['commit']})"
     return (f"- seed {run['seed']}: {links(['run.json'])} (commands, result), configuration "
-            f"{links(run['configs']) or 'on the command line'}, commit {run['commit']}, {duration(run['seconds'])} on "
-            f"{hardware_text(run['hardware'])}; {links(run['logs'])}")
+            f"{links(run['configs']) or 'on the command line'}, commit {run['commit']}, "
+            f"{duration(run['seconds'])}{broken_off} on {hardware_text(run['hardware'])}; {links(run['logs'])}")
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -147,6 +148,14 @@ class Task:
     def finished(self) -> bool:
         return self.record().get("state") == "finished"
 
+    def state(self) -> str:
+        """Return not run, running, interrupted or finished."""
+        state = self.record().get("state", "not run")
+        if state == "running":
+            with suppress(InUse), lock(self.folder):
+                state = "interrupted"
+        return state
+
     def write(self, **values: Any) -> None:
         content = {"identity": self.identity(), **self.record(), **values}
         with atomic(self.folder / "run.json", "w") as file:
@@ -174,7 +183,8 @@ def compute(task: Task, environment: Mapping[str, str], held: IO) -> None:
     found = task.record()
     done: dict[str, float] = found.get("stages", {})
     facts = {"commit": commit(), "hardware": machine(), "threads": environment.get("OMP_NUM_THREADS")}
-    task.write(state="running", stages=done, **facts)
+    earlier = [*found.get("earlier", []), {name: found[name] for name in facts}] if found else []
+    task.write(state="running", stages=done, earlier=earlier, **facts)
     for path in task.job.configs:  # beside the log, for whoever looks at the run
         shutil.copyfile(path, task.folder / path.name)
     for stage in task.job.stages:
@@ -244,18 +254,14 @@ def submit(tasks: Sequence[Task], words: Sequence[str], options: argparse.Namesp
     """Run every task as a SLURM job through submitit; return what failed."""
     try:
         import submitit
+        executor = submitit.SlurmExecutor(options.out / "slurm", max_num_timeout=options.slurm_restarts)
     except ImportError:
         raise UserError("--slurm needs submitit: pip install 'fewlabel[slurm]'") from None
-    try:
-        executor = submitit.AutoExecutor(options.out / "slurm", cluster=options.cluster,
-                                         slurm_max_num_timeout=options.slurm_restarts)
     except RuntimeError as error:
         raise UserError(f"--slurm: {error}") from None
-    executor.update_parameters(name="fewlabel", timeout_min=int(60 * options.slurm_hours),
-                               gpus_per_node=options.slurm_gpus or None)
-    if options.cluster == "slurm":
-        own = dict(pair.partition("=")[::2] for pair in options.slurm_args.split())
-        executor.update_parameters(slurm_partition=options.slurm, slurm_additional_parameters=own)
+    executor.update_parameters(job_name="fewlabel", partition=options.slurm, time=int(60 * options.slurm_hours),
+                               gpus_per_node=options.slurm_gpus or None, additional_parameters=dict(
+                                   pair.partition("=")[::2] for pair in options.slurm_args.split()))
     jobs = {}
     for task in tasks:
         jobs[task] = executor.submit(SlurmJob([sys.executable, *words, "--no-estimate", f"--run={task.name}"]))

@@ -66,7 +66,6 @@ def options_of(paper: str, tables: Mapping[str, Callable[[str, argparse.Namespac
                         'instance "account=us cpus-per-task=8"')
     parser.add_argument("--slurm-restarts", type=int, default=20, metavar="N", help="how often a job that the time "
                         "limit ends goes on [20]")
-    parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help=argparse.SUPPRESS)
     parser.add_argument("--run", default=None, metavar="JOB/seed_S", help="only this run; what a SLURM job calls")
     if add_flags:
         add_flags(parser)
@@ -141,9 +140,8 @@ def show(table: Table, tasks: Sequence[Task], runs: Path, timed: bool) -> None:
     jobs = list({task.job.name: task.job for task in missing}.values())
     seconds = estimate(jobs, runs / "estimates.json", tasks[0].data_dir) if timed else {}
     for task in tasks:
-        state = task.record().get("state", "not run")
         needed = f", about {duration(seconds[task.job.name])}" if task in missing and task.job.name in seconds else ""
-        print(f"{task.name}: {state}{needed}")
+        print(f"{task.name}: {task.state()}{needed}")
     if seconds:
         counted = [task for task in missing if task.job.name in seconds]
         total = sum(seconds[task.job.name] for task in counted)

@@ -91,13 +91,17 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     wait_for(lambda: calls(tmp_path) == ["first plain seed_0"])
     record = tmp_path / "small-paper" / "plain" / "seed_0" / "run.json"
     wait_for(lambda: "first" in json.loads(record.read_text()).get("stages", {}))
+    listing = (*PROGRAM, f"--out={tmp_path}", "--list", "--no-estimate", "--seeds=1", "--only=plain")
+    assert "plain/seed_0: running" in run(*listing).stdout
     process.kill()
     process.wait()
     (tmp_path / "slow").unlink()
+    wait_for(lambda: "plain/seed_0: interrupted" in run(*listing).stdout)  # once the child that was left over has ended
     run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", "--only=plain")
     # The first stage is not repeated; the second may have been finished by the child that was left over.
     assert calls(tmp_path).count("first plain seed_0") == 1
     assert json.loads(record.read_text())["state"] == "finished"
+    assert "since the last of 1 interruptions (begun at commit" in (tmp_path / "small-paper" / "table.md").read_text()
 
 
 def test_two_at_once(tmp_path: Path) -> None:
@@ -131,15 +135,6 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "| plain | not run (printed" in done.stdout and "| better | 2.00 (printed" in done.stdout
     (tmp_path / "fail-plain").unlink()
     assert "| plain | 1.00 (printed" in run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1").stdout
-
-
-def test_jobs_of_a_cluster(tmp_path: Path) -> None:
-    """submitit's executor for this machine stands in for SLURM: one process a run, the table at the end."""
-    done = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=2", "--only=plain", "--slurm=main",
-               "--cluster=local", "--slurm-hours=0.1", "--slurm-gpus=0")
-    assert sorted(calls(tmp_path)) == ["first plain seed_0", "first plain seed_1",
-                                       "second plain seed_0", "second plain seed_1"]
-    assert "| plain | 1.50 ± 0.71" in done.stdout
 
 
 @pytest.fixture
