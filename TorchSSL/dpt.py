@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shared.cli import Parser, UserError, nearest, run_main
-from shared.steps import Runner, Step
 from TorchSSL import dpt_longtail, dpt_tdsm
 from TorchSSL.dpt_recipes import OWN_IMAGES, RECIPES
 from TorchSSL.make_configs import CONFIG, DATASETS, LEARNERS
+from TorchSSL.steps import Runner, Step
 
 TORCHSSL = Path(__file__).resolve().parent
 ROOT = TORCHSSL.parent

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from shared.cli import UserError
-from shared.steps import Step
+from TorchSSL.steps import Step
 
 if TYPE_CHECKING:
     from TorchSSL.dpt import Experiment

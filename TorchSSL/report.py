@@ -77,7 +77,7 @@ def main() -> None:
 
 def collect(options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Gather what the stages have written, and draw the pictures into `out`."""
-    from shared.steps import seconds_by_step
+    from TorchSSL.steps import seconds_by_step
 
     stage1 = Path(options.stage1)
     results = {"stage1": read_json(stage1 / "result.json"),

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from shared.cli import UserError
-from shared.steps import Runner, Step, read_history, seconds_by_step
 from tests.shared.programs import environment
+from TorchSSL.steps import Runner, Step, read_history, seconds_by_step
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from shared.cli import run_main
-from shared.steps import Runner, Step
+from TorchSSL.steps import Runner, Step
 root = Path(sys.argv[1])
 def main():
     with Runner(root, root / "out") as runner:
