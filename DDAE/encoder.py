@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from DDAE.options import autocast, choose_precision, ddae_parser, set_arithmetic
+from DDAE.options import choose_precision, ddae_parser
 from shared.cli import UserError, nearest
 from shared.lazy import lazy
+from shared.precision import autocast, set_arithmetic
 
 if TYPE_CHECKING:
     from DDAE.configs import Config, LinearConfig
@@ -99,7 +100,7 @@ def load_encoder(options: argparse.Namespace, device: torch.device, epoch: int |
     config = read_config(options.config, options.set)
     config.probe()
     precision = choose_precision(options, device)
-    set_arithmetic(precision)
+    set_arithmetic(strict=False, tf32=precision != "fp32")
     epoch = options.epoch if epoch is None else epoch
     kind, snapshot = getattr(options, "encoder", "trained"), getattr(options, "network", None)
     if snapshot is not None and kind != "trained":

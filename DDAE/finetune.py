@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from DDAE.encoder import Encoder, encoder_parser, load_encoder, load_split
-from DDAE.options import autocast
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
+from shared.precision import autocast
 
 if TYPE_CHECKING:
     from DDAE.batches import Batch, TestItems, TrainBatches

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from DDAE.options import autocast, choose_precision, ddae_parser, set_arithmetic
+from DDAE.options import choose_precision, ddae_parser
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
+from shared.precision import autocast, set_arithmetic
 
 if TYPE_CHECKING:
     from DDAE.batches import TrainBatches
@@ -68,7 +69,7 @@ def main() -> None:
         read_curve(path)
     world = distributed.start(options.device)
     precision = choose_precision(options, world.device)
-    set_arithmetic(precision)
+    set_arithmetic(strict=False, tf32=precision != "fp32")
     train, test = (load_images(options.dataset, split, options.data_dir) for split in ("train", "test"))
     diffusion = DDPM(BETAS, STEPS) if options.mode == "DDPM" else EDM()
     net = make_network(options, train.channels, train.num_classes).to(world.device)

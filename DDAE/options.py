@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from typing import TYPE_CHECKING
 
 from shared.cli import Parser, UserError
@@ -34,7 +33,7 @@ def ddae_parser(description: str, config: bool = True) -> Parser:
 
 def choose_precision(args: argparse.Namespace, device: torch.device) -> str:
     """Return fp32, bf16 or fp16: what --precision says, else what --use_amp means on this device."""
-    import torch
+    from shared.precision import has_bf16
 
     if args.precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU half precision is bf16")
@@ -42,23 +41,4 @@ def choose_precision(args: argparse.Namespace, device: torch.device) -> str:
         return args.precision
     if not getattr(args, "use_amp", False):
         return "fp32"
-    old_gpu = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return "fp16" if old_gpu else "bf16"
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Return the context in which a network computes in `precision`."""
-    import torch
-
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-def set_arithmetic(precision: str, deterministic: bool = False) -> None:
-    """Let fp32 be fp32 (no TF32 in convolutions), and cuDNN measure its algorithms unless `deterministic`."""
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.deterministic = deterministic
+    return "bf16" if has_bf16(device) else "fp16"

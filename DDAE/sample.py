@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from DDAE.options import choose_precision, ddae_parser, set_arithmetic
+from DDAE.options import choose_precision, ddae_parser
 from shared.cli import Parser, UserError, run_main
+from shared.precision import set_arithmetic
 
 if TYPE_CHECKING:
     from DDAE.configs import Config
@@ -93,7 +94,7 @@ def make_sampler(config: Config, args: argparse.Namespace, world: World) -> tupl
     if net.image_shape[0] not in (1, 3):
         raise UserError(f"{config.source}: a PNG holds 1 or 3 channels, not {net.image_shape[0]}")
     precision = choose_precision(args, world.device)
-    set_arithmetic(precision, deterministic=args.strict)
+    set_arithmetic(args.strict, tf32=precision != "fp32")
     steps = args.steps or diffusion.default_steps()
     if config.model_type == "EDM" or args.mode == "DDIM":
         # Told now, not after the first batch.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from DDAE.diffusion import DDPM, EDM
-from DDAE.options import autocast
 from DDAE.unet import UNet, use_channels_last
 from shared.cli import UserError
+from shared.precision import autocast
 from shared.randomness import torch_rng
 
 # On a CPU, results differ in the last bit between batches of a few images (other matrix kernels) but not from here on,

@@ -11,8 +11,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from DDAE.options import choose_precision, ddae_parser, set_arithmetic
+from DDAE.options import choose_precision, ddae_parser
 from shared.cli import UserError, run_main
+from shared.precision import set_arithmetic
 
 if TYPE_CHECKING:
     from DDAE.configs import Config
@@ -72,7 +73,7 @@ def start(config: Config, args: argparse.Namespace, world: World) -> None:
 
     gpus = args.gpus or world.size
     precision = choose_precision(args, world.device)
-    set_arithmetic(precision, deterministic=args.strict)
+    set_arithmetic(args.strict, tf32=precision != "fp32")
     say = print if world.main else (lambda text: None)
     say(f"local_rank = {world.local_rank}, seed = {args.seed}")
     say(f"Using DDP, lr = {config.lrate:f} * {gpus}")

@@ -23,7 +23,6 @@ from DDAE.checkpoints import (
 )
 from DDAE.configs import Config, make_diffusion
 from DDAE.diffusion import DDPM, EDM
-from DDAE.options import autocast
 from DDAE.pictures import write_sheet
 from DDAE.unet import UNet, use_channels_last
 from shared import distributed
@@ -35,6 +34,7 @@ from shared.dropout import set_dropout_keys
 from shared.ema import EMA
 from shared.files import atomic, make_dir
 from shared.hardware import computed_on
+from shared.precision import autocast
 from shared.randomness import torch_rng
 from shared.run import Run
 

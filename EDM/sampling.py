@@ -10,6 +10,7 @@ from EDM import samplers
 from EDM.networks import use_channels_last
 from EDM.samplers import Model, Noise, affine, denoiser, guided
 from shared.cli import UserError
+from shared.precision import default_precision
 from shared.seeds import SeedGenerators
 
 # On a CPU, results differ in the last bit between batches of a few images (other matrix kernels) but not from here on,
@@ -146,6 +147,4 @@ class SeedSampler:
 
 
 def _own_precision(net: torch.nn.Module, device: torch.device) -> str:
-    if device.type != "cuda":
-        return "fp32"
-    return "fp16" if net.use_fp16 else "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "fp16" if net.use_fp16 and device.type == "cuda" else default_precision(device)

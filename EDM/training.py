@@ -34,6 +34,7 @@ from shared.dropout import set_dropout_keys
 from shared.ema import EMA, half_life_beta, power_law_beta
 from shared.files import atomic
 from shared.hardware import computed_on
+from shared.precision import default_precision
 from shared.randomness import torch_rng
 from shared.run import Run
 
@@ -179,8 +180,7 @@ def choose_precision(asked: str | None, device: torch.device, strict: bool) -> s
         return "fp32"  # as published: fp16 is for GPUs
     if asked is not None:
         return asked
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if fast and not strict else "fp32"
+    return default_precision(device, strict)
 
 
 def denoising(options: Mapping[str, Any], dataset: TrainingSet, world: World) -> Task:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from MetaSemi.meters import Best, Meters
 from MetaSemi.schedules import CosAnnealingLR
-from MetaSemi.training import MEDIAN_OF, adopt, choose_precision, set_arithmetic
+from MetaSemi.training import MEDIAN_OF, adopt, choose_precision
 from MetaSemi.validation import validate
 from shared import distributed
 from shared.allocator import keep_freed_memory
@@ -32,6 +32,7 @@ from shared.files import atomic
 from shared.hardware import computed_on
 from shared.photograph_batches import Epochs, Request, batches, choose_decoder
 from shared.photographs import CentreCrop, Photographs, RandomCrop, RecordImages, draw_crops
+from shared.precision import dtype_of, set_arithmetic
 from shared.randomness import numpy_rng
 from shared.run import Run
 
@@ -77,7 +78,7 @@ class Training:
         if world.device.type == "cpu":
             keep_freed_memory()
         self.precision = choose_precision(options, world.device)
-        self.autocast = torch.bfloat16 if self.precision == "bf16" else None
+        self.autocast = dtype_of(self.precision)
         set_arithmetic(options.strict)
 
         # Everything is read and checked before the folder is touched.

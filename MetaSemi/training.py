@@ -27,6 +27,7 @@ from shared.datasets import load_dataset
 from shared.files import atomic
 from shared.hardware import computed_on
 from shared.pool import Pool
+from shared.precision import default_precision, dtype_of, set_arithmetic
 from shared.run import Run
 
 CHECKPOINT, BEST, LABELS, RESULT = "checkpoint.pth", "model_best.pth", "label_indices.txt", "result.json"
@@ -50,7 +51,7 @@ class Training:
         if world.device.type == "cpu" and options.batch_size <= KEEP_MEMORY_UP_TO:
             keep_freed_memory()
         self.precision = choose_precision(options, world.device)
-        self.autocast = torch.bfloat16 if self.precision == "bf16" else None
+        self.autocast = dtype_of(self.precision)
         set_arithmetic(options.strict)
 
         # Everything is read and checked before the folder is touched; what is said before goes into its log later.
@@ -222,16 +223,7 @@ def choose_precision(options: argparse.Namespace, device: torch.device) -> str:
     """Return fp32 or bf16."""
     if options.precision != "auto":
         return options.precision
-    return "bf16" if not options.strict and device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def set_arithmetic(strict: bool) -> None:
-    """Choose the fastest kernels by trying; strict: deterministic ones in full fp32."""
-    torch.backends.cudnn.benchmark = not strict
-    if strict:
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    return default_precision(device, options.strict)
 
 
 # ------------------------------------------------------------------------------------------------- the labelled set

@@ -24,6 +24,7 @@ from shared.datasets import NAMES, report
 from shared.distributed import World
 from shared.ema import EMA
 from shared.pool import Pool
+from shared.precision import autocast, default_precision, set_arithmetic
 from shared.randomness import numpy_rng, torch_rng
 from shared.run import Run
 from TorchSSL.algorithm import Algorithm
@@ -94,7 +95,7 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
     if world.device.type == "cpu":
         keep_freed_memory()
     precision = choose_precision(options, world.device)
-    set_arithmetic(options)
+    set_arithmetic(options.strict)
     batch_size = global_batch_size(options, world)
 
     # Everything is read and checked before the run folder is touched.
@@ -164,7 +165,7 @@ class Trainer:
         self.ema = EMA(net, buffers="copy")
         algorithm.teacher = self.ema.module
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.precision = precision
         self.iteration = 0
         self.forward = distributed.data_parallel(compiled(net, options, world.device), world)
 
@@ -197,9 +198,7 @@ class Trainer:
         self.scaler.update()
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, self.dtype)
+        return autocast(self.world.device, self.precision)
 
     def parts(self) -> dict[str, Any]:
         """Return what a checkpoint holds, under the published names first."""
@@ -278,22 +277,12 @@ def choose_precision(options: argparse.Namespace, device: torch.device) -> str:
     if options.strict:
         return "fp32"
     if options.precision == "auto" and "amp" not in options.given:
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        return default_precision(device)
     if options.precision == "auto":
         return "fp32" if not options.amp else "fp16" if device.type == "cuda" else "bf16"
     if options.precision == "fp16" and device.type != "cuda":
         raise UserError("--precision fp16 needs a GPU; on this device use bf16 or fp32")
     return options.precision
-
-
-def set_arithmetic(options: argparse.Namespace) -> None:
-    """With --strict: deterministic kernels and full fp32. Without: the fastest kernels, found by trying."""
-    torch.backends.cudnn.benchmark = not options.strict
-    if options.strict:
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def compiled(net: torch.nn.Module, options: argparse.Namespace, device: torch.device) -> torch.nn.Module:

@@ -49,7 +49,7 @@ def write_result(trainer: Trainer, state: Mapping[str, Any]) -> None:
         "accuracy_by_class": [value / 100 for value in courses[f"{split}/classes"][-1]],
         "pseudo_labels": {name.removeprefix("pseudo_labels/"): values[-1] for name, values in courses.items()
                           if name.startswith("pseudo_labels/")},
-        "seconds": trainer.run.seconds, "precision": "fp32" if trainer.dtype is None else "bf16",
+        "seconds": trainer.run.seconds, "precision": trainer.precision,
         "processes": trainer.world.size, **computed_on(trainer.world.device)}
     with atomic(trainer.folder / "result.json", "w") as file:
         json.dump(result, file, indent=1)

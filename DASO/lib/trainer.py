@@ -29,6 +29,7 @@ from shared.allocator import keep_freed_memory
 from shared.batchnorm import sync_batchnorm
 from shared.cli import UserError
 from shared.distributed import World
+from shared.precision import autocast, default_precision, set_arithmetic
 from shared.run import Run
 
 CHECKPOINT = "checkpoint.pth.tar"
@@ -50,7 +51,7 @@ class Trainer:
         weighted = cfg.DATASET.SAMPLER_NAME == "ClassAwareSampler"
         self.batches = Batches(data, world, cfg.SEED, solver.IMS_PER_BATCH, solver.UNLABELED_BATCH_RATIO,
                                kind.views(cfg), kind.labelled_view(cfg), cfg.DATASET.SAMPLER_BETA if weighted else None)
-        self.dtype = choose_precision(cfg, world.device)
+        self.precision = choose_precision(cfg, world.device)
         self.channels = data.labelled.channels
         self.model = self.new_model(cfg.SEED)
         size = self.model.encoder.feature_size
@@ -111,7 +112,7 @@ class Trainer:
             return predict(net or self.measured, pool, self.cfg.EVAL_BATCH, self.world)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.world.device.type, self.dtype)
+        return autocast(self.world.device, self.precision)
 
     def step(self, batch: Batch, it: int, draws: Draws) -> tuple[Step, dict[str, Tensor | float]]:
         """Do one iteration on a batch; return what the learner returned, and what to log under its published name."""
@@ -174,7 +175,7 @@ def train(cfg: Config, folder: Path, world: World) -> None:
     """Train as the configuration says, in `folder`; UserError."""
     if world.device.type == "cpu":
         keep_freed_memory()
-    set_arithmetic(cfg)
+    set_arithmetic(cfg.STRICT, benchmark=cfg.CUDNN_BENCHMARK, deterministic=cfg.CUDNN_DETERMINISTIC)
     data = load_data(cfg)
     trainer = Trainer(cfg, data, world, folder)
     trainer.algorithm.begin(trainer)
@@ -213,7 +214,7 @@ def open_run(trainer: Trainer) -> Run:
     """Return the run of the trainer's folder, continued if there is a checkpoint."""
     cfg = trainer.cfg
     trainer.run = run = Run(
-        trainer.folder, {**cfg.flat, "precision": str(trainer.dtype)}, trainer.parts(), trainer.world,
+        trainer.folder, {**cfg.flat, "precision": trainer.precision}, trainer.parts(), trainer.world,
         checkpoint=CHECKPOINT, ignore=FREE_KEYS,
         extra=lambda: {"meta": trainer.meta(trainer.run.state), **({"ema_model": None} if trainer.ema is None else {})},
         save_seconds=cfg.SAVE_SECONDS or None, save_every=cfg.PERIODS.CHECKPOINT, log_every=1 << 62,
@@ -272,21 +273,11 @@ def evaluate_only(cfg: Config, folder: Path, world: World) -> dict[str, float]:
     return values
 
 
-def choose_precision(cfg: Config, device: torch.device) -> torch.dtype | None:
-    """Return bfloat16, or None for fp32."""
-    if cfg.STRICT or cfg.PRECISION == "fp32":
-        return None
-    if cfg.PRECISION == "bf16":
-        return torch.bfloat16
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-
-
-def set_arithmetic(cfg: Config) -> None:
-    """Set the kernels: CUDNN_*; with STRICT full fp32."""
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not cfg.STRICT
-    torch.backends.cudnn.deterministic = cfg.CUDNN_DETERMINISTIC or cfg.STRICT
+def choose_precision(cfg: Config, device: torch.device) -> str:
+    """Return fp32 or bf16."""
     if cfg.STRICT:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        return "fp32"
+    return default_precision(device) if cfg.PRECISION == "auto" else cfg.PRECISION
 
 
 def check_batches(cfg: Config, world: World) -> None:
@@ -319,7 +310,7 @@ def describe(trainer: Trainer) -> str:
         ("labelled", data.labelled), ("unlabelled", data.unlabelled), ("validation", data.valid), ("test", data.test))
         if part is not None)
     lines = [f"{trainer.folder.name}: {sizes} images; {world.size} process(es) on {world.device.type}, "
-             f"{'fp32' if trainer.dtype is None else 'bf16'}", f"labelled images a class: {data.counts.tolist()}"]
+             f"{trainer.precision}", f"labelled images a class: {data.counts.tolist()}"]
     if trainer.batches.beta is not None:
         shares = ", ".join(f"{share:.4f}" for share in trainer.batches.drawn_shares)
         lines.append(f"shares of the classes in what is drawn: {shares}")

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from DDAE.DiT.options import code_folder, dit_parser
-from DDAE.options import autocast, choose_precision
+from DDAE.options import choose_precision
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
+from shared.precision import autocast
 
 if TYPE_CHECKING:
     from DDAE.DiT.latents import Latents

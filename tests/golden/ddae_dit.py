@@ -81,7 +81,10 @@ def test_tables(case):
 @pytest.mark.parametrize("case", SINUSOIDS, ids=name)
 def test_sinusoid(case):
     stored = tensors(case)
-    assert_close(sinusoid(stored["t"], stored["emb"].shape[1]), stored["emb"], case["tolerance"], "emb")
+    # The last bit of a frequency is the processor's, and angles are up to t times it.
+    angle = np.abs(stored["t"].numpy()).max() * np.finfo(np.float32).eps
+    assert_close(sinusoid(stored["t"], stored["emb"].shape[1]), stored["emb"], str(float(case["tolerance"]) + angle),
+                 "emb")
 
 
 @pytest.mark.parametrize("case", RESPACED, ids=name)

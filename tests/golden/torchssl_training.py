@@ -39,8 +39,10 @@ def script_of(case: dict[str, Any]) -> str | None:
 CASES = [case for case in index("torchssl")["cases"] if case["file"] == "train.npz" and script_of(case)]
 SERVES = {case["id"] for case in CASES}
 
-# The stated tolerances let weight decay on the wrong parameters pass; a correct fp32 run is this close.
-NORMS = dict(rtol=1e-5, atol=1e-7)
+# The stated tolerances let weight decay on the wrong parameters pass, which moves the norms of batch norm by 2e-4.
+# A correct fp32 run is this close, whatever the processor: 2e-5 was seen between two.
+NORMS = dict(rtol=1e-5, atol=3e-5)
+LOGGED = dict(rtol=1e-4, atol=1e-6)
 
 
 def options_of(given: dict[str, Any], script: ModuleType) -> argparse.Namespace:
@@ -120,7 +122,7 @@ def test_training_run(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     for key in wanted:
         if key.startswith("log__"):
             name = key.removeprefix("log__").replace("__", "/")
-            np.testing.assert_allclose(logged[name], wanted[key], rtol=1e-5, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(logged[name], wanted[key], err_msg=name, **LOGGED)
     if "targets_before_mixup" in wanted:
         np.testing.assert_allclose(torch.stack(targets), wanted["targets_before_mixup"], rtol=1e-5, atol=1e-7)
 
