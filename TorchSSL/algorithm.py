@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from shared.lazy import lazy
 
 if TYPE_CHECKING:
-    from TorchSSL.trainer import Batch, Setting
+    from TorchSSL.batches import Batch
+    from TorchSSL.setting import Setting
 
 torch = lazy("torch")
 

@@ -21,7 +21,7 @@ from TorchSSL.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
 from TorchSSL.pseudo_labels import consistency, pseudo_label_metrics
 
 if TYPE_CHECKING:
-    from TorchSSL.trainer import Batch
+    from TorchSSL.batches import Batch
 
 torch = lazy("torch")
 

@@ -18,7 +18,8 @@ from TorchSSL.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
 from TorchSSL.pseudo_labels import ClassStatus, DistributionAlignment, consistency, pseudo_label_metrics
 
 if TYPE_CHECKING:
-    from TorchSSL.trainer import Batch, Setting
+    from TorchSSL.batches import Batch
+    from TorchSSL.setting import Setting
 
 torch = lazy("torch")
 

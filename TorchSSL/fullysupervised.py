@@ -15,7 +15,7 @@ from TorchSSL.algorithm import Algorithm, classify
 from TorchSSL.options import Flag, parse_options
 
 if TYPE_CHECKING:
-    from TorchSSL.trainer import Batch
+    from TorchSSL.batches import Batch
 
 torch = lazy("torch")
 

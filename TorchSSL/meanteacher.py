@@ -16,7 +16,7 @@ from TorchSSL.algorithm import Algorithm, classify, frozen_batchnorm, ramp_up, s
 from TorchSSL.options import POSITIVE, SHARE, Flag, parse_options
 
 if TYPE_CHECKING:
-    from TorchSSL.trainer import Batch
+    from TorchSSL.batches import Batch
 
 torch = lazy("torch")
 

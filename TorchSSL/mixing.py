@@ -12,7 +12,7 @@ from shared.mixing import Mixed
 from TorchSSL.algorithm import classify, frozen_batchnorm
 
 if TYPE_CHECKING:
-    from TorchSSL.trainer import Setting
+    from TorchSSL.setting import Setting
 
 torch = lazy("torch")
 

@@ -18,7 +18,7 @@ from TorchSSL.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
 from TorchSSL.pseudo_labels import sharpen
 
 if TYPE_CHECKING:
-    from TorchSSL.trainer import Batch
+    from TorchSSL.batches import Batch
 
 torch = lazy("torch")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from shared.lazy import lazy
 
 if TYPE_CHECKING:
-    from TorchSSL.trainer import Setting
+    from TorchSSL.setting import Setting
 
 torch = lazy("torch")
 

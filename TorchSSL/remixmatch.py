@@ -19,7 +19,8 @@ from TorchSSL.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
 from TorchSSL.pseudo_labels import DistributionAlignment, sharpen
 
 if TYPE_CHECKING:
-    from TorchSSL.trainer import Batch, Setting
+    from TorchSSL.batches import Batch
+    from TorchSSL.setting import Setting
 
 torch = lazy("torch")
 

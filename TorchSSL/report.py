@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.cli import Parser, UserError, run_main
+from TorchSSL.report_text import CONTROLS, run_markdown, run_summary, seeds_markdown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONTROLS = {"other_seed": "stage 1, another training seed, same labels",
-            "twice": "stage 1, the iterations of stages 1 and 3 together",
-            "real_all": "stage 3 with all pseudo-labelled real images in place of generated ones",
-            "real_balanced": "stage 3 with as many pseudo-labelled real images of every class"}
 HARDWARE = ("device", "hardware", "threads", "processes", "precision")
 FEATURE_IMAGES = 10_000  # at most so many images of each kind enter the distance of features
 
@@ -57,14 +54,11 @@ def main() -> None:
 
     out = make_dir(options.out)
     if options.seed_report:
-        from TorchSSL.report_text import seeds_markdown
         from TorchSSL.seed_statistics import over_seeds
 
         content = over_seeds([read_json(Path(folder) / "report.json", required=True) for folder in options.seed_report])
         text = seeds_markdown(content)
     else:
-        from TorchSSL.report_text import run_markdown, run_summary
-
         content = collect(options, out)
         text = run_markdown(content)
     with atomic(out / "report.json", "w") as file:

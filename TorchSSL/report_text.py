@@ -4,8 +4,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from TorchSSL.report import CONTROLS
-
+CONTROLS = {"other_seed": "stage 1, another training seed, same labels",
+            "twice": "stage 1, the iterations of stages 1 and 3 together",
+            "real_all": "stage 3 with all pseudo-labelled real images in place of generated ones",
+            "real_balanced": "stage 3 with as many pseudo-labelled real images of every class"}
 TDSM = "stage 3 with images of TDSM, which knows that pseudo-labels err"
 ROWS = {"stage1_accuracy": "stage 1", "stage3_accuracy": "stage 3 (with generated images)",
         "stage3_tdsm_accuracy": TDSM, "images_right_plain": "generated images that show their class",

@@ -7,11 +7,9 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -25,7 +23,6 @@ from shared.distributed import World
 from shared.ema import EMA
 from shared.pool import Pool
 from shared.precision import autocast, default_precision, set_arithmetic
-from shared.randomness import numpy_rng, torch_rng
 from shared.run import Run
 from TorchSSL.algorithm import Algorithm
 from TorchSSL.batches import Batch, Batches
@@ -35,57 +32,11 @@ from TorchSSL.evaluation import LOGGED_CLASSES, confusion_matrix, confusion_text
 from TorchSSL.options import method_config, relaunch
 from TorchSSL.photographs import Ahead, PhotographPool, PhotographSet, make_pool
 from TorchSSL.run_folder import LATEST, load_foreign, open_folder, resume_from, write_best, write_result
+from TorchSSL.setting import Setting
 
 FREQUENT_EVAL = 1000      # evaluations come at least this often ...
 FREQUENT_FROM = 0.8       # ... in the last fifth of the training
 MEDIAN_OF = 20            # evaluations that the median accuracy is taken over
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an algorithm may know besides options and batches. Reductions make its state that of the global batch."""
-
-    num_classes: int
-    num_unlabeled: int
-    class_shares: tuple[float, ...]  # of the labelled images
-    world: World
-    seed: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.world.device
-
-    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the mean over ranks, without gradient."""
-        return distributed.mean(tensor, self.world)
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum over ranks, without gradient."""
-        return distributed.sum_(tensor, self.world)
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Concatenate over ranks, without gradient."""
-        return distributed.gather(tensor, self.world)
-
-    def sum_with_gradient(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum over ranks; its gradient reaches every rank's part."""
-        if self.world.size == 1:
-            return tensor
-        # Every rank descends the same loss of the sum, and gradients are averaged over ranks: with the plain sum in the
-        # forward pass and the identity (times ranks, for that average) in the backward pass, each part counts once.
-        return self.sum(tensor) + (tensor - tensor.detach()) * self.world.size
-
-
-    def rng(self, step: int, purpose: str) -> np.random.Generator:
-        """Return the host generator of a step, the same on every rank."""
-        return numpy_rng(self.seed, step, purpose)
-
-    def normal(self, like: torch.Tensor, step: int, purpose: str) -> torch.Tensor:
-        """Return this rank's part of normal noise for the global batch, of the shape, type and device of `like`."""
-        count = len(like) * self.world.size
-        generator = torch_rng(self.seed, step, purpose, like.device)
-        noise = torch.randn(count, *like.shape[1:], generator=generator, dtype=like.dtype, device=like.device)
-        return noise[self.world.slice(count)]
 
 
 def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, Setting], Algorithm]) -> None:

@@ -23,7 +23,8 @@ from tests.bench.unit import unit
 from TorchSSL.batches import Batch
 from TorchSSL.freematch import FreeMatch, parse
 from TorchSSL.networks import WideResNet
-from TorchSSL.trainer import Setting, Trainer
+from TorchSSL.setting import Setting
+from TorchSSL.trainer import Trainer
 
 LABELED, UNLABELED, CLASSES = 64, 448, 10
 BARS = {"fp32": 140.0, "bf16": 50.0}  # in units; the original takes 282

@@ -25,7 +25,8 @@ from TorchSSL.batches import Batches
 from TorchSSL.data import NORMALISATION, TrainingData
 from TorchSSL.make_configs import LEARNERS
 from TorchSSL.networks import WideResNet
-from TorchSSL.trainer import Setting, Trainer, train
+from TorchSSL.setting import Setting
+from TorchSSL.trainer import Trainer, train
 
 BARS = {"cpu": 0.10, "cuda": 0.15}
 IMAGES, CLASSES = 2000, 10

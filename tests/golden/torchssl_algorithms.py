@@ -17,7 +17,8 @@ from tests.golden.torchssl_networks import draw_inputs, expected
 from TorchSSL.batches import Batch
 from TorchSSL.evaluation import metrics
 from TorchSSL.freematch import FreeMatch, consistency, parse
-from TorchSSL.trainer import Setting, Trainer, cosine
+from TorchSSL.setting import Setting
+from TorchSSL.trainer import Trainer, cosine
 
 CASES = [case for case in index("torchssl")["cases"] if case["file"] == "algos.npz"]
 FREEMATCH = [case for case in CASES if case["id"].startswith("freematch_")]

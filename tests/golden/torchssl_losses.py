@@ -17,7 +17,7 @@ from TorchSSL import fixmatch, flexmatch, pseudolabel, softmatch, uda, vat
 from TorchSSL.algorithm import squared_difference
 from TorchSSL.batches import Batch
 from TorchSSL.networks import WideResNet
-from TorchSSL.trainer import Setting
+from TorchSSL.setting import Setting
 
 CASES = [case for case in index("torchssl")["cases"] if case["file"] == "algos.npz"]
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)

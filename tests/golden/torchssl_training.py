@@ -19,7 +19,8 @@ from TorchSSL.classifier import strip_prefix
 from TorchSSL.evaluation import confusion_text, metrics
 from TorchSSL.freematch import FreeMatch
 from TorchSSL.networks import WideResNet
-from TorchSSL.trainer import Setting, Trainer
+from TorchSSL.setting import Setting
+from TorchSSL.trainer import Trainer
 
 # Published name -> its class; more than one case may belong to a script.
 SCRIPTS = {"freematch": "FreeMatch", "freematch_entropy": "FreeMatch", "softmatch": "SoftMatch", "fixmatch": "FixMatch",

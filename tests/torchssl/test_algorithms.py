@@ -19,11 +19,13 @@ from tests.shared.programs import assert_same, run
 from tests.torchssl import tiny
 from TorchSSL.algorithm import frozen_batchnorm
 from TorchSSL.batches import Batch, Batches
+from TorchSSL.classifier import make_network
 from TorchSSL.data import load_training_data
 from TorchSSL.make_configs import CONFIG, LEARNERS, all_files
 from TorchSSL.networks import WideResNet
 from TorchSSL.pseudo_labels import ClassStatus, DistributionAlignment, pseudo_label_metrics
-from TorchSSL.trainer import Setting, Trainer
+from TorchSSL.setting import Setting
+from TorchSSL.trainer import Trainer
 
 # The README's command with its own configuration, so short that a test can wait for it.
 SHORT = ("--num_train_iter=6 --num_eval_iter=3 --num_save_iter=2 --batch_size=4 --uratio=2 --seed=1 "
@@ -228,12 +230,22 @@ def test_configuration_files_are_those_of_the_tables() -> None:
         assert f"{path.parent.name}/{path.name}" in all_files(), path
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG.glob("*/*_250*.yaml")) + sorted(CONFIG.glob("*/*imagenet*.yaml")),
-                         ids=lambda path: path.stem)
-def test_configuration_files_are_accepted(path: Path) -> None:
-    script = importlib.import_module(f"TorchSSL.{path.parent.name}")
-    options = script.parse(["--c", str(path)])
-    assert options.save_name == path.stem and options.gpu is None
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_configuration_file_builds_its_learner(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its script takes every file, and the learner and the network that the file describes can be made."""
+    script, made = importlib.import_module(f"TorchSSL.{name}"), []
+    monkeypatch.setattr("TorchSSL.trainer.train", lambda options, algorithm: made.append((options, algorithm)))
+    for path in sorted((CONFIG / name).glob("*.yaml")):
+        monkeypatch.setattr("sys.argv", [f"{name}.py", "--c", str(path)])
+        script.main()
+        options, algorithm = made[-1]
+        assert options.save_name == path.stem and options.gpu is None
+        classes = options.num_classes
+        learner = algorithm(options, Setting(classes, 1000, (1 / classes,) * classes, World()))
+        with torch.device("meta"):
+            net = make_network(vars(options), classes, 1 if options.dataset == "digits" else 3, learner.rotation_head)
+        assert net.fc.out_features == classes and (net.rot_classifier is not None) == (name == "remixmatch")
+    assert len(made) == len([file for file in all_files() if file.startswith(f"{name}/")])
 
 
 def test_published_switches_take_a_value_too() -> None:

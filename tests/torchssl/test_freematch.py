@@ -28,7 +28,8 @@ from TorchSSL.batches import Batch, Batches
 from TorchSSL.classifier import keep_confident, load_classifier
 from TorchSSL.data import channel_statistics, load_training_data
 from TorchSSL.evaluation import metrics
-from TorchSSL.trainer import Setting, Trainer, is_evaluated
+from TorchSSL.setting import Setting
+from TorchSSL.trainer import Trainer, is_evaluated
 
 
 @pytest.fixture(autouse=True)
