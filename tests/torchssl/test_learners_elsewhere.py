@@ -9,11 +9,12 @@ import torch
 
 from shared.cli import UserError
 from shared.datasets import load_dataset
+from shared.images import ImageSet
 from TorchSSL import digits_table, dpt
 from TorchSSL import eval as evaluation_script
 from TorchSSL.classifier import load_classifier
 from TorchSSL.data import NORMALISATION
-from TorchSSL.networks import WideResNet
+from TorchSSL.networks import ResNet50, WideResNet, WideResNetVar
 
 
 def commands(*flags: str) -> dict[str, list[str]]:
@@ -46,40 +47,59 @@ def test_unknown_learner() -> None:
         digits_table.parse(["--only=fixmach"])
 
 
-def state_of(prefix: str = "", head: str = "fc.", rotation: bool = False) -> tuple[WideResNet, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)
-    net = WideResNet(10, depth=10, widen_factor=1, rotation_head=rotation)
-    return net, {prefix + name.replace("fc.", head): value for name, value in net.state_dict().items()}
+# Flags of eval.py -> network; the golden cases have those of the published depth. USB calls the four stages
+# "WRN-Var-37-2", for their convolutions at depth 28: 1 + 4 * 8 + 4 shortcuts.
+PUBLISHED = {
+    "--depth=10": lambda: WideResNet(10, depth=10),
+    "--depth=10 --net=WideResNetVar --dataset=stl10": lambda: WideResNetVar(10, depth=10, first_stride=2),
+    "--net=ResNet50": lambda: ResNet50(10),
+}
+
+
+def rgb(dataset: str = "cifar10") -> ImageSet:
+    images = load_dataset("digits", "test")
+    return ImageSet(images.images.repeat(3, 1), images.labels, images.classes, dataset)
 
 
 @pytest.mark.parametrize(("key", "prefix", "head"), [
-    ("ema_model", "module.", "fc."), ("eval_model", "", "fc."), ("ema_model", "module.", "classifier.")])
-def test_foreign_checkpoints(key: str, prefix: str, head: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    ("ema_model", "module.", "fc."), ("eval_model", "", "fc."), ("ema_model", "", "classifier."),
+    ("ema_model", "module.", "classifier.")], ids=["TorchSSL and DPT", "elder", "USB", "USB, data-parallel"])
+@pytest.mark.parametrize("flags", PUBLISHED)
+def test_foreign_checkpoints(flags: str, key: str, prefix: str, head: str, tmp_path: Path) -> None:
     """Those of DPT and TorchSSL, of its elder trainers, and of USB give the network that was saved."""
-    net, state = state_of(prefix, head)
-    torch.save({key: state, "it": 3}, tmp_path / "theirs.pth")
-    images = load_dataset("digits", "test")
-    images = type(images)(images.images.repeat(3, 1), images.labels, images.classes, "cifar10")
+    with torch.device("meta"):
+        names = PUBLISHED[flags]().state_dict()
+    generator = torch.Generator().manual_seed(0)
+    saved = {name: torch.randn(value.shape, generator=generator) if value.is_floating_point() else torch.tensor(7)
+             for name, value in names.items()}
+    torch.save({key: {prefix + name.replace("fc.", head, 1) if name.startswith("fc.") else prefix + name: value
+                      for name, value in saved.items()}, "it": 3}, tmp_path / "theirs.pth")
+    options = evaluation_script.parse(flags.split())
+    found = load_classifier(str(tmp_path / "theirs.pth"), options, rgb())
+    for name, value in found.net.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+    assert not found.net.training
+
+
+def test_normalisation_of_a_usb_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """ImageNet's numbers on CIFAR-10; elsewhere TorchSSL's are taken, and that is said."""
+    state = {name.replace("fc.", "classifier."): value
+             for name, value in WideResNet(10, depth=10, widen_factor=1).state_dict().items()}
+    torch.save({"ema_model": state}, tmp_path / "theirs.pth")
     options = evaluation_script.parse(["--depth=10", "--widen_factor=1"])
-    found = load_classifier(str(tmp_path / "theirs.pth"), options, images)
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(found.net(x), net.eval()(x))
-    assert (found.mean is not None) == (head == "classifier.")
-    if found.mean is not None:
-        assert (found.mean, found.std) == NORMALISATION["imagenet"]
-        elsewhere = argparse.Namespace(**{**vars(options), "dataset": "svhn"})
-        load_classifier(str(tmp_path / "theirs.pth"), elsewhere, images)
-        assert "USB" in capsys.readouterr().err
+    found = load_classifier(str(tmp_path / "theirs.pth"), options, rgb())
+    assert (found.mean, found.std) == NORMALISATION["imagenet"] and not capsys.readouterr().err
+    elsewhere = argparse.Namespace(**{**vars(options), "dataset": "svhn"})
+    assert load_classifier(str(tmp_path / "theirs.pth"), elsewhere, rgb("svhn")).mean is None
+    assert "USB" in capsys.readouterr().err
 
 
 def test_rotation_head_of_a_checkpoint(tmp_path: Path) -> None:
     """A network that was trained with ReMixMatch evaluates like any other."""
-    _, state = state_of(rotation=True)
+    state = WideResNet(10, depth=10, widen_factor=1, rotation_head=True).state_dict()
     torch.save({"ema_model": state, "mean": (0.5,) * 3, "std": (0.2,) * 3}, tmp_path / "theirs.pth")
-    images = load_dataset("digits", "test")
-    images = type(images)(images.images.repeat(3, 1), images.labels, images.classes, "cifar10")
     options = evaluation_script.parse(["--depth=10", "--widen_factor=1"])
-    assert load_classifier(str(tmp_path / "theirs.pth"), options, images).net.rot_classifier is not None
+    assert load_classifier(str(tmp_path / "theirs.pth"), options, rgb()).net.rot_classifier is not None
 
 
 def test_table_of_results() -> None:
