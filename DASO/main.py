@@ -22,7 +22,7 @@ from shared.cli import run_main
 def main() -> None:
     cfg, eval_only = parse()
     from DASO.lib.algorithms import algorithm_of  # loads torch: only once the command line is known to be right
-    from DASO.lib.trainer import check_batches, evaluate_only, train
+    from DASO.lib.loop import check_batches, evaluate_only, train
     from shared import distributed
 
     algorithm_of(cfg.ALGORITHM.NAME)

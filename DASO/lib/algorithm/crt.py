@@ -7,17 +7,13 @@ DATASET.SAMPLER_NAME ClassAwareSampler draws the classes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Step
+from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Step, Training
 from DASO.lib.models.ema import PREFIX, as_counters
 from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
-
-if TYPE_CHECKING:
-    from DASO.lib.trainer import Trainer
 
 CHECKPOINT = "model_final.pth.tar"
 
@@ -33,7 +29,7 @@ class CRT(Algorithm):
         logits = self.model.classifier(features)
         return Step({"loss_cls": self.labelled_loss(logits, batch.labels, it)}, logits)
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, training: Training) -> None:
         """Take over the encoder: the student's into the student, the average's, with its classifier, into the average.
         """
         folder = self.cfg.ALGORITHM.CRT.TARGET_DIR

@@ -5,19 +5,14 @@ predictions on unlabelled ones (Lipton et al., ICML 2018, arXiv 1802.03916, equa
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from DASO.lib.algorithm.darp import estimate_counts, estimate_name, soft_confusion
-from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step
+from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step, Training
 from DASO.lib.config.config import Config
 from shared.cli import UserError
 from shared.files import atomic
-
-if TYPE_CHECKING:
-    from DASO.lib.trainer import Trainer
 
 FILE = "estim.npy"
 
@@ -41,36 +36,37 @@ class DARPEstimate(Algorithm):
         logits = self.model(batch.labelled)
         return Step({"loss_cls": self.labelled_loss(logits, batch.labels, it)}, logits)
 
-    def begin(self, trainer: Trainer) -> None:
-        if trainer.valid is None:
+    def begin(self, training: Training) -> None:
+        if training.valid is None:
             raise UserError("DARP_ESTIM compares predictions with held-out labels: set DATASET.NUM_VALID or "
                             "ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES above 0")
 
     @torch.no_grad()
-    def evaluated(self, trainer: Trainer, it: int) -> None:
+    def evaluated(self, training: Training, it: int) -> None:
         """Estimate. The last, incomplete batch of unlabelled images is left out, as published."""
         size = self.cfg.SOLVER.IMS_PER_BATCH * self.cfg.SOLVER.UNLABELED_BATCH_RATIO
-        valid, unlabelled = (trainer.predict(pool).softmax(1) for pool in (trainer.valid, trainer.batches.unlabelled))
+        pools = training.valid, training.batches.unlabelled
+        valid, unlabelled = (training.predict(pool).softmax(1) for pool in pools)
         whole = len(unlabelled) // size * size or len(unlabelled)
-        confusion = soft_confusion(valid, trainer.valid.labels)
+        confusion = soft_confusion(valid, training.valid.labels)
         counts, condition = estimate_counts(confusion, unlabelled[:whole].sum(0))
         if bool((counts >= 0).all()) and condition < self.cfg.ALGORITHM.DARP_ESTIM.THRESH_COND:
             self.total, self.accepted = self.total + counts, self.accepted + 1
 
-    def finish(self, trainer: Trainer) -> None:
+    def finish(self, training: Training) -> None:
         """Write the estimate."""
         if not self.accepted:
-            trainer.run.print("no estimate of the unlabelled class counts was accepted: train longer, or raise "
-                              "ALGORITHM.DARP_ESTIM.THRESH_COND")
+            training.run.print("no estimate of the unlabelled class counts was accepted: train longer, or raise "
+                               "ALGORITHM.DARP_ESTIM.THRESH_COND")
             return
         estimate = (self.total / self.accepted).cpu().numpy()
         if self.setting.world.main:
-            with atomic(trainer.folder / FILE) as file:
+            with atomic(training.folder / FILE) as file:
                 np.save(file, estimate)
-        trainer.run.print(f"estimated unlabelled class counts: {np.round(estimate, 1).tolist()}")
+        training.run.print(f"estimated unlabelled class counts: {np.round(estimate, 1).tolist()}")
         tail = self.cfg.long_tail
         if tail is not None:
             data = self.cfg.DATASET
             name = estimate_name(data.NAME, (tail.NUM_LABELED_HEAD, tail.IMB_FACTOR_L),
                                  (tail.NUM_UNLABELED_HEAD, tail.IMB_FACTOR_UL), data.REVERSE_UL_DISTRIBUTION)
-            trainer.run.print(f"for DARP: copy {trainer.folder / FILE} to {self.cfg.ALGORITHM.DARP.EST}/{name}")
+            training.run.print(f"for DARP: copy {training.folder / FILE} to {self.cfg.ALGORITHM.DARP.EST}/{name}")

@@ -1,21 +1,16 @@
 """FixMatch in generations: CReST, or CReST+ with MODEL.DIST_ALIGN.APPLY (and, as published, PROGRESSIVE_ALIGN)."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from DASO.lib.algorithm.alignment import DistributionAlignment
 from DASO.lib.algorithm.darp import make_darp
 from DASO.lib.algorithm.fixmatch import fixmatch_views
-from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step
+from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step, Training
 from DASO.lib.algorithm.self_training import SelfTraining
 from DASO.lib.config.config import Config
 from DASO.lib.losses import adjusted, consistency
-
-if TYPE_CHECKING:
-    from DASO.lib.trainer import Trainer
 
 
 class FixMatchCReST(Algorithm):
@@ -51,11 +46,11 @@ class FixMatchCReST(Algorithm):
     def ema_step(self, it: int) -> int:
         return it % self.self_training.period
 
-    def begin(self, trainer: Trainer) -> None:
-        self.self_training.begin(trainer)
+    def begin(self, training: Training) -> None:
+        self.self_training.begin(training)
 
-    def after_iteration(self, trainer: Trainer, it: int) -> None:
-        self.self_training.after_iteration(trainer, it)
+    def after_iteration(self, training: Training, it: int) -> None:
+        self.self_training.after_iteration(training, it)
         if (it + 1) % self.self_training.period == 0:
-            counts = torch.from_numpy(trainer.batches.counts).to(self.prior)
+            counts = torch.from_numpy(training.batches.counts).to(self.prior)
             self.prior = counts / counts.sum()

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from DASO.lib.data.batches import Batch, Batches, ViewedPool
 from DASO.lib.losses import LabelledLoss, labelled_loss
 from shared import distributed
 from shared.distributed import World
@@ -17,23 +19,8 @@ from shared.randomness import numpy_rng
 if TYPE_CHECKING:
     from DASO.lib.config.config import Config
     from DASO.lib.models.semi import SemiModel
-    from DASO.lib.trainer import Trainer
-
-
-@dataclass
-class Batch:
-    """One rank's part of an iteration's batch, on its device.
-
-    labelled: float32 [B_l, C, H, W], normalised; labels: int64 [B_l]. views: float32 [B_u, C, H, W] each, of the same
-    unlabelled images, in the order of `Algorithm.views`. index: int64 [B_u], positions in the unlabelled set. truth:
-    int64 [B_u], true labels or -1, for statistics only: no loss may look at it.
-    """
-
-    labelled: Tensor
-    labels: Tensor
-    views: tuple[Tensor, ...] = ()
-    index: Tensor | None = None
-    truth: Tensor | None = None
+    from DASO.lib.solver import Scheduler
+    from shared.run import Run
 
 
 @dataclass
@@ -131,6 +118,29 @@ class Draws:
         return turns[self.world.slice(len(turns))]
 
 
+class Training(Protocol):
+    """What the hooks of a learner may use of the training that they are part of.
+
+    valid: the held-out images, None where there are none. batches.unlabelled: all unlabelled images; batches.counts:
+    images of every class in the present labelled set.
+    """
+
+    folder: Path
+    run: Run
+    scheduler: Scheduler
+    batches: Batches
+    valid: ViewedPool | None
+
+    def predict(self, pool: ViewedPool) -> Tensor:
+        """Return the measured network's logits [N, K] of all images in order."""
+
+    def restart(self, generation: int) -> None:
+        """Begin again with untrained weights, a new average, optimiser and schedule."""
+
+    def extend_labelled(self, index: Tensor, labels: Tensor) -> None:
+        """Let the labelled set be the initial one and these unlabelled images with these labels, int64 [n]."""
+
+
 class Algorithm:
     """A learner. One of them is a file with a class of this kind; the mathematics is in `losses`.
 
@@ -173,16 +183,16 @@ class Algorithm:
         """Return the number of updates that the moving average has seen; it starts as a copy at 0."""
         return it
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, training: Training) -> None:
         """Called once before the first iteration, before a checkpoint is loaded."""
 
-    def evaluated(self, trainer: Trainer, it: int) -> None:
+    def evaluated(self, training: Training, it: int) -> None:
         """Called after every evaluation."""
 
-    def after_iteration(self, trainer: Trainer, it: int) -> None:
+    def after_iteration(self, training: Training, it: int) -> None:
         """Called at the end of an iteration, after evaluation and log."""
 
-    def finish(self, trainer: Trainer) -> None:
+    def finish(self, training: Training) -> None:
         """Called once behind the last iteration."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,18 +1,13 @@
 """ReMixMatch in generations: CReST, or CReST+ with MODEL.DIST_ALIGN.APPLY (and, as published, PROGRESSIVE_ALIGN)."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from DASO.lib.algorithm.alignment import DistributionAlignment
 from DASO.lib.algorithm.darp import make_darp
-from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step, ramp_up
+from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step, Training, ramp_up
 from DASO.lib.algorithm.mixing import guess, sharpen
 from DASO.lib.algorithm.remixmatch import VIEWS, labelled_view, remixmatch_step
 from DASO.lib.algorithm.self_training import SelfTraining
 from DASO.lib.config.config import Config
-
-if TYPE_CHECKING:
-    from DASO.lib.trainer import Trainer
 
 
 class ReMixMatchCReST(Algorithm):
@@ -49,8 +44,8 @@ class ReMixMatchCReST(Algorithm):
     def ema_step(self, it: int) -> int:
         return it % self.self_training.period
 
-    def begin(self, trainer: Trainer) -> None:
-        self.self_training.begin(trainer)
+    def begin(self, training: Training) -> None:
+        self.self_training.begin(training)
 
-    def after_iteration(self, trainer: Trainer, it: int) -> None:
-        self.self_training.after_iteration(trainer, it)
+    def after_iteration(self, training: Training, it: int) -> None:
+        self.self_training.after_iteration(training, it)

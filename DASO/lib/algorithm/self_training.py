@@ -6,17 +6,13 @@ Wei et al., "CReST: A Class-Rebalancing Self-Training Framework for Imbalanced S
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from DASO.lib.algorithm.interface import Setting
+from DASO.lib.algorithm.interface import Setting, Training
 from DASO.lib.config.config import Config
 from shared.cli import UserError
-
-if TYPE_CHECKING:
-    from DASO.lib.trainer import Trainer
 
 
 class SelfTraining:
@@ -43,21 +39,21 @@ class SelfTraining:
     def log(self, it: int) -> dict[str, float]:
         return {"crest/DA_temperature": self.exponent(it), "crest/current_gen": float(self.generation(it))}
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, training: Training) -> None:
         """Let the learning rate's schedule span a generation."""
-        trainer.scheduler.max_iter = self.period
+        training.scheduler.max_iter = self.period
 
-    def after_iteration(self, trainer: Trainer, it: int) -> None:
+    def after_iteration(self, training: Training, it: int) -> None:
         """Behind the last iteration of a generation, but for the last one: extend the labelled set, start anew."""
         if (it + 1) % self.period or it + 1 == self.cfg.SOLVER.MAX_ITER:
             return
-        probabilities = trainer.predict(trainer.batches.unlabelled).softmax(1)
+        probabilities = training.predict(training.batches.unlabelled).softmax(1)
         index, labels = select(probabilities, sampling_rates(self.setting.labelled_counts, self.options.ALPHA))
-        trainer.extend_labelled(index, labels)
-        trainer.restart(self.generation(it + 1))
+        training.extend_labelled(index, labels)
+        training.restart(self.generation(it + 1))
         added = torch.bincount(labels, minlength=self.setting.num_classes).tolist()
-        trainer.run.print(f"generation {self.generation(it + 1)} of {self.generations}: {len(index)} pseudo-labelled "
-                          f"images join the labelled ones, a class {added}")
+        training.run.print(f"generation {self.generation(it + 1)} of {self.generations}: {len(index)} pseudo-labelled "
+                           f"images join the labelled ones, a class {added}")
 
 
 def sampling_rates(counts: Sequence[int], alpha: float) -> Tensor:

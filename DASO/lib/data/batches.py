@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from DASO.lib.algorithm.interface import Batch
 from DASO.lib.data.augment import Look
 from DASO.lib.data.samplers import Sampler, sampling_weights
 from DASO.lib.data.sets import TrainingData
@@ -17,6 +17,22 @@ from shared.images import ImageSet
 from shared.pool import Pool
 from shared.randaugment import to_device
 from shared.randomness import numpy_rng
+
+
+@dataclass
+class Batch:
+    """One rank's part of an iteration's batch, on its device.
+
+    labelled: float32 [B_l, C, H, W], normalised; labels: int64 [B_l]. views: float32 [B_u, C, H, W] each, of the same
+    unlabelled images, in the order of `Algorithm.views`. index: int64 [B_u], positions in the unlabelled set. truth:
+    int64 [B_u], true labels or -1, for statistics only: no loss may look at it.
+    """
+
+    labelled: Tensor
+    labels: Tensor
+    views: tuple[Tensor, ...] = ()
+    index: Tensor | None = None
+    truth: Tensor | None = None
 
 
 class ViewedPool:
