@@ -14,10 +14,14 @@ import torch
 import yaml
 
 from DASO import plot_pseudo_labels
+from DASO.lib.algorithms import ALGORITHMS
 from DASO.lib.config.config import Config, read_yaml
 from shared.checkpoint import read_checkpoint
+from tests.daso import small
 from tests.daso.small import call, command, saved
-from tests.shared.programs import assert_same, environment, run
+from tests.shared.programs import ROOT, assert_same, environment, run
+
+CONFIGS = ROOT / "DASO" / "configs" / "digits"
 
 LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DASO with ABC and adjusted logits": ("fixmatch_daso", {
@@ -27,16 +31,20 @@ LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
         "MODEL.LOSS.WITH_LABELED_COST_SENSITIVE": True, "MODEL.LOSS.WARMUP_ITERS": 3, "SOLVER.STEPS": (4,),
         "DATASET.SAMPLER_NAME": "ClassAwareSampler"}),
 }
-# Breaks off as a power cut would: behind the checkpoint of iteration 3, in the middle of iteration 5.
+# As well, when slow tests are asked for: every other one there is.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **small.LEARNERS, "supervised": ("supervised", {}), "PseudoLabel": ("pseudolabel", {}), "cRT": ("crt", {})}
+# Breaks off as a power cut would: behind the checkpoint of iteration 3, when iteration 5 has moved everything.
 KILLED_AT_5 = """
 import os, signal, sys
 from DASO import main
 from DASO.lib.trainer import Trainer
 step = Trainer.step
 def broken(trainer, batch, it, draws):
+    found = step(trainer, batch, it, draws)
     if it == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(trainer, batch, it, draws)
+    return found
 Trainer.step = broken
 main.main()
 """
@@ -57,9 +65,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
                                                               "PERIODS.LOG": 3})
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", [*LEARNERS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_killed_and_continued_is_bitwise_the_same(name: str, tmp_path: Path) -> None:
-    config, keys = LEARNERS[name]
+    config, keys = {**LEARNERS, **OTHERS}[name]
+    if name == "cRT":
+        keys = {"ALGORITHM.CRT.TARGET_DIR": str(call("fixmatch", tmp_path / "encoder", {}))}
     whole = call(config, tmp_path / "whole", keys)
     killed(config, tmp_path / "parts", keys)
     parts = call(config, tmp_path / "parts", keys)
@@ -69,6 +79,12 @@ def test_killed_and_continued_is_bitwise_the_same(name: str, tmp_path: Path) -> 
              for folder in (parts, whole)]
     for a, b in zip(*lines, strict=True):
         assert {k: v for k, v in a.items() if "_time" not in k} == {k: v for k, v in b.items() if "_time" not in k}
+
+
+def test_no_learner_is_left_out() -> None:
+    """Every one that ALGORITHM.NAME knows is killed and continued above."""
+    files = {config for config, _ in (*LEARNERS.values(), *OTHERS.values())}
+    assert {read_yaml(CONFIGS / f"{config}.yaml")["ALGORITHM.NAME"] for config in files} == set(ALGORITHMS)
 
 
 def test_state_of_daso_is_kept(finished: Path) -> None:
