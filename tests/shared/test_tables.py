@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from shared import table_runs
 from shared.aggregate import deviation, deviations_from_print, difference, mean
+from shared.table_report import compare
 from shared.table_runs import Job, Stage, extrapolate
 from tests.shared.programs import ROOT, one_line_error, run, start
 
@@ -237,6 +238,22 @@ def test_paired_difference(pairs: list[tuple[float, float]]) -> None:
     assert found["mean"] == pytest.approx((a - b).mean(), rel=1e-9, abs=1e-6)
     assert found["standard_error"] == pytest.approx((a - b).std(ddof=1) / math.sqrt(len(a)), rel=1e-6, abs=1e-6)
     assert found["positive"] == (a > b).sum()
+
+
+@given(st.dictionaries(st.integers(0, 6), numbers), st.dictionaries(st.integers(0, 6), numbers))
+def test_rows_are_compared_seed_by_seed(a: dict[int, float], b: dict[int, float]) -> None:
+    """Seeds that only one of the two rows has do not count; the order in which runs stand does not either."""
+    cells = [{"row": row, "column": "c", "over_base": None, "runs": [{"seed": seed} for seed in values],
+              "protocols": {"last": {"values": list(values.values())}} if values else {}}
+             for row, values in (("a", a), ("b", b))]
+    compare(cells, "b", "last")
+    both = sorted(a.keys() & b.keys())
+    found = cells[0]["over_base"]
+    assert cells[1]["over_base"] is None and (found is None) == (not both)
+    if both:
+        pairs = np.array([[a[seed], b[seed]] for seed in both])
+        assert found["mean"] == pytest.approx((pairs[:, 0] - pairs[:, 1]).mean(), rel=1e-9, abs=1e-6)
+        assert found["seeds"] == len(both) and found["positive"] == (pairs[:, 0] > pairs[:, 1]).sum()
 
 
 @pytest.mark.parametrize("measured, printed, expected", [
