@@ -146,8 +146,8 @@ def launch(script: Script, flags: SimpleNamespace) -> None:
 def prepare(options: dict[str, Any], continued: str | None, flags: SimpleNamespace,
             world_size: int) -> tuple[dict[str, Any] | str, IO | None]:
     """Make the run's folder; return the options (COMPLETE where nothing is left to do) and the lock on the folder."""
-    from EDM.options import is_finished, lock, write_options
-    from shared.files import make_dir
+    from EDM.options import is_finished, write_options
+    from shared.files import lock
 
     folder = options["run_dir"]
     if is_finished(folder):
@@ -155,9 +155,6 @@ def prepare(options: dict[str, Any], continued: str | None, flags: SimpleNamespa
         return COMPLETE, None
     print_options(options, flags, world_size)
     print(continued or "Creating output directory...", flush=True)
-    make_dir(folder)
     held = lock(folder)
-    if held is None:
-        raise UserError(f"{folder} is being written to by another process")
     write_options(folder, options)
     return options, held

@@ -7,19 +7,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import Any
 
 from shared.cli import UserError
-from shared.files import atomic
-
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks; two runs in one folder then go unnoticed
-    fcntl = None
+from shared.files import LOCK, atomic, in_use
 
 OPTIONS_FILE = "training_options.json"
 RESULT_FILE = "result.json"
-LOCK_FILE = ".lock"
 
 # Networks and constants of "Elucidating the Design Space of Diffusion-Based Generative Models", table 1 and appendix F;
 # ddpmpp_mnist is the one of "Label-Noise Robust Diffusion Models" for MNIST.
@@ -214,7 +208,7 @@ def choose_folder(flags: SimpleNamespace, options: dict[str, Any], world_size: i
     if newest is not None:
         folder = os.path.join(flags.outdir, newest)
         former = read_options(folder)
-        if (former is not None and (Path(folder) / LOCK_FILE).exists() and not is_finished(folder)
+        if (former is not None and (Path(folder) / LOCK).exists() and not is_finished(folder)
                 and not differences(former, options, ignore_seed=flags.seed is None) and not in_use(folder)):
             options["seed"] = former["seed"]
             return folder, f"Continuing the unfinished run {folder}"
@@ -272,32 +266,6 @@ def differences(former: Mapping[str, Any], options: Mapping[str, Any], ignore_se
 
 def is_finished(folder: str | os.PathLike) -> bool:
     return (Path(folder) / RESULT_FILE).is_file()
-
-
-def lock(folder: str | os.PathLike) -> IO | None:
-    """Return the open lock file of the run folder while no other process works in it, else None.
-
-    The lock goes with the process, however it ends.
-    """
-    file = open(Path(folder) / LOCK_FILE, "a")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            return None
-    return file
-
-
-def in_use(folder: str | os.PathLike) -> bool:
-    """Return whether a process is working in the run folder."""
-    if not (Path(folder) / LOCK_FILE).exists():
-        return False
-    held = lock(folder)
-    if held is None:
-        return True
-    held.close()
-    return False
 
 
 # ------------------------------------------------------------------------------------------------------- arithmetic

@@ -14,19 +14,15 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from shared.cli import UserError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two processes may then decode the same set at once
-    fcntl = None
+from shared.files import hold
 
 FORMAT = 1
 DEFAULT_GB = 32.0
@@ -81,8 +77,11 @@ def cached(name: str, key: object, build: Build) -> Stored:
     if stored is None:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with _locked(root / f".{digest}.lock"):
-                stored = _load(entry) or _fill(root, entry, build)
+            with hold(root / f".{digest}.lock", wait=True) as held:
+                try:
+                    stored = _load(entry) or _fill(root, entry, build)
+                finally:
+                    Path(held.name).unlink(missing_ok=True)
         except (OSError, _NoRoom) as error:
             warnings.warn(f"cannot write the cache {root} ({error}): the images are decoded again at the next start; "
                           "name a writable folder in FEWLABEL_CACHE", stacklevel=2)
@@ -159,18 +158,6 @@ def _load(entry: Path) -> Stored | None:
     with suppress(OSError):  # a cache shared read-only
         os.utime(entry)
     return Stored(images, labels, tuple(meta["classes"]), vectors, tuple(meta["notes"]))
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file, which goes when the process does."""
-    with open(path, "w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _shrink(root: Path) -> None:

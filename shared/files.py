@@ -14,6 +14,8 @@ try:
 except ImportError:  # Windows has no advisory locks; two runs in one folder then go unnoticed
     fcntl = None
 
+LOCK = ".lock"  # in the folder it stands for
+
 
 @contextmanager
 def atomic(path: str | os.PathLike, mode: str = "wb", previous: str | os.PathLike | None = None) -> Iterator[IO]:
@@ -66,17 +68,36 @@ class InUse(UserError):
     """A folder in which another process works."""
 
 
-def lock(folder: str | os.PathLike, wait: bool = False) -> IO[str]:
-    """Return the open lock file of a folder: held until it is closed, here and in the children that inherit it.
+def hold(path: str | os.PathLike, wait: bool = False) -> IO[str]:
+    """Return the open lock file: held until it is closed, here and in the children that inherit it.
 
-    While another process holds it, wait, or raise InUse.
+    While another process holds it, wait, or raise BlockingIOError.
     """
-    file = (make_dir(folder) / ".lock").open("a")
+    file = open(path, "a")
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         file.close()
-        raise InUse(f"{folder} is in use by a run that is still going on; wait for it, or choose another "
-                        "--out") from None
+        raise
     return file
+
+
+def lock(folder: str | os.PathLike, wait: bool = False) -> IO[str]:
+    """Return the lock of a folder, which is made if need be; while another process holds it, wait, or raise InUse."""
+    try:
+        return hold(make_dir(folder) / LOCK, wait)
+    except BlockingIOError:
+        raise InUse(f"{folder} is in use by a run that is still going on; wait for it, or choose another "
+                    "output folder") from None
+
+
+def in_use(folder: str | os.PathLike) -> bool:
+    """Return whether a process holds the lock of the folder."""
+    path = Path(folder) / LOCK
+    try:
+        if path.exists():
+            hold(path).close()
+    except BlockingIOError:
+        return True
+    return False

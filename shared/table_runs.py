@@ -15,13 +15,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from shared.cli import UserError
-from shared.files import InUse, atomic, lock
+from shared.files import InUse, atomic, in_use, lock
 from shared.hardware import commit, machine
 from shared.progress import duration
 
@@ -151,10 +150,7 @@ class Task:
     def state(self) -> str:
         """Return not run, running, interrupted or finished."""
         state = self.record().get("state", "not run")
-        if state == "running":
-            with suppress(InUse), lock(self.folder):
-                state = "interrupted"
-        return state
+        return "interrupted" if state == "running" and not in_use(self.folder) else state
 
     def write(self, **values: Any) -> None:
         content = {"identity": self.identity(), **self.record(), **values}

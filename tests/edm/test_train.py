@@ -11,12 +11,13 @@ import click
 import pytest
 import torch
 
-from EDM.options import RESULT_FILE, batch_rounds, in_use, lock, read_options
+from EDM.options import RESULT_FILE, batch_rounds, read_options
 from EDM.snapshots import load_network, load_training_state
 from EDM.train import main
 from EDM.training import learning_rate, replace_non_finite
 from shared.checkpoint import keep_layout
 from shared.cli import Diverged, UserError
+from shared.files import InUse, in_use, lock
 from tests.edm.training_runs import STEPS, TINY, checkpoint, largest_difference, losses, outcome, stats, write_set
 from tests.golden.cases import arrays
 from tests.shared.programs import assert_same, one_line_error, run, start
@@ -188,7 +189,9 @@ def test_an_interrupted_run_keeps_its_random_seed(tmp_path, data):
 def test_a_folder_belongs_to_one_process(tmp_path):
     assert not in_use(tmp_path)
     held = lock(tmp_path)
-    assert in_use(tmp_path) and lock(tmp_path) is None
+    assert in_use(tmp_path)
+    with pytest.raises(InUse, match="in use by a run"):
+        lock(tmp_path)
     held.close()
     assert not in_use(tmp_path)
 
