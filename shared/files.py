@@ -83,18 +83,18 @@ def hold(path: str | os.PathLike, wait: bool = False) -> IO[str]:
     return file
 
 
-def lock(folder: str | os.PathLike, wait: bool = False) -> IO[str]:
+def lock(folder: str | os.PathLike, wait: bool = False, name: str = LOCK) -> IO[str]:
     """Return the lock of a folder, which is made if need be; while another process holds it, wait, or raise InUse."""
     try:
-        return hold(make_dir(folder) / LOCK, wait)
+        return hold(make_dir(folder) / name, wait)
     except BlockingIOError:
         raise InUse(f"{folder} is in use by a run that is still going on; wait for it, or choose another "
                     "output folder") from None
 
 
-def in_use(folder: str | os.PathLike) -> bool:
+def in_use(folder: str | os.PathLike, name: str = LOCK) -> bool:
     """Return whether a process holds the lock of the folder."""
-    path = Path(folder) / LOCK
+    path = Path(folder) / name
     try:
         if path.exists():
             hold(path).close()

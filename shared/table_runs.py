@@ -25,6 +25,7 @@ from shared.hardware import commit, machine
 from shared.progress import duration
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCK = ".table.lock"  # of a run; the programs that it consists of may lock the same folder
 Values = Mapping[str, Mapping[str, float]]  # metric -> protocol -> value, in the unit of the table
 
 
@@ -150,7 +151,7 @@ class Task:
     def state(self) -> str:
         """Return not run, running, interrupted or finished."""
         state = self.record().get("state", "not run")
-        return "interrupted" if state == "running" and not in_use(self.folder) else state
+        return "interrupted" if state == "running" and not in_use(self.folder, LOCK) else state
 
     def write(self, **values: Any) -> None:
         content = {"identity": self.identity(), **self.record(), **values}
@@ -210,7 +211,7 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[Mapping[str, str]]) -> list
             except queue.Empty:
                 return
             try:
-                with lock(task.folder) as held:
+                with lock(task.folder, name=LOCK) as held:
                     if not task.finished():
                         print(f"{task.name}: started", flush=True)
                         compute(task, environment, held)
