@@ -166,6 +166,8 @@ def noise_of_flags(flags: SimpleNamespace, num_classes: int) -> Noise | None:
     if noise_type == "file":
         raise UserError("--noise_type=file needs the file: --transition=T.npy or T.json")
     if noise_type in ("sym", "asym"):
+        if flags.noise_rate is None:
+            raise UserError(f"--noise_type={noise_type} needs --noise_rate, the share of wrong labels, such as 0.4")
         rate = transition.check_rate(flags.noise_rate)
         matrix = transition.transition_matrix(noise_type, rate, num_classes, kind)
         return Noise(noise_type, rate, kind, num_classes, matrix, "as the flags say")
@@ -234,7 +236,7 @@ def agreed_noise(flags: SimpleNamespace, num_classes: int, classifier: Snapshot 
         return learned
     difference = np.abs(asked.matrix - learned.matrix).max()
     if difference > SAME:
-        raise UserError(f"--noise_type: {classifier.source} was trained for {learned}, which differs from {asked} by "
+        raise UserError(f"--cls: {classifier.source} was trained for {learned}, which differs from {asked} by "
                         f"up to {difference:.3g}; give the classifier's noise, or leave the flags out")
     return learned
 

@@ -109,9 +109,12 @@ def check_transition(matrix: object, num_classes: int | None, name: str) -> np.n
     entries outside [0, 1], or a row whose sum is off by more than ROW_SUM_TOLERANCE.
     """
     try:
-        matrix = np.asarray(matrix, dtype=np.float64)
-    except (ValueError, TypeError):
-        raise UserError(f"{name}: expected a square table of numbers, its rows differ or hold something else") from None
+        numbers = np.asarray(matrix)
+    except ValueError:  # rows of different lengths
+        numbers = np.array(None)
+    if numbers.dtype.kind not in "iuf":
+        raise UserError(f"{name}: expected a square table of numbers, its rows differ or hold something else")
+    matrix = numbers.astype(np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
         shape = " x ".join(map(str, matrix.shape)) or "a single number"
         raise UserError(f"{name}: a transition matrix is square, this one is {shape}")
@@ -145,7 +148,7 @@ def load_transition(path: str | os.PathLike, num_classes: int | None = None) -> 
             raise UserError(f"{name}: expected a transition matrix in a .json or .npy file")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror or error}") from None
-    except (ValueError, EOFError):
+    except (ValueError, EOFError, RecursionError):
         raise UserError(f"{name}: damaged, or no transition matrix in its format") from None
     if isinstance(content, Mapping):
         if "transition_matrix" not in content:

@@ -278,6 +278,8 @@ MATRICES = [([[1, 0, 0], [0, 1, 0]], "a transition matrix is square, this one is
             ([[1.5, -0.5, 0], [0, 1, 0], [0, 0, 1]], r"its entry \[0, 0\] is 1.5"),
             ([[0.5, 0, 0], [0.5, 1, 0], [0, 0, 1]], "it seems to be transposed"),
             ([[1, 0], [0, 1]], "transition matrix of 2 classes, but the data has 3"),
+            ([["1", "0", "0"], ["0", "1", "0"], ["0", "0", "1"]], "expected a square table of numbers"),
+            ([[1, 0, 0], [0, None, 1], [0, 0, 1]], "expected a square table of numbers"),
             ([[0, 1, 0], [0, 1, 0], [0, 0, 1]], "the labels hold class 0, which its transition matrix makes")]
 
 
@@ -328,7 +330,7 @@ MISTAKES = [
     (train_noise, (), "--cls: the snapshot of a classifier is needed"),
     (train_noise, ("--cond=0", "--noise_type=clean"), "this script learns from labels: add --cond=1"),
     (train_classifier, ("--cond=0",), "this script learns from labels: add --cond=1"),
-    (train_classifier, ("--noise_type=sym",), "--noise_rate: expected a number"),
+    (train_classifier, ("--noise_type=sym",), "--noise_type=sym needs --noise_rate, the share of wrong labels"),
     (train_classifier, ("--noise_rate=0.4",), "--noise_rate needs --noise_type"),
     (train_classifier, ("--noise_type=file",), "--noise_type=file needs the file"),
     (train_classifier, ("--transition=T.txt",), "expected a transition matrix in a .json or .npy file"),
