@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from shared.kernels import ChannelsLastGroupNorm, repeat_then_convolve
+from shared.winograd import convolve
 
 # Initial weights before the gain: f(fan_in, fan_out, *shape).
 INITIALISERS: dict[str, Callable[..., torch.Tensor]] = {
@@ -90,7 +91,7 @@ class Conv2d(torch.nn.Module):
         if self.kernel == 1 and self.up:  # the two commute, and before up-sampling there are 4 times fewer pixels
             x = self._resample(F.conv2d(x, weight))
             return x if bias is None else x + bias[:, None, None]
-        return F.conv2d(self._resample(x), weight, bias, padding=self.kernel // 2)
+        return convolve(self._resample(x), weight, bias)
 
     def _resample(self, x: torch.Tensor) -> torch.Tensor:
         taps = None if self.box else self.resample_filter

@@ -23,6 +23,7 @@ from shared.dropout import derived_dropout_keys
 
 Levels = EDMLoss | VPLoss | VELoss
 VOLUME_WEIGHT = 1e-4  # of log det T in VolMinNet
+PIXELS_AT_ONCE = 8192  # of candidates on a CPU, whose caches hold the features of no more
 
 
 def clean_class_weights(logits: torch.Tensor, observed: torch.Tensor, log_transition: torch.Tensor,
@@ -91,7 +92,8 @@ class TDSMLoss:
     full_gradient: train the network on all classes of the mixture, as equation 8 has it; otherwise, as published, on
     the observed one alone, while the others are constants.
     label_dropout: share of images trained without class, by the plain loss.
-    pairs_at_once: most (image, class) pairs in one forward without gradient; None: four times the batch.
+    pairs_at_once: most (image, class) pairs in one forward without gradient; None: four times the batch on a GPU, on a
+    CPU what its caches hold.
 
     After a call `statistics` holds scalars on the device: dsm (the plain loss of the observed class), candidates (pairs
     an image), kept_mass (Σ of the weights that count) and observed_weight.
@@ -139,7 +141,8 @@ class TDSMLoss:
         if self.full_gradient:
             own, others = pairs.denoise_with_batch(net, *given, labels)
         else:
-            others = pairs.denoise(distributed.unwrap(net), *given, self.pairs_at_once or 4 * len(images))
+            at_once = 4 * len(images) if images.is_cuda else max(1, PIXELS_AT_ONCE // images[0, 0].numel())
+            others = pairs.denoise(distributed.unwrap(net), *given, self.pairs_at_once or at_once)
             own = net(noisy, sigma, labels, augment_labels=augment_labels)
         mixture = own_weight * own + others
         kept_mass = own_weight.flatten() + (weights * candidates).sum(1)
@@ -174,9 +177,11 @@ class Pairs:
                 augment_labels: torch.Tensor | None, at_once: int) -> torch.Tensor:
         """Return Σ w D(x_t, y) over the pairs of each image, without gradient, in forwards of at most `at_once`."""
         total = torch.zeros_like(noisy)
-        for start in range(0, len(self.rows), at_once):
-            part = slice(start, start + at_once)
-            rows, classes, weights = self.rows[part], self.classes[part], self.weights[part]
+        if not len(self.rows):
+            return total
+        parts = -(-len(self.rows) // at_once)  # of equal size, as a small one would cost more an image
+        for rows, classes, weights in zip(*(values.tensor_split(parts) for values in
+                                            (self.rows, self.classes, self.weights)), strict=True):
             count = len(rows)
             if noisy.is_cuda and count < at_once:  # few different shapes, as kernels are chosen for each anew
                 filler = min(1 << (count - 1).bit_length(), at_once) - count

@@ -32,7 +32,8 @@ OWN = [
     option("--relative-tau", is_flag=True, help="--tau is in units of 1 / number of classes"),
     option("--renormalise", is_flag=True, help="Let the weights that are left add up to 1"),
     option("--full-gradient", is_flag=True, help="Train on all classes of the mixture, not the label alone"),
-    option("--pairs-gpu", type=AT_LEAST_ONE, help="Most (image, class) pairs per GPU at once  [4 x --batch-gpu]")]
+    option("--pairs-gpu", type=AT_LEAST_ONE,
+           help="Most (image, class) pairs per GPU at once  [4 x --batch-gpu; on a CPU what its cache holds]")]
 
 
 @click.command(help=__doc__.replace("\n    torchrun", "\n    \b\n    torchrun"))
