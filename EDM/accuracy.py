@@ -78,15 +78,14 @@ class Accuracy:
         content = dict(sigma=LEVELS, images=self.what, history=history)
         with atomic(run.outdir / "accuracy.json", "w") as file:
             file.write(json.dumps(content, indent=1))
-        levels = np.log10(LEVELS)
-        panels: dict[str, Any] = {"accuracy over noise levels": {
-            f"{name} labels": (levels, history[-1][name]) for name in self.labels}}
+        now, trained = f"accuracy after {history[-1]['nimg'] / 1000:.3g} thousand images", "thousand images"
+        panels: dict[str, Any] = {now: {f"{name} labels": (LEVELS, history[-1][name]) for name in self.labels}}
         for name in self.labels:
-            panels[f"{name} labels"] = {f"sigma {LEVELS[level]:g}": (
+            panels[f"accuracy, {name} labels"] = {f"σ = {LEVELS[level]:g}": (
                 [entry["nimg"] / 1000 for entry in history], [entry[name][level] for entry in history])
                 for level in SHOWN}
-        xlabels = dict.fromkeys(panels, "thousand images") | {"accuracy over noise levels": "log10 sigma"}
-        curves(panels, run.outdir / "accuracy.png", xlabels)
+        curves(panels, run.outdir / "accuracy.png", dict.fromkeys(panels, trained) | {now: "noise level σ"},
+               shares=True, log_x={now})
 
 
 def accuracy_of(dataset: TrainingSet, clean: np.ndarray | None, count: int, matrix: np.ndarray | None, seed: int,

@@ -319,8 +319,9 @@ def draw(content: dict[str, Any], generated: ImageSet, train: ImageSet, outdir: 
     image_grid(there, outdir / "samples.png", "Generated images, one class a row")
     names = ["samples.png"]
     if "confusion_matrix" in content:
-        heading = f"Class wanted (rows) and seen: {100 * content['class_accuracy']:.1f} %"
-        confusion_matrices({heading: np.array(content["confusion_matrix"])}, train.classes, outdir / "confusion.png")
+        heading = f"Generated images that show their class: {100 * content['class_accuracy']:.1f} %"
+        confusion_matrices({heading: np.array(content["confusion_matrix"])}, train.classes, outdir / "confusion.png",
+                           ("class asked for", "class that the judge sees"))
         names.append("confusion.png")
     return names
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,10 +53,11 @@ def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: s
 
 
 def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], path: str | os.PathLike,
-           xlabels: Mapping[str, str] | None = None) -> None:
+           xlabels: Mapping[str, str] | None = None, shares: bool = False, log_x: Collection[str] = ()) -> None:
     """Write panels side by side: panel title -> line name -> (x, y). `xlabels`: panel title -> text below its axis.
 
-    Values that are not finite leave gaps in their line.
+    Values that are not finite leave gaps in their line. shares: values from 0 to 1, to be compared between the panels.
+    log_x: titles of the panels with a logarithmic x axis.
     """
     figure = _figure(4.2 * max(1, len(panels)), 3.2)
     for position, (title, lines) in enumerate(panels.items(), start=1):
@@ -66,14 +67,21 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
         axes.set_title(title, fontsize=10)
         axes.set_xlabel((xlabels or {}).get(title, ""), fontsize=9)
         axes.grid(alpha=0.3)
+        if shares:
+            axes.set_ylim(-0.02, 1.02)
+        if title in log_x:
+            axes.set_xscale("log")
         if lines:
             axes.legend(fontsize=8)
     figure.tight_layout()
     _save(figure, path)
 
 
-def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str], path: str | os.PathLike) -> None:
+def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str], path: str | os.PathLike,
+                       labels: tuple[str, str] = ("true", "predicted")) -> None:
     """Write confusion matrices side by side: title -> int counts [C, C], row = true class, column = predicted class.
+
+    labels: what is written beside the rows and below the columns.
 
     The colour is the share of the row (true class); the text in a cell is the count.
     """
@@ -88,8 +96,8 @@ def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str
         axes = figure.add_subplot(1, len(matrices), position)
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("predicted", fontsize=9)
-        axes.set_ylabel("true", fontsize=9)
+        axes.set_xlabel(labels[1], fontsize=9)
+        axes.set_ylabel(labels[0], fontsize=9)
         if len(names) > READABLE_CLASSES:
             continue
         rotation = 90 if max(map(len, names)) > 3 else 0
