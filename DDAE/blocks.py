@@ -15,6 +15,7 @@ from torch import nn
 from shared.cli import UserError
 from shared.dropout import Dropout
 from shared.kernels import ChannelsLastGroupNorm, attention, repeat_then_convolve
+from shared.winograd import convolve
 
 GROUPS = 32
 
@@ -64,6 +65,16 @@ class TimeEmbedding(nn.Module):
         return self.lin2(F.silu(self.lin1(emb)))
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps height and width."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return convolve(x, self.weight, self.bias)
+
+
 class ResidualBlock(nn.Module):
     """x [N, in_channels, H, W], emb [N or 1, time_channels] -> [N, out_channels, H', W'].
 
@@ -75,9 +86,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.up, self.down = up, down
         self.norm1 = GroupNorm(GROUPS, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = GroupNorm(GROUPS, out_channels)
-        self.conv2 = nn.Sequential(Dropout(dropout), nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = nn.Sequential(Dropout(dropout), Conv3x3(out_channels, out_channels))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, out_channels))
 
