@@ -24,11 +24,11 @@ MAX_CONTENT = 1 << 29
 PART = struct.Struct("<4sI")
 HEADER = struct.Struct("<IfQQ")         # number of labels behind the header (0: the one in it), label, id, second id
 CHECKED_AT_START = 2_000                # records whose heads are looked at when a file is opened
-BytesLike = bytes | memoryview
+BytesLike = bytes | bytearray | memoryview
 
 
-def encode_record(number: int, labels: Sequence[float], payload: bytes, scalar: bool) -> list[BytesLike]:
-    """Return the pieces of one record, to be written one after another.
+def record_head(number: int, labels: Sequence[float], length: int, scalar: bool) -> bytes:
+    """Return what stands before a payload of `length` bytes in a record of one part.
 
     number: the record's id. labels: as many as wanted; `scalar`: keep only the first, inside the header. Raises
     ValueError for more than 2^29 - 1 bytes of content.
@@ -37,13 +37,21 @@ def encode_record(number: int, labels: Sequence[float], payload: bytes, scalar: 
         head = HEADER.pack(0, labels[0], number, 0)
     else:
         head = HEADER.pack(len(labels), 0.0, number, 0) + struct.pack(f"<{len(labels)}f", *labels)
-    size = len(head) + len(payload)
+    size = len(head) + length
     if size >= MAX_CONTENT:
-        raise ValueError(f"{len(payload)} bytes are too many for a record")
+        raise ValueError(f"{length} bytes are too many for a record")
+    return PART.pack(MAGIC, WHOLE << 29 | size) + head
+
+
+def encode_record(number: int, labels: Sequence[float], payload: BytesLike, scalar: bool) -> list[BytesLike]:
+    """Return the pieces of one record, to be written one after another. Arguments and errors: see `record_head`."""
+    start = record_head(number, labels, len(payload), scalar)
+    head = start[PART.size:]
+    size = len(head) + len(payload)
     padding = bytes(-size % 4)
     if not len(magic_words(head)) and not len(magic_words(payload)):  # nearly always: the payload is not copied
-        return [PART.pack(MAGIC, WHOLE << 29 | size), head, payload, padding]
-    parts = split_content(head + payload)
+        return [start, payload, padding]
+    parts = split_content(head + bytes(payload))
     kinds = [FIRST] + [MIDDLE] * (len(parts) - 2) + [LAST] if len(parts) > 1 else [WHOLE]
     pieces: list[BytesLike] = []
     for kind, part in zip(kinds, parts, strict=True):
@@ -60,7 +68,7 @@ def split_content(content: bytes) -> list[memoryview]:
     return [*parts, view[start:]]
 
 
-def magic_words(data: bytes) -> list[int]:
+def magic_words(data: BytesLike) -> list[int]:
     """Return the multiples of four at which the magic word begins in `data`; the head's length is one of them."""
     words = np.frombuffer(data, "<u4", count=len(data) // 4)  # much quicker than bytes.find
     return (4 * np.flatnonzero(words == MAGIC_NUMBER)).tolist()

@@ -78,7 +78,7 @@ def main() -> None:
     if options.list:
         write_lists(options)
         return
-    from MetaSemi.imagenet.packing import pack  # loads Pillow: only once the command line is known to be right
+    from MetaSemi.imagenet.packing import pack  # loads NumPy: only once the command line is known to be right
 
     for path in find_lists(options.prefix):
         pack(path, options)

@@ -1,4 +1,4 @@
-"""Packing a list of images into a record file: read or re-encoded on all cores, written in order, continued if stopped.
+"""Packing a list of images into a record file: copied or encoded again on all cores, in order, continued if stopped.
 
 The unfinished files are hidden beside the list (`.NAME.rec.part`, `.NAME.idx.part`) with how far they reach; they get
 their final names when they are complete.
@@ -7,31 +7,27 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
-
 from shared.cli import UserError
 from shared.files import atomic
-from shared.image_files import open_image
-from shared.parallel import cores, ordered_map
 from shared.progress import Progress
-from shared.records import encode_record
+from shared.records import BytesLike, encode_record, magic_words, record_head
 
 CHUNK = 16               # images a worker takes at a time
+MOST_COPYING = 8         # threads that copy, unless --num-thread says otherwise: memory's speed is the limit
+WRITEBACK = 1 << 24      # bytes after which what was written starts on its way to the disk
 SECONDS_BETWEEN_NOTES = 10.0
-EXIF_ORIENTATION = 0x0112
 
 
 class Entry(NamedTuple):
@@ -43,10 +39,17 @@ class Entry(NamedTuple):
     path: str
 
 
-class Bad(NamedTuple):
-    """Why an image cannot be packed."""
+class Block(NamedTuple):
+    """Neighbouring records, encoded. Unless bad ones are skipped, the first bad one ends it.
 
-    reason: str
+    data: memory whose first `size` bytes they are; it is used again once they are written. index: each record's id and
+    where in `data` it begins. bad: entries that could not be packed, and why not.
+    """
+
+    data: bytearray
+    size: int
+    index: list[tuple[int, int]]
+    bad: list[tuple[Entry, str]]
 
 
 def read_list(path: Path) -> list[Entry]:
@@ -83,18 +86,14 @@ def pack(path: Path, options: argparse.Namespace) -> None:
     start = output.entries_done
     if start:
         print(f"continuing {path.with_suffix('.rec')} at record {start} of {len(entries)}")
-    make = partial(payloads, options=options)
-    workers = options.num_thread or cores()
     chunks = (entries[first:first + CHUNK] for first in range(start, len(entries), CHUNK))
-    # Reading lets other threads work; decoding and encoding is done in processes.
-    made = in_threads(make, chunks, workers) if options.pass_through and not options.verify else ordered_map(
-        make, chunks, workers)
+    written = copied if options.pass_through and not options.verify else encoded
     bar = Progress(path.stem, len(entries), "images", initial=start)
     try:
-        for chunk in made:
-            for entry, payload in chunk:
-                output.add(entry, payload, options)
-            bar.advance(len(chunk))
+        with closing(written(chunks, output, options)) as blocks:
+            for block in blocks:
+                output.count(block, options.skip_bad)
+                bar.advance(len(block.index) + len(block.bad))
     except BaseException:
         output.suspend()
         raise
@@ -113,99 +112,160 @@ def key(path: Path, options: argparse.Namespace) -> str:
     return hashlib.sha256(settings.encode() + path.read_bytes()).hexdigest()
 
 
-def in_threads(function: Callable, items: Iterator, workers: int) -> Iterator:
-    """Yield function(item) in order, computed by threads, never more than two items a thread ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+def only_first(entry: Entry, options: argparse.Namespace) -> bool:
+    """Return whether a record keeps the first label alone."""
+    return not (options.pack_label and len(entry.labels) > 1)
 
 
-# ----------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------------- encoding the images
 
-def payloads(entries: Sequence[Entry], options: argparse.Namespace) -> list[tuple[Entry, bytes | Bad]]:
-    """Return each entry with the bytes of its image as they are to be stored, or why there are none."""
-    return [(entry, payload(os.path.join(options.root, entry.path), options)) for entry in entries]
+def encoded(chunks: Iterator[list[Entry]], output: Output, options: argparse.Namespace) -> Iterator[Block]:
+    """Write the chunks of the list, their images decoded in processes, and yield each block that was written."""
+    from MetaSemi.imagenet.encoding import payloads  # Pillow is loaded only where images are looked at
+    from shared.parallel import cores, ordered_map
 
+    done: deque[list[Entry]] = deque()
 
-def payload(path: str, options: argparse.Namespace) -> bytes | Bad:
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        return Bad(f"{path} cannot be read ({error.strerror})")
-    if options.pass_through and not options.verify:
-        return data
-    try:
-        image = open_image(data, path)
-    except UserError as error:
-        return Bad(str(error))
-    return data if options.pass_through else encode(transform(image, options), options)
+    def paths() -> Iterator[list[str]]:
+        for chunk in chunks:
+            done.append(chunk)
+            yield [entry.path for entry in chunk]
+
+    for images in ordered_map(partial(payloads, options=options), paths(), options.num_thread or cores()):
+        block = join(done.popleft(), images, options)
+        output.write(block, output.size)
+        yield block
 
 
-def transform(image: Image.Image, options: argparse.Namespace) -> Image.Image:
-    """Return the image as it is to be stored: gray or RGB, its central square, its shorter side resized."""
-    if options.color >= 0:
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        image = image.convert("RGB" if options.color else "L")
-    elif image.mode not in ("L", "RGB") and options.encoding == ".jpg":
-        image = image.convert("RGB")
-    if options.center_crop:
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if options.resize:
-        width, height = image.size
-        size = (options.resize, height * options.resize // width) if height > width else (
-            width * options.resize // height, options.resize)
-        image = Image.fromarray(resize_bilinear(np.asarray(image), *size))
-    return image
+def join(entries: Sequence[Entry], images: Sequence[BytesLike | UserError], options: argparse.Namespace) -> Block:
+    """Return the block of these entries. images: what each is to hold, or why there is nothing."""
+    data, index, bad = bytearray(), [], []
+    for entry, image in zip(entries, images, strict=True):
+        try:
+            if isinstance(image, UserError):
+                raise image
+            pieces = encode_record(entry.number, entry.labels, image, only_first(entry, options))
+        except (UserError, ValueError, OverflowError) as error:
+            bad.append((entry, str(error) if isinstance(error, UserError) else f"{entry.path}: {error}"))
+            if options.skip_bad:
+                continue
+            break
+        index.append((entry.number, len(data)))
+        data += b"".join(pieces)
+    return Block(data, len(data), index, bad)
 
 
-def resize_bilinear(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resize uint8 [H, W(, C)] by bilinear interpolation between the four nearest pixels, as OpenCV does by default.
+# -------------------------------------------------------------------------------------------------- copying the images
 
-    Nothing is smoothed before pixels are dropped, unlike Pillow's resize.
+def copied(chunks: Iterator[list[Entry]], output: Output, options: argparse.Namespace) -> Iterator[Block]:
+    """Write the chunks of the list, their files' bytes unchanged, and yield each block that was written.
+
+    Threads read a chunk each into memory of their own. Where it belongs in the record file is known as soon as the
+    chunk before it has been read, and each thread writes what it has read while the others go on.
     """
-    def neighbours(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        at = ((np.arange(wanted) + 0.5) * (size / wanted) - 0.5).clip(0, size - 1)
-        low = np.floor(at).astype(int)
-        return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)
+    from shared.parallel import cores
 
-    top, bottom, down = neighbours(pixels.shape[0], height)
-    left, right, across = neighbours(pixels.shape[1], width)
-    down = down.reshape(-1, *[1] * (pixels.ndim - 1))
-    across = across.reshape(-1, *[1] * (pixels.ndim - 2))
-    rows = pixels[top] * (1 - down) + pixels[bottom] * down
-    return np.rint(rows[:, left] * (1 - across) + rows[:, right] * across).astype(np.uint8)
+    workers = options.num_thread or min(cores(), MOST_COPYING)
+    root = os.open(options.root, os.O_RDONLY)
+    memory: list[bytearray] = []
+
+    def work(chunk: list[Entry], begin: Future[int], end: Future[int]) -> Block:
+        buffer = memory.pop() if memory else bytearray()
+        try:
+            block = read(chunk, root, buffer, options)
+            end.set_result(begin.result() + block.size)
+        except BaseException as error:  # those that wait for it must not wait for ever
+            end.set_exception(error)
+            raise
+        output.write(block, begin.result())
+        memory.append(buffer)
+        return block
+
+    pending: deque[Future[Block]] = deque()
+    begin: Future[int] = Future()
+    begin.set_result(output.size)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for chunk in chunks:
+                end: Future[int] = Future()
+                pending.append(pool.submit(work, chunk, begin, end))
+                begin = end
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+    finally:
+        os.close(root)
 
 
-def encode(image: Image.Image, options: argparse.Namespace) -> bytes:
-    stream = io.BytesIO()
-    if options.encoding == ".png":
-        image.save(stream, "PNG", compress_level=min(options.quality, 9))
-    else:
-        image.save(stream, "JPEG", quality=options.quality)
-    return stream.getvalue()
+def read(entries: Sequence[Entry], root: int, buffer: bytearray, options: argparse.Namespace) -> Block:
+    """Return the block of these entries, their files read to where they belong in `buffer`, which grows as it must.
+
+    root: handle of the folder that their paths are relative to.
+    """
+    index, bad, kept = [], [], []
+    at = 0
+    for entry in entries:
+        try:
+            first, end = read_record(entry, root, buffer, at, only_first(entry, options))
+        except (OSError, ValueError, OverflowError) as error:
+            bad.append((entry, f"{os.path.join(options.root, entry.path)} cannot be read ({error.strerror})"
+                        if isinstance(error, OSError) else f"{entry.path}: {error}"))
+            if options.skip_bad:
+                continue
+            break
+        index.append((entry.number, at))
+        kept.append((entry, slice(first, end)))
+        at = end + -end % 4  # all records begin at multiples of four
+    if len(magic_words(memoryview(buffer)[:at])) == len(index):
+        return Block(buffer, at, index, bad)
+    # A payload holds the word that begins records.
+    whole = join([entry for entry, _ in kept], [buffer[part] for _, part in kept], options)
+    return whole._replace(bad=bad)
 
 
-# ------------------------------------------------------------------------------------------------------------ output
+def read_record(entry: Entry, root: int, buffer: bytearray, at: int, scalar: bool) -> tuple[int, int]:
+    """Put a record of one part into `buffer` at `at`, padded; return where in it the file's bytes begin and end.
+
+    Raises OSError, and ValueError or OverflowError for what does not fit into a record.
+    """
+    file = os.open(entry.path, os.O_RDONLY, dir_fd=root)
+    try:
+        size = os.fstat(file).st_size
+        head = record_head(entry.number, entry.labels, size, scalar)
+        first = at + len(head)
+        end = first + size
+        padding = bytes(-end % 4)
+        if end + len(padding) > len(buffer):
+            buffer.extend(bytes(end + len(padding) - len(buffer)))
+        buffer[at:first] = head
+        done = first
+        while done < end:
+            count = os.readv(file, [memoryview(buffer)[done:end]])
+            if not count:
+                raise ValueError("it became shorter while it was read")
+            done += count
+        buffer[end:end + len(padding)] = padding
+    finally:
+        os.close(file)
+    return first, end
+
+
+# ------------------------------------------------------------------------------------------------------------- output
 
 class Output:
-    """The record file and its index on their way. `entries_done`: entries of the list that need not be done again."""
+    """The record file and its index on their way. `entries_done`: entries of the list that need not be done again.
+
+    size: of the record file, as far as it is counted; threads may have written more.
+    """
 
     def __init__(self, path: Path, key: str) -> None:
         self.final = path.with_suffix(".rec"), path.with_suffix(".idx")
         self.parts = tuple(file.with_name(f".{file.name}.part") for file in self.final)
         self.note, self.key = path.with_name(f".{path.stem}.part.json"), key
         self.entries_done, self.records, self.size, self.skipped = self._continued()
-        self.files = [open(part, "r+b" if self.entries_done else "w+b", buffering=1 << 20) for part in self.parts]
+        self.files = [open(part, "r+b" if self.entries_done else "w+b", buffering=buffering)
+                      for part, buffering in zip(self.parts, (0, 1 << 20), strict=True)]
         for file, size in zip(self.files, (self.size, self.index_size), strict=True):
             file.truncate(size)
             file.seek(size)
@@ -223,27 +283,30 @@ class Output:
         self.index_size = state["index_size"]
         return state["entries"], state["records"], state["size"], state["skipped"]
 
-    def add(self, entry: Entry, payload: bytes | Bad, options: argparse.Namespace) -> None:
-        """Append one record; UserError for a bad image unless they are to be skipped."""
-        scalar = not (options.pack_label and len(entry.labels) > 1)
-        pieces = None
-        if not isinstance(payload, Bad):
-            try:
-                pieces = encode_record(entry.number, entry.labels, payload, scalar)
-            except (ValueError, OverflowError) as error:
-                payload = Bad(f"{entry.path}: {error}")
-        if pieces is None:
-            message = f"record {entry.place} (id {entry.number}): {payload.reason}"
-            if not options.skip_bad:
+    def write(self, block: Block, start: int) -> None:
+        """Write a block to its place in the record file; from any thread."""
+        file, at, end = self.files[0].fileno(), start, start + block.size
+        while at < end:
+            at += os.pwrite(file, memoryview(block.data)[at - start:block.size], at)
+        # It starts on its way to the disk, which otherwise is all left to the end.
+        first, last = start // WRITEBACK * WRITEBACK, end // WRITEBACK * WRITEBACK
+        if first < last and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, first, last - first, os.POSIX_FADV_DONTNEED)
+
+    def count(self, block: Block, skip_bad: bool) -> None:
+        """Take the next block, already written, into the index; UserError for a bad image unless they are skipped."""
+        lines = "".join(f"{number}\t{self.size + start}\n" for number, start in block.index)
+        self.index_size += self.files[1].write(lines.encode())
+        self.size += block.size
+        self.records += len(block.index)
+        self.entries_done += len(block.index)
+        for entry, reason in block.bad:
+            message = f"record {entry.place} (id {entry.number}): {reason}"
+            if not skip_bad:
                 raise UserError(f"{message}; mend it, or leave bad ones out with --skip-bad")
             print(f"warning: {message}; left out", file=sys.stderr)
             self.skipped += 1
-        else:
-            self.index_size += self.files[1].write(f"{entry.number}\t{self.size}\n".encode())
-            self.files[0].writelines(pieces)
-            self.size += sum(map(len, pieces))
-            self.records += 1
-        self.entries_done += 1
+            self.entries_done += 1
         if time.monotonic() - self.noted > SECONDS_BETWEEN_NOTES:
             self._write_note()
 

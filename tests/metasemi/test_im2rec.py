@@ -147,15 +147,15 @@ def test_links_that_lead_back_end(tree: Path, tmp_path: Path) -> None:
 
 
 def _killed_packing(prefix: Path, root: Path, after: int) -> None:
-    packing.SECONDS_BETWEEN_NOTES = 0.0
-    add, count = packing.Output.add, iter(range(10 ** 6))
+    packing.SECONDS_BETWEEN_NOTES, packing.CHUNK = 0.0, 4
+    count, blocks = packing.Output.count, iter(range(10 ** 6))
 
     def counted(output, *args):
-        if next(count) == after:
+        if next(blocks) == after:
             os.kill(os.getpid(), signal.SIGKILL)
-        add(output, *args)
+        count(output, *args)
 
-    packing.Output.add = counted
+    packing.Output.count = counted
     call(im2rec, prefix, root, "--pass-through", "--pack-label", "--recursive", "--num-thread", "2")
 
 
@@ -163,17 +163,17 @@ def test_killed_and_continued(tree: Path, prefix: Path, capfd: pytest.CaptureFix
     whole = packed(tree, prefix)
     for file in (".rec", ".idx"):
         prefix.with_suffix(file).unlink()
-    process = clean_process(_killed_packing, prefix, tree / "train", 11)
+    process = clean_process(_killed_packing, prefix, tree / "train", 3)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert not prefix.with_suffix(".rec").exists()
     assert packed(tree, prefix) == whole
-    assert re.search(r"continuing .*all.rec at record 11 of 24", capfd.readouterr().out)
+    assert re.search(r"continuing .*all.rec at record 12 of 24", capfd.readouterr().out)
 
 
 def test_other_settings_are_not_continued(tree: Path, prefix: Path) -> None:
-    process = clean_process(_killed_packing, prefix, tree / "train", 11)
+    process = clean_process(_killed_packing, prefix, tree / "train", 3)
     process.start()
     process.join(60)
     call(im2rec, prefix, tree / "train", "--resize", "16")

@@ -1,0 +1,84 @@
+"""Images as they are to be stored in records: decoded to be sure of them, cropped, resized, encoded again.
+
+All of it on the CPU with Pillow, in the processes of `packing`.
+"""
+from __future__ import annotations
+
+import argparse
+import io
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from shared.cli import UserError
+from shared.image_files import open_image
+
+EXIF_ORIENTATION = 0x0112
+
+
+def payloads(paths: Sequence[str], options: argparse.Namespace) -> list[bytes | UserError]:
+    """Return for each path below the root the bytes of its image as they are to be stored, or why there are none."""
+    return [payload(os.path.join(options.root, path), options) for path in paths]
+
+
+def payload(path: str, options: argparse.Namespace) -> bytes | UserError:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        return UserError(f"{path} cannot be read ({error.strerror})")
+    try:
+        image = open_image(data, path)
+    except UserError as error:
+        return error
+    return data if options.pass_through else encode(transform(image, options), options)
+
+
+def transform(image: Image.Image, options: argparse.Namespace) -> Image.Image:
+    """Return the image as it is to be stored: gray or RGB, its central square, its shorter side resized."""
+    if options.color >= 0:
+        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        image = image.convert("RGB" if options.color else "L")
+    elif image.mode not in ("L", "RGB") and options.encoding == ".jpg":
+        image = image.convert("RGB")
+    if options.center_crop:
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if options.resize:
+        width, height = image.size
+        size = (options.resize, height * options.resize // width) if height > width else (
+            width * options.resize // height, options.resize)
+        image = Image.fromarray(resize_bilinear(np.asarray(image), *size))
+    return image
+
+
+def resize_bilinear(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resize uint8 [H, W(, C)] by bilinear interpolation between the four nearest pixels, as OpenCV does by default.
+
+    Nothing is smoothed before pixels are dropped, unlike Pillow's resize.
+    """
+    def neighbours(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        at = ((np.arange(wanted) + 0.5) * (size / wanted) - 0.5).clip(0, size - 1)
+        low = np.floor(at).astype(int)
+        return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)
+
+    top, bottom, down = neighbours(pixels.shape[0], height)
+    left, right, across = neighbours(pixels.shape[1], width)
+    down = down.reshape(-1, *[1] * (pixels.ndim - 1))
+    across = across.reshape(-1, *[1] * (pixels.ndim - 2))
+    rows = pixels[top] * (1 - down) + pixels[bottom] * down
+    return np.rint(rows[:, left] * (1 - across) + rows[:, right] * across).astype(np.uint8)
+
+
+def encode(image: Image.Image, options: argparse.Namespace) -> bytes:
+    stream = io.BytesIO()
+    if options.encoding == ".png":
+        image.save(stream, "PNG", compress_level=min(options.quality, 9))
+    else:
+        image.save(stream, "JPEG", quality=options.quality)
+    return stream.getvalue()
