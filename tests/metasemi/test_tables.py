@@ -42,15 +42,19 @@ def test_every_command_of_the_ablation_is_right(scale: str) -> None:
         for iterations in (None, 5):
             script, *flags = words(cell, 1, iterations)
             options = SCRIPTS[Path(script).name].parse(flags)
-            assert options.mix_up == (cell.row in ("mix-up only", "MetaSemi (both)"))
-            assert (Path(script).name == "train_meta.py") == (cell.row in ("meta only", "MetaSemi (both)"))
+            assert options.mix_up == (cell.row in ("mix-up only", "MetaSemi (both)", "both, uncorrected"))
+            assert (Path(script).name == "train_meta.py") == (cell.row not in ("labels only", "mix-up only",
+                                                                               "all labels"))
+            if Path(script).name == "train_meta.py":
+                assert options.meta_lr == (0 if "uncorrected" in cell.row else 1)
             assert options.total_steps == (iterations or cell.job.stages[0].iterations)
 
 
 def test_all_methods_on_the_digits_train_alike() -> None:
     cells = [cell for cell in tables.ablation_table("tiny", OPTIONS).cells if "20" in cell.column]
-    assert [cell.row for cell in cells] == ["labels only", "meta only", "mix-up only", "MetaSemi (both)"]
-    flags = [set(words(cell)[1:]) - {"--mix-up"} for cell in cells]
+    assert [cell.row for cell in cells] == ["labels only", "meta only", "mix-up only", "MetaSemi (both)",
+                                            "meta only, uncorrected", "both, uncorrected"]
+    flags = [set(words(cell)[1:]) - {"--mix-up", "--meta-lr=0"} for cell in cells]
     assert all(other == flags[0] for other in flags)
 
 
