@@ -12,17 +12,18 @@ from typing import Any
 from shared.cli import Parser, UserError, nearest
 from shared.flag_types import number
 
-# torchvision's classifiers that give one vector of logits and take images of any size from 64 pixels on.
+# torchvision's classifiers, all of them; MetaSemi/classifiers.py builds them.
 ARCHITECTURES = (
     "alexnet", "convnext_base", "convnext_large", "convnext_small", "convnext_tiny", "densenet121", "densenet161",
     "densenet169", "densenet201", *(f"efficientnet_b{size}" for size in range(8)), "efficientnet_v2_l",
-    "efficientnet_v2_m", "efficientnet_v2_s", "mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "mobilenet_v2",
-    "mobilenet_v3_large", "mobilenet_v3_small", *(f"regnet_{kind}_{size}" for kind in "xy" for size in (
-        "16gf", "1_6gf", "32gf", "3_2gf", "400mf", "800mf", "8gf")), "regnet_y_128gf", "resnet101", "resnet152",
-    "resnet18", "resnet34", "resnet50", "resnext101_32x8d", "resnext101_64x4d", "resnext50_32x4d",
-    "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0", "squeezenet1_0",
-    "squeezenet1_1", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s", "swin_v2_t", "vgg11", "vgg11_bn", "vgg13",
-    "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "wide_resnet101_2", "wide_resnet50_2")
+    "efficientnet_v2_m", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5", "mnasnet0_75",
+    "mnasnet1_0", "mnasnet1_3", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small",
+    *(f"regnet_{kind}_{size}" for kind in "xy" for size in ("16gf", "1_6gf", "32gf", "3_2gf", "400mf", "800mf", "8gf")),
+    "regnet_y_128gf", "resnet101", "resnet152", "resnet18", "resnet34", "resnet50", "resnext101_32x8d",
+    "resnext101_64x4d", "resnext50_32x4d", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5",
+    "shufflenet_v2_x2_0", "squeezenet1_0", "squeezenet1_1", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s",
+    "swin_v2_t", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vit_b_16",
+    "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32", "wide_resnet101_2", "wide_resnet50_2")
 COUNT, WHOLE = number(int, 1), number(int, 0)
 NONNEGATIVE, SHARE, ABOVE_ZERO = number(float, 0), number(float, 0, 1), number(float, 1e-12)
 

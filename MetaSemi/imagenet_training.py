@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
+from MetaSemi.classifiers import make_classifier
 from MetaSemi.meters import Best, Meters
 from MetaSemi.schedules import CosAnnealingLR
 from MetaSemi.training import MEDIAN_OF, adopt, choose_precision
@@ -91,7 +91,7 @@ class Training:
         self.total = self.length * options.epochs
         self.schedule = CosAnnealingLR(self.length, options.epochs, options.lr, options.warmup)
         torch.manual_seed(options.seed)
-        net = torchvision.models.get_model(options.arch, weights=None, num_classes=options.num_classes)
+        net = make_classifier(options.arch, options.num_classes, options.imcrop)
         if world.device.type == "cuda" and not options.strict:
             net = net.to(memory_format=torch.channels_last)
         self.net = sync_batchnorm(net.to(world.device), world).train()

@@ -18,13 +18,14 @@ Parameters are never written to in passes 1 to 4: the perturbed ones are copies.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared import distributed
 from shared.distributed import World
@@ -206,9 +207,21 @@ def exact_meta_gradient(net: nn.Module, named: dict[str, Tensor], gradient: Sequ
         return logits.softmax(1), logits
 
     values = {name: value.detach() for name, value in named.items()}
-    with precision(images, None):
+    with precision(images, None), plain_attention():
         _, tangent, logits = jvp(predict, (values,), (dict(zip(named, gradient, strict=True)),), has_aux=True)
     return logits, 2 * tangent
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Compute attention step by step: the kernels that do it at once have no forward-mode derivative."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def corrected(initial: Tensor, meta_grad: Tensor, rate: float) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torchvision
 
 from MetaSemi import imagenet_training
+from MetaSemi.classifiers import make_classifier
 from MetaSemi.imagenet_options import ARCHITECTURES
 from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
@@ -176,12 +177,23 @@ def test_two_ranks_equal_one(name: str, data: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_every_network_of_the_table_is_torchvision_s() -> None:
-    assert set(ARCHITECTURES) <= set(torchvision.models.list_models(module=torchvision.models))
-    with torch.device("meta"):
-        for name in ("resnet18", "alexnet", "densenet121", "swin_t", "mobilenet_v3_small"):
-            net = torchvision.models.get_model(name, weights=None, num_classes=7).eval()
-            assert net(torch.empty(1, 3, 64, 64)).shape == (1, 7)
+def test_networks_are_those_of_torchvision() -> None:
+    assert set(ARCHITECTURES) == set(torchvision.models.list_models(module=torchvision.models))
+
+
+@pytest.mark.parametrize(("name", "side"), [
+    ("googlenet", 32), *(pytest.param(name, {"maxvit_t": 224, "vit_h_14": 56}.get(name, 96),
+                                                                  marks=pytest.mark.slow) for name in ARCHITECTURES)])
+def test_network_gives_one_vector_of_logits(name: str, side: int) -> None:
+    """In train mode too, where some of torchvision's give more."""
+    net = make_classifier(name, 7, side)
+    assert net.training and net(torch.zeros(2, 3, side, side)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("name", "side"), [("alexnet", 32), ("maxvit_t", 64), ("vit_b_32", 80)])
+def test_side_that_a_network_does_not_take(name: str, side: int) -> None:
+    with pytest.raises(UserError, match=f"^--imcrop {side}: {name} does not take images of this size [(].*[)]$"):
+        make_classifier(name, 7, side)
 
 
 def test_local_rank_in_both_spellings(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

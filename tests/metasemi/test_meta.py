@@ -102,6 +102,18 @@ def test_finite_difference_converges_to_the_exact_one() -> None:
     assert deviations[1] < deviations[0] / 30
 
 
+def test_exact_meta_gradient_of_attention() -> None:
+    """Whose fused kernels have no forward-mode derivative."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    net = nn.Sequential(nn.Flatten(1, 2), layer, nn.Flatten(), nn.Linear(64, 10)).double()
+    values = [value.double() if value.is_floating_point() else value for value in batch()]
+    close, exact = (pseudo_labels(net, *values, RATE, meta, WORLD).meta_grad
+                    for meta in (MetaGradient(epsilon=1e-3), MetaGradient(exact=True)))
+    assert exact.abs().max() > 0.01 and (close - exact).norm() / exact.norm() < 1e-5
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_passes_1_to_4_leave_the_network_alone() -> None:
     for exact in (False, True):
         net = small_net()
