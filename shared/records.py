@@ -155,7 +155,9 @@ class RecordFile:
             if at > len(data):
                 raise self._unlike(position, end)
             yield data[first:at]
-        if at + (-at % 4) != len(data):
+        if at + (-at % 4) > len(data):  # without its padding
+            raise self._unlike(position, end)
+        if at + (-at % 4) < len(data):
             raise Damaged(f"{self.name(position)} ends {len(data) - at} bytes before the next one in the index; the "
                           "index does not match the record file")
 

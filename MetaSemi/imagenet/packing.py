@@ -100,7 +100,7 @@ def pack(path: Path, options: argparse.Namespace) -> None:
     finally:
         bar.close()
     output.finish()
-    skipped = f", {output.skipped} bad ones left out" if output.skipped else ""
+    skipped = f", {output.skipped} bad left out" if output.skipped else ""
     print(f"{path.with_suffix('.rec')}: {output.records} records, {output.size} bytes{skipped}")
 
 

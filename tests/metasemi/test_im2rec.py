@@ -205,7 +205,7 @@ class TestBadInput:
         assert not prefix.with_suffix(".rec").exists()
         call(im2rec, prefix, root, *flags, "--skip-bad")
         captured = capsys.readouterr()
-        assert "record 4 (id " in captured.err and "23 records" in captured.out and "1 bad ones left" in captured.out
+        assert "record 4 (id " in captured.err and "23 records" in captured.out and "1 bad left out" in captured.out
         assert len(RecordFile(prefix.with_suffix(".rec"))) == 23
 
     @pytest.mark.parametrize("flags", [["--pass-through", "--verify"], ["--resize", "8"]])

@@ -80,7 +80,7 @@ def test_index_in_any_order_with_spaces(tmp_path: Path) -> None:
 
 
 class TestDamage:
-    PAYLOADS = (b"first", b"second " * 9, b"with" + MAGIC * 2, b"last one")
+    PAYLOADS = (b"first", b"second " * 9, b"with" + MAGIC * 2, b"last one.")
 
     def change(self, tmp_path: Path, rec=lambda data: data, idx=lambda lines: lines) -> Path:
         path = write(tmp_path, list(self.PAYLOADS))
