@@ -67,22 +67,9 @@ def save_state(path: Path, net: torch.nn.Module, ema: EMA, optimizer: torch.opti
 def write_snapshots(folder: Path, name: str, ema: torch.nn.Module, dataset_kwargs: Mapping[str, Any],
                     world: World, loss_kwargs: Mapping[str, Any] | None = None) -> None:
     """Write the averaged network to `folder`/`name` and to network-snapshot-latest.pkl, once all ranks agree on it."""
-    prints = distributed.gather(fingerprint(ema)[None], world)
-    if (prints != prints[0]).any():
-        rank = int((prints != prints[0]).nonzero()[0, 0])
-        raise RuntimeError(f"the averaged networks of ranks 0 and {rank} differ; nothing was written to {name}")
+    distributed.check_equal(ema.state_dict(), world, f"in the averaged network; nothing was written to {name}")
     if world.main:
         save_snapshot(folder / name, ema, dataset_kwargs, loss_kwargs)
         with open(folder / name, "rb") as source, atomic(folder / LATEST) as target:
             shutil.copyfileobj(source, target)
 
-
-@torch.no_grad()
-def fingerprint(net: torch.nn.Module) -> torch.Tensor:
-    """Return an int64 scalar that differs when the bits of any parameter or buffer do (with near certainty)."""
-    total = torch.zeros((), dtype=torch.int64, device=next(net.parameters()).device)
-    for number, tensor in enumerate(net.state_dict().values(), start=1):
-        bits = tensor.contiguous().flatten().view(torch.int32).to(torch.int64)
-        # Weighted by place, so that exchanged values are noticed; int64 wraps around.
-        total += number * (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
-    return total

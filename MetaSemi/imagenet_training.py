@@ -55,13 +55,13 @@ class Prefixed:
     """A network whose state has `module.` before every name, as data-parallel training saves it."""
 
     def __init__(self, net: torch.nn.Module) -> None:
-        self.net = net
+        self.module = net
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {PREFIX + name: value for name, value in self.net.state_dict().items()}
+        return {PREFIX + name: value for name, value in self.module.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.net.load_state_dict({name.removeprefix(PREFIX): value for name, value in state.items()})
+        self.module.load_state_dict({name.removeprefix(PREFIX): value for name, value in state.items()})
 
 
 class Training:

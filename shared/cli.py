@@ -5,6 +5,7 @@ Only the standard library is imported at the top, so that `--help` answers at on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import os
@@ -31,6 +32,10 @@ class Diverged(UserError):
     status = 1
 
 
+class MachineError(UserError):
+    """A disk that is full, or that may not be written to."""
+
+
 def run_main(main: Callable[..., Any]) -> NoReturn:
     """Run `main` (a function or a click command) as a program.
 
@@ -44,7 +49,7 @@ def run_main(main: Callable[..., Any]) -> NoReturn:
         else:
             main()
     except UserError as error:
-        _fail(str(error), error.status)
+        _fail(str(error), error.status, at_once=isinstance(error, MachineError))
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:  # `| head` has seen enough
@@ -53,7 +58,7 @@ def run_main(main: Callable[..., Any]) -> NoReturn:
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
-        _fail(f"{error.strerror}: {error.filename or 'the output folder'}", 2)
+        _fail(f"{error.strerror}: {error.filename or 'the output folder'}", 2, at_once=True)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's exceptions have it
             if type(error).__name__ == "Abort":
@@ -69,10 +74,14 @@ def _one_line_warning(message: Warning | str, category: type[Warning], *_: Any) 
     return f"{kind}: {' '.join(str(message).split())}\n"
 
 
-def _fail(message: str, status: int) -> NoReturn:
+def _fail(message: str, status: int, at_once: bool = False) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
     where = f"[rank {rank}] " if rank else ""
     print(f"{where}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if at_once:  # what libraries still want to write at the end would fail again, in many lines
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from shared.cli import UserError
+from shared.cli import Diverged, UserError
 
 Result = TypeVar("Result")
 
@@ -50,8 +51,33 @@ def start(device: str | None = None) -> World:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", rank=rank, world_size=size)
+        # Under torchrun, its store; otherwise one that ends with its processes.
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", rank=rank, world_size=size,
+                                store=_fresh_store(rank, size) if kept else None)
     return World(rank, size, local_rank, here)
+
+
+def _fresh_store(rank: int, size: int) -> dist.Store:
+    """Return torchrun's store below a prefix that only the processes started together with this one know.
+
+    torchrun keeps its store when it starts all processes again (--max-restarts). Addresses of the dead are still in it,
+    and a process that finds those would wait for them in vain. So rank 0 answers each call with its own name, until all
+    that live have taken it up.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"call/{rank}", name)
+        name = store.get(f"answer/{rank}/{name}").decode()
+        store.add(f"{name}/joined", 1)
+        return dist.PrefixStore(name, store)
+    while store.add(f"{name}/joined", 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f"call/{other}"]):
+                store.set(f"answer/{other}/{store.get(f'call/{other}').decode()}", name)
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def _device(asked: str | None, local_rank: int, local_size: int) -> torch.device:
@@ -114,6 +140,24 @@ def gather(tensor: torch.Tensor, world: World) -> torch.Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world.size)]
     dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def check_equal(tensors: Mapping[str, torch.Tensor], world: World, when: str) -> None:
+    """Raise Diverged, naming tensor and rank, unless all ranks hold the same bits (with near certainty)."""
+    if world.size == 1 or not tensors:
+        return
+    found = gather(torch.stack([_checksum(tensor) for tensor in tensors.values()])[None], world)
+    for rank, number in (found != found[0]).nonzero().tolist():
+        raise Diverged(f"{list(tensors)[number]} differs between ranks 0 and {rank} {when}")
+
+
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an int64 scalar that any single changed element changes."""
+    bits = tensor.detach().contiguous().flatten()
+    bits = bits.view({1: torch.uint8, 2: torch.int16}.get(tensor.itemsize, torch.int32)).to(torch.int32)
+    # Weighted by place, so that exchanged values are noticed; by odd numbers, so that no bit is multiplied away.
+    return (bits * torch.arange(1, 2 * len(bits), 2, dtype=torch.int32, device=bits.device)).sum(dtype=torch.int64)
 
 
 @torch.no_grad()

@@ -35,8 +35,10 @@ def atomic(path: str | os.PathLike, mode: str = "wb", previous: str | os.PathLik
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a failed write does not say of what
+            error.filename = error.filename or str(path)
         raise
     _flush_folder(path.parent)
 

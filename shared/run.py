@@ -11,6 +11,7 @@ an uninterrupted run.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import torch.distributed as dist
 
 from shared import distributed
 from shared.checkpoint import load_newest, read_checkpoint, write_checkpoint
-from shared.cli import Diverged, UserError
+from shared.cli import MACHINE_ERRORS, Diverged, MachineError, UserError
 from shared.distributed import World
 from shared.files import make_dir
 from shared.progress import Progress, duration
@@ -84,6 +85,8 @@ class Run:
             make_dir(self.outdir)
         distributed.barrier(world)
         self._path = self.outdir / checkpoint if checkpoint else None
+        for left in self.outdir.glob(f".{checkpoint}.*.tmp") if world.main else ():  # by a process killed in a save
+            left.unlink(missing_ok=True)
         stats_bytes = self._load(resume, restart)
         self._host_group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._stats = self._log_file = self._board = None
@@ -138,10 +141,15 @@ class Run:
         self.resumed_from = path
 
     def save(self) -> None:
-        """Write the checkpoint now (rank 0; no rank waits). A run with a non-finite loss is stopped instead."""
+        """Write the checkpoint now (rank 0 writes, all ranks call). A run whose loss is not finite, or whose ranks no
+        longer have the same weights, is stopped instead."""
         self._check_finite()
         self._last_save = time.monotonic()
-        if self._path is None or not self.world.main:
+        if self._path is None:
+            return
+        self._check_ranks()
+        log_sums = self._mean_sums()
+        if not self.world.main:
             return
         self._stats.flush()
         parts = {name: distributed.unwrap(kept).state_dict() if isinstance(kept, torch.nn.Module) else kept.state_dict()
@@ -149,8 +157,7 @@ class Run:
         write_checkpoint(self._path, {
             **parts, **self.extra(), "step": self.step, "finished": self.finished, "seconds": self.seconds,
             "state": self.state, "config": json.loads(json.dumps(self.config, default=str)),
-            "stats_bytes": self._stats.tell(), "log_counts": self._counts,
-            "log_sums": {name: float(value) for name, value in self._sums.items()}})
+            "stats_bytes": self._stats.tell(), "log_counts": self._counts, "log_sums": log_sums})
 
     # ---------------------------------------------------------------------------------------------------- steps
 
@@ -173,20 +180,30 @@ class Run:
             if not self.finished:
                 self.finished = True
                 self.save()
+            self._flush()
+        except OSError as error:
+            if error.errno not in MACHINE_ERRORS:
+                raise
+            raise MachineError(f"{error.strerror}: {error.filename or self.outdir}; the last checkpoint is whole: mend "
+                               "this, and the same command continues from it") from None
         finally:
             self._bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            for file in (self._stats, self._log_file, self._board):
-                if file is not None:
-                    file.flush()
+            with contextlib.suppress(OSError):  # of which the error under way tells already
+                self._flush()
+
+    def _flush(self) -> None:
+        for file in (self._stats, self._log_file, self._board):
+            if file is not None:
+                file.flush()
 
     def _after_step(self, total: int) -> None:
         if self.step % self.log_every == 0 or self.step == total:
             self._print_log()
         clock = self.save_seconds is not None and time.monotonic() - self._last_save >= self.save_seconds
         counted = self.save_every is not None and self.step % self.save_every == 0
-        stop = self._agreed_stop()
+        stop, clock = self._agreed(clock)
         if stop or clock or counted:
             self.save()
         if stop:
@@ -206,15 +223,16 @@ class Run:
         except ValueError:  # not the main thread, where Python allows no handlers
             return {}
 
-    def _agreed_stop(self) -> int:
-        """Return the signal that any rank has received: all ranks leave after the same step, or one would wait."""
+    def _agreed(self, clock: bool) -> tuple[int, bool]:
+        """Return the signal that any rank has received, and whether it is time to save on any rank's clock: all ranks
+        leave, or save, after the same step, or one would wait."""
         own = int(self._stop_signal or 0)
         if self._host_group is None:
-            return own
+            return own, clock
         # On the host, beside the devices' streams: the GPU is not waited for.
-        agreed = torch.tensor([own])
+        agreed = torch.tensor([own, clock])
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._host_group)
-        return int(agreed)
+        return int(agreed[0]), bool(agreed[1])
 
     # ------------------------------------------------------------------------------------------------------ log
 
@@ -253,6 +271,21 @@ class Run:
         tensors = f"; the first non-finite tensor is {first}" if first else "; all weights are finite"
         raise Diverged(f"{name} is not finite at step {step} on rank {self.world.rank}{tensors}; nothing was saved, "
                        f"{self.outdir} keeps its last checkpoint. Try a lower learning rate or --precision fp32")
+
+    def _check_ranks(self) -> None:
+        """Raise Diverged unless the kept networks and averages have the same bits on all ranks (a collective)."""
+        nets = {part: distributed.unwrap(getattr(kept, "module", kept)) for part, kept in self.keep.items()}
+        tensors = {f"{part}.{name}": tensor for part, net in nets.items() if isinstance(net, torch.nn.Module)
+                   for name, tensor in net.state_dict().items()}
+        distributed.check_equal(tensors, self.world, f"after step {self.step}; nothing was saved, {self.outdir} keeps "
+                                "its last checkpoint, from which the same command continues")
+
+    def _mean_sums(self) -> dict[str, float]:
+        """Return what was logged since the last line of the log: sums over steps, means over ranks (a collective)."""
+        sums = torch.tensor([float(value) for value in self._sums.values()], dtype=torch.float64)
+        if self._host_group is not None:
+            dist.all_reduce(sums, group=self._host_group)
+        return dict(zip(self._sums, (sums / self.world.size).tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
         """Return and reset the means of what was logged since the last call, over all ranks (a collective)."""

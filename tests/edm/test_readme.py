@@ -11,9 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import click
-import pytest
-
 from tests.edm.training_runs import TINY, write_set
 from tests.shared.programs import ROOT, environment
 
@@ -35,14 +32,6 @@ def commands() -> list[tuple[str, list[str]]]:
 
 def test_the_readme_has_commands_of_every_script() -> None:
     assert {script for script, _ in commands()} == set(SCRIPTS)
-
-
-@pytest.mark.parametrize("script, arguments", commands(), ids=lambda value: value if isinstance(value, str) else "")
-def test_commands_parse(script: str, arguments: list[str]) -> None:
-    program = importlib.import_module(f"EDM.{script}").main
-    if isinstance(program, click.Group):
-        program, arguments = program.commands[arguments[0]], arguments[1:]
-    program.make_context(script, list(arguments))  # raises for an unknown flag, a wrong value, a missing one
 
 
 def test_flags_in_the_text_exist() -> None:

@@ -28,11 +28,6 @@ def test_there_are_commands_of_every_script() -> None:
     assert {script for script, _ in commands()} == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("script, arguments", commands(), ids=lambda value: value if isinstance(value, str) else "")
-def test_commands_parse(script: str, arguments: list[str]) -> None:
-    importlib.import_module(f"EDM.{script}").main.make_context(script, list(arguments))
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_named_after_a_script_are_its_flags(script: str) -> None:
     known = {flag for parameter in importlib.import_module(f"EDM.{script}").main.params for flag in parameter.opts}

@@ -4,8 +4,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,20 +19,22 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
-def start(script: str | Path, *args: str | Path, cwd: Path | None = None, ranks: int = 1,
-          **extra: str) -> subprocess.Popen:
-    """Start a script of the project; with `ranks` > 1 under torchrun on this machine."""
-    launcher = [sys.executable]
+def start(script: str | Path, *args: str | Path, cwd: Path | None = None, ranks: int = 1, restarts: int = 0,
+          before: Sequence[str | Path] = (), **extra: str) -> subprocess.Popen:
+    """Start a script of the project; with `ranks` > 1 under torchrun on this machine, which starts all of them again
+    `restarts` times. before: a command that starts what follows it."""
+    launcher = [*map(str, before), sys.executable]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                     f"--max-restarts={restarts}"]
     return subprocess.Popen([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd or ROOT, text=True,
                             env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run(script: str | Path, *args: str | Path, cwd: Path | None = None, ranks: int = 1, status: int = 0,
-        timeout: float = 300, **extra: str) -> subprocess.CompletedProcess:
-    """Run a script to its end and check its exit status."""
-    process = start(script, *args, cwd=cwd, ranks=ranks, **extra)
+def run(script: str | Path, *args: str | Path, status: int = 0, timeout: float = 300,
+        **how: Any) -> subprocess.CompletedProcess:
+    """Run a script to its end and check its exit status. how: see `start`."""
+    process = start(script, *args, **how)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -43,6 +48,14 @@ def one_line_error(result: subprocess.CompletedProcess) -> str:
     lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("warning:")]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
+
+
+def growth(file: Path) -> float:
+    """Return how fast the memory of a run grew behind its first tenth, in MB per 1,000 steps: `file` has lines of steps
+    and MB, as mishap.py writes them."""
+    steps, resident = np.loadtxt(file, unpack=True)
+    late = steps > steps[-1] / 10
+    return 1000 * np.polyfit(steps[late], resident[late], 1)[0]
 
 
 def assert_same(a, b, path: str = "") -> None:

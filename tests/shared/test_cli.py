@@ -1,7 +1,11 @@
 """Command lines: what wins over what, and what a mistake looks like."""
+import subprocess
+import sys
+
 import pytest
 
 from shared.cli import Parser, UserError, nearest, parse_bool, run_main
+from tests.shared.programs import environment
 
 
 def parser() -> Parser:
@@ -57,8 +61,7 @@ def test_mistakes_on_the_command_line_are_named(argv, message):
 
 
 @pytest.mark.parametrize("error, status, line", [
-    (UserError("two\nlines"), 2, "error: two lines\n"), (KeyboardInterrupt(), 130, "error: interrupted\n"),
-    (OSError(28, "No space left on device", "out/x"), 2, "error: No space left on device: out/x\n")])
+    (UserError("two\nlines"), 2, "error: two lines\n"), (KeyboardInterrupt(), 130, "error: interrupted\n")])
 def test_programs_end_in_one_line(capsys, error, status, line):
     def main():
         raise error
@@ -66,6 +69,21 @@ def test_programs_end_in_one_line(capsys, error, status, line):
     with pytest.raises(SystemExit) as left:
         run_main(main)
     assert left.value.code == status and capsys.readouterr().err == line
+
+
+def test_a_full_disk_ends_in_one_line_whatever_libraries_still_want_to_write():
+    code = """
+import atexit, sys
+from shared.cli import run_main
+def main():
+    print("all of this is shown")
+    atexit.register(print, "and nothing of that", file=sys.stderr)
+    raise OSError(28, "No space left on device", "out/x")
+run_main(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "all of this is shown\n")
+    assert ended.stderr == "error: No space left on device: out/x\n"
 
 
 def test_a_bug_keeps_its_traceback():

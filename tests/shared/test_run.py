@@ -7,15 +7,22 @@ import time
 import pytest
 import torch
 
+from shared import distributed
 from shared.checkpoint import load_newest, previous_path, read_checkpoint, write_checkpoint
-from shared.cli import UserError
+from shared.cli import Diverged, UserError
+from shared.distributed import _checksum
 from tests.shared.programs import assert_same, one_line_error, run, start
 
-PROGRAM = "tests/shared/tiny_run.py"
+PROGRAM, MISHAP = "tests/shared/tiny_run.py", "tests/shared/mishap.py"
 
 
 def final(folder):
     return torch.load(folder / "final.pt", weights_only=True)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +48,7 @@ def test_killed_twice_and_continued_is_bitwise_equal(whole, tmp_path):
     result = run(PROGRAM, tmp_path)
     assert "continuing at step" in result.stdout
     assert_same(final(whole), final(tmp_path))
-    losses = [[json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-              for folder in (whole, tmp_path)]
-    assert [(x["step"], x["loss"]) for x in losses[0]] == [(x["step"], x["loss"]) for x in losses[1]]
+    assert losses(tmp_path) == losses(whole)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
@@ -57,33 +62,65 @@ def test_signal_saves_first(whole, tmp_path, number, status):
     assert_same(final(whole), final(tmp_path))
 
 
-def test_two_ranks_equal_one(whole, tmp_path):
-    run(PROGRAM, tmp_path, ranks=2)
-    one, two = final(whole), final(tmp_path)
-    for key, value in one["net"].items():
-        torch.testing.assert_close(two["net"][key], value, rtol=1e-5, atol=1e-6)
-    assert (tmp_path / "order.jsonl").read_text() == (whole / "order.jsonl").read_text()
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run(PROGRAM, folder, ranks=2)
+    return folder
+
+
+def assert_close(ours, theirs):
+    for key, value in final(theirs)["net"].items():
+        torch.testing.assert_close(final(ours)["net"][key], value, rtol=1e-5, atol=1e-6)
+    assert (ours / "order.jsonl").read_text() == (theirs / "order.jsonl").read_text()
+
+
+def test_two_ranks_equal_one(whole, whole_of_two):
+    assert_close(whole_of_two, whole)
 
 
 def test_ranks_may_change_between_restarts(whole, tmp_path):
-    run(PROGRAM, tmp_path, "--steps", "14", ranks=2)
-    assert "finished after step 14" in run(PROGRAM, tmp_path, "--steps", "14").stdout
+    """One rank, two, one again, each ended by a signal, which reaches every rank in another part of a step."""
+    for ranks, steps in (1, 12), (2, 26):
+        kill_when(start(PROGRAM, tmp_path, "--pause", "0.1", ranks=ranks), tmp_path, steps, signal.SIGTERM)
+        assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] >= steps
     run(PROGRAM, tmp_path)
-    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 40
-    for key, value in final(whole)["net"].items():
-        torch.testing.assert_close(final(tmp_path)["net"][key], value, rtol=1e-5, atol=1e-6)
+    assert_close(tmp_path, whole)
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)
 
 
-def test_a_signal_to_one_rank_stops_both(tmp_path):
-    # torchrun passes the signal on to all; each may be at another point of the same step.
-    process = start(PROGRAM, tmp_path, "--pause", "0.1", ranks=2)
-    kill_when(process, tmp_path, 5, signal.SIGTERM)
-    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] >= 5
+def test_a_rank_that_dies_is_started_again_by_torchrun(whole_of_two, tmp_path):
+    """All ranks go on from the last checkpoint, without a hang, to the bits of two ranks that nobody disturbed."""
+    run(MISHAP, "kill", "20", PROGRAM, tmp_path, ranks=2, restarts=1)
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 60
+    assert "continuing at step 14" in (tmp_path / "log.txt").read_text()
+    assert_same(final(tmp_path), final(whole_of_two))
+    assert losses(tmp_path) == pytest.approx(losses(whole_of_two), rel=1e-6)
+
+
+def test_ranks_that_drift_apart_are_found_at_the_next_checkpoint(tmp_path):
+    failed = run(MISHAP, "drift", "16", PROGRAM, tmp_path, ranks=2, status=1)
+    assert "error: net.0.weight differs between ranks 0 and 1 after step 21; nothing was saved" in failed.stderr
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool], ids=str)
+def test_every_changed_element_and_every_exchange_is_a_drift(dtype, monkeypatch):
+    ours = torch.arange(1, 49).reshape(2, 4, 6).remainder(5).to(dtype)
+    others = [ours.clone() for _ in range(49)]
+    for place, other in enumerate(others[:48]):
+        other.view(-1)[place] = not other.view(-1)[place] if dtype == torch.bool else -1 - place
+    others[48][0, 0, 3:5] = ours[0, 0, 3:5].flip(0)
+    for other in others:
+        theirs = torch.stack([_checksum(ours), _checksum(other)])[None]
+        monkeypatch.setattr(distributed, "gather", lambda sums, _, theirs=theirs: torch.cat([sums, theirs]))
+        with pytest.raises(Diverged, match="^b differs between ranks 0 and 1 now"):
+            distributed.check_equal({"a": ours, "b": ours}, distributed.World(0, 2), "now")
 
 
 def test_nan_stops_at_its_step_and_saves_nothing_of_it(tmp_path):
-    result = run(PROGRAM, tmp_path, "--nan-at", "17", status=1)
-    assert "loss is not finite at step 17 on rank 0" in one_line_error(result)
+    line = one_line_error(run(MISHAP, "nan", "17", PROGRAM, tmp_path, status=1))
+    assert "loss is not finite at step 17 on rank 0; the first non-finite tensor is net.0.weight" in line
     assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 14
 
 

@@ -20,7 +20,6 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--save-every", type=int, default=7)
     parser.add_argument("--pause", type=float, default=0.0)
-    parser.add_argument("--nan-at", type=int, default=-1)
     parser.add_argument("--restart", action="store_true")
     args = parser.parse_args()
     world = distributed.start("cpu")
@@ -40,7 +39,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         ema.update(net, 0.9)
-        run.log(loss=loss * (float("nan") if step == args.nan_at else 1))
+        run.log(loss=loss)
         run.state["best"] = max(run.state.get("best", 0.0), float(x.abs().max()))
         if world.main:
             with open(os.path.join(args.outdir, "order.jsonl"), "a") as file:

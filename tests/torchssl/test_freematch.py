@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -413,21 +412,3 @@ def test_picture_modes_are_kept_apart() -> None:
     _, data = data_of("--dataset=set", "--num_labels=2", "--aug_path=extra")
     first = np.asarray(Image.open("extra/0/000000.png"))
     assert (data.labeled.images[2] == first).all() and data.labeled.channels == 3
-
-
-def readme_commands() -> list[list[str]]:
-    """Return the commands of TorchSSL/README.md that start scripts of this trainer."""
-    blocks = (ROOT / "TorchSSL/README.md").read_text().split("```bash\n")[1:]
-    lines = [line for block in blocks for line in block.split("```")[0].splitlines()]
-    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
-    return [command for command in commands if command[1] in ("freematch.py", "get_labels.py", "eval.py")]
-
-
-@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
-def test_readme_commands_are_understood(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from TorchSSL import eval as evaluation_script
-    from TorchSSL import get_labels
-
-    scripts = {"freematch.py": freematch, "get_labels.py": get_labels, "eval.py": evaluation_script}
-    monkeypatch.chdir(ROOT / "TorchSSL")
-    assert scripts[command[1]].parse(command[2:]).given
