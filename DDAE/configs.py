@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.cli import UserError, nearest
+from shared.cli import UserError, nearest, read_yaml
 
 if TYPE_CHECKING:
     from DDAE.diffusion import DDPM, EDM
@@ -82,21 +82,14 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
     Raises UserError for a file that is missing or malformed, or a key that is unknown or wrong.
     """
-    import yaml
-
     if path is None:
         raise UserError("--config: needs a YAML file, for instance config/DDPM_ddpm.yaml")
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         known = sorted(file.name for file in SOURCE_FOLDER.glob("*.yaml"))
         raise UserError(f"--config: {path}: no such file{nearest(path.name, known)}; those that come with it, in "
-                        f"config/: {', '.join(known)}") from None
-    except OSError as error:
-        raise UserError(f"--config: cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {path} is not plain YAML: {str(error).splitlines()[0]}") from None
+                        f"config/: {', '.join(known)}")
+    content = read_yaml(path, "--config")
     if isinstance(content, dict):
         for override in overrides:
             _overrule(content, override)

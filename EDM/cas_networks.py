@@ -6,12 +6,11 @@ They see clean images, so there is neither a noise level nor a preconditioning.
 from __future__ import annotations
 
 import os
-import pickle
-from pathlib import Path
 
 import torch
 
 from EDM.preconditioning import as_called
+from shared.checkpoint import read_checkpoint
 from shared.cli import UserError, nearest
 
 
@@ -59,16 +58,9 @@ class CAS_ResNet50(torch.nn.Module):
 
     def load_pretrained(self, path: str | os.PathLike) -> None:
         """Copy the ImageNet weights of a torchvision state_dict, all but its last layer. Raises UserError."""
-        own = self.classifier.state_dict()
-        try:
-            tensors = torch.load(Path(path), map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: expected the state_dict of torchvision's ResNet-50 ({type(error).__name__})"
-                            ) from None
+        own, tensors = self.classifier.state_dict(), read_checkpoint(path)
         wanted = [name for name in own if not name.startswith("fc.")]
-        unfit = [name for name in wanted if not isinstance(tensors, dict) or name not in tensors
+        unfit = [name for name in wanted if not isinstance(tensors.get(name), torch.Tensor)
                  or tensors[name].shape != own[name].shape]
         if unfit:
             raise UserError(f"{path}: expected the state_dict of torchvision's ResNet-50 for images of "

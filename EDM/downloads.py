@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from shared.cli import UserError
+from shared.cli import MACHINE_ERRORS, UserError
 from shared.files import atomic, make_dir
 from shared.progress import Progress
 
@@ -61,7 +61,10 @@ def _fetch(url: str, target: Path) -> None:
                 _save(response, target)
                 return
         except (requests.RequestException, OSError) as error:
-            if attempt == ATTEMPTS or isinstance(error, (requests.exceptions.InvalidURL, PermissionError)):
+            if error.errno in MACHINE_ERRORS:
+                raise
+            # A ValueError: the address, or the one that the server sends on to, is none that can be fetched.
+            if attempt == ATTEMPTS or isinstance(error, (ValueError, requests.TooManyRedirects)):
                 raise UserError(f"cannot fetch {url}: {type(error).__name__} ({attempt} attempts); save the file "
                                 "yourself and give its path") from None
             time.sleep(min(2.0**attempt / 8, 10))

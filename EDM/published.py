@@ -18,10 +18,12 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from shared.archives import read_members, zip_members
-from shared.cli import UserError
+from shared.checkpoint import READ_ERRORS
+from shared.cli import UserError, is_bounded
 from shared.pickles import NUMPY_NAMES, restricted_load
 
 DEEPEST = 32  # levels of things in things; published networks have five
+MODULES = 20_000  # in a network; published ones have some hundreds
 STORAGE_TYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
                  "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
                  "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
@@ -89,20 +91,19 @@ def describe(module: Any, source: str) -> PublishedNetwork:
     init_args, init_kwargs = module.state.get("_init_args", ()), module.state.get("_init_kwargs")
     if init_args or not isinstance(init_kwargs, dict) or not is_plain(init_kwargs):
         raise UserError(f"{source}: the constructor arguments of {module.class_name} are not plain keywords")
-    tensors: dict[str, torch.Tensor] = {}
-    _collect(module, "", tensors, source, depth=0)
-    return PublishedNetwork(module.class_name, dict(init_kwargs), tensors)
+    return PublishedNetwork(module.class_name, dict(init_kwargs), _collect(module, source))
 
 
-def is_plain(value: Any, depth: int = DEEPEST) -> bool:
-    """Whether a value consists of None, numbers, text, lists, tuples and dicts only, nested no deeper than `depth`."""
-    if isinstance(value, (dict, list, tuple)):
-        items = value
-        if isinstance(value, dict):
-            if not all(isinstance(key, str) for key in value):
-                return False
-            items = value.values()
-        return depth > 0 and all(is_plain(item, depth - 1) for item in items)
+def is_plain(value: Any) -> bool:
+    """Whether a value consists of None, numbers, text, lists, tuples and dicts only, and not of too many."""
+    return is_bounded(value, deepest=DEEPEST) and _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 
@@ -135,7 +136,7 @@ def _storage_from_bytes(data: bytes) -> torch.Tensor:
     try:
         storage = torch.load(io.BytesIO(_expect(data, bytes)), map_location="cpu", weights_only=True)
         return torch.empty(0, dtype=storage.dtype).set_(storage)
-    except (RuntimeError, AttributeError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
+    except (*READ_ERRORS, pickle.UnpicklingError):
         raise pickle.UnpicklingError("tensor data that torch's weights-only reader refuses") from None
 
 
@@ -174,17 +175,32 @@ NAMES: dict[tuple[str, str], Callable] = {
 }
 
 
-def _collect(module: Record, prefix: str, tensors: dict[str, torch.Tensor], source: str, depth: int) -> None:
-    if depth > DEEPEST:
-        raise UserError(f"{source}: refused, its modules are nested more than {DEEPEST} deep")
-    hidden = module.state.get("_non_persistent_buffers_set", ())
-    for name, tensor in [*module.state.get("_parameters", {}).items(), *module.state.get("_buffers", {}).items()]:
-        if tensor is not None and name not in hidden:
+def _collect(module: Record, source: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module and all modules in it, by their names in its state_dict."""
+    tensors: dict[str, torch.Tensor] = {}
+    waiting, count = [(module, "", 0)], 0
+    while waiting:
+        module, prefix, depth = waiting.pop()
+        count += 1
+        if depth > DEEPEST or count > MODULES:
+            raise UserError(f"{source}: refused, its modules are nested more than {DEEPEST} deep, or endlessly many")
+        hidden = module.state.get("_non_persistent_buffers_set", ())
+        for name, tensor in [*_entries(module, "_parameters", source), *_entries(module, "_buffers", source)]:
+            if tensor is None or isinstance(hidden, (set, tuple, list)) and name in hidden:
+                continue
             if not isinstance(tensor, torch.Tensor):
                 raise UserError(f"{source}: {prefix}{name} is no tensor")
             tensors[prefix + name] = tensor
-    for name, child in module.state.get("_modules", {}).items():
-        if child is not None:
-            if not isinstance(child, Record):
-                raise UserError(f"{source}: {prefix}{name} is no module")
-            _collect(child, f"{prefix}{name}.", tensors, source, depth + 1)
+        children = [(child, f"{prefix}{name}.", depth + 1) for name, child in _entries(module, "_modules", source)
+                    if child is not None]
+        if not all(isinstance(child, Record) for child, _, _ in children):
+            raise UserError(f"{source}: {prefix}_modules holds something that is no module")
+        waiting += reversed(children)
+    return tensors
+
+
+def _entries(module: Record, name: str, source: str) -> list[tuple[str, Any]]:
+    found = module.state.get(name, {})
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UserError(f"{source}: the {name} of a module are malformed")
+    return list(found.items())

@@ -10,8 +10,8 @@ Our `network-snapshot-NNNNNN.pkl` keeps the published name and is a plain torch.
     dataset_kwargs what it was trained on
     loss_kwargs    of TDSM: the label noise it was trained for, `transition_matrix` among it
 
-`.safetensors` files hold the same, with all but the tensors as JSON in the header. Reading any of the formats runs
-nothing that the file brings along.
+`.safetensors` files hold the same, with all but the tensors as JSON in the header, and a SHA-256 of it. Reading any of
+the formats runs nothing that the file brings along.
 """
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from shared.cli import UserError, nearest
 from shared.files import atomic
 
 FORMAT = "fewlabel network snapshot"
+MAX_HEADER, MAX_TENSORS = 1 << 25, 10_000  # of a .safetensors file; a transition matrix is part of the header
 NETWORKS = {**PRECONDITIONERS, **CLASSIFIERS, "CAS_class": CAS_class}
 
 
@@ -117,7 +118,7 @@ def write_snapshot(path: str | os.PathLike, snapshot: Snapshot) -> None:
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import save
 
-        data = save(tensors, dict(format=FORMAT, about=json.dumps(about)))
+        data = save(tensors, dict(format=FORMAT, about=json.dumps(about), sha256=_digest(about, tensors)))
         with atomic(path) as file:
             file.write(data)
     else:
@@ -183,6 +184,11 @@ def _from_torch(file: Path, source: str) -> Snapshot:
 def _from_safetensors(file: Path, source: str) -> Snapshot:
     from safetensors import SafetensorError, safe_open
 
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MAX_HEADER or stream.read(length).count(b'"data_offsets"') > MAX_TENSORS:
+            raise UserError(f"{source}: refused, a header of {length} bytes with endlessly many tensors is none of a "
+                            "network snapshot")
     try:
         with safe_open(file, framework="pt") as content:
             header = content.metadata() or {}
@@ -192,7 +198,10 @@ def _from_safetensors(file: Path, source: str) -> Snapshot:
         raise UserError(f"{source}: cut short or not a network snapshot ({error})") from None
     if header.get("format") != FORMAT:
         raise UserError(f"{source}: not a network snapshot (its header lacks the entry format: {FORMAT!r})")
-    return _checked(about, tensors, source)
+    snapshot = _checked(about, tensors, source)
+    if header.get("sha256", "") not in ("", _digest(about, tensors)):
+        raise UserError(f"{source}: damaged, its tensors do not match their checksum")
+    return snapshot
 
 
 def _checked(about: Any, tensors: Any, source: str) -> Snapshot:
@@ -206,6 +215,15 @@ def _checked(about: Any, tensors: Any, source: str) -> Snapshot:
         raise UserError(f"{source}: its entry state_dict is missing or malformed")
     return Snapshot(about["class_name"], about["init_kwargs"], tensors, about["dataset_kwargs"], source,
                     about["loss_kwargs"])
+
+
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of what a `.safetensors` file holds, which the format itself does not check."""
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        found.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 
 from shared.cli import UserError, nearest
 from shared.files import atomic
+from shared.pickles import load_array
 
 NOISE_TYPES = ("clean", "sym", "asym", "learn")
 
@@ -140,7 +141,7 @@ def load_transition(path: str | os.PathLike, num_classes: int | None = None) -> 
     name = os.fspath(path)
     try:
         if name.endswith(".npy"):
-            content = np.load(name, allow_pickle=False)
+            content = load_array(name)
         elif name.endswith(".json"):
             with open(name, encoding="utf-8") as file:
                 content = json.load(file)
@@ -148,7 +149,7 @@ def load_transition(path: str | os.PathLike, num_classes: int | None = None) -> 
             raise UserError(f"{name}: expected a transition matrix in a .json or .npy file")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror or error}") from None
-    except (ValueError, EOFError, RecursionError):
+    except (ValueError, RecursionError):
         raise UserError(f"{name}: damaged, or no transition matrix in its format") from None
     if isinstance(content, Mapping):
         if "transition_matrix" not in content:

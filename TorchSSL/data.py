@@ -14,6 +14,7 @@ from shared.cli import UserError
 from shared.datasets import NAMES, has_split, load_dataset
 from shared.files import atomic
 from shared.images import ImageSet, read_images, shape_text
+from shared.pickles import load_array
 from shared.randomness import numpy_rng
 from shared.splits import cifar10_one_label_split, class_balanced_split
 from TorchSSL.photographs import PhotographSet, extra_photographs, imagenet
@@ -196,11 +197,8 @@ def kept_index(file: Path, drawn: np.ndarray, labels: np.ndarray, facts: dict[st
 
 def read_index(file: str, labels: np.ndarray, flag: str) -> np.ndarray:
     """Read int64 indices of labelled images; UserError for a file that is none, or that does not fit the data set."""
-    try:
-        index = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{flag}: cannot read indices from {file} ({error})") from None
-    if not isinstance(index, np.ndarray) or index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
+    index = load_array(file, f"{flag} {file}")
+    if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
         raise UserError(f"{flag}: {file} must hold a one-dimensional array of integers")
     if index.min() < 0 or index.max() >= len(labels) or len(np.unique(index)) < len(index):
         raise UserError(f"{flag}: {file} must hold different positions in 0..{len(labels) - 1}, the training images")

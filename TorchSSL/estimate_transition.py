@@ -158,12 +158,12 @@ def read_labels(file: Path, count: int, classes: int) -> np.ndarray:
     """Return the pseudo-labels int64 [count] that get_labels.py wrote; UserError for others."""
     import numpy as np
 
-    try:
-        labels = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--save_path: cannot read {file} ({error}); make it with get_labels.py") from None
-    fits = isinstance(labels, np.ndarray) and labels.shape == (count,) and labels.dtype.kind in "iu"
-    if not fits or labels.min() < 0 or labels.max() >= classes:
+    from shared.pickles import load_array
+
+    if not file.exists():
+        raise UserError(f"--save_path: there is no {file}; make it with get_labels.py")
+    labels = load_array(file)
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
         raise UserError(f"{file}: expected {count} labels from 0 to {classes - 1}, those of the training images; make "
                         "it with get_labels.py for this data set")
     return labels.astype(np.int64)

@@ -82,14 +82,12 @@ def read_labels(file: Path) -> np.ndarray:
     """Return the int64 pseudo-labels; raise UserError for a missing file or anything but class numbers."""
     import numpy as np
 
-    try:
-        labels = np.load(file, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; get_labels.py --save_path {file.parent} writes it") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file}: cut short or not an array ({error})") from None
-    if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels) \
-            or labels.min() < 0:
+    from shared.pickles import load_array
+
+    if not file.exists():
+        raise UserError(f"{file} is missing; get_labels.py --save_path {file.parent} writes it")
+    labels = load_array(file)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels) or labels.min() < 0:
         raise UserError(f"{file}: expected one class number per training image")
     return labels.astype(np.int64)
 

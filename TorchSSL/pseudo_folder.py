@@ -35,13 +35,14 @@ def main() -> None:
     import numpy as np
 
     from shared.images import ImageSet
+    from shared.pickles import load_array
     from shared.splits import class_balanced_draw
     from shared.writers import write_folder
     from TorchSSL.data import load_pools
 
     images = load_pools(options.dataset, options.data_dir, download=False)[0]
-    labels = np.load(options.labels, allow_pickle=False)
-    if labels.shape != (len(images),):
+    labels = load_array(options.labels, f"--labels {options.labels}")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise UserError(f"--labels: {options.labels} holds {labels.size} labels, {options.dataset} has {len(images)} "
                         "training images; give the pseudo_label.npy of that data set")
     pseudo = ImageSet(images.images, labels.astype(np.int64), images.classes, images.name)

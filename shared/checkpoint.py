@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -12,13 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.cli import UserError
+from shared.cli import UserError, is_bounded
 from shared.files import atomic
 
 # What a pickled number of NumPy is made of, under the names of NumPy 1 and 2.
 NUMPY_NUMBERS = [(np.float64(0).__reduce__()[0], f"{module}.multiarray.scalar") for module in ("numpy.core",
                                                                                             "numpy._core")]
 NUMPY_NUMBERS += [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1"))]
+# What torch.load raises for a damaged file, besides pickle.UnpicklingError.
+READ_ERRORS = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
+               OverflowError, MemoryError, struct.error, OSError, zipfile.BadZipFile)
 
 
 def previous_path(path: Path) -> Path:
@@ -43,6 +47,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+                    raise UserError(f"{path}: refused, its records unfold to more than the file holds")
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path}: damaged checkpoint (record {damaged} fails its checksum)")
@@ -54,13 +60,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         named = reason[reason.find("GLOBAL"):].split(" was not")[0] if "GLOBAL" in reason else "cut short or damaged"
         raise UserError(f"{path}: refused, not a file of tensors and plain values ({named}); nothing of it was run"
                         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, OSError, zipfile.BadZipFile,
-            NotImplementedError, UnicodeDecodeError) as error:
+    except READ_ERRORS as error:
         if isinstance(error, PermissionError):
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         raise UserError(f"{path}: cut short or damaged, not a readable checkpoint") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint (it holds a {type(content).__name__})")
+    if not is_bounded(content):
+        raise UserError(f"{path}: refused, it unfolds to more than a checkpoint holds")
     return content
 
 

@@ -101,6 +101,39 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f' (did you mean "{found[0]}"?)' if found else ""
 
 
+def is_bounded(value: Any, values: int = 4_000_000, containers: int = 100_000, deepest: int = 100) -> bool:
+    """Whether plain containers hold at most so many values and containers, each counted as often as it occurs, and are
+    at most so many levels deep.
+
+    A few lines of a file may say "ten times the list above" ten times over, or nest without end.
+    """
+    waiting = [(value, 0)]
+    while waiting:
+        found, depth = waiting.pop()
+        inside = found.values() if isinstance(found, dict) else found if isinstance(found, (list, tuple)) else ()
+        values, containers = values - len(inside), containers - 1
+        if values < 0 or containers < 0 or depth > deepest:
+            return False
+        waiting += [(item, depth + 1) for item in inside if isinstance(item, (dict, list, tuple))]
+    return True
+
+
+def read_yaml(path: str | os.PathLike, flag: str) -> Any:
+    """Return the plain values of a YAML file that `flag` names; UserError if it cannot be read or holds more."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except OSError as error:
+        raise UserError(f"{flag}: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{flag}: {path} is not plain YAML: {str(error).splitlines()[0]}") from None
+    if not is_bounded(content, 10_000):
+        raise UserError(f"{flag}: {path} is refused, it unfolds to more than a configuration holds")
+    return content
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors, and which reads a YAML file below the command line."""
 
@@ -140,15 +173,7 @@ class Parser(argparse.ArgumentParser):
                 action.default = default
 
     def _read_yaml(self, file: str) -> dict[str, Any]:
-        import yaml
-
-        try:
-            with open(file, encoding="utf-8") as stream:
-                content = yaml.safe_load(stream) or {}
-        except OSError as error:
-            raise UserError(f"--c: cannot read {file}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"--c: {file} is not plain YAML: {str(error).splitlines()[0]}") from None
+        content = read_yaml(file, "--c") or {}
         if not isinstance(content, dict):
             raise UserError(f"--c: {file} must hold one `key: value` per line")
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "c")}

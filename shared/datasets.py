@@ -14,6 +14,7 @@ from shared.cifar import CIFAR10, CIFAR100, Layout, class_names, layout_of, read
 from shared.cli import UserError, nearest
 from shared.image_files import LABEL_FILE, ImageFiles, class_folders, find_images
 from shared.images import ImageSet, iterate, read_images, shape_text
+from shared.matlab import read_mat
 
 NAMES = ("digits", "cifar10", "cifar100", "svhn", "stl10", "mnist", "imagenet")
 SPLITS = {"digits": ("train", "test"), "cifar10": ("train", "test"), "cifar100": ("train", "test"),
@@ -134,14 +135,8 @@ def _files(name: str, split: str, data_dir: Path) -> list[Path]:
 
 
 def _svhn(split: str, files: list[Path], allocate: Allocate) -> Stored:
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    try:
-        content = loadmat(files[0], variable_names=("X", "y"))
-        pixels, labels = content["X"], content["y"].reshape(-1).astype(np.int64)
-    except (MatReadError, OSError, EOFError, ValueError, TypeError, KeyError, zlib.error, NotImplementedError) as error:
-        raise UserError(f"{files[0]}: cut short or not SVHN's MATLAB file ({error})") from None
+    content = read_mat(files[0], ("X", "y"))
+    pixels, labels = content["X"], content["y"].reshape(-1).astype(np.int64)
     if pixels.dtype != np.uint8 or pixels.shape != (32, 32, 3, len(labels)) or not set(labels.tolist()) <= {*range(11)}:
         raise UserError(f"{files[0]}: expected X uint8 [32, 32, 3, N] and N labels y from 1 to 10, got {pixels.dtype} "
                         f"{list(pixels.shape)} and {len(labels)} labels")

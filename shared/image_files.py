@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from shared.archives import Member, read_members, zip_members
+from shared.archives import MAX_RATIO, Member, read_members, zip_members
 from shared.cli import UserError
 
 CLASS_FOLDER_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
 MAX_CLASSES = 100_000
 MAX_PIXELS = 89_478_485  # Pillow's own bound, at which it only warns
+PLAIN_PIXELS = 1 << 24   # below this an image may be of one colour, as well packed as that can be
 LABEL_FILE = "dataset.json"
 # Labels as read: one integer or None (unknown) an image, or one list of numbers an image.
 Labels = list[int | None] | list[list[float]]
@@ -157,8 +158,9 @@ def open_image(data: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         if image.format == "EPS":
             raise UserError(f"{name}: PostScript is not read")
-        if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"{name}: refused, {image.width}x{image.height} pixels are more than {MAX_PIXELS}")
+        pixels = image.width * image.height
+        if pixels > MAX_PIXELS or pixels > PLAIN_PIXELS and pixels * len(image.getbands()) > MAX_RATIO * len(data):
+            raise UserError(f"{name}: refused, {len(data)} bytes unfold to {image.width}x{image.height} pixels")
         image.load()
         if image.mode in ("L", "RGB", "LA", "RGBA"):
             return image

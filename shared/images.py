@@ -195,7 +195,7 @@ def decode(files: ImageFiles, channels: int | None, allocate: Allocate) -> np.nd
     if not files.members:
         raise UserError(f"{files.path}: No image files found in the specified path; expected images, or sub-folders of "
                         "images named by class")
-    first = to_chw(open_image(next(files.read()), files.names[0]), channels)
+    first = to_chw(open_image(next(files.read()), f"{files.path}/{files.names[0]}"), channels)
     array = allocate((len(files.members), *first.shape))
     chunks = (_Chunk(files.path, files.members[i:i + CHUNK], i, str(array.filename))
               for i in range(0, len(files.members), CHUNK))

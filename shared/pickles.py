@@ -6,13 +6,16 @@ other; there is no unsafe mode to fall back to.
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import tokenize
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import numpy as np
 
-from shared.cli import UserError
+from shared.cli import UserError, is_bounded
 
 Allowed = Mapping[tuple[str, str], Callable]
 
@@ -131,10 +134,27 @@ def _finished(value: Any) -> Any:
     return value
 
 
+def load_array(path: str | os.PathLike, source: str | None = None) -> np.ndarray:
+    """Return the numbers of an .npy file; UserError, which calls the file `source`, if it is none."""
+    source = source or os.fspath(path)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such file") from None
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError, zipfile.BadZipFile) as error:
+        raise UserError(f"{source}: cut short or not a plain array ({error})") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
+        raise UserError(f"{source}: expected an array of numbers")
+    return array
+
+
 def load_numpy_pickle(data: bytes | IO[bytes], source: str) -> Any:
     """Read a pickle of dicts, lists, tuples, text, numbers and plain numeric arrays, as the CIFAR batches are.
 
     Python 2 strings become str by latin1; NumPy scalars become Python numbers. Raises UserError for anything else.
     """
     stream = io.BytesIO(data) if isinstance(data, (bytes, bytearray, memoryview)) else data
-    return _finished(restricted_load(stream, NUMPY_NAMES, source))
+    content = restricted_load(stream, NUMPY_NAMES, source)
+    if not is_bounded(content):
+        raise UserError(f"{source}: refused, it unfolds to more than such a file holds")
+    return _finished(content)

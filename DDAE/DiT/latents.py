@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import re
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from shared.cli import UserError
+from shared.pickles import load_array
 
 
 def code_path(folder: Path, split: str, copy: int) -> Path:
@@ -44,10 +46,10 @@ def read_latents(folder: Path, split: str) -> Latents:
                         "vae_preprocessing.py")
     try:
         copies = tuple(np.load(path, mmap_mode="r") for _, path in found)
-        numbers = np.load(labels, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, SyntaxError, tokenize.TokenError) as error:
         raise UserError(f"{folder}: cut short or not plain arrays ({error}); make them anew with vae_preprocessing.py"
                         ) from None
+    numbers = load_array(labels)
     shapes = {array.shape for array in copies}
     if len(shapes) != 1 or len(copies[0].shape) != 4 or copies[0].shape[:1] != numbers.shape:
         raise UserError(f"{folder}: the {split} files do not belong together: codes {sorted(shapes)}, labels "

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import os
+import pickletools
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+# What a file of tensors and plain values is made of.
+PLAIN_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", *(f"torch {kind}Storage" for kind in (
+    "Float", "Double", "Half", "BFloat16", "Long", "Int", "Byte", "Bool"))}
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -48,6 +53,23 @@ def one_line_error(result: subprocess.CompletedProcess) -> str:
     lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("warning:")]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
+
+
+def pickled_names(file: Path) -> set[str]:
+    """Return the names, as "module name", that the pickle in a file of torch.save, or the pickle `file`, asks for."""
+    data = file.read_bytes()
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            data = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+    found, texts = set(), []
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name == "GLOBAL":
+            found.add(argument)
+        elif operation.name == "STACK_GLOBAL":
+            found.add(" ".join(texts[-2:]))
+        elif isinstance(argument, str):
+            texts.append(argument)
+    return found
 
 
 def growth(file: Path) -> float:

@@ -82,7 +82,7 @@ WRONG_FLAGS = {
     "--device=tpu": "tpu",
     "--weak_pad=20": "window",
     "--aug_path=./nowhere": "--aug_path ./nowhere: no such folder",
-    "--label_idx=none.npy": "--label_idx: cannot read indices from none.npy",
+    "--label_idx=none.npy": "--label_idx none.npy: no such file",
     "--c=none.yaml": "--c: cannot read none.yaml",
     "--weak_pad_mode=reflect": "--weak_subpixel",
 }
@@ -206,7 +206,7 @@ def test_wrong_label_files() -> None:
     for name, content, wanted in (("range.npy", np.array([1, 1297]), "different positions in 0..1296"),
                                   ("twice.npy", np.array([3, 3]), "different positions"),
                                   ("float.npy", np.array([1.5]), "array of integers"),
-                                  ("object.npy", np.array([{}], object), "cannot read indices")):
+                                  ("object.npy", np.array([{}], object), "not a plain array")):
         np.save(name, content, allow_pickle=True)
         assert wanted in refused(f"--label_idx={name}")
 

@@ -18,6 +18,7 @@ from DASO.lib.algorithm.interface import Setting
 from DASO.lib.config.config import Config
 from DASO.lib.data.long_tail import long_tail_counts
 from shared.cli import UserError
+from shared.pickles import load_array
 
 SMALLEST = 1e-6
 ROOT_TOLERANCE, ROOT_ITERATIONS = 0.1, 30  # of each root; coarse as published
@@ -173,12 +174,8 @@ def read_estimate(folder: Path, name: str, total: int, classes: int) -> torch.Te
         raise UserError(f"DARP needs {path}, the estimated class counts of the unlabelled images: train "
                         "configs/*/darp_estim.yaml with this data set and copy its estim.npy there, or name another "
                         "folder by ALGORITHM.DARP.EST")
-    try:
-        counts = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a numpy array of class counts ({error})") from None
-    if not isinstance(counts, np.ndarray) or counts.shape != (classes,) or not np.isfinite(counts).all() \
-            or counts.min() < 0 or counts.sum() <= 0:
+    counts = load_array(path)
+    if counts.shape != (classes,) or not np.isfinite(counts).all() or counts.min() < 0 or counts.sum() <= 0:
         raise UserError(f"{path}: expected {classes} class counts, none negative")
     return torch.from_numpy(counts * (total / counts.sum())).float()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from DASO.lib.config.defaults import AT_LEAST, CHOICES, DEFAULTS
 from shared.cli import Parser, UserError, nearest
+from shared.cli import read_yaml as load_yaml
 
 # Upper-case sections that published files may name though they hold nothing.
 EMPTY_SECTIONS = ("ALGORITHM.PSEUDO_LABEL", "ALGORITHM.FIXMATCH")
@@ -99,15 +100,7 @@ def _kind(kind: type) -> str:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the dotted keys of a YAML file, checked; UserError."""
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
-    except OSError as error:
-        raise UserError(f"--config-file: cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config-file: {path} is not plain YAML: {str(error).splitlines()[0]}") from None
+    content = load_yaml(path, "--config-file")
     if content is None:
         return {}
     if not isinstance(content, dict):
