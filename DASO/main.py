@@ -40,10 +40,10 @@ def main() -> None:
 
 
 def device_of(cfg: Config) -> str | None:
-    """Return the device that GPU_ID means: the CPU where there is no GPU, this process's own under torchrun."""
+    """Return the device that GPU_ID means: for 0 the CPU where there is no GPU, this process's own under torchrun."""
     import torch
 
-    if cfg.GPU_ID < 0 or not torch.cuda.is_available():
+    if cfg.GPU_ID < 0 or cfg.GPU_ID == 0 and not torch.cuda.is_available():
         return "cpu"
     return None if int(os.environ.get("WORLD_SIZE", 1)) > 1 else f"cuda:{cfg.GPU_ID}"
 

@@ -50,14 +50,8 @@ def main() -> None:
     config = read_config(args.config, args.set)
 
     from shared import distributed
-    from shared.files import lock
 
-    world = distributed.start(args.device)
-    held = []  # while this process lives, no other one trains in the folder
-    distributed.on_main(lambda: held.append(lock(config.save_dir)), world)
-    start(config, args, world)
-    for file in held:
-        file.close()
+    start(config, args, distributed.start(args.device))
     distributed.stop()
 
 
@@ -70,6 +64,7 @@ def start(config: Config, args: argparse.Namespace, world: World) -> None:
     from DDAE.data import check_fits, load_images
     from DDAE.training import Settings, describe, train
     from shared.distributed import on_main
+    from shared.files import lock
 
     gpus = args.gpus or world.size
     precision = choose_precision(args, world.device)
@@ -85,6 +80,8 @@ def start(config: Config, args: argparse.Namespace, world: World) -> None:
         check_fits(load_images(config.dataset, "train", args.data_dir), shape, config.classes)
 
     on_main(check, world)  # decodes the images as well; the other processes then read what was cached
+    held = []  # while this process lives, no other one trains in the folder
+    on_main(lambda: held.append(lock(config.save_dir)), world)
     images = load_images(config.dataset, "train", args.data_dir)
     batches = TrainBatches(images, config.batch_size * gpus, world, args.seed, flip=config.flip, pad=0)
     torch.manual_seed(args.seed)
@@ -96,6 +93,8 @@ def start(config: Config, args: argparse.Namespace, world: World) -> None:
         gpus=gpus, precision=precision, strict=args.strict, compile=args.compile, seed=args.seed,
         constant_ema=args.constant_ema, steps=args.steps, checkpoint_seconds=args.checkpoint_seconds,
         log_every=args.log_every))
+    for file in held:
+        file.close()
 
 
 if __name__ == "__main__":

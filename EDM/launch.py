@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -120,8 +122,9 @@ def launch(script: Script, flags: SimpleNamespace) -> None:
     from shared import distributed
 
     world = distributed.start(flags.device)
-    held = None
+    held, new = None, False
     if world.main and agreed is None:
+        new = not os.path.exists(options["run_dir"])
         try:
             agreed, held = prepare(options, continued, flags, world_size)
         except UserError as error:
@@ -137,9 +140,14 @@ def launch(script: Script, flags: SimpleNamespace) -> None:
 
         if dataset is None:  # rank 0 has decoded it by now
             dataset = script.open_data(flags)
-        with held or contextlib.nullcontext():
-            train(agreed, dataset, world, script.make_task(), precision=flags.arithmetic, strict=flags.strict,
-                  compiled=bool(flags.compile), checkpoint_seconds=flags.checkpoint_seconds)
+        try:
+            with held or contextlib.nullcontext():
+                train(agreed, dataset, world, script.make_task(), precision=flags.arithmetic, strict=flags.strict,
+                      compiled=bool(flags.compile), checkpoint_seconds=flags.checkpoint_seconds)
+        except UserError:
+            if new and not glob.glob(os.path.join(glob.escape(agreed["run_dir"]), "*.p[tk]*")):
+                shutil.rmtree(agreed["run_dir"], ignore_errors=True)  # nothing was trained in it
+            raise
     distributed.stop()
 
 

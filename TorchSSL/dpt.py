@@ -323,6 +323,8 @@ def visible_gpus() -> int:
 
 def main() -> None:
     options = parse()
+    if not options.dry_run and (options.gpus or 1) > (found := visible_gpus()):
+        raise UserError(f"--gpus {options.gpus}: {found} at most on this machine; give fewer, or leave it out")
     title = Path(options.dataset).name.removesuffix(".zip")
     labels = options.labels or RECIPES.get(options.dataset, OWN_IMAGES).labels
     kind, folder_of_report = (f"imbalance{options.imbalance}", "DASO") if options.imbalance else (labels, "TorchSSL")

@@ -57,7 +57,7 @@ def zip_members(path: Path, max_member: int = MAX_MEMBER_BYTES) -> list[Member]:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
     except READ_ERRORS as error:
-        raise UserError(f"{path}: cut short or not a ZIP ({error})") from None
+        raise UserError(f"{path}: cut short or not a ZIP ({error}); get it again") from None
     for info in infos:
         check_name(info.filename, path)
         if stat.S_ISLNK(info.external_attr >> 16):
@@ -102,7 +102,8 @@ def read_members(path: Path, members: Sequence[Member]) -> Iterator[bytes]:
             try:
                 yield _read_entry(file, member)
             except (struct.error, zlib.error, zipfile.BadZipFile) as error:
-                raise UserError(f"{path}: the entry {member.name} is damaged or cut short ({error})") from None
+                raise UserError(f"{path}: the entry {member.name} is damaged or cut short ({error}); get the file again"
+                                ) from None
 
 
 def _read_file(path: Path) -> bytes:
@@ -144,7 +145,8 @@ def read_tar(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]
                 if member.isfile() and member.name in wanted:
                     yield member.name, archive.extractfile(member).read()
     except READ_ERRORS as error:
-        raise UserError(f"{path}: cut short or not a tar archive ({str(error).partition(chr(10))[0]})") from None
+        raise UserError(f"{path}: cut short or not a tar archive ({str(error).partition(chr(10))[0]}); get it again"
+                        ) from None
 
 
 def read_gzip(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
@@ -153,7 +155,7 @@ def read_gzip(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             data = file.read(limit + 1)
     except READ_ERRORS as error:
-        raise UserError(f"{path}: cut short or not readable ({error})") from None
+        raise UserError(f"{path}: cut short or not readable ({error}); get it again") from None
     if len(data) > limit:
         raise UserError(f"{path}: refused, it unfolds to more than {limit} bytes")
     return data

@@ -94,7 +94,7 @@ def _device(asked: str | None, local_rank: int, local_size: int) -> torch.device
         return device
     if device.index is not None and local_size == 1:
         if device.index >= gpus:
-            raise UserError(f"device {asked} was asked for, but this machine has {gpus} GPU(s)")
+            raise UserError(f"device {asked} was asked for, but this machine has {gpus} GPU(s); choose another, or cpu")
         return device
     if gpus < local_size:
         raise UserError(f"{local_size} GPU(s) were asked for on this machine, but it has {gpus}; "

@@ -60,9 +60,9 @@ def make_dir(path: str | os.PathLike) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create the folder {folder}: {error.strerror}") from None
+        raise UserError(f"cannot create the folder {folder}: {error.strerror}; choose another place") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write into the folder {folder}")
+        raise UserError(f"cannot write into the folder {folder}; choose another one, or change its permissions")
     return folder
 
 

@@ -43,7 +43,8 @@ def read_mat(path: Path, wanted: Collection[str]) -> dict[str, np.ndarray]:
                         raise ValueError("more follows a matrix")
                 file.seek(end)
     except (*READ_ERRORS, MemoryError, KeyError, OverflowError) as error:
-        raise UserError(f"{path}: cut short or not a MATLAB 5 file with {' and '.join(wanted)} ({error})") from None
+        raise UserError(f"{path}: cut short or not a MATLAB 5 file with {' and '.join(wanted)} ({error}); get it again"
+                        ) from None
     return found
 
 

@@ -52,7 +52,8 @@ def restricted_load(stream: IO[bytes], allowed: Allowed, source: str, encoding: 
         raise
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
             OverflowError, MemoryError, RecursionError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: cut short or not a file of this kind ({type(error).__name__}: {error})") from None
+        raise UserError(f"{source}: cut short or not a file of this kind ({type(error).__name__}: {error}); get it "
+                        "again") from None
 
 
 class _ArrayType:
@@ -142,7 +143,7 @@ def load_array(path: str | os.PathLike, source: str | None = None) -> np.ndarray
     except FileNotFoundError:
         raise UserError(f"{source}: no such file") from None
     except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError, zipfile.BadZipFile) as error:
-        raise UserError(f"{source}: cut short or not a plain array ({error})") from None
+        raise UserError(f"{source}: cut short or not a plain array ({error}); make it again") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
         raise UserError(f"{source}: expected an array of numbers")
     return array

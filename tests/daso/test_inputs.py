@@ -125,6 +125,11 @@ def test_batch_that_ranks_cannot_share(tmp_path: Path) -> None:
     assert "SOLVER.IMS_PER_BATCH 7 cannot be shared evenly by 2 processes" in failed.stderr
 
 
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    failed = run("DASO/main.py", *command("fixmatch", tmp_path, {"GPU_ID": 77}), status=2)
+    assert "device cuda:77 was asked for" in one_line_error(failed) and not list(tmp_path.iterdir())
+
+
 def test_plot_of_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="summary.json: cannot be read"):
         plot_pseudo_labels.main([str(tmp_path)])

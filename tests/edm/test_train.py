@@ -310,6 +310,7 @@ def test_mistakes_end_in_one_line(tmp_path, data, whole, more, message):
     assert "\n" not in text
     assert re.search(message, text), text
     assert_same(outcome(whole), before)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_failed_before_its_first_step_is_not_in_the_way(tmp_path, data, whole):

@@ -99,6 +99,7 @@ def test_own_images_and_an_own_output_folder(tmp_path):
     (["--stage2=tdsm", "--transition=held-out"], "needs --held-out N"),
     (["--stage2=tdsm", "--held-out=20"], "needs --transition held-out"),
     (["--stage2=ddpm"], "'ddpm'"),
+    (["--gpus=64"], "--gpus 64: "),
 ])
 def test_a_mistake_is_one_line_and_status_2(arguments, message):
     error = one_line_error(run_all(*arguments, status=2))

@@ -119,7 +119,7 @@ PUBLISHED: dict[str, Any] = {
     "OUTPUT_DIR": "outputs",
     "RESUME": "",                            # a checkpoint to start from
     "EVAL_ON_TEST_SET": True,
-    "GPU_ID": 0,                             # -1, or no GPU: the CPU
+    "GPU_ID": 0,                             # -1: the CPU; 0 where there is no GPU: also
     "MEMO": "",
     "SEED": -1,                              # below 0: drawn
     "CUDNN_DETERMINISTIC": True,
