@@ -300,6 +300,14 @@ def test_download(net: EDMPrecond, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments, directory=str(served))
 
+        def do_GET(self) -> None:
+            if not self.path.startswith("/away"):
+                super().do_GET()
+                return
+            self.send_response(302)
+            self.send_header("Location", f"file://{served}/net.pkl")
+            self.end_headers()
+
         def copyfile(self, source: Any, outputfile: Any) -> None:
             outputfile.write(source.read(1000) if cut_short.pop() else source.read())
             cut_short.append(False)
@@ -313,6 +321,8 @@ def test_download(net: EDMPrecond, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert torch.equal(output(load_network(url)), output(net))  # the second attempt is complete
         with pytest.raises(UserError, match="404"):
             load_network(url + "x")
+        with pytest.raises(UserError, match=r"InvalidSchema \(1 attempts\)"):  # the server may not name a file here
+            load_network(url.replace("net.pkl", "away.pkl"))
         server.shutdown()
     assert [path.name for path in (tmp_path / "cache/downloads").iterdir()] == [downloads.cache_prefix(url) + "net.pkl"]
     assert torch.equal(output(load_network(url)), output(net))

@@ -334,7 +334,7 @@ MISTAKES = [
     (train_classifier, ("--noise_rate=0.4",), "--noise_rate needs --noise_type"),
     (train_classifier, ("--noise_type=file",), "--noise_type=file needs the file"),
     (train_classifier, ("--transition=T.txt",), "expected a transition matrix in a .json or .npy file"),
-    (train_classifier, ("--transition=absent.npy",), "cannot read absent.npy: No such file"),
+    (train_classifier, ("--transition=absent.npy",), "absent.npy: no such file"),
     (train_classifier, ("--noise_type=asym", "--noise_rate=0.4"), "asymmetric noise is defined for mnist"),
     (train_classifier, ("--precond=edm_tv",), "--precond=edm_tv: a transition matrix that depends on time"),
     (train_classifier, ("--precond=edm_vm", "--noise_type=sym"), "--precond=edm_vm learns the transition matrix"),

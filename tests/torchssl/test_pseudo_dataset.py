@@ -72,7 +72,7 @@ def test_own_images_with_partial_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("labels, expected", [
     (None, "get_labels.py"), (np.zeros(49, np.int64), "has 49 labels"), (np.full(50, 10), "class 10 is none of the 10"),
     (np.full(50, -1), "one class number"), (np.zeros(50), "one class number"), (np.zeros((50, 1), int), "one class"),
-    (np.array([None] * 50), "not an array")])
+    (np.array([None] * 50), "not a plain array")])
 def test_mistakes(tmp_path: Path, labels: np.ndarray | None, expected: str) -> None:
     write_cifar(random_set(50), tmp_path / "cifar-10-batches-py")
     if labels is not None:
