@@ -17,7 +17,7 @@ from EDM.published import Record, describe, is_plain
 from EDM.snapshots import FORMAT, load_network, load_training_state, read_snapshot, save_snapshot
 from shared.cli import UserError
 from tests.edm.published_form import write_published
-from tests.shared.programs import PLAIN_NAMES, assert_same, pickled_names
+from tests.shared.programs import PLAIN_NAMES, assert_same, doubled, pickled_names
 
 NETWORK = dict(img_resolution=8, img_channels=3, label_dim=4, model_type="SongUNet", model_channels=8,
                channel_mult=[1], num_blocks=1, attn_resolutions=[], augment_dim=0, dropout=0.1, use_fp16=False)
@@ -113,14 +113,6 @@ def test_a_header_as_long_as_it_likes_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 33)  # of holes
     with pytest.raises(UserError, match=r"refused, a header of 1099511627776 bytes"):
         load_network(path)
-
-
-def doubled(levels: int) -> list:
-    """A list that holds the list before it twice, and so on: a few bytes in a pickle, 2^levels values unfolded."""
-    value: list = []
-    for _ in range(levels):
-        value = [value, value]
-    return value
 
 
 def test_what_unfolds_without_end_is_refused_at_once(net: EDMPrecond, tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ def pickled_names(file: Path) -> set[str]:
     return found
 
 
+def doubled(levels: int) -> list:
+    """Return a list that holds twice the list below it, and so on: a few bytes in a pickle, 2^levels lists unfolded."""
+    value: list = []
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
 def growth(file: Path) -> float:
     """Return how fast the memory of a run grew behind its first tenth, in MB per 1,000 steps: `file` has lines of steps
     and MB, as mishap.py writes them."""

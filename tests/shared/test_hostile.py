@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.shared.programs import run
+from tests.shared.programs import doubled, run
 
 CIFAR, SVHN, MNIST = "cifar-10-batches-py", "train_32x32.mat", "MNIST/raw"
 
@@ -138,14 +138,6 @@ def packed_png(width: int, height: int) -> bytes:
     rows = b"".join([*(pixels.compress(bytes(1 + 3 * width)) for _ in range(height)), pixels.flush()])
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)) \
         + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def doubled(levels: int) -> list:
-    """A few bytes in a pickle, 2^levels lists unfolded."""
-    value: list = []
-    for _ in range(levels):
-        value = [value, value]
-    return value
 
 
 def mat(name: bytes, content: bytes) -> bytes:
