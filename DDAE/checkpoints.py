@@ -158,7 +158,7 @@ def _stripped(tensors: Any, prefixes: tuple[str, ...], entry: str, path: Path) -
         raise UserError(f"{path}: lacks the entry {entry}")
     for prefix in prefixes:
         found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                 if name.startswith(prefix) and isinstance(tensor, torch.Tensor)}
+                 if isinstance(name, str) and name.startswith(prefix) and isinstance(tensor, torch.Tensor)}
         if found:
             return found
     raise UserError(f"{path}: its entry {entry} holds no network (no name begins with {prefixes[0]})")

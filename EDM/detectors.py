@@ -184,7 +184,7 @@ def _classifier(content: Mapping[str, Any], file: str, sha256: str, device: torc
                             first_stride=first_stride_for(options["dataset"]), in_channels=channels)
         net.load_state_dict(state)
         mean, std = (torch.tensor(content[key], device=device).reshape(1, channels, 1, 1) for key in ("mean", "std"))
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"--detector: {file} is no checkpoint of a TorchSSL run with one of its own networks "
                         f"({type(error).__name__}: {_last_line(error)})") from None
     net = net.to(device).eval().requires_grad_(False)

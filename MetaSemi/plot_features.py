@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from MetaSemi.options import COUNT, DATASETS
 from shared.cli import Parser, UserError, run_main
@@ -106,14 +106,14 @@ def read_indices(path: str, count: int) -> np.ndarray:
 def load_network(path: str, channels: int) -> torch.nn.Module:
     """Return the network of a checkpoint in eval mode; which one it is shows in the names and shapes of its tensors."""
     from MetaSemi.model import ConvLarge, SmallNet, shakeshake26
-    from shared.checkpoint import read_checkpoint
+    from shared.checkpoint import read_checkpoint, weights_in
 
     content = read_checkpoint(path)
-    state: Any = content.get("model")
-    if not isinstance(state, dict) or not state:
+    if "model" not in content:
         raise UserError(f"--checkpoint-path: {path} holds no model; expected a checkpoint.pth or model_best.pth")
+    state = weights_in(content, "model", f"--checkpoint-path: {path}")
     head = "fc.weight" if "fc.weight" in state else "classifier.0.weight"
-    classes = len(state[head]) if head in state else 10
+    classes = len(state[head]) if head in state and state[head].ndim else 10
     if head == "fc.weight":
         net: torch.nn.Module = shakeshake26(classes)
     elif "block9.0.weight" in state:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.checkpoint import read_checkpoint
+from shared.checkpoint import read_checkpoint, weights_in
 from shared.cli import UserError
 from shared.distributed import World, broadcast_value, start
 from shared.images import ImageSet
@@ -66,10 +66,10 @@ def load_classifier(path: str, options: argparse.Namespace, images: ImageSet,
     if key is None:
         raise UserError(f"--load_path: {path} holds no {names[0]} (only {', '.join(map(str, list(content)[:8]))}); "
                         "expected a checkpoint of a TorchSSL trainer")
-    trained = content.get("options", {})
+    trained = options_in(content)
     chosen = {name: given_or_trained(options, trained, name) for name in NETWORK_OPTIONS}
     num_classes = given_or_trained(options, {"num_classes": images.num_classes, **trained}, "num_classes")
-    state = strip_prefix(content[key])
+    state = strip_prefix(weights_in(content, key, path))
     mean, std = content.get("mean"), content.get("std")
     if USB_HEAD + "weight" in state and not chosen["net_from_name"]:
         state = {name.replace(USB_HEAD, "fc.", 1) if name.startswith(USB_HEAD) else name: value
@@ -83,6 +83,12 @@ def load_classifier(path: str, options: argparse.Namespace, images: ImageSet,
     check_fits(state, net, path)
     net.load_state_dict(state)
     return Classifier(net.eval(), mean, std)
+
+
+def options_in(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options that a checkpoint of ours was trained with; {} for one of others."""
+    options = content.get("options")
+    return options if isinstance(options, Mapping) else {}
 
 
 def given_or_trained(options: argparse.Namespace, trained: Mapping[str, Any], name: str) -> Any:
@@ -135,7 +141,7 @@ def open_split(options: argparse.Namespace, split: str) -> tuple[
     Data set and folder are those of the training unless given.
     """
     device = start(options.device).device
-    trained = read_checkpoint(options.load_path).get("options", {})
+    trained = options_in(read_checkpoint(options.load_path))
     options.dataset = given_or_trained(options, trained, "dataset")
     options.data_dir = given_or_trained(options, trained, "data_dir")
     if split == "train":

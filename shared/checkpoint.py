@@ -71,6 +71,15 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def weights_in(content: Mapping[str, Any], name: str, source: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Return the state dict that a checkpoint holds under `name`; UserError if there is something else."""
+    state = content.get(name)
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                                 for key, value in state.items()):
+        raise UserError(f"{source}: its entry {name} does not hold the weights of a network")
+    return dict(state)
+
+
 def load_newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return (file, content) of `path`, or of `<path>.previous` with a warning if `path` is damaged or missing.
 

@@ -9,7 +9,7 @@ import torch
 
 from DASO.lib.config.config import Config, dump
 from DASO.lib.models.ema import as_counters
-from shared.checkpoint import read_checkpoint, write_checkpoint
+from shared.checkpoint import read_checkpoint, weights_in, write_checkpoint
 from shared.cli import UserError
 from shared.distributed import World
 from shared.files import atomic
@@ -38,12 +38,12 @@ def write_weights(trainer: Trainer, path: Path, state: Mapping[str, Any]) -> Non
 def load_weights(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Load the networks of a checkpoint, ours or a published one; return its content. UserError."""
     content = read_checkpoint(path)
-    if not isinstance(content.get("model"), Mapping):
+    if "model" not in content:
         raise UserError(f"{path}: it holds no `model`; expected a checkpoint of this program")
-    load_state(trainer.model, content["model"], path, "model")
+    load_state(trainer.model, weights_in(content, "model", path), path, "model")
     if trainer.ema is not None:
-        average = content.get("ema_model") or content["model"]
-        load_state(trainer.ema.module, average, path, "ema_model")
+        average = "ema_model" if content.get("ema_model") else "model"
+        load_state(trainer.ema.module, weights_in(content, average, path), path, "ema_model")
     return content
 
 

@@ -38,6 +38,8 @@ def train(cfg: Config, folder: Path, world: World) -> None:
     data = load_data(cfg)
     trainer = Trainer(cfg, data, world, folder)
     trainer.algorithm.begin(trainer)
+    if cfg.RESUME and not (folder / CHECKPOINT).exists():
+        load_weights(trainer, Path(cfg.RESUME))  # if it does not fit, it is said before there is a folder
     run = open_run(trainer)
     if run.resumed_from is None:
         write_config(cfg, folder, world)

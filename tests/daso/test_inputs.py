@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from DASO import plot_pseudo_labels
 from DASO.lib.config.config import Config, parse, read_yaml
@@ -118,6 +119,13 @@ def test_checkpoint_of_another_network(tmp_path: Path) -> None:
     folder = call("fixmatch", tmp_path / "a", {"SOLVER.MAX_ITER": 1})
     with pytest.raises(UserError, match="there, .* here; set MODEL"):
         call("fixmatch", tmp_path / "b", {"MODEL.WIDTH": 2, "RESUME": str(folder / "model_final.pth.tar")})
+    (tmp_path / "cut.pth.tar").write_bytes((folder / "model_final.pth.tar").read_bytes()[:5000])
+    with pytest.raises(UserError, match="cut.pth.tar: cut short"):
+        call("fixmatch", tmp_path / "b", {"RESUME": str(tmp_path / "cut.pth.tar")})
+    torch.save({"model": {"conv1.weight": 3}}, tmp_path / "odd.pth.tar")
+    with pytest.raises(UserError, match="its entry model does not hold the weights"):
+        call("fixmatch", tmp_path / "b", {"RESUME": str(tmp_path / "odd.pth.tar")})
+    assert not (tmp_path / "b").exists()
 
 
 def test_batch_that_ranks_cannot_share(tmp_path: Path) -> None:

@@ -186,8 +186,16 @@ def checkpoint_of_something_else(file: Path) -> str:
     return "holds no ema_model"
 
 
-@pytest.mark.parametrize("spoil", [checkpoint_truncated, checkpoint_of_another_network, checkpoint_hostile,
-                                   checkpoint_of_something_else], ids=lambda spoil: spoil.__name__)
+def checkpoint_of_numbers(file: Path) -> str:
+    torch.save({"ema_model": {"conv1.weight": 3}, "options": 5}, file)
+    return "its entry ema_model does not hold the weights"
+
+
+SPOILT = (checkpoint_truncated, checkpoint_of_another_network, checkpoint_hostile, checkpoint_of_something_else,
+          checkpoint_of_numbers)
+
+
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
 def test_wrong_checkpoint(spoil: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = Path("model.pth")
     torch.save({"ema_model": torch.zeros(10000)}, file)
