@@ -1,8 +1,8 @@
 """Evaluation: predictions in eval mode, the published metrics and the confusion matrix.
 
 Metrics are fractions under their published names: `eval/loss` (mean cross-entropy in nats), `eval/top-1-acc`,
-`eval/top-5-acc`, macro `eval/precision`, `eval/recall`, `eval/F1`, and `eval/AUC` (macro average over all ordered pairs
-of classes of the area under the ROC curve, of softmax scores).
+`eval/top-5-acc`, `eval/precision`, `eval/recall` and `eval/F1` (means over the classes that occur), and `eval/AUC`
+(macro average over all ordered pairs of classes of the area under the ROC curve, of softmax scores).
 """
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, auc: bool | None = None)
     auc: whether to compute `eval/AUC`; None: up to 20 classes. It is left out where a class is absent from `labels` or
     a logit is not finite.
     """
-    from sklearn.metrics import precision_recall_fscore_support
-
     labels = labels.to(logits.device)
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     truth, predicted = labels.cpu().numpy(), logits.argmax(1).cpu().numpy()
-    precision, recall, f1, _ = precision_recall_fscore_support(truth, predicted, average="macro", zero_division=0)
+    counts = confusion_matrix(truth, predicted, logits.shape[1])
+    right, true, guessed = counts.diagonal(), counts.sum(1), counts.sum(0)
+    seen = true + guessed > 0
     values = {
         "eval/loss": F.cross_entropy(logits, labels).item(),
         "eval/top-1-acc": float(np.mean(predicted == truth)),
         "eval/top-5-acc": top.any(1).double().mean().item(),
-        "eval/precision": float(precision),
-        "eval/recall": float(recall),
-        "eval/F1": float(f1),
+        "eval/precision": float(np.mean((right / np.maximum(guessed, 1))[seen])),
+        "eval/recall": float(np.mean((right / np.maximum(true, 1))[seen])),
+        "eval/F1": float(np.mean((2 * right / np.maximum(true + guessed, 1))[seen])),
     }
     if auc is None:
         auc = logits.shape[1] <= AUC_EVERY_TIME
@@ -70,12 +70,18 @@ def metrics(logits: torch.Tensor, labels: torch.Tensor, auc: bool | None = None)
 
 
 def _auc(truth: np.ndarray, scores: np.ndarray) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    if scores.shape[1] == 2:
-        return float(roc_auc_score(truth, scores[:, 1]))
     scores = scores / scores.sum(1, keepdims=True)
-    return float(roc_auc_score(truth, scores, multi_class="ovo", average="macro"))
+    of_class = [scores[truth == c] for c in range(scores.shape[1])]
+    if len(of_class) == 2:
+        return _area(of_class[1][:, 1], of_class[0][:, 1])
+    return float(np.mean([_area(own[:, c], other[:, c]) for c, own in enumerate(of_class)
+                          for d, other in enumerate(of_class) if d != c]))
+
+
+def _area(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Return the share of pairs in which the positive score is the larger one; ties count half."""
+    below = (np.searchsorted(np.sort(negative), positive, side) for side in ("left", "right"))
+    return float(np.mean(sum(below)) / 2 / len(negative))
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:

@@ -4,14 +4,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from shared import mixing
 from shared.lazy import lazy
 from shared.mixing import Mixed
 from TorchSSL.algorithm import classify, frozen_batchnorm
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from TorchSSL.setting import Setting
 
 torch = lazy("torch")

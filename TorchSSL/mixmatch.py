@@ -64,10 +64,9 @@ class MixMatch(Algorithm):
         total = supervised + options.ulb_loss_ratio * ramp * unsupervised
         return total, {"train/sup_loss": supervised, "train/unsup_loss": unsupervised, "train/total_loss": total}
 
-    @torch.no_grad()
     def guess(self, net: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Return the labels guessed for the unlabelled images [n, C]: the mean over both views, sharpened."""
-        with frozen_batchnorm(net):
+        with torch.no_grad(), frozen_batchnorm(net):
             first, second = (classify(net, view).softmax(1) for view in batch.views)
         return sharpen((first + second) / 2, self.options.T)
 

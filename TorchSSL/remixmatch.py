@@ -82,10 +82,9 @@ class ReMixMatch(Algorithm):
         return total, {"train/sup_loss": supervised, "train/unsup_loss": unsupervised, "train/kl_loss": unmixed,
                        "train/rot_loss": rotation, "train/total_loss": total}
 
-    @torch.no_grad()
     def guess(self, net: torch.nn.Module, weak: torch.Tensor) -> torch.Tensor:
         """Return the labels guessed from the weak views [n, C]: aligned with the labelled class shares, sharpened."""
-        with frozen_batchnorm(net):
+        with torch.no_grad(), frozen_batchnorm(net):
             probabilities = classify(net, weak).softmax(1)
         return sharpen(self.alignment(probabilities), self.options.T)
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from shared.cli import Diverged, UserError
+from shared.lazy import optimizers_alone
 
 Result = TypeVar("Result")
 
@@ -45,6 +46,7 @@ def start(device: str | None = None) -> World:
     `device`: "cpu", "cuda", "cuda:1", "mps" or None for a GPU where there is one. Raises UserError when a machine has
     fewer GPUs than processes on it, or the device asked for is absent.
     """
+    optimizers_alone()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     here = _device(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))

@@ -5,14 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from shared.lazy import lazy
 
 if TYPE_CHECKING:
     from shared.distributed import World
 
-torch = lazy("torch")
+np, torch = lazy("numpy"), lazy("torch")
 
 
 def mixup(inputs: torch.Tensor, targets: torch.Tensor, beta: float,

@@ -159,6 +159,13 @@ def test_help_is_quick(script: str) -> None:
     assert min(took) < 0.5
 
 
+def test_no_learner_loads_torch_before_its_command_line_is_read() -> None:
+    check = "import importlib, sys\nfrom TorchSSL.make_configs import LEARNERS\n" \
+            "for name in LEARNERS: importlib.import_module(f'TorchSSL.{name}')\n" \
+            "sys.exit(bool({'torch._C', 'numpy.linalg', 'sklearn', 'scipy'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", check], env=environment(), check=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------- data
 
 def data_of(*flags: str):  # noqa: ANN201

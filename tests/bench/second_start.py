@@ -1,0 +1,93 @@
+"""How long a training script takes until its first step, on a data set that it has not seen and on one that it has.
+
+    python -m tests.bench.second_start [--cifar FOLDER]
+
+Times whole processes: Python, imports, data, network, optimiser and run folder, up to the step. FOLDER holds
+cifar-10-batches-py; without it, random images in its place. Exit status 1 where a second start takes 2 s or more.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from shared.datasets import load_dataset
+from shared.images import ImageSet
+from shared.writers import write_cifar, write_zip
+from tests.shared.programs import ROOT
+from TorchSSL.dpt_recipes import DIGITS_DIFFUSION
+
+BAR, REPEATS = 2.0, 3
+# The script as it is, but for its first step.
+UP_TO_THE_FIRST_STEP = """
+import os, runpy, sys
+from shared.run import Run
+def steps(run, total):
+    sys.stdout.flush()
+    os._exit(64)
+Run.steps = steps
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def seconds(script: Path, arguments: list[str], cache: Path) -> float:
+    """Return the seconds of one process, from its start to its first step."""
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", UP_TO_THE_FIRST_STEP, script.name, *arguments], cwd=script.parent,
+                            env={**os.environ, "FEWLABEL_CACHE": str(cache)}, capture_output=True, text=True)
+    if result.returncode != 64:
+        sys.exit(f"{script.name} did not reach its first step:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+    return time.perf_counter() - started
+
+
+def random_cifar() -> ImageSet:
+    rng = np.random.default_rng(0)
+    return ImageSet(rng.integers(256, size=(50_000, 3, 32, 32), dtype=np.uint8), np.arange(50_000) % 10,
+                    tuple("abcdefghij"), "random")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cifar", type=Path, help="folder with cifar-10-batches-py")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        os.environ["FEWLABEL_CACHE"] = str(folder / "cache")
+        cifar = given.cifar and given.cifar.resolve()
+        if cifar is None:
+            cifar = folder / "cifar"
+            images = random_cifar()
+            write_cifar(images, cifar / "cifar-10-batches-py", images.subset(slice(10_000)))
+        for name, images in (("digits", load_dataset("digits", "train", "")),
+                             ("cifar10", load_dataset("cifar10", "train", str(cifar)))):
+            write_zip(images, folder / f"{name}.zip")
+
+        freematch, train = ROOT / "TorchSSL/freematch.py", ROOT / "EDM/train.py"
+        edm = ["--cond=1", "--arch=ddpmpp", "--nosubdir"]
+        cases = {
+            "freematch.py, digits": (freematch, ["--c", "config/freematch_digits_10_1.yaml"], "--save_dir="),
+            "freematch.py, CIFAR-10, published": (
+                freematch, ["--c", "config/freematch_cifar10_40_1.yaml", f"--data_dir={cifar}"], "--save_dir="),
+            "train.py, digits": (train, [f"--data={folder}/digits.zip", *edm, *DIGITS_DIFFUSION.split()], "--outdir="),
+            "train.py, CIFAR-10, published network": (train, [f"--data={folder}/cifar10.zip", *edm], "--outdir="),
+        }
+        slow = False
+        for number, (title, (script, arguments, flag)) in enumerate(cases.items()):
+            times = [seconds(script, [*arguments, f"{flag}{folder}/runs/{number}_{repeat}"], folder / f"cache{number}")
+                     for repeat in range(1 + REPEATS)]
+            second = sorted(times[1:])[REPEATS // 2]
+            slow |= second >= BAR
+            print(f"{title}: {times[0]:.2f} s until the first step, second start {second:.2f} s "
+                  f"(median of {REPEATS}, bar {BAR:.0f})", flush=True)
+    sys.exit(slow)
+
+
+if __name__ == "__main__":
+    main()
