@@ -23,6 +23,10 @@ from TorchSSL.steps import Runner, Step
 
 TORCHSSL = Path(__file__).resolve().parent
 ROOT = TORCHSSL.parent
+# Flags whose value is further flags, and what takes these.
+ARGS = {"--stage1-args": "its learner", "--stage2-args": "train.py and train_noise.py",
+        "--generate-args": "generate.py", "--stage3-args": "its learner",
+        "--classifier-args": "train_classifier.py, for tdsm"}
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -51,7 +55,7 @@ def joined(argv: list[str]) -> list[str]:
     """Return the arguments with --...-args and its value as one, or a value that begins with -- would be a flag."""
     found: list[str] = []
     for argument in argv:
-        if found and found[-1] in ("--stage1-args", "--stage2-args", "--stage3-args", "--classifier-args"):
+        if found and found[-1] in ARGS:
             found[-1] += f"={argument}"
         else:
             found.append(argument)
@@ -91,9 +95,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         + "; ".join(f"{name}, {text}" for name, text in dpt_tdsm.TRANSITIONS.items()) + " [predictions]")
     add("--held-out", type=whole_number(1), metavar="N", help="labelled images for --transition held-out, in all")
     add("--only-tdsm", action="store_true", help="leave out the plain edm that tdsm is compared with")
-    for name, script in (("stage1", "learner"), ("stage2", "train.py and train_noise.py"), ("stage3", "learner"),
-                         ("classifier", "train_classifier.py, for tdsm")):
-        add(f"--{name}-args", type=words, default=[], metavar='"..."', help=f"further flags of its {script}")
+    for name, script in ARGS.items():
+        add(name, type=words, default=[], metavar='"..."', help=f"further flags of {script}")
     add("-n", "--dry-run", action="store_true", help="print the commands and run nothing")
     options = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
     if options.dataset not in RECIPES:
@@ -132,7 +135,7 @@ class Experiment:
         # The published folder of images does not tell data sets and seeds apart, and the published training command
         # numbers its folder: both are kept for the published experiment alone.
         self.published = (self.dataset, self.labels, seed, options.out) == ("cifar10", 40, 1, None) \
-            and not options.stage2_args and options.stage1 == options.stage3 == "freematch"
+            and not (options.stage2_args or options.generate_args) and options.stage1 == options.stage3 == "freematch"
         self.generated = f"nums_{self.last}" if self.published else f"{self.name}/nums_{self.last}"
         self.tdsm = dpt_tdsm.NoiseAware(self) if options.stage2 == "tdsm" else None
 
@@ -237,7 +240,8 @@ class Experiment:
         images = self.from_edm(folder)
         return Step(name, f"Generate the images 0 to {self.last} of every class", "EDM",
                     ["bash", "generate.sh", str(self.last), images,
-                     snapshot if Path(snapshot).is_absolute() else f"./{snapshot}", str(self.gpus)],
+                     snapshot if Path(snapshot).is_absolute() else f"./{snapshot}", str(self.gpus),
+                     *words(self.recipe.generate), *self.options.generate_args],
                     output=images, inputs=(snapshot,))
 
     def model_folder(self) -> str:

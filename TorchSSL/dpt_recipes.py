@@ -24,6 +24,7 @@ class Recipe:
     checkpoint: str = "latest_model.pth"
     classifier: str = ""
     diffusion: str = "--batch-gpu=32"
+    generate: str = ""
     noise_classifier: str = "--batch=1024"
     volmin: str = "--batch=1024"
     judge: bool = False

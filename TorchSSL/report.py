@@ -179,9 +179,10 @@ def generated_images(options: argparse.Namespace, folder: str | None, classes: S
     train = load_pools(options.dataset, options.data_dir, download=False)[0]
     test = load_dataset(options.dataset, "test", options.data_dir)
     images = read_images(folder, channels=train.channels, num_classes=train.num_classes)
-    rows = {name: images.images[np.flatnonzero(images.labels == c)[:12]] for c, name in enumerate(classes[:20])}
+    rows, real = ({name: part.images[np.flatnonzero(part.labels == c)[:count]] for c, name in enumerate(classes[:20])}
+                  for part, count in ((images, 12), (test, 3)))
     image_grid({name: row for name, row in rows.items() if len(row)}, picture,
-               "Generated images, one class a row")
+               "Generated images, one class a row; on the right real ones", beside=real)
     features = {name: classifier_features(checkpoint, options, part) for name, part in
                 (("generated", images), ("train", train), ("test", test))}
     return {
@@ -232,7 +233,8 @@ def draw(options: argparse.Namespace, results: dict[str, Any], classes: Sequence
     lines = {title: read_lines(Path(folder) / "stats.jsonl") for title, folder in folders.items() if folder}
     diffusion = read_lines(Path(options.stage2) / "stats.jsonl") if options.stage2 else []
     panels = {
-        "Accuracy on the test set": {title: series(found, "step", "eval/top-1-acc") for title, found in lines.items()},
+        "Accuracy on the test set, %": {title: series(found, "step", "eval/top-1-acc", 100)
+                                        for title, found in lines.items()},
         "Loss of the classifier": {title: series(smooth(found), "step", "train/total_loss")
                                    for title, found in lines.items()},
         "Share of unlabelled images used": {title: series(smooth(found), "step", "train/utilisation")
@@ -259,9 +261,9 @@ def smooth(lines: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     return means if len(means) >= 10 else [line for line in lines if "eval/top-1-acc" in line] or means
 
 
-def series(lines: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
-    """Return the points of the lines that have both keys."""
-    points = [(line[x], line[y]) for line in lines if x in line and y in line]
+def series(lines: Sequence[dict[str, Any]], x: str, y: str, scale: float = 1) -> tuple[list[float], list[float]]:
+    """Return the points of the lines that have both keys; y is multiplied by `scale`."""
+    points = [(line[x], scale * line[y]) for line in lines if x in line and y in line]
     return [point[0] for point in points], [point[1] for point in points]
 
 

@@ -17,25 +17,31 @@ READABLE_CLASSES = 20
 
 
 def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: str = "",
-               scale: int | None = None) -> None:
+               scale: int | None = None, beside: Mapping[str, np.ndarray] | None = None) -> None:
     """Write one row of images per entry of `rows`: label -> uint8 [n, C, H, W] with C = 1 or 3; rows may differ in n.
 
     scale: screen pixels per image pixel (nearest neighbour, so that pixels stay visible); None: about 48 per image.
+    beside: further images by label, on the right of those behind a gap.
     """
-    shapes = {images.shape[1:] for images in rows.values() if len(images)}
+    beside = {name: images for name, images in (beside or {}).items() if name in rows}
+    shapes = {images.shape[1:] for images in (*rows.values(), *beside.values()) if len(images)}
     if len(shapes) != 1:
         raise ValueError(f"expected images of one shape, got {sorted(shapes)}")
     channels, height, width = shapes.pop()
     scale = scale or max(1, round(48 / height))
     columns = max(len(images) for images in rows.values())
     gap = 2
-    size = len(rows) * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, 3
+    right = columns * (width * scale + gap) + 10  # where those beside begin
+    size = len(rows) * (height * scale + gap) - gap, right - 10 - gap, 3
+    if beside:
+        size = size[0], right + max(map(len, beside.values())) * (width * scale + gap) - gap, 3
     canvas = np.full(size, 255, np.uint8)
-    for r, images in enumerate(rows.values()):
-        for c, image in enumerate(images):
-            pixels = np.broadcast_to(image, (3, height, width)).transpose(1, 2, 0)
-            top, left = r * (height * scale + gap), c * (width * scale + gap)
-            canvas[top:top + height * scale, left:left + width * scale] = pixels.repeat(scale, 0).repeat(scale, 1)
+    for r, name in enumerate(rows):
+        for start, images in ((0, rows[name]), (right, beside.get(name, ()))):
+            for c, image in enumerate(images):
+                pixels = np.broadcast_to(image, (3, height, width)).transpose(1, 2, 0)
+                top, left = r * (height * scale + gap), start + c * (width * scale + gap)
+                canvas[top:top + height * scale, left:left + width * scale] = pixels.repeat(scale, 0).repeat(scale, 1)
     names = [str(name) for name in rows]
     margin = 0.1 * max(len(name) for name in names) + 0.3  # inches
     figure = _figure(canvas.shape[1] / 100 + margin, canvas.shape[0] / 100 + (0.4 if title else 0.1))

@@ -16,6 +16,15 @@ def test_image_grid_shows_every_image_enlarged_without_blending(tmp_path):
         assert 0.9 * 1600 * images <= (pixels == colour).all(1).sum() <= 1.1 * 1600 * images
 
 
+def test_images_beside_stand_on_the_right_of_their_row(tmp_path):
+    rows = {"a": np.full((2, 1, 4, 4), 90, np.uint8), "b": np.full((1, 1, 4, 4), 90, np.uint8)}
+    beside = {"b": np.full((1, 1, 4, 4), 180, np.uint8), "c": rows["a"]}
+    image_grid(rows, tmp_path / "grid.png", scale=10, beside=beside)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
+    (dark_y, dark_x), (light_y, light_x) = (np.nonzero(pixels == grey) for grey in (90, 180))
+    assert len(light_x) > 1400 and light_x.min() > dark_x.max() and light_y.min() > dark_y.min() + 30
+
+
 def test_gray_images_and_rows_of_different_lengths(tmp_path):
     rows = {str(c): np.full((c + 1, 1, 8, 8), 10 * c, np.uint8) for c in range(3)}
     image_grid(rows, tmp_path / "grid.png")
