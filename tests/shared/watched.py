@@ -1,11 +1,11 @@
 """Calls readers of files, and tells what they did:
 
-    python tests/shared/watched.py CALLS.json
+    python tests/shared/watched.py CALLS.json TIMES
 
-CALLS.json: name -> [module, function, arguments...]; an argument "@NAME" is what the call NAME has returned. Every call
-is made twice: what is imported at the first one is none of the file's doing. Prints as JSON: `answers`, name -> the
-UserError, or what else came of it; `events`, name -> what the interpreter was seen to do in the second call that a
-reader has no business with; `peak`, the largest resident memory in MB.
+CALLS.json: name -> [module, function, arguments...]. TIMES: 2 for every call to be made twice, as what is imported at
+the first one is none of the file's doing. Prints as JSON: `answers`, name -> the UserError, or what else came of it;
+`events`, name -> what the interpreter was seen to do in the last call that a reader has no business with; `peak`, the
+largest resident memory in MB.
 """
 from __future__ import annotations
 
@@ -42,30 +42,26 @@ def watch(event: str, arguments: tuple) -> None:
             seen.append(f"{event} {arguments}")
 
 
-def answer(function: Any, arguments: list) -> tuple[str, Any]:
+def answer(function: Any, arguments: list) -> str:
     try:
-        value = function(*arguments)
-        if hasattr(value, "__next__"):
-            value = list(value)
-        return "accepted", value
+        function(*arguments)
+        return "accepted"
     except UserError as error:
-        return str(error), None
+        return str(error)
     except BaseException as error:  # noqa: BLE001 - which is what is looked for
-        return f"{type(error).__name__}: {error}", None
+        return f"{type(error).__name__}: {error}"
 
 
 def main() -> None:
     global seen
     sys.addaudithook(watch)
-    answers, events, values = {}, {}, {}
-    for name, (module, attribute, *given) in json.loads(Path(sys.argv[1]).read_text()).items():
-        function = importlib.import_module(module)
-        for part in attribute.split("."):
-            function = getattr(function, part)
-        arguments = [values[item[1:]] if isinstance(item, str) and item.startswith("@") else item for item in given]
-        answer(function, arguments)
+    answers, events = {}, {}
+    for name, (module, attribute, *arguments) in json.loads(Path(sys.argv[1]).read_text()).items():
+        function = getattr(importlib.import_module(module), attribute)
+        for _ in range(int(sys.argv[2]) - 1):
+            answer(function, arguments)
         seen = []
-        answers[name], values[name] = answer(function, arguments)
+        answers[name] = answer(function, arguments)
         events[name], seen = seen, None
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
