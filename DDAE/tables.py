@@ -201,7 +201,8 @@ def dit_job(dataset: str, options: argparse.Namespace, tiny: bool) -> Job:
                                           f"--vae={pretrained(out) / vae}", f"--data_dir={options.data_dir}")
 
     def probe(out: Path, seed: int, iterations: int | None) -> Sequence[str]:
-        ckpt, short = ("DiT-S-2.pt", ["--model=DiT-S/2", "--name=layer-5"]) if tiny else ("DiT-XL-2-256x256.pt", [])
+        ckpt = "DiT-S-2.pt" if tiny else "DiT-XL-2-256x256.pt"
+        short = ["--model=DiT-S/2", "--name=layer-2", "--lr=3e-2", "--epoch=10"] * tiny
         return () if iterations else call("DiT/linear.py", *common(out, seed), *short,
                                           f"--ckpt={pretrained(out) / ckpt}", f"--outdir={out / 'probe'}")
 

@@ -39,7 +39,7 @@ def measure(cell: Cell, table: Table, scale: str, folder: Path, runs: Path, seed
         "printed": None if cell.printed is None or scale != "paper" else vars(cell.printed),
         "runs": [{"seed": seed, "folder": os.path.relpath(path, folder), "commit": run["commit"],
                   "hardware": {**run["hardware"], "threads": run["threads"]}, "seconds": sum(run["stages"].values()),
-                  "earlier": run.get("earlier", []),
+                  "processor": sum(run.get("processor", {}).values()), "earlier": run.get("earlier", []),
                   "logs": [f"{name}.log" for name in run["stages"]],
                   "configs": [config.name for config in cell.job.configs if (path / config.name).is_file()]}
                  for seed, path, run in found]}
@@ -147,13 +147,14 @@ def about(content: Content) -> str:
     printed = any(cell["printed"] for cell in content["cells"])
     machines = dict.fromkeys(hardware_text(run["hardware"]) for run in runs)
     protocol = f", {content['protocols'][0]}" * (len({cell["column"] for cell in content["cells"]}) > 1)
-    parts = [f"{content['unit']}{protocol}; mean ± standard deviation over seeds "
-             f"{', '.join(map(str, content['seeds']))}."]
+    seeds = ", ".join(map(str, content["seeds"]))
+    over = f"mean ± standard deviation over seeds {seeds}" if len(content["seeds"]) > 1 else f"seed {seeds}"
+    parts = [f"{content['unit']}{protocol}; {over}."]
     parts += [f"Printed numbers: {content['source']}; sd: standard deviations between print and here."] * printed
     if any(cell["over_base"] for cell in content["cells"]):
         parts.append(f"Minus {content['base']}: mean difference seed by seed, in brackets the seeds above it.")
-    parts += [f"{len(runs)} runs on {'; '.join(machines)}; commit "
-              f"{', '.join(dict.fromkeys(run['commit'] for run in runs))}."] * bool(runs)
+    parts += [f"{len(runs)} runs on {'; '.join(machines)}, {duration(sum(run['processor'] for run in runs))} of "
+              f"processors in all; commit {', '.join(dict.fromkeys(run['commit'] for run in runs))}."] * bool(runs)
     return " ".join(parts)
 
 
@@ -191,7 +192,8 @@ def evidence(run: Content) -> str:
         broken_off = f" since the last of {len(starts)} interruptions (begun at commit {starts[0]['commit']})"
     return (f"- seed {run['seed']}: {links(['run.json'])} (commands, result), configuration "
             f"{links(run['configs']) or 'on the command line'}, commit {run['commit']}, "
-            f"{duration(run['seconds'])}{broken_off} on {hardware_text(run['hardware'])}; {links(run['logs'])}")
+            f"{duration(run['seconds'])}{broken_off} ({duration(run['processor'])} of processors) on "
+            f"{hardware_text(run['hardware'])}; {links(run['logs'])}")
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -159,26 +159,35 @@ class Task:
             json.dump(content, file, indent=1)
 
 
-def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: str, held: IO | None) -> None:
-    """Run `python <command>`, its output in <folder>/<log>; UserError with its last line where it fails."""
+def call(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: str,
+         held: IO | None) -> tuple[float, float]:
+    """Run `python <command>`, its output in <folder>/<log>; return its seconds and those of processors on this machine.
+
+    UserError with its last line where it fails.
+    """
     path = folder / log
     # Scripts that start scripts call them by the name `python`: the same one as ours.
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with open(path, "ab") as output:
         output.write(f"$ python {shlex.join(command)}\n".encode())
         output.flush()
-        done = subprocess.run([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, check=False,
-                              stdin=subprocess.DEVNULL, env={**os.environ, "PATH": search, **environment},
-                              pass_fds=() if held is None else (held.fileno(),))
-    if done.returncode:
+        start = time.monotonic()
+        process = subprocess.Popen([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT,
+                                   stdin=subprocess.DEVNULL, env={**os.environ, "PATH": search, **environment},
+                                   pass_fds=() if held is None else (held.fileno(),))
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise UserError(f"{command[0]} ended with status {done.returncode}: {lines[-1][:300]} (see {path})")
+        raise UserError(f"{command[0]} ended with status {process.returncode}: {lines[-1][:300]} (see {path})")
+    return time.monotonic() - start, used.ru_utime + used.ru_stime
 
 
 def compute(task: Task, environment: Mapping[str, str], held: IO) -> None:
     """Run or continue one run; the caller holds its lock."""
     found = task.record()
     done: dict[str, float] = found.get("stages", {})
+    processor: dict[str, float] = found.get("processor", {})
     facts = {"commit": commit(), "hardware": machine(), "threads": environment.get("OMP_NUM_THREADS")}
     earlier = [*found.get("earlier", []), {name: found[name] for name in facts}] if found else []
     task.write(state="running", stages=done, earlier=earlier, **facts)
@@ -187,10 +196,9 @@ def compute(task: Task, environment: Mapping[str, str], held: IO) -> None:
     for stage in task.job.stages:
         if stage.name in done:
             continue
-        start = time.monotonic()
-        call(stage.command(task.folder, task.seed, None), task.folder, environment, f"{stage.name}.log", held)
-        done[stage.name] = round(time.monotonic() - start, 2)
-        task.write(stages=done)
+        took = call(stage.command(task.folder, task.seed, None), task.folder, environment, f"{stage.name}.log", held)
+        done[stage.name], processor[stage.name] = (round(seconds, 2) for seconds in took)
+        task.write(stages=done, processor=processor)
     task.write(state="finished", result=task.job.read(task.folder))
 
 
@@ -323,9 +331,6 @@ def trial(job: Job, iterations: Mapping[str, int]) -> dict[str, float]:
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for stage in job.stages:
-            start = time.monotonic()
             command = stage.command(Path(folder), 0, iterations.get(stage.name, 1))
-            if command:
-                call(command, Path(folder), {}, f"{stage.name}.log", None)
-            seconds[stage.name] = time.monotonic() - start
+            seconds[stage.name] = call(command, Path(folder), {}, f"{stage.name}.log", None)[0] if command else 0.0
     return seconds

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from DDAE.data import load_images
 from DDAE.DiT import linear, vae_preprocessing
 from DDAE.DiT.gaussian import SpacedDiffusion, kept_steps
 from DDAE.DiT.network import DiT
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(count):
                 pixels = rng.integers(0, 156, (16, 16, 3), dtype=np.uint8) + np.uint8(100 * label)
                 Image.fromarray(pixels).save(place / f"{number}.png")
-    write_small(root, 32, 0)
+    write_small(root, load_images(str(root / "images"), "train", "."), 32, 0)
     call(vae_preprocessing, *VAE, folder=root)
     return root
 
