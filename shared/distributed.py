@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -67,7 +68,9 @@ def _fresh_store(rank: int, size: int) -> dist.Store:
     and a process that finds those would wait for them in vain. So rank 0 answers each call with its own name, until all
     that live have taken it up.
     """
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    # As long as torch waits for the others itself: rank 0 may decode a data set before it comes here.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                          timeout=timedelta(minutes=30))
     name = uuid.uuid4().hex
     if rank:
         store.set(f"call/{rank}", name)
