@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from DASO import digits_table, dpt_report, get_labels
+from DASO import dpt_report, get_labels
 from DASO.lib.config.config import read_yaml
 from DASO.lib.data.sets import load_data
 from shared.cli import UserError
 from shared.images import ImageSet, read_images
 from shared.writers import write_folder
 from tests.daso.small import call, command
+from tests.shared.programs import ROOT
 from TorchSSL import dpt
 
 
@@ -37,7 +38,7 @@ def test_commands() -> None:
     assert f"DATASET.AUG_PATH {images} MEMO aug100" in found[5]
     assert "DASO_digits_l_40_50_ul_70_50_seed_7_aug100" in found[6]
     twice = commands("--stage1=daso", "--controls", "--out=/out")
-    length = read_yaml(digits_table.HERE / "configs/digits/fixmatch_daso.yaml")["SOLVER.MAX_ITER"]
+    length = read_yaml(ROOT / "DASO/configs/digits/fixmatch_daso.yaml")["SOLVER.MAX_ITER"]
     assert any(f"SOLVER.MAX_ITER {2 * length} MEMO twice" in line for line in twice)
 
 
@@ -106,26 +107,3 @@ def test_labels_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     gain = content["accuracy"]["stage3"]["last"] - content["accuracy"]["stage1"]["last"]
     merged = json.loads((tmp_path / "report.json").read_text())["runs"]["stage3"]["all"]["gain"]
     assert merged["mean"] == pytest.approx(gain) and merged["standard_error"] == pytest.approx(0)
-
-
-def test_digits_table_has_a_row_for_every_learner(tmp_path: Path) -> None:
-    """Every learner appears; the differences are of the same seeds."""
-    from DASO.lib.algorithms import ALGORITHMS
-
-    names = {read_yaml(digits_table.HERE / "configs/digits" / f"{config}.yaml")["ALGORITHM.NAME"]
-             for config, _ in digits_table.ROWS.values()}
-    assert names | {"DARP_ESTIM"} == set(ALGORITHMS)
-    options = digits_table.parse(["--seeds=2", "--only=FixMatch + DASO", f"--out={tmp_path}"])
-    assert options.names == ["FixMatch", "FixMatch + DASO"]
-
-    def result(few: float) -> dict:
-        return {"accuracy": {"last": 0.5, "median_of_last_20": 0.4}, "seconds": 2.0, "iterations": 3, "hardware": "x",
-                "groups": {group: {"last": few} for group in digits_table.GROUPS}, "precision": "fp32",
-                "labelled_counts": [2, 1]}
-
-    text = digits_table.table({"FixMatch": [result(0.1), result(0.3)],
-                               "FixMatch + DASO": [result(0.3), result(0.2)]}, options)
-    assert "| FixMatch + DASO | 50.0 ± 0.0 | 40.0 ± 0.0 | 25.0 ± 7.1 | 25.0 ± 7.1 | 25.0 ± 7.1 | +5.0 (1 of 2) | 2 |" \
-        in text
-    with pytest.raises(UserError, match="did you mean"):
-        digits_table.parse(["--only=FixMach"])

@@ -10,7 +10,7 @@ import torch
 from shared.cli import UserError
 from shared.datasets import load_dataset
 from shared.images import ImageSet
-from TorchSSL import digits_table, dpt
+from TorchSSL import dpt
 from TorchSSL import eval as evaluation_script
 from TorchSSL.classifier import load_classifier
 from TorchSSL.data import NORMALISATION
@@ -43,8 +43,6 @@ def test_published_files_and_the_published_experiment() -> None:
 def test_unknown_learner() -> None:
     with pytest.raises(UserError, match="stage1"):
         dpt.parse(["--stage1=fixmach"])
-    with pytest.raises(UserError, match='did you mean "fixmatch"'):
-        digits_table.parse(["--only=fixmach"])
 
 
 # Flags of eval.py -> network; the golden cases have those of the published depth. USB calls the four stages
@@ -100,16 +98,3 @@ def test_rotation_head_of_a_checkpoint(tmp_path: Path) -> None:
     torch.save({"ema_model": state, "mean": (0.5,) * 3, "std": (0.2,) * 3}, tmp_path / "theirs.pth")
     options = evaluation_script.parse(["--depth=10", "--widen_factor=1"])
     assert load_classifier(str(tmp_path / "theirs.pth"), options, rgb()).net.rot_classifier is not None
-
-
-def test_table_of_results() -> None:
-    def result(last: float) -> dict:
-        accuracy = {"last": last, "median_of_last_20": last, "best_on_test": last}
-        return {"accuracy": accuracy, "seconds": 2.0, "test_images": 500, "iterations": 300, "hardware": "a machine",
-                "device": "cpu", "precision": "fp32", "torch": "2"}
-
-    text = digits_table.table({digits_table.BASELINE: [result(0.9), result(0.8)],
-                               "fixmatch": [result(0.95), result(0.93)]})
-    lines = text.splitlines()
-    assert lines[2].startswith("| fixmatch | 94.0 ± 1.4 |") and "| +9.0 |" in lines[2]
-    assert lines[3].startswith(f"| {digits_table.BASELINE} | 85.0 ± 7.1 |")
