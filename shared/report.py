@@ -8,10 +8,12 @@ table (table.json), or a folder that holds some. The file needs no server, no ne
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from shared import table_report, web_page
@@ -23,10 +25,13 @@ from shared.table_report import TINY
 FILES = ("table.json", "report.json", "result.json", "stats.jsonl", "metrics.json")
 DEEPEST = 5  # folders below RUN that are searched
 MOST_PICTURES = 12
+MOST_LINES = 10  # of a chart; where there are more, those that differ in the seed alone are averaged
+SEED = re.compile(r"[/_]seed_\d+(?=/|$)|/run(?=/|$)")
 # What a run logs about itself rather than about its method.
 HOUSEKEEPING = ("timestamp", "time", "Timing/", "Resources/", "Progress/", "images_per_second", "train/prefecth_time",
                 "train/run_time", "step", "seconds")
 STEPS = {"Progress/kimg": "thousands of images", "step": "step", "iteration": "iteration"}
+Curve = tuple[list[float], list[float]]  # steps, values
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Found:
     name: str
     folder: Path
     files: dict[str, Any] = field(default_factory=dict)
-    curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
     xlabel: str = "step"
 
 
@@ -94,8 +99,20 @@ def charts(runs: Sequence[Found]) -> list[str]:
     for name in names:
         having = [run for run in runs if name in run.curves]
         labels = dict.fromkeys(run.xlabel for run in having)
-        drawn.append(web_page.chart(name, {run.name: run.curves[name] for run in having}, " or ".join(labels)))
+        lines = {run.name: run.curves[name] for run in having}
+        drawn.append(web_page.chart(name, lines if len(lines) <= MOST_LINES else over_seeds(lines),
+                                    " or ".join(labels)))
     return ['<div class="charts">', *filter(None, drawn), "</div>"] if any(drawn) else []
+
+
+def over_seeds(lines: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Return the mean of the lines whose names differ in the seed alone and whose steps are the same."""
+    groups: dict[tuple, list[str]] = {}
+    for name, (steps, _) in lines.items():
+        groups.setdefault((SEED.sub("", name), *steps), []).append(name)
+    return {f"{key[0]}, mean of {len(names)}" if len(names) > 1 else names[0]:
+            (lines[names[0]][0], [fmean(values) for values in zip(*(lines[name][1] for name in names), strict=True)])
+            for key, names in groups.items()}
 
 
 def accuracy_rows(runs: Sequence[Found]) -> list[str]:

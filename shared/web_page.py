@@ -111,7 +111,7 @@ def number(value: float) -> str:
 
 
 def chart(title: str, series: Series, xlabel: str) -> str:
-    """Return a line chart with its key, and its numbers as a table that opens on request.
+    """Return a line chart with its key, which has the last number of every line.
 
     Values that are not finite leave gaps; a chart without a finite value is left out ("").
     """
@@ -138,11 +138,13 @@ def chart(title: str, series: Series, xlabel: str) -> str:
         key.append(f'<li><svg viewBox="0 0 32 10" aria-hidden="true"><path d="M0 5H32" {stroke}/></svg> '
                    f"{escape(name)}: {number(y[-1]) if math.isfinite(y[-1]) else y[-1]}</li>")
     axes = [f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="currentColor"/>',
-            f'<text x="{LEFT}" y="{HEIGHT - BOTTOM + 14}">{number(x0)}</text>',
-            f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - BOTTOM + 14}" text-anchor="end">{number(x1)}</text>',
-            f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(xlabel)}</text>',
-            f'<text x="{LEFT - 4}" y="{HEIGHT - BOTTOM}" text-anchor="end">{number(y0)}</text>',
-            f'<text x="{LEFT - 4}" y="{TOP + 8}" text-anchor="end">{number(y1)}</text>']
+            f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(xlabel)}</text>']
+    for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
+        x, y = place(x0 + share * (x1 - x0), y0 + share * (y1 - y0)).split(",")
+        axes += [f'<path d="M{LEFT} {y}H{WIDTH - RIGHT}" stroke="currentColor" stroke-opacity="0.2"/>',
+                 f'<text x="{x}" y="{HEIGHT - BOTTOM + 14}" text-anchor="{anchor}">'
+                 f"{number(x0 + share * (x1 - x0))}</text>",
+                 f'<text x="{LEFT - 4}" y="{float(y) + 4}" text-anchor="end">{number(y0 + share * (y1 - y0))}</text>']
     told = f"{title} over {xlabel}, from {number(y0)} to {number(y1)}; last: " + ", ".join(
         f"{name} {number(y[-1]) if math.isfinite(y[-1]) else y[-1]}" for name, (_, y) in thinned.items())
     return (f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '

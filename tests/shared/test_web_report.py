@@ -14,7 +14,7 @@ import pytest
 
 from shared import web_page
 from shared.plots import image_grid
-from shared.report import main
+from shared.report import main, over_seeds
 from tests.shared.programs import one_line_error, run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -111,6 +111,13 @@ def test_gaps_where_a_value_is_not_finite() -> None:
     drawn = web_page.chart("loss", {"a": ([0, 1, 2, 3, 4], [1, 2, float("nan"), 2, 1])}, "step")
     assert drawn.count("<polyline") == 2
     assert web_page.chart("loss", {"a": ([0], [float("inf")])}, "step") == ""
+
+
+def test_many_lines_are_averaged_over_seeds() -> None:
+    lines = {f"t/{name}/seed_{seed}/run": ([0.0, 1.0], [seed, 2.0 * seed]) for name in "ab" for seed in (1, 2)}
+    lines["t/a/seed_3/run"] = ([0.0], [9.0])  # other steps
+    assert over_seeds(lines) == {"t/a, mean of 2": ([0.0, 1.0], [1.5, 3.0]), "t/b, mean of 2": ([0.0, 1.0], [1.5, 3.0]),
+                                 "t/a/seed_3/run": ([0.0], [9.0])}
 
 
 def test_long_curves_keep_their_last_point() -> None:
