@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from shared.image_files import class_values, find_images, listed_labels, open_im
 from shared.images import iterate, read_images
 from shared.parallel import one_ahead, ordered_map
 from shared.progress import Progress
-from shared.writers import encode_png, image_name, labels_json, open_destination
+from shared.writers import encode_pngs, image_name, labels_json, open_destination
 
 CHUNK = 128  # images a worker prepares at a time
 TRANSFORMS = ("center-crop", "center-crop-wide")
@@ -52,6 +53,12 @@ class _Chunk(NamedTuple):
     contents: tuple[bytes, ...] = ()
     pixels: np.ndarray | None = None
     target: Target = Target()
+
+    @property
+    def stays(self) -> bool:
+        """Whether these are pixels that become files as they are."""
+        transform, size = self.target
+        return self.pixels is not None and transform is None and size in (None, self.pixels.shape[:1:-1])
 
     def images(self) -> Iterator[Image.Image | UserError]:
         """Decode; a damaged one of `contents` yields its error, one of `members` raises it."""
@@ -103,9 +110,13 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
     progress = Progress(f"converting {source.name}", min(total, max_images or total), "images")
     check = _Checks(any_side=source.suffix == ".npz")
     labels: list[tuple[str, Label]] = []
+    chunks = (chunk._replace(target=target) for chunk in _first(chunks, max_images))
+    head = list(islice(chunks, 1))
+    # Pixels that stay as they are would take longer to another process and back than to their file.
+    workers = 1 if head and head[0].stays else None
     with open_destination(dest) as save:
         try:
-            for prepared in ordered_map(_prepare, (c._replace(target=target) for c in _first(chunks, max_images))):
+            for prepared in ordered_map(_prepare, chain(head, chunks), workers):
                 for image in prepared:
                     progress.advance()
                     if not image.png:
@@ -195,6 +206,11 @@ def _first(chunks: Iterator[_Chunk], max_images: int | None) -> Iterator[_Chunk]
 
 
 def _prepare(chunk: _Chunk) -> list[_Prepared]:
+    if chunk.stays:
+        channels, height, width = chunk.pixels.shape[1:]
+        return [_Prepared(index, label, png, (width, height, channels))
+                for index, (label, png) in enumerate(zip(chunk.labels, encode_pngs(chunk.pixels), strict=True),
+                                                     chunk.start)]
     prepared = []
     for index, (label, image) in enumerate(zip(chunk.labels, chunk.images(), strict=True), chunk.start):
         if isinstance(image, UserError):
@@ -204,7 +220,8 @@ def _prepare(chunk: _Chunk) -> list[_Prepared]:
         if image is None:
             prepared.append(_Prepared(index, label))
         else:
-            prepared.append(_Prepared(index, label, encode_png(image), (*image.size, len(image.getbands()))))
+            pixels = np.asarray(image).reshape(1, image.height, image.width, -1).transpose(0, 3, 1, 2)
+            prepared.append(_Prepared(index, label, encode_pngs(pixels)[0], (*image.size, pixels.shape[1])))
     return prepared
 
 

@@ -22,11 +22,17 @@ from PIL import Image
 import shared.images
 from shared.cli import UserError
 from shared.images import ImageSet, read_images
-from shared.writers import encode_png, write_folder, write_npz, write_zip
+from shared.writers import encode_pngs, write_folder, write_npz, write_zip
 
 
 def png(value: int | tuple[int, ...] = 0, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
-    return encode_png(Image.new(mode, size, value))
+    return saved(Image.new(mode, size, value))
+
+
+def saved(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="png")
+    return stream.getvalue()
 
 
 def write_images(folder: Path, files: dict[str, bytes], labels: object = None) -> Path:
@@ -76,6 +82,16 @@ def test_what_is_written_is_read(images: ImageSet, form: str, tmp_path_factory: 
     assert found.images.dtype == np.uint8 and found.labels.dtype == np.int64
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(3, 5), (200, 150)])  # the larger one takes more than one block of the format
+def test_encoded_pngs(channels: int, size: tuple[int, int]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, channels, *size), np.uint8)
+    for file, image in zip(encode_pngs(images), images, strict=True):
+        found = Image.open(io.BytesIO(file))
+        assert found.mode == ("L", "LA", "RGB", "RGBA")[channels - 1]
+        np.testing.assert_array_equal(np.asarray(found).reshape(*size, channels).transpose(2, 0, 1), image)
+
+
 def test_integer_folders_are_the_classes_of_that_number(tmp_path: Path) -> None:
     folder = write_images(tmp_path, {f"{c}/a.png": png(c) for c in range(12)})
     found = read_images(folder, num_classes=12)
@@ -123,7 +139,7 @@ def test_channels(tmp_path: Path) -> None:
 
 def test_more_images_than_one_worker_takes(tmp_path: Path) -> None:
     count = 3 * shared.images.CHUNK + 5
-    files = {f"{i:05d}.png": encode_png(Image.fromarray(np.full((2, 2), i % 256, np.uint8))) for i in range(count)}
+    files = {f"{i:05d}.png": saved(Image.fromarray(np.full((2, 2), i % 256, np.uint8))) for i in range(count)}
     found = read_images(zipped(tmp_path / "many.zip", files, method=zipfile.ZIP_DEFLATED))
     assert found.images[:, 0, 1, 1].tolist() == [i % 256 for i in range(count)]
     files["00700.png"] = png((1, 2, 3), (2, 2))
@@ -195,7 +211,7 @@ class TestBadInput:
             content = (tmp_path / name).read_bytes()
             (tmp_path / name).write_bytes(content[:int(len(content) * share)])
             assert "cut short" in error_of(tmp_path / name)
-        picture = encode_png(Image.fromarray(noise[0].transpose(1, 2, 0)))
+        picture = saved(Image.fromarray(noise[0].transpose(1, 2, 0)))
         (tmp_path / "a.png").write_bytes(picture[:int(len(picture) * min(share, 0.9))])
         (tmp_path / "set.zip").unlink()
         assert "a.png" in error_of(tmp_path)
