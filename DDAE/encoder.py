@@ -96,11 +96,14 @@ def load_encoder(options: argparse.Namespace, device: torch.device, epoch: int |
     from DDAE.checkpoints import find_checkpoint, load_model
     from DDAE.configs import make_diffusion, make_network, read_config
     from DDAE.unet import use_channels_last
+    from shared.allocator import keep_freed_memory
 
     config = read_config(options.config, options.set)
     config.probe()
     precision = choose_precision(options, device)
     set_arithmetic(strict=False, tf32=precision != "fp32")
+    if device.type == "cpu":
+        keep_freed_memory()
     epoch = options.epoch if epoch is None else epoch
     kind, snapshot = getattr(options, "encoder", "trained"), getattr(options, "network", None)
     if snapshot is not None and kind != "trained":

@@ -64,12 +64,15 @@ def main() -> None:
     from DDAE.evaluation import accuracy_by_level, read_curve, report_by_level
     from DDAE.perturbation import test_view
     from shared import distributed
+    from shared.allocator import keep_freed_memory
 
     for path in options.compare:
         read_curve(path)
     world = distributed.start(options.device)
     precision = choose_precision(options, world.device)
     set_arithmetic(strict=False, tf32=precision != "fp32")
+    if world.device.type == "cpu":
+        keep_freed_memory()
     train, test = (load_images(options.dataset, split, options.data_dir) for split in ("train", "test"))
     diffusion = DDPM(BETAS, STEPS) if options.mode == "DDPM" else EDM()
     net = make_network(options, train.channels, train.num_classes).to(world.device)

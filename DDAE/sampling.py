@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from DDAE.diffusion import DDPM, EDM
-from DDAE.unet import UNet, use_channels_last
+from DDAE.unet import UNet, store_bf16_weights, use_channels_last
+from shared.allocator import keep_freed_memory
 from shared.cli import UserError
 from shared.precision import autocast
 from shared.randomness import torch_rng
@@ -46,8 +47,8 @@ class ImageNoise:
 class ImageSampler:
     """A network, a sampler and an arithmetic.
 
-    mode, steps, eta: see DDPM.sample and EDM.sample. precision: fp32, bf16 or fp16. fast: the memory layout that is
-    faster here. compile: the network first.
+    mode, steps, eta: see DDPM.sample and EDM.sample. precision: fp32, bf16 or fp16. fast: the memory layout and
+    allocator that are faster here. compile: the network first.
     """
 
     def __init__(self, net: UNet, diffusion: DDPM | EDM, *, mode: str = "DDIM", steps: int | None = None,
@@ -57,6 +58,10 @@ class ImageSampler:
         self.precision, self.seed, self.device = precision, seed, next(net.parameters()).device
         if fast:
             use_channels_last(net)
+            if precision == "bf16":
+                store_bf16_weights(net)
+            if self.device.type == "cpu":
+                keep_freed_memory()
         if compile:
             net.compile()
 

@@ -16,6 +16,7 @@ from DDAE.blocks import (
     LevelBlock,
     MiddleBlock,
     ResampleBlock,
+    ResidualBlock,
     TimeEmbedding,
     Upsample,
 )
@@ -175,11 +176,20 @@ def use_channels_last(net: UNet) -> None:
         net.to(memory_format=torch.channels_last)  # images follow the weights of the first convolution
 
 
+def store_bf16_weights(net: UNet) -> None:
+    """Round the weights of convolutions and linear layers to bf16, which autocast would do in every call. For a network
+    that is not trained further; under autocast its numbers stay the same."""
+    # Where a repetition is fused with a convolution, weights are summed before they are rounded.
+    fused = {module.conv1 if isinstance(module, ResidualBlock) else module.conv for module in net.modules()
+             if isinstance(module, Upsample) or isinstance(module, ResidualBlock) and module.up}
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in fused:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+
+
 def attention_heads(net: nn.Module) -> list[tuple[int, int]]:
     """Return (heads, channels per head) of every attention layer, in registration order."""
     return [(module.heads, module.d_k) for module in net.modules() if isinstance(module, AttentionBlock)]
-
-
 
 
 def _check(image_shape: Sequence[int], n_channels: int, ch_mults: Sequence[int], is_attn: Sequence[bool],

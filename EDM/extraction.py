@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from EDM.detectors import Detector
 from EDM.sources import Source
+from shared.allocator import keep_freed_memory
 from shared.cli import UserError
 from shared.distributed import World, gather
 from shared.frechet import Moments
@@ -37,6 +38,8 @@ def extract(source: Source, detector: Detector, batch: int, world: World, *, kee
     4 N F bytes more, with keep_logits 4 N classes. Raises UserError for features that are not finite.
     """
     device = detector.device
+    if device.type == "cpu":
+        keep_freed_memory()
     # Apple GPUs have no float64.
     moments = Moments(detector.num_features, "cpu" if device.type == "mps" else device)
     kept = _Kept(len(source), detector, keep_features, keep_logits, world)

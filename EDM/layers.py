@@ -72,6 +72,7 @@ class Conv2d(torch.nn.Module):
         if kernel:
             self.weight, self.bias = init.parameters((out_channels, in_channels, kernel, kernel), bias)
         self.box = tuple(resample_filter) == (1, 1)  # then resampling is repetition or a mean
+        self.repeats = kernel == 3 and up and self.box
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         self.register_buffer("resample_filter", torch.outer(taps, taps)[None, None] / taps.sum() ** 2
                              if up or down else None)
@@ -80,7 +81,7 @@ class Conv2d(torch.nn.Module):
         if not self.kernel:
             return self._resample(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.kernel == 3 and self.up and self.box:
+        if self.repeats:
             weight = repeat_then_convolve(self.weight).to(x.dtype)
             return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
         weight = self.weight.to(x.dtype)
@@ -107,9 +108,7 @@ def upsample(x: torch.Tensor, taps: torch.Tensor | None) -> torch.Tensor:
     """
     if taps is None:
         return F.interpolate(x, scale_factor=2, mode="nearest")
-    channels, width = x.shape[1], taps.shape[-1]
-    taps = (4 * taps).to(x.dtype).repeat(channels, 1, 1, 1)
-    return F.conv_transpose2d(x, taps, stride=2, padding=(width - 1) // 2, groups=channels)
+    return _filter(F.conv_transpose2d, x, 4 * taps, (taps.shape[-1] - 1) // 2)
 
 
 def downsample(x: torch.Tensor, taps: torch.Tensor | None, padding: int | None = None) -> torch.Tensor:
@@ -119,9 +118,17 @@ def downsample(x: torch.Tensor, taps: torch.Tensor | None, padding: int | None =
     """
     if taps is None:
         return F.avg_pool2d(x, 2)
-    channels, width = x.shape[1], taps.shape[-1]
-    taps = taps.to(x.dtype).repeat(channels, 1, 1, 1)
-    return F.conv2d(x, taps, stride=2, padding=(width - 1) // 2 if padding is None else padding, groups=channels)
+    return _filter(F.conv2d, x, taps, (taps.shape[-1] - 1) // 2 if padding is None else padding)
+
+
+def _filter(convolve: Callable[..., torch.Tensor], x: torch.Tensor, taps: torch.Tensor, padding: int) -> torch.Tensor:
+    """Return `convolve` with stride 2 of every channel of x by the same taps [1, 1, k, k], in the dtype of x."""
+    taps = taps.repeat(x.shape[1], 1, 1, 1)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        # One channel at a time, bf16 takes up to 200 times as long as fp32 there.
+        with torch.autocast("cpu", enabled=False):
+            return convolve(x.float(), taps, stride=2, padding=padding, groups=len(taps)).to(x.dtype)
+    return convolve(x, taps.to(x.dtype), stride=2, padding=padding, groups=len(taps))
 
 
 class GroupNorm(torch.nn.Module):

@@ -306,6 +306,15 @@ def use_channels_last(net: torch.nn.Module) -> None:
                 module.to(memory_format=torch.channels_last)  # images follow the weights of the first convolution
 
 
+def store_bf16_weights(net: torch.nn.Module) -> None:
+    """Round the weights of convolutions and linear layers to bf16, which autocast would do in every call. For a network
+    that is not trained further; under autocast its numbers stay the same."""
+    for module in net.modules():
+        # Where a repetition is fused with a convolution, weights are summed before they are rounded.
+        if isinstance(module, (Conv2d, Linear)) and module.weight is not None and not getattr(module, "repeats", False):
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+
+
 def _expect(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

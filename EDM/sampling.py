@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from EDM import samplers
-from EDM.networks import use_channels_last
+from EDM.networks import store_bf16_weights, use_channels_last
 from EDM.samplers import Model, Noise, affine, denoiser, guided
+from shared.allocator import keep_freed_memory
 from shared.cli import UserError
 from shared.precision import default_precision
 from shared.seeds import SeedGenerators
@@ -28,7 +29,8 @@ class SeedSampler:
     guidance: scale of `guided`; the guide is `guide`, or `net` without its class labels.
     second, affine_weight: network and weight of `affine`, in place of guidance.
     precision: fp32, bf16 or fp16; None: what the network was made for, else bf16 on a GPU that has it, else fp32.
-    fast: the memory layout that is faster here; False is the published one. compile: compile the network first.
+    fast: the memory layout and the allocator's settings that are faster here; False is the published way.
+    compile: compile the network first.
     """
 
     def __init__(self, net: torch.nn.Module, *, sampler: str = "edm", guide: torch.nn.Module | None = None,
@@ -44,6 +46,8 @@ class SeedSampler:
             raise UserError("the second network does not fit the first: other image size, channels or classes")
         self.loss_kwargs = getattr(net, "loss_kwargs", {})
         self.device = next(net.parameters()).device
+        if fast and self.device.type == "cpu":
+            keep_freed_memory()
         self.precision = precision or _own_precision(net, self.device)
         self.sampler, self.arguments, self.guidance = sampler, arguments, guidance
         self.net = self._prepared(net, fast, compile)
@@ -140,6 +144,8 @@ class SeedSampler:
             torch.backends.cudnn.allow_tf32 = False  # 10 bits of mantissa are not what the name says
         if fast:
             use_channels_last(net)
+            if self.precision == "bf16":
+                store_bf16_weights(net)
         return torch.compile(net) if compile else net
 
     def _round_sigma(self, sigmas: torch.Tensor) -> torch.Tensor:

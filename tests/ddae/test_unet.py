@@ -8,7 +8,7 @@ import torch
 
 from DDAE.blocks import AttentionBlock
 from DDAE.diffusion import DDPM, EDM
-from DDAE.unet import UNet, use_channels_last
+from DDAE.unet import UNet, store_bf16_weights, use_channels_last
 from shared.cli import UserError
 
 SMALL = {"image_shape": (3, 8, 4), "n_channels": 64, "ch_mults": (1, 2), "is_attn": (False, True), "n_blocks": 1,
@@ -65,6 +65,17 @@ def test_memory_order_changes_rounding_only() -> None:
     torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-4)
     for name, grad in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("updown", [False, True])
+def test_weights_stored_in_bf16_give_what_autocast_does(updown: bool) -> None:
+    net = make(use_res_for_updown=updown).eval()
+    x, t = torch.randn(2, *net.image_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = net(x, t)
+        store_bf16_weights(net)
+        assert torch.equal(net(x, t), expected)
+    assert net.final.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -16,7 +16,7 @@ from EDM.layers import (
     downsample,
     upsample,
 )
-from EDM.networks import DhariwalUNet, SongUNet, use_channels_last
+from EDM.networks import DhariwalUNet, SongUNet, store_bf16_weights, use_channels_last
 from shared.cli import UserError
 from shared.dropout import set_dropout_keys
 from shared.kernels import ChannelsLastGroupNorm, attention, is_channels_last, repeat_then_convolve
@@ -85,6 +85,25 @@ def test_memory_order_and_precision_change_rounding_only(name, precision):
     tolerance = 1e-5 if precision == "fp32" else 5e-2
     assert seen == [True]
     assert 0 < apart(out, expected) < tolerance and 0 < apart(gradients, expected_gradients) < tolerance
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_stored_in_bf16_give_what_autocast_does(name):
+    net, given = make(name).eval(), inputs()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = net(*given)
+        store_bf16_weights(net)
+        assert torch.equal(net(*given), expected)
+    assert {p.dtype for p in net.parameters() if p.dim() > 1} >= {torch.bfloat16}
+
+
+def test_filters_of_bf16_are_those_of_fp32_rounded():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 8, 8, generator=generator).bfloat16()
+    taps = torch.outer(taps := torch.tensor([1.0, 3, 3, 1]), taps)[None, None] / 64
+    with torch.autocast("cpu", torch.bfloat16):
+        for resample in (upsample, downsample):
+            assert torch.equal(resample(x, taps), resample(x.double(), taps.double()).bfloat16())
 
 
 def test_narrow_networks_keep_their_memory_order_on_a_cpu():
