@@ -111,14 +111,14 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> bool:
         print(f"{name} {way:>8}: first loss {loss:.6f} (original {reference_loss:.6f}), gradients {apart:.1e} apart",
               flush=True)
 
-    results, units = {}, [unit()]
+    results: dict[str, float] = {}
     for way in args.ways:  # the original first: what the allocator is told cannot be taken back
         if way != "original" and device.type == "cpu":
             keep_freed_memory()
         runner = Way(copy.deepcopy(net), config, images, way, device, args.compile)
         for number in range(1 if device.type == "cpu" else 5):
             runner.step(number)  # warms up
-        times = []
+        times, units = [], [unit()]
         for number in range(args.repeats):
             start = time.perf_counter()
             for inner in range(1 if device.type == "cpu" else 20):
@@ -133,12 +133,12 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> bool:
             # The best of each: what other processes take away belongs to neither.
             value, bar = results[way] / min(units), bars.get(way)
             held &= bar is None or value <= bar
-            print(f"{name} {way:>8}: {value:6.1f} units" + (f" (bar {bar})" if bar else "") + ratio, flush=True)
+            print(f"{name} {way:>8}: {value:6.1f} units of {min(units):.4f} s on {torch.get_num_threads()} threads"
+                  + (f" (bar {bar})" if bar else "") + ratio, flush=True)
         else:
             print(f"{name} {way:>8}: {1000 * results[way]:.2f} ms, {images / results[way]:.0f} images a second{ratio}",
                   flush=True)
             held &= way != "bf16" or "original" not in results or results["original"] / results[way] >= GPU_RATIO
-    print(f"one unit {min(units):.4f} s, {torch.get_num_threads()} threads")
     return held
 
 

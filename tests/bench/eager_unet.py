@@ -1,4 +1,4 @@
-"""The U-Net of ddpmpp computed the plain eager way, as published: what the benchmarks compare with.
+"""The U-Nets of EDM computed the plain eager way, as published: what the benchmarks compare with.
 
 NCHW, resampling by depthwise convolutions with tiled filters, weights cast and biases added apart from the
 convolutions, attention by einsum with its weights in float32.
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from EDM.layers import Conv2d, GroupNorm, Linear
-from EDM.networks import SongUNet, UNetBlock
+from EDM.networks import DhariwalUNet, SongUNet, UNetBlock
 
 
 def linear(layer: Linear, x: Tensor) -> Tensor:
@@ -22,6 +22,11 @@ def linear(layer: Linear, x: Tensor) -> Tensor:
 
 def conv2d(layer: Conv2d, x: Tensor) -> Tensor:
     channels = x.shape[1]
+    if layer.fused_resample and layer.down:
+        taps = layer.resample_filter.to(x.dtype)
+        x = F.conv2d(x, layer.weight.to(x.dtype), padding=layer.kernel // 2 + (taps.shape[-1] - 1) // 2)
+        x = F.conv2d(x, taps.tile([x.shape[1], 1, 1, 1]), groups=x.shape[1], stride=2)
+        return x.add_(layer.bias.to(x.dtype).reshape(1, -1, 1, 1))
     if layer.up:
         taps = layer.resample_filter.to(x.dtype).mul(4).tile([channels, 1, 1, 1])
         x = F.conv_transpose2d(x, taps, groups=channels, stride=2, padding=(taps.shape[-1] - 1) // 2)
@@ -41,7 +46,12 @@ def group_norm(layer: GroupNorm, x: Tensor) -> Tensor:
 def block(layer: UNetBlock, x: Tensor, emb: Tensor) -> Tensor:
     start = x
     x = conv2d(layer.conv0, F.silu(group_norm(layer.norm0, x)))
-    x = F.silu(group_norm(layer.norm1, x.add_(linear(layer.affine, emb)[:, :, None, None].to(x.dtype))))
+    affine = linear(layer.affine, emb)[:, :, None, None].to(x.dtype)
+    if layer.adaptive_scale:
+        scale, shift = affine.chunk(2, dim=1)
+        x = F.silu(torch.addcmul(shift, group_norm(layer.norm1, x), scale + 1))
+    else:
+        x = F.silu(group_norm(layer.norm1, x.add_(affine)))
     x = conv2d(layer.conv1, layer.dropout(x))
     x = x.add_(start if layer.skip is None else conv2d(layer.skip, start)) * layer.skip_scale
     if not layer.heads:
@@ -53,17 +63,15 @@ def block(layer: UNetBlock, x: Tensor, emb: Tensor) -> Tensor:
     return conv2d(layer.proj, attended.reshape(*x.shape)).add_(x) * layer.skip_scale
 
 
-def forward(net: SongUNet, x: Tensor, noise_labels: Tensor, class_labels: Tensor,
+def forward(net: SongUNet | DhariwalUNet, x: Tensor, noise_labels: Tensor, class_labels: Tensor,
             augment_labels: Tensor | None = None) -> Tensor:
-    """Return what net(...) does, for a network with standard encoder and decoder."""
-    emb = net.map_noise(noise_labels)
-    emb = emb.reshape(emb.shape[0], 2, -1).flip(1).reshape(*emb.shape)
-    emb = emb + linear(net.map_label, class_labels * math.sqrt(class_labels.shape[1]))
-    if augment_labels is not None:
-        emb = emb + linear(net.map_augment, augment_labels)
-    emb = F.silu(linear(net.map_layer1, F.silu(linear(net.map_layer0, emb))))
-    skips = []
-    for layer in net.enc.values():
+    """Return what net(...) does, for a network with a standard or residual encoder and a standard decoder."""
+    emb = embed(net, noise_labels, class_labels, augment_labels)
+    skips, image = [], x
+    for name, layer in net.enc.items():
+        if "aux_residual" in name:
+            x = skips[-1] = image = (x + conv2d(layer, image)) / math.sqrt(2)
+            continue
         x = block(layer, x, emb) if isinstance(layer, UNetBlock) else conv2d(layer, x)
         skips.append(x)
     for name, layer in net.dec.items():
@@ -73,4 +81,19 @@ def forward(net: SongUNet, x: Tensor, noise_labels: Tensor, class_labels: Tensor
             x = conv2d(layer, F.silu(x))
         else:
             x = block(layer, torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
-    return x
+    return conv2d(net.out_conv, F.silu(group_norm(net.out_norm, x))) if isinstance(net, DhariwalUNet) else x
+
+
+def embed(net: SongUNet | DhariwalUNet, noise_labels: Tensor, class_labels: Tensor, augment_labels: Tensor | None
+          ) -> Tensor:
+    emb = net.map_noise(noise_labels)
+    if isinstance(net, DhariwalUNet):
+        if augment_labels is not None:
+            emb = emb + linear(net.map_augment, augment_labels)
+        emb = linear(net.map_layer1, F.silu(linear(net.map_layer0, emb)))
+        return F.silu(emb + linear(net.map_label, class_labels))
+    emb = emb.reshape(emb.shape[0], 2, -1).flip(1).reshape(*emb.shape)
+    emb = emb + linear(net.map_label, class_labels * math.sqrt(class_labels.shape[1]))
+    if augment_labels is not None:
+        emb = emb + linear(net.map_augment, augment_labels)
+    return F.silu(linear(net.map_layer1, F.silu(linear(net.map_layer0, emb))))

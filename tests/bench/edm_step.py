@@ -1,11 +1,12 @@
-"""One EDM training step of the 56M ddpmpp of CIFAR-10 on 16 images: the trainer's against the original way.
+"""One EDM training step of a CIFAR-10 network of full size on 16 images: the trainer's against the original way.
 
-    python -m tests.bench.edm_step [--images 16] [--channels 128] [--ways original fp32 bf16]
+    python -m tests.bench.edm_step [--arch ddpmpp] [--images 16] [--channels N] [--ways original fp32 bf16]
 
 Conditional, with augmentation and dropout: forward, backward, Adam, average of the weights. Times are in units of
 tests/bench/unit.py, measured in this process. The original way is eager fp32 in NCHW, attention by einsum, and one
-Python loop over the parameters each for replacing non-finite gradients, for Adam and for the average. Exit status 1
-where a bar is missed or the numbers of the first step, taken without dropout, differ.
+Python loop over the parameters each for replacing non-finite gradients, for Adam and for the average. Bars are units
+for ddpmpp; other networks have other arithmetic, and theirs are what those units are as shares of ddpmpp's original
+way. Exit status 1 where a bar is missed or the numbers of the first step, taken without dropout, differ.
 """
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import torch
 from EDM.batches import Batch
 from EDM.loss import EDMLoss
 from EDM.networks import use_channels_last
+from EDM.options import ARCHITECTURES, AUGMENT_DIM
 from EDM.preconditioning import EDMPrecond
 from EDM.training import draw, training_step
 from shared.allocator import keep_freed_memory
@@ -29,16 +31,17 @@ from shared.ema import EMA
 from tests.bench import eager_unet
 from tests.bench.unit import unit
 
-BARS = {"fp32": 145.0, "bf16": 66.0}  # in units; the original takes 153
+ORIGINAL = 153.0
+BARS = {"fp32": 145.0, "bf16": 66.0}
 LR, BETA = 1e-3, 0.999
 AUGMENT = dict(p=0.12, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
 
 
-def make_network(channels: int) -> EDMPrecond:
-    """Return the published network of CIFAR-10, with weights of a size that a trained one has."""
+def make_network(arch: str, channels: int | None) -> EDMPrecond:
+    """Return the published network for images of 32 x 32, with weights of a size that a trained one has."""
     torch.manual_seed(0)
-    net = EDMPrecond(img_resolution=32, img_channels=3, label_dim=10, augment_dim=9, model_type="SongUNet",
-                     model_channels=channels, channel_mult=[2, 2, 2], dropout=0.13)
+    settings = dict(ARCHITECTURES[arch]) if channels is None else dict(ARCHITECTURES[arch], model_channels=channels)
+    net = EDMPrecond(img_resolution=32, img_channels=3, label_dim=10, augment_dim=AUGMENT_DIM, dropout=0.13, **settings)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -100,41 +103,46 @@ def first_update(net: EDMPrecond, images: int, precision: str | None) -> tuple[f
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="ddpmpp", choices=["ddpmpp", "ncsnpp", "adm"])
     parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--channels", type=int, default=128, help="model_channels; less for a quick look")
+    parser.add_argument("--channels", type=int, help="model_channels; less for a quick look")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--ways", nargs="+", default=["original", "fp32", "bf16"])
     args = parser.parse_args()
-    net = make_network(args.channels)
+    net = make_network(args.arch, args.channels)
     reference_loss, reference = first_update(net, 2, None)
-    apart = {}
+    apart, held = {}, True
     for name in BARS:
         loss, gradients = first_update(net, 2, name)
         apart[name] = ((gradients - reference).norm() / reference.norm()).item()
-        print(f"{name:>8}: first loss {loss:.6f} (original {reference_loss:.6f}), gradients {apart[name]:.1e} apart",
-              flush=True)
+        print(f"{args.arch} {name:>8}: first loss {loss:.6f} (original {reference_loss:.6f}), gradients "
+              f"{apart[name]:.1e} apart", flush=True)
 
-    ways = {name: Way(copy.deepcopy(net), args.images, None if name == "original" else name) for name in args.ways}
     in_units: dict[str, float] = {}
-    units = [unit()]
-    for name, way in ways.items():  # the original first: what the allocator is told cannot be taken back
+    for name in args.ways:  # the original first: what the allocator is told cannot be taken back
         if name != "original":
             keep_freed_memory()
+        way = Way(copy.deepcopy(net), args.images, None if name == "original" else name)
         way.step(0)  # warms up
-        times = []
+        times, units = [], [unit()]
         for number in range(1, args.repeats + 1):
             start = time.perf_counter()
             way.step(number)
             times.append(time.perf_counter() - start)
             units.append(unit())
+        del way  # three of the largest network would be too many
         # The best of each: what other processes take away belongs to neither.
         in_units[name] = min(times) / min(units)
-        bar = f" (bar {BARS[name]:g})" if name in BARS else ""
-        ratio = in_units["original"] / in_units[name] if "original" in in_units else None
-        against = f", {ratio:.2f} x as fast as the original" if ratio else ""
-        print(f"{name:>8}: {in_units[name]:6.1f} units{bar}{against}", flush=True)
-    print(f"one unit {min(units):.4f} s, {torch.get_num_threads()} threads")
-    held = all(value <= BARS.get(name, value) for name, value in in_units.items())
+        line, bar = f"{args.arch} {name:>8}: {in_units[name]:6.1f} units of {min(units):.4f} s", BARS.get(name)
+        if args.arch != "ddpmpp" and bar is not None:
+            bar *= in_units.get("original", float("inf")) / ORIGINAL
+        if "original" in in_units and name != "original":
+            line += f", {in_units['original'] / in_units[name]:.2f} x as fast as the original"
+        if bar is not None:
+            line += f" (bar {bar:.1f})"
+            held &= in_units[name] <= bar
+        print(line, flush=True)
+    print(f"{torch.get_num_threads()} threads")
     return 0 if held and apart["fp32"] < 1e-4 else 1
 
 
