@@ -30,7 +30,7 @@ def each(cases: list[dict[str, Any]]) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def made_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """Run the converter cases in their order in one folder, since some start from the output of others.
 
     Returns the folder and the error message of every case that ended with one.
@@ -89,8 +89,8 @@ def words(text: str) -> str:
 
 
 @each(TOOL)
-def test_dataset_tool(case: dict[str, Any], name: str, workplace: tuple[Path, dict[str, str]]) -> None:
-    folder, errors = workplace
+def test_dataset_tool(case: dict[str, Any], name: str, made_files: tuple[Path, dict[str, str]]) -> None:
+    folder, errors = made_files
     fact = facts("edm", case["file"])[name]
     dest = folder / next(a for a in fact["args"] if a.startswith("--dest=")).partition("=")[2]
     if limit(fact["args"]) == 0:
@@ -133,13 +133,13 @@ def chunks(png: bytes) -> list[tuple[bytes, int]]:
 
 
 @each(SETS)
-def test_training_set(case: dict[str, Any], name: str, workplace: tuple[Path, dict[str, str]],
+def test_training_set(case: dict[str, Any], name: str, made_files: tuple[Path, dict[str, str]],
                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace[0])
+    monkeypatch.chdir(made_files[0])
     fact = facts("edm", case["file"])[name]
     args = dict(fact["args"])
     if "source" in fact:
-        write_image_folder(workplace[0], fact["source"], arrays("edm", TOOL[0]["arrays_file"]))
+        write_image_folder(made_files[0], fact["source"], arrays("edm", TOOL[0]["arrays_file"]))
     if "random_seed" in args:
         args["seed"] = args.pop("random_seed")
     if "error" in fact:
