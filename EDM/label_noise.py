@@ -106,7 +106,7 @@ class LabelNoise:
                  f"({100 * flips / images:.2f} %)"]
         if len(realised) > SHOWN_CLASSES:
             return [*lines, f"realised transition: {transition.describe(realised)}"]
-        width = max(5, len(str(len(realised) - 1)) + 1)
+        width = 6  # of " 100.0"
         head = "clean\\noisy " + "".join(f"{label:>{width}}" for label in range(len(realised)))
         return [*lines, "realised transition matrix, in percent:", head,
                 *(f"{label:>11} " + "".join(f"{100 * value:>{width}.1f}" for value in row)
