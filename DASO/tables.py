@@ -1,9 +1,9 @@
 """The tables of DASO: the runs behind each cell, and what is printed.
 
     python -m DASO.tables                                  # which there are
-    python -m DASO.tables matched --only DASO --list       # its runs, and how long they take here
+    python -m DASO.tables cifar10-lt --only DASO --list    # the runs of one, and how long they take here
     python -m DASO.tables digits --jobs 2                  # all learners on the long-tailed digits, rare classes apart
-    python -m DASO.tables matched --scale tiny             # those of the table on the digits, in minutes
+    python -m DASO.tables cifar10-lt --scale tiny          # those of the table on the digits, in minutes
 
 How they are run, aggregated and written: shared/tables.py. Printed numbers are from memory of the paper.
 """
@@ -53,7 +53,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "SimPro": ("simpro", ()),
 }
 GROUPS = ("many", "medium", "few")  # thirds of the classes by frequency
-DIGITS = "digits"  # the folder of the runs on the digits, which all tables show
+DIGITS, PAPER = "digits", "paper"  # folders of the runs, which all tables share
 
 
 def columns(dataset: str, heads: tuple[tuple[int, int], ...], factors: tuple[tuple[int, int], ...],
@@ -75,9 +75,9 @@ def columns(dataset: str, heads: tuple[tuple[int, int], ...], factors: tuple[tup
 
 
 CIFAR10, CIFAR100, STL10 = ((500, 4000), (1500, 3000)), ((50, 400), (150, 300)), ((150, -1), (450, -1))
-TABLES: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...]]], str]] = {
-    "matched": ("equally long-tailed labelled and unlabelled images",
-                columns("cifar10", CIFAR10, ((100, 100), (150, 150)))
+# Published table -> its columns, and its rows as "mean std" of each of them.
+PUBLISHED: dict[str, tuple[list[tuple[str, str, tuple[str, ...]]], str]] = {
+    "matched": (columns("cifar10", CIFAR10, ((100, 100), (150, 150)))
                 + columns("cifar100", CIFAR100, ((10, 10), (20, 20))), """
         Supervised | 47.3 .95 61.9 .41 44.2 .33 58.2 .29 29.6 .57 46.9 .22 25.1 1.14 41.2 .15
         Supervised + LA | 53.3 .44 70.6 .21 49.5 .40 67.1 .78 30.2 .44 48.7 .89 26.5 1.31 44.1 .42
@@ -89,14 +89,22 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...]]], str]] = {
         FixMatch + LA + DASO | 77.9 .88 82.5 .08 70.1 1.68 79.0 2.23 50.7 .51 60.6 .71 44.1 .61 55.1 .72
         FixMatch + ABC | 78.9 .82 83.8 .36 66.5 .78 80.1 .45 47.5 .18 59.1 .21 41.6 .83 53.7 .55
         FixMatch + ABC + DASO | 80.1 1.16 83.4 .31 70.6 .80 80.4 .56 50.2 .62 60.0 .32 44.5 .25 55.3 .53"""),
-    "mismatched": ("unlabelled images of another class distribution",
-                   columns("cifar10", CIFAR10, ((100, 1),)) + columns("cifar10", CIFAR10, ((100, 100),), True)
+    "mismatched": (columns("cifar10", CIFAR10, ((100, 1),)) + columns("cifar10", CIFAR10, ((100, 100),), True)
                    + columns("stl10", STL10, ((10, -1), (20, -1))), """
         FixMatch | 73.0 3.81 81.5 1.15 62.5 .94 71.8 1.70 56.1 2.32 72.4 .71 47.6 4.87 64.0 2.27
         FixMatch + DARP | 82.5 .75 84.6 .34 70.1 .22 80.0 .93 66.9 1.66 75.6 .45 59.9 2.17 72.3 .60
         FixMatch + CReST | 83.2 1.67 87.1 .28 70.7 2.02 80.8 .39 61.7 2.51 71.6 1.17 57.1 3.67 68.6 .88
         FixMatch + CReST+ | 82.2 1.53 86.4 .42 62.9 1.39 72.9 2.00 61.2 1.27 71.5 .96 56.0 3.19 68.5 1.88
         FixMatch + DASO | 86.6 .84 88.8 .59 71.0 .95 80.3 .65 70.0 1.19 78.4 .80 65.7 1.78 75.3 .44"""),
+}
+
+# Table -> title, the published tables that it shows, and of which data sets.
+TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "cifar10-lt": ("long-tailed CIFAR-10", ("matched", "mismatched"), ("cifar10",)),
+    "cifar100-lt": ("long-tailed CIFAR-100", ("matched",), ("cifar100",)),
+    "stl10-lt": ("long-tailed STL-10", ("mismatched",), ("stl10",)),
+    "matched": ("equally long-tailed labelled and unlabelled images", ("matched",), ("cifar10", "cifar100")),
+    "mismatched": ("unlabelled images of another class distribution", ("mismatched",), ("cifar10", "stl10")),
 }
 
 
@@ -156,26 +164,36 @@ def digits_table(scale: str, options: argparse.Namespace) -> Table:
                       "many, medium, few: mean over the classes of each third by frequency.")
 
 
-def table_of(name: str, scale: str, options: argparse.Namespace) -> Table:
-    """Return one table: of the paper, or its learners on the long-tailed digits."""
-    title, places, text = TABLES[name]
-    cells = []
+def cells_of(published: str, datasets: Sequence[str], scale: str, options: argparse.Namespace) -> list[Cell]:
+    """Return the cells of a published table on some data sets; of its learners on the long-tailed digits."""
+    places, text = PUBLISHED[published]
+    reverse, cells = published == "mismatched", []
     for line in text.split("\n")[1:]:
         row, numbers = line.split("|")
         row, numbers = row.strip(), [float(number) for number in numbers.split()]
         if scale == "tiny":
-            if name == "mismatched" and row == "FixMatch + DARP":
-                continue  # it needs estimates of the class distribution, and there are none for the digits
-            run = on_digits(row, options, reverse=name == "mismatched")
-            cells += [Cell(row, "digits", run, "accuracy"), Cell(row, "digits, rare classes", run, "few")]
+            # DARP needs an estimate of the other distribution, and there is none for the digits.
+            if not (reverse and row == "FixMatch + DARP"):
+                run, column = on_digits(row, options, reverse), "digits" + ", reversed" * reverse
+                cells += [Cell(row, column, run, "accuracy"), Cell(row, f"{column}, rare classes", run, "few")]
             continue
         for place, (column, dataset, counts) in enumerate(places):
-            own = MISMATCHED.get(row, ()) if name == "mismatched" else ()
-            keys = (*counts, *own, "DATASET.ROOT", str(options.data_dir / dataset))
+            if dataset not in datasets:
+                continue
+            keys = (*counts, *(MISMATCHED.get(row, ()) if reverse else ()), "DATASET.ROOT",
+                    str(options.data_dir / dataset))
             run = job(row, dataset, column.replace(" ", "_").replace("/", "over"), keys, PUBLISHED_LENGTH)
             cells.append(Cell(row, column, run, "accuracy", Printed(numbers[2 * place], numbers[2 * place + 1])))
+    return cells
+
+
+def table_of(name: str, scale: str, options: argparse.Namespace) -> Table:
+    """Return one of TABLES; their runs are shared."""
+    title, published, datasets = TABLES[name]
+    cells = [cell for which in published for cell in cells_of(which, datasets, scale, options)]
     return Table(name, f"DASO: {title}", "Oh et al., CVPR 2022, tables 1 and 2 (from memory)", "Accuracy in %",
-                 tuple(cells), tuple(PROTOCOLS), runs=DIGITS if scale == "tiny" else "")
+                 tuple(sorted(cells, key=lambda cell: list(ROWS).index(cell.row))), tuple(PROTOCOLS),
+                 runs=DIGITS if scale == "tiny" else PAPER)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """The tables of EDM and TDSM: the runs behind each cell, and what is printed.
 
     python -m EDM.tables                                  # which there are
+    python -m EDM.tables tdsm-cifar10 --list              # the runs of one of them, and how long they take here
     python -m EDM.tables tdsm --only "cifar10 sym 40"     # two rows of a table, at the length of the paper
     python -m EDM.tables tdsm --scale tiny --jobs 2       # from noisy labels to class accuracy on the digits
 
@@ -28,6 +29,7 @@ DIGITS_CLASSIFIER_IMAGES, DIGITS_PER_CLASS = 30_000, 100
 
 # Class-wise FID and classification accuracy score of Na et al. (ICLR 2024), from memory.
 TDSM_PRINTED = {("cifar10", "sym", 40, "EDM"): (30.45, 47.2), ("cifar10", "sym", 40, "TDSM"): (15.92, 62.3)}
+TDSM_DATA = ("mnist", "cifar10", "cifar100")
 SOURCES = {"mnist": "MNIST/raw/train-images-idx3-ubyte.gz", "cifar10": "cifar-10-python.tar.gz",
            "cifar100": "cifar-100-python.tar.gz", "digits": "digits"}
 # Per class, so that 50,000 images are scored.
@@ -110,7 +112,7 @@ def noisy_job(dataset: str, kind: str, percent: int, method: str, data_dir: Path
 def tdsm_table(scale: str, options: argparse.Namespace) -> Table:
     """Return plain EDM and TDSM on noisy labels; on the digits with 40 % symmetric noise where the scale is tiny."""
     kinds = [("clean", 0), ("sym", 20), ("sym", 40), ("asym", 20), ("asym", 40)]
-    settings = [(dataset, *kind) for dataset in ("mnist", "cifar10", "cifar100") for kind in kinds]
+    settings = [(dataset, *kind) for dataset in TDSM_DATA for kind in kinds]
     if scale == "tiny":
         settings = [("digits", "clean", 0), ("digits", "sym", 40)]
     cells = []
@@ -129,6 +131,13 @@ def tdsm_table(scale: str, options: argparse.Namespace) -> Table:
         note="EDM is plain training on the labels as they are, for as many images as TDSM and with the same network. "
              "Class accuracy: generated images that a classifier trained with clean labels takes for the class they "
              "should show.")
+
+
+def tdsm_view(dataset: str, scale: str, options: argparse.Namespace) -> Table:
+    """Return the rows of one data set, which share their runs with the whole table; all of the digits."""
+    return tdsm_table(scale, options).view(
+        f"tdsm-{dataset}", f"TDSM: diffusion models from noisy labels, {dataset}", scale,
+        lambda cell: scale == "tiny" or cell.row.startswith(f"{dataset} "))
 
 
 # ---------------------------------------------------------------- EDM
@@ -185,7 +194,9 @@ def edm_table(scale: str, options: argparse.Namespace) -> Table:
                  note="As published, FID is computed for three ranges of seeds and the lowest one is reported.")
 
 
-TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {"tdsm": tdsm_table, "edm": edm_table}
+TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {
+    "edm": edm_table, "tdsm": tdsm_table,
+    **{f"tdsm-{name}": (lambda scale, options, name=name: tdsm_view(name, scale, options)) for name in TDSM_DATA}}
 
 if __name__ == "__main__":
     serve("EDM.tables", TABLES)

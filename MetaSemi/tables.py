@@ -1,7 +1,7 @@
 """The tables of MetaSemi: the runs behind each cell, and what is printed.
 
     python -m MetaSemi.tables                              # which there are
-    python -m MetaSemi.tables ablation --list              # its runs, and how long they take here
+    python -m MetaSemi.tables cifar10 --list               # the runs of one, and how long they take here
     python -m MetaSemi.tables ablation --scale tiny        # on the digits with 20 and 40 labels, minutes
 
 How they are run, aggregated and written: shared/tables.py.
@@ -89,6 +89,13 @@ def ablation_table(scale: str, options: argparse.Namespace) -> Table:
                  tuple(cells), tuple(PROTOCOLS))
 
 
+def view(dataset: str, scale: str, options: argparse.Namespace) -> Table:
+    """Return the column of one data set, which shares its runs with the whole ablation; all columns of the digits."""
+    return ablation_table(scale, options).view(
+        dataset, f"MetaSemi and its parts, {dataset}", scale,
+        lambda cell: scale == "tiny" or cell.column.startswith(f"{dataset},"))
+
+
 def where(options: argparse.Namespace) -> list[str]:
     return [f"--data-path={options.data_dir}", *["--gpu"] * bool(getattr(options, "gpus", "") or options.gpu)]
 
@@ -120,8 +127,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         help="ImageNet: GPUs of one run, which share its batches of 512 [1]")
 
 
-TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {"ablation": ablation_table,
-                                                                 "imagenet": imagenet_table}
+TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {
+    "ablation": ablation_table,
+    **{name: (lambda scale, options, name=name: view(name, scale, options)) for name in SETTINGS},
+    "imagenet": imagenet_table}
 
 if __name__ == "__main__":
     serve("MetaSemi.tables", TABLES, add_flags)

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -89,6 +89,11 @@ class Table:
     note: str = ""
     base: str = ""
     runs: str = ""
+
+    def view(self, name: str, title: str, scale: str, keep: Callable[[Cell], bool]) -> Table:
+        """Return a table of the cells to keep, that shares the runs of this one."""
+        return replace(self, name=name, title=title, cells=tuple(filter(keep, self.cells)),
+                       runs=self.runs or f"{self.name}-{scale}")
 
     def jobs(self) -> list[Job]:
         return list({cell.job.name: cell.job for cell in self.cells}.values())

@@ -43,6 +43,16 @@ def test_every_setting_of_the_paper_has_its_cells():
     assert {"--arch=ddpmpp", "--batch=1024"} <= set(found["classifier"])
 
 
+@pytest.mark.parametrize("dataset", tables.TDSM_DATA)
+def test_a_data_set_has_its_rows_of_the_whole_table(dataset):
+    for scale, rows in (("paper", 9), ("tiny", 3)):
+        table, whole = tables.TABLES[f"tdsm-{dataset}"](scale, OPTIONS), tables.tdsm_table(scale, OPTIONS)
+        assert table.runs == f"tdsm-{scale}" and len({cell.row for cell in table.cells}) == rows
+        found = {(cell.row, cell.column): commands(cell) for cell in whole.cells}
+        assert all(commands(cell) == found[cell.row, cell.column] for cell in table.cells)
+        assert scale == "tiny" or {cell.row.split()[0] for cell in table.cells} == {dataset}
+
+
 def test_trials_are_short_and_runs_are_not():
     cell = tables.edm_table("paper", OPTIONS).cells[0]
     short, whole = commands(cell, iterations=2), commands(cell)
@@ -72,6 +82,7 @@ def test_the_list_of_runs(tmp_path, capsys):
 
 def test_an_unknown_table_is_one_line():
     assert 'did you mean "tdsm"' in one_line_error(run("EDM/tables.py", "tdsn", status=2))
+    assert 'did you mean "tdsm-cifar10"' in one_line_error(run("EDM/tables.py", "cifar10", status=2))
 
 
 @pytest.mark.parametrize("name", list(tables.TABLES))

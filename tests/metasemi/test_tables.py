@@ -58,6 +58,17 @@ def test_all_methods_on_the_digits_train_alike() -> None:
     assert all(other == flags[0] for other in flags)
 
 
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+@pytest.mark.parametrize("name", list(tables.SETTINGS))
+def test_a_data_set_has_its_column_of_the_ablation(name: str, scale: str) -> None:
+    table, whole = tables.TABLES[name](scale, OPTIONS), tables.ablation_table(scale, OPTIONS)
+    assert table.runs == f"ablation-{scale}" and table.name == name
+    assert [(cell.row, cell.column, cell.job.name, words(cell)) for cell in table.cells] == [
+        (cell.row, cell.column, cell.job.name, words(cell)) for cell in whole.cells
+        if scale == "tiny" or cell.column.startswith(f"{name},")]
+    assert len(table.cells) == (12 if scale == "tiny" else 5)
+
+
 def test_imagenet_keeps_the_global_batch() -> None:
     cells = tables.imagenet_table("paper", OPTIONS).cells
     assert {(cell.row, cell.column): cell.printed.mean for cell in cells} == {

@@ -43,7 +43,12 @@ def table(scale: str, options: argparse.Namespace) -> Table:
 
 def again(scale: str, options: argparse.Namespace) -> Table:
     """Return a table that shows the same runs, compared with a row."""
-    return replace(table(scale, options), name="again", base="plain", runs="small-paper")
+    return replace(table(scale, options).view("again", "The same", scale, lambda cell: True), base="plain")
+
+
+def part(scale: str, options: argparse.Namespace) -> Table:
+    """Return a table that shows some of the runs."""
+    return table(scale, options).view("part", "A part", scale, lambda cell: cell.row == "better")
 
 
 def compute(name: str, folder: Path, method: str, value: float) -> None:
@@ -64,4 +69,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["compute"]:
         compute(sys.argv[2], Path(sys.argv[3]), sys.argv[4], float(sys.argv[5]))
     else:
-        serve("tests.shared.small_tables", {"small": table, "again": again})
+        serve("tests.shared.small_tables", {"small": table, "again": again, "part": part})

@@ -70,6 +70,14 @@ def test_tables_that_share_their_runs(tmp_path: Path) -> None:
     assert "| minus plain |" in done.stdout and "| +1.00 (2 of 2) |" in done.stdout
 
 
+def test_a_part_of_a_table_leaves_its_runs_to_the_whole(tmp_path: Path) -> None:
+    done = run(SCRIPT, "part", f"--out={tmp_path}", "--no-estimate", "--seeds=1")
+    assert "| better | 2.00 (printed" in done.stdout and "plain" not in done.stdout
+    assert calls(tmp_path) == ["first better seed_0", "second better seed_0"]
+    run(SCRIPT, "small", f"--out={tmp_path}", "--no-estimate", "--seeds=1")
+    assert calls(tmp_path)[2:] == ["first plain seed_0", "second plain seed_0"]
+
+
 def test_more_seeds_than_the_paper_has(tmp_path: Path) -> None:
     run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=5", "--only=plain")
     content = json.loads((tmp_path / "small-paper" / "table.json").read_text())

@@ -4,12 +4,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from EDM import evaluate, fid
 from shared.table_runs import Task
 from shared.tables import Job
+from tests.shared.programs import ROOT
 from TorchSSL import tables
 from TorchSSL.make_configs import LEARNERS
 
@@ -28,9 +33,27 @@ def test_every_command_is_understood(name: str, scale: str) -> None:
         for stage in job.stages:
             for iterations in (None, 5):
                 script, *flags = stage.command(Path("/out"), 3, iterations)
+                if stage.name == "fid":  # scripts of the other paper, see below
+                    continue
                 options = importlib.import_module(f"TorchSSL.{Path(script).stem}").parse(flags)
                 if name != "dpt":
                     assert options.seed == 3 and options.num_train_iter == (iterations or stage.iterations), job.name
+
+
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+def test_the_fid_of_dpt_is_that_of_its_stage_2(scale: str) -> None:
+    """The snapshot and the data set are those of the run's own commands, and the flags are understood."""
+    stages = {stage.name: stage for stage in next(iter(jobs("dpt", scale).values())).stages}
+    script, *flags = stages["fid"].command(Path("/out"), 3, None)
+    done = subprocess.run([sys.executable, *stages["stage2"].command(Path("/out"), 3, None), "--dry-run"],
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    said = {flag.partition("=")[0]: flag.partition("=")[2] for flag in flags if "=" in flag}
+    assert f"--outdir={Path(said['--network']).parent} " in done.stdout
+    assert scale == "tiny" or f"--data={said['--ref']} " in done.stdout
+    command = evaluate.main if scale == "tiny" else fid.calc
+    assert Path(script).stem == ("evaluate" if scale == "tiny" else "fid")
+    given = command.make_context("", [flag for flag in flags if flag != "calc"]).params
+    assert given["network"] == said["--network"] and given.get("seeds") == (None if scale == "tiny" else "0-49999")
 
 
 def test_published_rows_are_whole() -> None:
@@ -64,3 +87,13 @@ def test_results_are_percents_by_protocol(tmp_path: Path) -> None:
     (tmp_path / "run" / "result.json").write_text(json.dumps({"accuracy": accuracy, "last": {"eval/top-5-acc": 1.0}}))
     assert tables.read_accuracy(tmp_path) == {
         "accuracy": {"best on test": 75.0, "median of last 20": 25.0, "last": 50.0}, "top-5": {"last": 100.0}}
+
+
+def test_results_of_dpt(tmp_path: Path) -> None:
+    (tmp_path / "fid").mkdir()
+    (tmp_path / "fid" / "result.json").write_text(json.dumps({"fid": 2.5}))
+    accuracy = {"stage1": {"last": 0.75, "best_on_test": 0.875}, "stage3": {"last": 0.9375, "best_on_test": 1.0}}
+    (tmp_path / "report.json").write_text(json.dumps({"accuracy": accuracy, "pseudo_label_accuracy": 0.5}))
+    assert tables.read_dpt(tmp_path) == {
+        "pseudo-label error": {"best on test": 50.0, "last": 50.0}, "FID": {"best on test": 2.5, "last": 2.5},
+        "stage1 error": {"best on test": 12.5, "last": 25.0}, "stage3 error": {"best on test": 0.0, "last": 6.25}}
