@@ -1,18 +1,24 @@
 """The MetaSemi step: meta-gradients against independent computations, and what it must leave alone."""
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from MetaSemi.meta import MetaGradient, corrected, divergence, meta_step, pseudo_labels, supervised_step
 from MetaSemi.model import ConvLarge, ResNet32x32, ShakeShakeBlock, SmallNet
 from MetaSemi.noise import set_noise
 from shared.distributed import World
+from tests.metasemi import tiny
 
 WORLD = World()
 RATE = 0.3
@@ -175,31 +181,72 @@ def test_divergence_is_kl() -> None:
     assert logits.grad.isfinite().all()
 
 
-class HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for a device."""
+class HostReads:
+    """Counts what would make the host wait for a device: reads by operators, and by methods of tensors."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.found: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.__name__.partition(".")[0] in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"):
-            self.found.append(func.__name__)
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> HostReads:
+        note = self.found.append
+
+        class Operators(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func.__name__.partition(".")[0] in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"):
+                    note(func.__name__)
+                return func(*args, **(kwargs or {}))
+
+        class Methods(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                if getattr(func, "__name__", "") in ("tolist", "numpy", "cpu", "__array__"):
+                    note(func.__name__)
+                return func(*args, **(kwargs or {}))
+
+        self.modes = contextlib.ExitStack()
+        self.modes.enter_context(Operators())
+        self.modes.enter_context(Methods())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.modes.close()
 
 
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, bool,
+                                  float, np.asarray, lambda value: F.one_hot(value.long())])
+def test_the_counter_of_host_reads_counts(read: Callable) -> None:
+    with HostReads() as reads:
+        read(torch.ones(()) + 1)
+    assert reads.found
+
+
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("mix_up", [False, True])
-def test_no_host_read_in_a_step(mix_up: bool) -> None:
+def test_no_host_read_in_a_step(mix_up: bool, exact: bool) -> None:
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
     lam = torch.full((6, 1), 0.3) if mix_up else None
     with HostReads() as reads:
-        meta_step(net, optimizer, *batch(), rate=0.1, lam=lam)
+        meta_step(net, optimizer, *batch(), rate=0.1, lam=lam, meta=MetaGradient(exact=exact))
         supervised_step(net, optimizer, *batch(), rate=0.1, lam=lam)
     assert reads.found == []
-    with HostReads() as reads:
-        net(batch()[0]).sum().item()
-    assert reads.found  # the counter counts
+
+
+@pytest.mark.parametrize(("script", "flags"), [("train_meta", ["--mix-up"]), ("train_baseline", [])])
+def test_host_reads_of_a_run_do_not_grow_with_its_steps(script: str, flags: list[str], tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither batches nor meters nor the notes of the run wait for the device; lines of the log and evaluations do."""
+    monkeypatch.chdir(tmp_path)
+    # Whether the loss is finite is asked at once on a CPU, which has nothing to wait for, and with the log on a GPU.
+    monkeypatch.setattr("shared.run.Run._watch", lambda *_: None)
+    monkeypatch.setattr("MetaSemi.training.keep_freed_memory", lambda: None)
+
+    def reads(steps: int, every: int = 1000) -> int:
+        with HostReads() as found:
+            tiny.call(script, *flags, f"--total-steps={steps}", f"--print-freq={every}", "--test-freq=1000",
+                      f"--save-path=run{steps}-{every}")
+        return len(found.found)
+
+    assert 0 < reads(2) == reads(12) < reads(12, 2)
 
 
 def test_shake_shake_draws_follow_from_seed_and_step() -> None:

@@ -101,9 +101,33 @@ def test_table_on_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert {path.suffix for path in (tmp_path / "ablation-tiny").glob("table.*")} >= {".md", ".csv", ".json", ".png"}
 
 
+def dockerfile() -> dict[str, list[str]]:
+    """Return instruction -> what follows it, of each line in order."""
+    text = re.sub(r"(?m)^\s*#.*\n", "", (ROOT / "MetaSemi" / "Docker" / "Dockerfile").read_text())
+    found: dict[str, list[str]] = {}
+    for line in filter(None, text.replace("\\\n", " ").splitlines()):
+        word, _, rest = line.partition(" ")
+        found.setdefault(word, []).append(rest)
+    return found
+
+
 def test_docker_image_has_the_tested_versions() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     wanted = [line.replace('"', "'") for line in lines if line and not line.startswith("#")]
-    text = (ROOT / "MetaSemi" / "Docker" / "Dockerfile").read_text().replace("\\\n", " ")
-    install = re.search(r"RUN python -m pip install --no-cache-dir (.*)", text)[1]
+    install = next(line for line in dockerfile()["RUN"] if " pip install " in line).partition("--no-cache-dir ")[2]
     assert [a or b for a, b in re.findall(r'"([^"]*)"|(\S+)', install)] == wanted
+
+
+def test_docker_image_finds_the_project() -> None:
+    """It needs no file of the build's folder; where the README mounts the project, its programs look for it."""
+    image = dockerfile()
+    assert set(image) == {"FROM", "ENV", "RUN", "USER", "WORKDIR", "ENTRYPOINT"}
+    mount = re.search(r'-v "\$PWD/\.\./\.\.":(\S+)', (ROOT / "MetaSemi" / "README.md").read_text())[1]
+    assert f"PYTHONPATH={mount}" in image["ENV"][0].split()
+    folder, = image["WORKDIR"]
+    assert (ROOT / Path(folder).relative_to(mount) / "train_meta.py").is_file()
+    assert image["USER"][0] in image["RUN"][-1] and "useradd" in image["RUN"][-1]
+    assert json.loads(image["ENTRYPOINT"][0])[0] == "sh"
+    least = re.search(r'requires-python = ">=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    python = re.fullmatch(r"python:(\d+)\.(\d+)-slim-\w+", image["FROM"][0])
+    assert [int(part) for part in python.groups()] >= [int(part) for part in least.groups()]
