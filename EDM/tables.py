@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared.tables import Cell, Job, Printed, Stage, Table, serve
@@ -44,8 +45,34 @@ COLUMNS = {
     "CW-density": (("class_wise_density",), 100), "CW-coverage": (("class_wise_coverage",), 100),
     "CAS": (("cas",), 100), "class accuracy": (("class_accuracy",), 100),
 }
-# FID of Karras et al. (NeurIPS 2022), table 2: class-conditional and unconditional CIFAR-10, 35 network evaluations.
-EDM_PRINTED = {("ddpmpp", True): 1.79, ("ncsnpp", True): 1.79, ("ddpmpp", False): 1.97, ("ncsnpp", False): 1.98}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of EDM's tables: data set, flags of train.py, FID by --arch as published, length, and flags of
+    the sampler."""
+    dataset: str
+    flags: tuple[str, ...]
+    printed: Mapping[str, float | None]
+    images: int = PUBLISHED_IMAGES
+    batch: int = 512
+    sampling: tuple[str, ...] = ()
+
+
+CIFAR10 = {"class-conditional": Setting("cifar10", ("--cond=1",), {"ddpmpp": 1.79, "ncsnpp": 1.79}),
+           "unconditional": Setting("cifar10", ("--cond=0",), {"ddpmpp": 1.97, "ncsnpp": 1.98})}
+FACES, FACES_SAMPLING = ("--cond=0", "--cres=1,2,2,2", "--lr=2e-4", "--augment=0.15"), ("--steps=40",)
+LARGE = {"FFHQ": Setting("ffhq-64x64", (*FACES, "--dropout=0.05"), {"ddpmpp": 2.39, "ncsnpp": 2.53}, batch=256,
+                         sampling=FACES_SAMPLING),
+         "AFHQv2": Setting("afhqv2-64x64", (*FACES, "--dropout=0.25"), {"ddpmpp": 1.96, "ncsnpp": 2.16}, batch=256,
+                           sampling=FACES_SAMPLING),
+         "ImageNet": Setting("imagenet-64x64", ("--cond=1", "--lr=1e-4", "--ema=50", "--dropout=0.10", "--augment=0",
+                                                "--fp16=1", "--ls=100", "--tick=200"),
+                             {"adm": 1.36}, 2_500_000_000, 4096,
+                             ("--steps=256", "--S_churn=40", "--S_min=0.05", "--S_max=50", "--S_noise=1.003"))}
+DIGITS = {"class-conditional": Setting(
+    "digits", ("--cond=1", *(flag for flag in DIGITS_TRAINING if not flag.startswith("--arch"))),
+    {"ddpmpp": None, "ncsnpp": None}, DIGITS_IMAGES, DIGITS_BATCH)}
 
 
 def short_run(iterations: int | None, batch: int) -> list[str]:
@@ -142,20 +169,21 @@ def tdsm_view(dataset: str, scale: str, options: argparse.Namespace) -> Table:
 
 # ---------------------------------------------------------------- EDM
 
-def clean_job(arch: str, conditional: bool, tiny: bool, data_dir: Path) -> Job:
+def clean_job(setting: Setting, arch: str, data_dir: Path) -> Job:
     """Return the training of a published model and its FID: the lowest of three ranges of seeds, as published."""
-    dataset = "digits" if tiny else "cifar10"
-    name = f"{dataset}_{'cond' if conditional else 'uncond'}_{arch}"
-    source = "digits" if tiny else str(data_dir / SOURCES[dataset])
-    images, batch = (DIGITS_IMAGES, DIGITS_BATCH) if tiny else (PUBLISHED_IMAGES, 512)
-    small = [flag for flag in DIGITS_TRAINING if not flag.startswith("--arch")] if tiny else []
+    dataset = setting.dataset
+    tiny, made = dataset == "digits", dataset in SOURCES
+    source = "digits" if tiny else str(data_dir / SOURCES.get(dataset, ""))
+
+    def images(out: Path) -> Path:
+        return (out if made else data_dir) / f"{dataset}.zip"
 
     def data(out: Path, seed: int, iterations: int | None) -> list[str]:
-        return [str(HERE / "dataset_tool.py"), f"--source={source}", f"--dest={out / dataset}.zip"]
+        return [str(HERE / "dataset_tool.py"), f"--source={source}", f"--dest={images(out)}"]
 
     def train(out: Path, seed: int, iterations: int | None) -> list[str]:
-        return training("train.py", out / "model", out / f"{dataset}.zip",
-                        [f"--cond={int(conditional)}", f"--arch={arch}", *small], images, batch, seed, iterations)
+        return training("train.py", out / "model", images(out), [f"--arch={arch}", *setting.flags], setting.images,
+                        setting.batch, seed, iterations)
 
     def score(number: int) -> Callable[[Path, int, int | None], list[str]]:
         def command(out: Path, seed: int, iterations: int | None) -> list[str]:
@@ -167,7 +195,7 @@ def clean_job(arch: str, conditional: bool, tiny: bool, data_dir: Path) -> Job:
                         f"--first-seed={number * DIGITS_PER_CLASS}", *short]
             count = iterations * IMAGES_TIMED if iterations else FID_IMAGES
             return [str(HERE / "fid.py"), "calc", network, f"--seeds={number * count}-{(number + 1) * count - 1}",
-                    f"--ref={out / dataset}.zip", f"--json={out / f'range{number}' / 'result.json'}"]
+                    f"--ref={images(out)}", f"--json={out / f'range{number}' / 'result.json'}", *setting.sampling]
         return command
 
     def read(folder: Path) -> dict[str, dict[str, float]]:
@@ -176,26 +204,37 @@ def clean_job(arch: str, conditional: bool, tiny: bool, data_dir: Path) -> Job:
         values = [content["fd_judge" if tiny else "fid"] for content in found]
         return {"FID": {"lowest of three": min(values), "first": values[0]}}
 
-    return Job(name, (Stage("data", data), Stage("train", train, images // batch),
-                      *(Stage(f"score{number}", score(number), None if tiny else FID_IMAGES // IMAGES_TIMED)
-                        for number in range(3))), read)
+    kind = "cond" if "--cond=1" in setting.flags else "uncond"
+    return Job(f"{dataset}_{kind}_{arch}",
+               (*[Stage("data", data)] * made, Stage("train", train, setting.images // setting.batch),
+                *(Stage(f"score{number}", score(number), None if tiny else FID_IMAGES // IMAGES_TIMED)
+                  for number in range(3))), read)
+
+
+def clean_table(name: str, title: str, settings: Mapping[str, Setting], note: str, scale: str,
+                options: argparse.Namespace) -> Table:
+    """Return FID of 50,000 images; on the digits, class-conditional only, where the scale is tiny."""
+    cells = tuple(Cell(row, arch, clean_job(setting, arch, options.data_dir), "FID", printed and Printed(printed))
+                  for row, setting in (DIGITS if scale == "tiny" else settings).items()
+                  for arch, printed in setting.printed.items())
+    return Table(name, f"EDM: {title}", "Karras et al., NeurIPS 2022, and README of EDM",
+                 "FID (of the digits: Fréchet distance in the features of a judge)", cells,
+                 ("lowest of three", "first"), seeds=(0,), runs=f"edm-{scale}",
+                 note="As published, FID is computed for three ranges of seeds and the lowest one is reported." + note)
 
 
 def edm_table(scale: str, options: argparse.Namespace) -> Table:
-    """Return FID on CIFAR-10; on the digits, class-conditional only, where the scale is tiny."""
-    tiny = scale == "tiny"
-    cells = tuple(
-        Cell("class-conditional" if conditional else "unconditional", arch,
-             clean_job(arch, conditional, tiny, options.data_dir), "FID", Printed(printed))
-        for (arch, conditional), printed in EDM_PRINTED.items() if conditional or not tiny)
-    return Table("edm", "EDM: CIFAR-10, 50,000 images, 35 network evaluations", "Karras et al., NeurIPS 2022, table 2",
-                 "FID (of the digits: Fréchet distance in the features of a judge)", cells,
-                 ("lowest of three", "first"), seeds=(0,),
-                 note="As published, FID is computed for three ranges of seeds and the lowest one is reported.")
+    return clean_table("edm", "CIFAR-10, 35 network evaluations", CIFAR10, "", scale, options)
+
+
+def edm_large_table(scale: str, options: argparse.Namespace) -> Table:
+    return clean_table("edm-64", "64x64 pixels, 79 network evaluations, ImageNet 511", LARGE,
+                       " Data: ffhq-64x64.zip, afhqv2-64x64.zip and imagenet-64x64.zip of dataset_tool.py in the "
+                       "folder of the data sets.", scale, options)
 
 
 TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {
-    "edm": edm_table, "tdsm": tdsm_table,
+    "edm": edm_table, "edm-64": edm_large_table, "tdsm": tdsm_table,
     **{f"tdsm-{name}": (lambda scale, options, name=name: tdsm_view(name, scale, options)) for name in TDSM_DATA}}
 
 if __name__ == "__main__":

@@ -134,13 +134,15 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] |
     for position, (panel, lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(down, across, position)
         for i, (name, marker) in enumerate(zip(series, "os^", strict=False)):
-            points = [(place, *values[i]) for place, values in enumerate(lines.values()) if values[i] is not None]
+            points = [(place, mean, np.nan if deviation is None else deviation)  # without a deviation no bar
+                      for place, values in enumerate(lines.values()) if values[i] is not None
+                      for mean, deviation in [values[i]]]
             if not points:
                 continue
             shift = 0.22 * (i - (len(series) - 1) / 2)
             shown[name] = axes.errorbar(
                 [mean for _, mean, _ in points], [place + shift for place, _, _ in points], color=f"C{i}",
-                xerr=[deviation or 0.0 for _, _, deviation in points], linestyle="none", marker=marker, markersize=5,
+                xerr=[deviation for _, _, deviation in points], linestyle="none", marker=marker, markersize=5,
                 fillstyle="none" if i else "full", capsize=2)
         named = not alike or position % across == 1 or across == 1
         axes.set_yticks(range(len(lines)), [str(name) if named else "" for name in lines], fontsize=8)

@@ -148,10 +148,11 @@ def paper_table(content: Mapping[str, Any]) -> list[str]:
         parts.append(web_page.details(title.rstrip(":"), grid) if title else grid)
     parts.append(f"<p>{escape(table_report.about(content))}</p>")
     runs = [[f"{cell['row']}, {cell['column']}", run["seed"], run["commit"], duration(run["seconds"]),
-             table_report.hardware_text(run["hardware"]), ", ".join(run["configs"]) or "command line", run["folder"]]
+             table_report.hardware_text(run["hardware"]), ", ".join(run["configs"]) or "command line", run["folder"],
+             ", ".join(run["logs"])]
             for cell in content["cells"] for run in cell["runs"]]
     if runs:
-        head = ["cell", "seed", "commit", "time", "hardware", "configuration", "folder"]
+        head = ["cell", "seed", "commit", "time", "hardware", "configuration", "folder", "logs"]
         parts.append(web_page.details("Runs behind the cells", web_page.table(head, runs, "Runs")))
     return parts
 

@@ -160,7 +160,8 @@ def about(content: Content) -> str:
 
 def hardware_text(hardware: Content) -> str:
     threads = f", threads a run: {hardware['threads']}" if hardware["threads"] else ""
-    return f"{hardware['hardware']} ({hardware['cores']} cores{threads}, torch {hardware['torch']})"
+    cores = f"{hardware['cores']} core{'s' * (hardware['cores'] != 1)}"
+    return f"{hardware['hardware']} ({cores}{threads}, torch {hardware['torch']})"
 
 
 def markdown(content: Content, linked: bool = True) -> str:
@@ -210,7 +211,7 @@ def write_csv(content: Content, path: Path) -> None:
                 printed = cell["printed"] if protocol == content["protocols"][0] else None
                 compared = (printed["mean"], printed["std"], cell["deviations"]) if printed else (None, None, None)
                 writer.writerow([cell["row"], cell["column"], protocol, found["mean"], found["std"],
-                                 len(found["values"]), *compared])
+                                 sum(value is not None for value in found["values"]), *compared])
 
 
 def draw(content: Content, path: Path) -> None:

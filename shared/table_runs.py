@@ -204,7 +204,11 @@ def compute(task: Task, environment: Mapping[str, str], held: IO) -> None:
         took = call(stage.command(task.folder, task.seed, None), task.folder, environment, f"{stage.name}.log", held)
         done[stage.name], processor[stage.name] = (round(seconds, 2) for seconds in took)
         task.write(stages=done, processor=processor)
-    task.write(state="finished", result=task.job.read(task.folder))
+    try:
+        result = task.job.read(task.folder)
+    except (OSError, ValueError, LookupError, StopIteration) as error:
+        raise UserError(f"its result cannot be read, {type(error).__name__}: {error} (in {task.folder})") from error
+    task.write(state="finished", result=result)
 
 
 # --------------------------------------------------------------------------------------------------------- all of them
@@ -232,7 +236,7 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[Mapping[str, str]]) -> list
             except InUse:  # another process computes it: look again when the others are done
                 time.sleep(1)
                 waiting.put(task)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 failed.append(f"{task.name}: {error}")
                 print(failed[-1], file=sys.stderr, flush=True)
 
@@ -285,17 +289,18 @@ def submit(tasks: Sequence[Task], words: Sequence[str], options: argparse.Namesp
     return failed
 
 
-def estimate(jobs: Sequence[Job], cache: Path, data_dir: Path) -> dict[str, float]:
-    """Return the seconds that one run of each job takes on this machine; kept in the file `cache`."""
+def estimate(jobs: Sequence[Job], cache: Path, data_dir: Path, environment: Mapping[str, str]) -> dict[str, float]:
+    """Return the seconds that one run of each job takes on this machine with these variables of the environment, such
+    as the GPU that it has; kept in the file `cache`."""
     known = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
     seconds = {}
     for job in jobs:
         identity = Task(job, 0, Path("{out}"), data_dir).identity()
-        key = hashlib.sha256(json.dumps([machine(), identity]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([machine(), dict(environment), identity]).encode()).hexdigest()
         if key not in known:
             print(f"{job.name}: timing a few steps", flush=True)
             try:
-                known[key] = extrapolate(job)
+                known[key] = extrapolate(job, environment)
             except UserError as error:
                 print(f"{job.name}: no estimate: {error}", file=sys.stderr, flush=True)
                 continue
@@ -305,7 +310,7 @@ def estimate(jobs: Sequence[Job], cache: Path, data_dir: Path) -> dict[str, floa
     return seconds
 
 
-def extrapolate(job: Job) -> float:
+def extrapolate(job: Job, environment: Mapping[str, str]) -> float:
     """Return the seconds of one run of full length, from trials of 2 and of more iterations of each stage.
 
     The longer trial of a stage is lengthened until it stands out of the time that a process takes to start. A stage
@@ -314,9 +319,9 @@ def extrapolate(job: Job) -> float:
     few, longest = 2, 512
     lengths = {stage.name: stage.iterations for stage in job.stages if stage.iterations}
     many = dict.fromkeys(lengths, 8)
-    short = trial(job, dict.fromkeys(lengths, few))
+    short = trial(job, dict.fromkeys(lengths, few), environment)
     while True:
-        long = trial(job, many)
+        long = trial(job, many, environment)
         slower = {name: long[name] - short[name] for name in lengths}
         hidden = [name for name in lengths if many[name] < longest and slower[name] <= max(1.0, 0.3 * short[name])]
         if not hidden:
@@ -331,11 +336,12 @@ def untried(job: Job) -> list[str]:
     return [stage.name for stage in job.stages if not stage.command(Path("{out}"), 0, 2)]
 
 
-def trial(job: Job, iterations: Mapping[str, int]) -> dict[str, float]:
+def trial(job: Job, iterations: Mapping[str, int], environment: Mapping[str, str]) -> dict[str, float]:
     """Return the seconds of each stage with so few iterations, in a folder that is thrown away."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for stage in job.stages:
             command = stage.command(Path(folder), 0, iterations.get(stage.name, 1))
-            seconds[stage.name] = call(command, Path(folder), {}, f"{stage.name}.log", None)[0] if command else 0.0
+            took = call(command, Path(folder), environment, f"{stage.name}.log", None) if command else (0.0, 0.0)
+            seconds[stage.name] = took[0]
     return seconds

@@ -112,9 +112,12 @@ def main(module: str, tables: Mapping[str, Callable[[str, argparse.Namespace], T
         if not tasks:
             raise UserError(f"--run {options.run}: the table {table.name} has no such run")
     open_tasks = [task for task in tasks if not task.finished()]
+    cards = [card for card in options.gpus.split(",") if card]
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, machine()["cores"] // options.jobs)))
+    slots = [{"CUDA_VISIBLE_DEVICES": card} for card in cards] or [{"OMP_NUM_THREADS": threads}] * options.jobs
     tiny = options.scale == "tiny"  # there the timing would take as long as the runs
     if options.list or not (options.aggregate or options.no_estimate or options.run or tiny or not open_tasks):
-        show(table, tasks, make_dir(runs), timed=not options.no_estimate)
+        show(table, tasks, make_dir(runs), slots, timed=not options.no_estimate)
     failed: list[str] = []
     if not (options.list or options.aggregate):
         if options.run is not None and hasattr(signal, "SIGUSR2"):
@@ -123,9 +126,6 @@ def main(module: str, tables: Mapping[str, Callable[[str, argparse.Namespace], T
         if options.slurm is not None and options.run is None:
             failed = submit(open_tasks, ["-m", module, *(sys.argv[1:] if argv is None else argv)], options)
         else:
-            cards = [card for card in options.gpus.split(",") if card]
-            threads = os.environ.get("OMP_NUM_THREADS", str(max(1, machine()["cores"] // options.jobs)))
-            slots = [{"CUDA_VISIBLE_DEVICES": card} for card in cards] or [{"OMP_NUM_THREADS": threads}] * options.jobs
             failed = run_tasks(open_tasks, slots)
     if not (options.list or options.run):
         with lock(folder, wait=True):  # two of these commands that end at a time write one after the other
@@ -134,19 +134,21 @@ def main(module: str, tables: Mapping[str, Callable[[str, argparse.Namespace], T
         raise UserError(f"{len(failed)} of {len(open_tasks)} runs failed; the same command tries again. {failed[0]}")
 
 
-def show(table: Table, tasks: Sequence[Task], runs: Path, timed: bool) -> None:
-    """Print every run with its state, and the hours that are still needed on this machine."""
+def show(table: Table, tasks: Sequence[Task], runs: Path, slots: Sequence[Mapping[str, str]], timed: bool) -> None:
+    """Print every run with its state, and the hours that are still needed on this machine; timed in the first slot."""
     missing = [task for task in tasks if not task.finished()]
     jobs = list({task.job.name: task.job for task in missing}.values())
-    seconds = estimate(jobs, runs / "estimates.json", tasks[0].data_dir) if timed else {}
+    seconds = estimate(jobs, runs / "estimates.json", tasks[0].data_dir, slots[0]) if timed else {}
     for task in tasks:
         needed = f", about {duration(seconds[task.job.name])}" if task in missing and task.job.name in seconds else ""
         print(f"{task.name}: {task.state()}{needed}")
     if seconds:
         counted = [task for task in missing if task.job.name in seconds]
         total = sum(seconds[task.job.name] for task in counted)
+        hardware = "one of " * ("CUDA_VISIBLE_DEVICES" in slots[0]) + machine()["hardware"]
+        at_once = f" ({total / 3600 / len(slots):.3g} with {len(slots)} at a time)" * (len(slots) > 1)
         print(f"{table.title}: {len(missing)} of {len(tasks)} runs are missing, about {total / 3600:.3g} hours of "
-              f"{machine()['hardware']}, estimated from a few steps")
+              f"{hardware}{at_once}, estimated from a few steps")
         left_out = Counter(stage for task in counted for stage in untried(task.job))
         if len(counted) < len(missing) or left_out:
             print("not counted: " + ", ".join([f"{len(missing) - len(counted)} runs that could not be timed"] * (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from EDM import tables
+from EDM import fid, tables, train
 from shared.tables import Cell, main
 from tests.shared.programs import one_line_error, run
 
@@ -58,6 +58,23 @@ def test_trials_are_short_and_runs_are_not():
     short, whole = commands(cell, iterations=2), commands(cell)
     assert f"--duration={2 * 512 / 1e6}" in short["train"] and "--duration=200.0" in whole["train"]
     assert "--seeds=50000-99999" in whole["score1"] and "--seeds=10-19" in short["score1"]
+
+
+def test_images_of_64_pixels_are_made_and_scored_as_published():
+    cells = tables.TABLES["edm-64"]("paper", OPTIONS).cells
+    assert {(cell.row, cell.column): cell.printed.mean for cell in cells} == {
+        ("FFHQ", "ddpmpp"): 2.39, ("FFHQ", "ncsnpp"): 2.53, ("AFHQv2", "ddpmpp"): 1.96, ("AFHQv2", "ncsnpp"): 2.16,
+        ("ImageNet", "adm"): 1.36}
+    found = {cell.row: commands(cell) for cell in cells}
+    assert all(list(stages) == ["train", "score0", "score1", "score2"] for stages in found.values())
+    assert {"--data=/data/afhqv2-64x64.zip", "--dropout=0.25", "--batch=256", "--duration=200.0"} <= set(
+        found["AFHQv2"]["train"])
+    assert {"--duration=2500.0", "--batch=4096", "--fp16=1"} <= set(found["ImageNet"]["train"])
+    assert {"--steps=256", "--S_churn=40", "--ref=/data/imagenet-64x64.zip"} <= set(found["ImageNet"]["score2"])
+    assert "--steps=40" in found["FFHQ"]["score0"]
+    for stages in found.values():
+        train.main.make_context("", stages["train"][1:])
+        assert fid.calc.make_context("", stages["score1"][2:]).params["seeds"] == "50000-99999"
 
 
 def test_results_are_read_in_the_units_of_the_table(tmp_path):

@@ -52,7 +52,8 @@ def part(scale: str, options: argparse.Namespace) -> Table:
 
 
 def compute(name: str, folder: Path, method: str, value: float) -> None:
-    """Do one stage: slow where the file `slow` stands beside the table, failing where `fail-<method>` does."""
+    """Do one stage: slow where the file `slow` stands beside the table, failing where `fail-<method>` does, without a
+    result where `lose-<method>` does."""
     base = folder.parents[2] if folder.name.startswith("seed_") else folder  # of a table, or of a trial
     while (base / "slow").exists() and name == "second":
         time.sleep(0.05)
@@ -61,7 +62,7 @@ def compute(name: str, folder: Path, method: str, value: float) -> None:
         sys.exit(2)
     with lock(folder), open(base / "calls.txt", "a") as file:  # as trainers lock the folder they write into
         file.write(f"{name} {method} {folder.name}\n")
-    if name == "second":
+    if name == "second" and not (base / f"lose-{method}").exists():
         (folder / "value.json").write_text(json.dumps(value))
 
 

@@ -20,7 +20,9 @@ from shared import table_runs
 from shared.aggregate import deviation, deviations_from_print, difference, mean
 from shared.table_report import compare
 from shared.table_runs import Job, Stage, extrapolate
+from shared.tables import main
 from tests.shared.programs import ROOT, one_line_error, run, start
+from tests.shared.small_tables import table
 
 SCRIPT = "tests/shared/small_tables.py"
 PROGRAM = (SCRIPT, "small")
@@ -146,6 +148,13 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "| plain | 1.00 (printed" in run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1").stdout
 
 
+def test_a_run_without_a_result_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "lose-plain").touch()
+    done = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", status=2)
+    assert "plain/seed_0: its result cannot be read, FileNotFoundError" in done.stderr
+    assert "Traceback" not in done.stderr and "| better | 2.00 (printed" in done.stdout
+
+
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
     """Environment in which SLURM's programs are there."""
@@ -195,22 +204,41 @@ def test_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     out is not timed for longer: the second training, at 1 s an iteration."""
     asked = []
 
-    def trial(job: Job, iterations: Mapping[str, int]) -> dict[str, float]:
+    def trial(job: Job, iterations: Mapping[str, int], environment: Mapping[str, str]) -> dict[str, float]:
         asked.append(dict(iterations))
         seconds = {"train": 5 + 0.1 * iterations["train"], "draw": 7.0}
         return seconds | ({"more": iterations["more"]} if "more" in iterations else {})
 
     monkeypatch.setattr(table_runs, "trial", trial)
     train, draw = Stage("train", lambda *_: [], 1000), Stage("draw", lambda *_: [])
-    assert extrapolate(Job("a", (train, draw), lambda _: {})) == pytest.approx(112, rel=1e-6)
+    assert extrapolate(Job("a", (train, draw), lambda _: {}), {}) == pytest.approx(112, rel=1e-6)
     asked.clear()
-    assert extrapolate(Job("b", (train, draw, Stage("more", lambda *_: [], 50)), lambda _: {})) == pytest.approx(162)
+    job = Job("b", (train, draw, Stage("more", lambda *_: [], 50)), lambda _: {})
+    assert extrapolate(job, {}) == pytest.approx(162)
     assert asked == [{"train": 2, "more": 2}, {"train": 8, "more": 8}, {"train": 32, "more": 8}]
 
 
 def test_an_estimate_says_what_it_leaves_out(tmp_path: Path) -> None:
     done = run(*PROGRAM, f"--out={tmp_path}", "--list", "--only=plain", SMALL_TABLES_UNTRIED="second")
     assert "3 of 3 runs are missing" in done.stdout and "not counted: second of 3 runs" in done.stdout
+
+
+def test_runs_are_timed_as_they_will_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture) -> None:
+    """On one of the GPUs that are given, and anew where a run has more threads or another GPU."""
+    seen = []
+
+    def one_hour(job: Job, environment: Mapping[str, str]) -> float:
+        seen.append(dict(environment))
+        return 3600.0
+
+    monkeypatch.setattr(table_runs, "extrapolate", one_hour)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for flags in (["--gpus=4,5"], ["--gpus=4,5"], ["--jobs=1"]):
+        main("tests.shared.small_tables", {"small": table}, argv=["small", f"--out={tmp_path}", "--list", *flags])
+    assert [set(environment) for environment in seen] == [{"CUDA_VISIBLE_DEVICES"}] * 2 + [{"OMP_NUM_THREADS"}] * 2
+    said = capsys.readouterr().out
+    assert "6 of 6 runs are missing, about 6 hours of one of" in said and "(3 with 2 at a time), estimated" in said
 
 
 def test_list_runs_nothing(tmp_path: Path) -> None:
