@@ -25,6 +25,7 @@ from shared.table_report import TINY
 FILES = ("table.json", "report.json", "result.json", "stats.jsonl", "metrics.json")
 DEEPEST = 5  # folders below RUN that are searched
 MOST_PICTURES = 12
+MOST_ROWS = 12  # of single runs beside a table of a paper; more are shown on request
 MOST_LINES = 10  # of a chart; where there are more, those that differ in the seed alone are averaged
 SEED = re.compile(r"[/_]seed_\d+(?=/|$)|/run(?=/|$)")
 # What a run logs about itself rather than about its method.
@@ -180,27 +181,32 @@ def about(run: Found) -> list[str]:
 
 
 def build(folders: Sequence[Path], title: str) -> str:
-    """Return the page about these folders."""
+    """Return the page about these folders: tables of papers, results of all runs, single runs, curves."""
     runs = [run for folder in folders for run in search(folder, f"{folder.name}/" if len(folders) > 1 else "")]
-    links, body, short = {}, [], []
-    overview = [*accuracy_rows(runs)]
-    if overview:
-        links["results"] = "Results"
-        body.append(web_page.section("results", "Results", overview))
-    for i, run in enumerate(runs):
+    links: dict[str, str] = {}
+    body: list[str] = []
+
+    def add(anchor: str, heading: str, parts: Sequence[str]) -> None:
+        if parts:
+            links[anchor] = heading
+            body.append(web_page.section(anchor, heading, parts))
+
+    tables, others = ([run for run in runs if ("table.json" in run.files) is table] for table in (True, False))
+    for i, run in enumerate(tables):
+        add(f"table{i}", run.name, about(run))
+    overview = accuracy_rows(runs)
+    if tables and overview and len(others) > MOST_ROWS:
+        overview = [web_page.details("Accuracy of every run", overview[0])]
+    add("results", "Results", overview)
+    short = []
+    for i, run in enumerate(others):
         parts = about(run)
-        if parts and "table.json" not in run.files and not any("<img" in part for part in parts):
-            short += [f"<h3>{escape(run.name)}</h3>", *parts]
+        if any("<img" in part for part in parts):
+            add(f"run{i}", run.name, parts)
         elif parts:
-            links[f"run{i}"] = run.name
-            body.append(web_page.section(f"run{i}", run.name, parts))
-    if short:
-        links["runs"] = "Single runs"
-        body.append(web_page.section("runs", "Single runs", short))
-    drawn = charts(runs)
-    if drawn:
-        links["curves"] = "Curves"
-        body.append(web_page.section("curves", "Curves", drawn))
+            short += [f"<h3>{escape(run.name)}</h3>", *parts]
+    add("runs", "Single runs", short)
+    add("curves", "Curves", charts(runs))
     return web_page.page(title, links, body)
 
 

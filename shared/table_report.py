@@ -153,8 +153,10 @@ def about(content: Content) -> str:
     parts += [f"Printed numbers: {content['source']}; sd: standard deviations between print and here."] * printed
     if any(cell["over_base"] for cell in content["cells"]):
         parts.append(f"Minus {content['base']}: mean difference seed by seed, in brackets the seeds above it.")
-    parts += [f"{len(runs)} runs on {'; '.join(machines)}, {duration(sum(run['processor'] for run in runs))} of "
-              f"processors in all; commit {', '.join(dict.fromkeys(run['commit'] for run in runs))}."] * bool(runs)
+    if runs:
+        parts.append(f"{len(runs)} run{'s' * (len(runs) > 1)} on {'; '.join(machines)}, "
+                     f"{duration(sum(run['processor'] for run in runs))} of processors in all; commit "
+                     f"{', '.join(dict.fromkeys(run['commit'] for run in runs))}.")
     return " ".join(parts)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -73,7 +74,10 @@ def details(summary: str, content: str) -> str:
 def _table(columns: Sequence[str], rows: Sequence[tuple[str, str]], caption: str) -> str:
     """Return a table of rows (name, cells in HTML)."""
     head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in columns)
-    lines = "".join(f'<tr><th scope="row">{escape(str(name))}</th>{cells}</tr>\n' for name, cells in rows)
+    # A path may be broken behind its slashes and underscores, or the column would leave no room on a phone.
+    names = [re.sub(r"(?<=[/_])", "<wbr>", escape(str(name))) for name, _ in rows]
+    lines = "".join(f'<tr><th scope="row">{name}</th>{cells}</tr>\n'
+                    for name, (_, cells) in zip(names, rows, strict=True))
     return _wide(caption, f"<table><thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table>")
 
 

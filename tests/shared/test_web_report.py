@@ -14,7 +14,7 @@ import pytest
 
 from shared import web_page
 from shared.plots import image_grid
-from shared.report import main, over_seeds
+from shared.report import build, main, over_seeds
 from tests.shared.programs import one_line_error, run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -64,7 +64,7 @@ def page(runs: Path) -> str:
 
 class Tags(HTMLParser):
     """Checks that every tag is closed in order, and gathers attributes."""
-    VOID = {"meta", "img", "br", "link", "path", "polyline", "circle"}
+    VOID = {"meta", "img", "br", "wbr", "link", "path", "polyline", "circle"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,6 +123,17 @@ def test_many_lines_are_averaged_over_seeds() -> None:
 def test_long_curves_keep_their_last_point() -> None:
     x, y = web_page.thin(range(10_001), range(10_001))
     assert len(x) <= web_page.MOST_POINTS + 1 and y[-1] == 10_000
+
+
+def test_tables_of_papers_come_before_their_many_runs(runs: Path) -> None:
+    for seed in range(12):
+        folder = runs / "table" / f"method_a/seed_{seed}"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"accuracy": {"last": 0.5}}))
+    text = build([runs], "all")
+    assert text.index('<section id="table0">') < text.index('<section id="results">')
+    assert "<details><summary>Accuracy of every run</summary>" in text
+    assert "table/<wbr>method_<wbr>a/<wbr>seed_<wbr>11" in text  # may be broken where a phone is narrow
 
 
 def test_bad_input(tmp_path: Path) -> None:
