@@ -1,7 +1,11 @@
 """What does not fit ends in one line that names it, before anything is written."""
 from __future__ import annotations
 
+import os
 import pickle
+import resource
+import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from MetaSemi import options as command_line
 from MetaSemi.train_baseline import parse as parse_baseline
 from MetaSemi.train_meta import parse as parse_meta
 from shared.cli import UserError
+from shared.run import Run
 from tests.metasemi import tiny
 from tests.shared.programs import one_line_error, run
 
@@ -129,6 +134,26 @@ def test_published_commands_on_tiny_files(dataset: str, tmp_path: Path) -> None:
     assert "Step 00001 Dtime: " in result.stdout and "Best Accuracy: " in result.stdout
     assert len((folder / "label_indices.txt").read_text().splitlines()) == labels
     assert torch.load(folder / "model_best.pth", weights_only=True)["step"] == 2
+
+
+def die_with_peak(step: int, file: Path) -> None:
+    """From now on, write the most memory that this process has had, in bytes, and die behind step `step`."""
+    def killed(self: Run, total: int) -> None:
+        if self.step == step:
+            file.write_text(str(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run._after_step = killed
+
+
+@pytest.mark.slow
+def test_published_command_of_cifar10_takes_less_than_two_gigabytes(tmp_path: Path) -> None:
+    """ConvLarge, 50,000 images, batches of 128, 400,000 steps, of which two are done."""
+    (tmp_path / "data").mkdir()
+    cifar_form(tmp_path / "data", 10, 10_000)
+    published = [*PUBLISHED["cifar10"].split(), "--batch-size=128", "--total-steps=400000", "--save-path=run"]
+    tiny.run(tmp_path, *published, sabotage=partial(die_with_peak, 2, tmp_path / "peak"), status=-signal.SIGKILL)
+    assert 1e9 < int((tmp_path / "peak").read_text()) < 2e9
 
 
 def test_more_labels_than_images(tmp_path: Path) -> None:
