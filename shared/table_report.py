@@ -94,7 +94,7 @@ def over_base(cell: Content) -> str:
 
 def anchor(cell: Content) -> str:
     """Return the Markdown anchor of the evidence of a cell."""
-    text = f"{cell['row']} {cell['column']}".lower()
+    text = f"{cell['row']} {cell['column']}".lower().replace("+", " plus ")  # CReST is not CReST+
     return "-".join("".join(letter if letter.isalnum() else " " for letter in text).split())
 
 

@@ -1,7 +1,9 @@
 """Tables of papers: run, continue, share a folder, refuse what does not belong, aggregate right."""
 from __future__ import annotations
 
+import argparse
 import csv
+import importlib
 import json
 import math
 import os
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from shared import table_runs
 from shared.aggregate import deviation, deviations_from_print, difference, mean
-from shared.table_report import compare
+from shared.table_report import anchor, compare
 from shared.table_runs import Job, Stage, extrapolate
 from shared.tables import main
 from tests.shared.programs import ROOT, one_line_error, run, start
@@ -290,6 +292,17 @@ def test_rows_are_compared_seed_by_seed(a: dict[int, float], b: dict[int, float]
         pairs = np.array([[a[seed], b[seed]] for seed in both])
         assert found["mean"] == pytest.approx((pairs[:, 0] - pairs[:, 1]).mean(), rel=1e-9, abs=1e-6)
         assert found["seeds"] == len(both) and found["positive"] == (pairs[:, 0] > pairs[:, 1]).sum()
+
+
+@pytest.mark.parametrize("paper", ["DASO", "DDAE", "EDM", "MetaSemi", "TorchSSL"])
+def test_every_cell_links_to_its_own_evidence(paper: str) -> None:
+    module = importlib.import_module(f"{paper}.tables")
+    options = argparse.Namespace(data_dir=Path("/data"), imbalance=20, args="", gpu=False, gpus="", processes=1)
+    for make in getattr(module, "BUILDERS", module.TABLES).values():
+        for scale in ("paper", "tiny"):
+            cells = make(scale, options).cells
+            assert len({anchor(vars(cell)) for cell in cells}) == len({(cell.row, cell.column) for cell in cells}) \
+                == len(cells)
 
 
 @pytest.mark.parametrize("measured, printed, expected", [
