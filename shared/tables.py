@@ -117,7 +117,7 @@ def main(module: str, tables: Mapping[str, Callable[[str, argparse.Namespace], T
     slots = [{"CUDA_VISIBLE_DEVICES": card} for card in cards] or [{"OMP_NUM_THREADS": threads}] * options.jobs
     tiny = options.scale == "tiny"  # there the timing would take as long as the runs
     if options.list or not (options.aggregate or options.no_estimate or options.run or tiny or not open_tasks):
-        show(table, tasks, make_dir(runs), slots, timed=not options.no_estimate)
+        show(table, tasks, make_dir(runs), slots, timed=not (options.no_estimate or tiny))
     failed: list[str] = []
     if not (options.list or options.aggregate):
         if options.run is not None and hasattr(signal, "SIGUSR2"):

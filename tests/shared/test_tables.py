@@ -243,6 +243,12 @@ def test_runs_are_timed_as_they_will_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert "6 of 6 runs are missing, about 6 hours of one of" in said and "(3 with 2 at a time), estimated" in said
 
 
+def test_tiny_runs_are_listed_without_timing_them(tmp_path: Path) -> None:
+    done = run(*PROGRAM, f"--out={tmp_path}", "--scale=tiny", "--list", "--only=plain")
+    assert "not run" in done.stdout and "about" not in done.stdout
+    assert not list(tmp_path.rglob("estimates.json"))
+
+
 def test_list_runs_nothing(tmp_path: Path) -> None:
     done = run(*PROGRAM, f"--out={tmp_path}", "--list", "--no-estimate")
     assert done.stdout.count("not run") == 6 and not calls(tmp_path)
