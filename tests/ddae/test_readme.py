@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
+from shared import tables
 from tests.shared.programs import ROOT, environment
 
 TEXT = (ROOT / "DDAE/README.md").read_text()
@@ -36,13 +37,13 @@ def test_the_readme_has_commands_of_every_script() -> None:
 
 
 def test_flags_in_the_text_exist() -> None:
-    known = {"--nproc_per_node", "--help"}
-    for script in SCRIPTS:
+    known = {"--nproc_per_node", "--help", "--local_rank"}
+    parsers = [importlib.import_module(f"DDAE.{script}").parse for script in SCRIPTS]
+    for parse in (*parsers, lambda argv: tables.main("DDAE.tables", {}, argv=argv)):
         out = io.StringIO()
         with redirect_stdout(out), pytest.raises(SystemExit):
-            importlib.import_module(f"DDAE.{script}").parse(["--help"])
+            parse(["--help"])
         known.update(re.findall(r"--[A-Za-z][\w-]*", out.getvalue()))
-    known.update({"--local_rank", "--scale", "--only"})  # the launcher's, and those of DDAE.tables
     prose = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
     assert set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", prose)) <= known
 
