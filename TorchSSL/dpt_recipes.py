@@ -32,8 +32,8 @@ class Recipe:
 
 
 # The digits are 8x8 and gray: a network of 0.2 million parameters, trained for 80 thousand images. The published
-# learning-rate ramp (10 million images) would outlast the run, and ten minutes between two checkpoints too: a run that is
-# killed on a slow machine would begin again each time.
+# learning-rate ramp (10 million images) would outlast the run, and so would ten minutes between two checkpoints: what
+# was killed would begin again.
 DIGITS_DIFFUSION = ("--batch=128 --cbase=16 --cres=1,2 --num-blocks=1 --attn-resolutions=4 --dropout=0.1 --augment=0 "
                     "--duration=0.08 --lr=4e-3 --lr-rampup=3 --lr-decay=0.3 --tick=5 --checkpoint-seconds=20")
 DIGITS_NOISE_CLASSIFIER = ("--batch=128 --augment=0 --duration=0.03 --lr=2e-3 --lr-rampup=3 --lr-decay=0.5 "

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import shlex
@@ -9,8 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import pytest
+
+from shared import tables
 from tests.edm.training_runs import TINY, write_set
 from tests.shared.programs import ROOT, environment
 
@@ -40,6 +45,10 @@ def test_flags_in_the_text_exist() -> None:
         program = importlib.import_module(f"EDM.{script}").main
         for command in getattr(program, "commands", {"": program}).values():
             known.update(flag for parameter in command.params for flag in parameter.opts)
+    out = io.StringIO()
+    with redirect_stdout(out), pytest.raises(SystemExit):
+        tables.main("EDM.tables", {}, argv=["--help"])
+    known.update(re.findall(r"--[A-Za-z][\w-]*", out.getvalue()))
     prose = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
     unknown = {flag for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", prose) if flag not in known}
     assert not unknown - {"--help"}

@@ -44,6 +44,8 @@ SERVES = {case["id"] for case in CASES}
 # A correct fp32 run is this close, whatever the processor: 2e-5 was seen between two.
 NORMS = dict(rtol=1e-5, atol=3e-5)
 LOGGED = dict(rtol=1e-4, atol=1e-6)
+# The fourth step's targets of the published float32 run are 1e-5 away from those of the same run in float64.
+TARGETS = dict(rtol=3e-5, atol=1e-7)
 
 
 def options_of(given: dict[str, Any], script: ModuleType) -> argparse.Namespace:
@@ -125,7 +127,7 @@ def test_training_run(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
             name = key.removeprefix("log__").replace("__", "/")
             np.testing.assert_allclose(logged[name], wanted[key], err_msg=name, **LOGGED)
     if "targets_before_mixup" in wanted:
-        np.testing.assert_allclose(torch.stack(targets), wanted["targets_before_mixup"], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(torch.stack(targets), wanted["targets_before_mixup"], **TARGETS)
 
     def norms(tensors: Any) -> list[float]:
         return [tensor.double().norm().item() for tensor in tensors]
