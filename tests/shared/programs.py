@@ -25,11 +25,13 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def start(script: str | Path, *args: str | Path, cwd: Path | None = None, ranks: int = 1, restarts: int = 0,
-          before: Sequence[str | Path] = (), **extra: str) -> subprocess.Popen:
+          torchrun: bool = True, before: Sequence[str | Path] = (), **extra: str) -> subprocess.Popen:
     """Start a script of the project; with `ranks` > 1 under torchrun on this machine, which starts all of them again
-    `restarts` times. before: a command that starts what follows it."""
+    `restarts` times, or under ranks.py. before: a command that starts what follows it."""
     launcher = [*map(str, before), sys.executable]
-    if ranks > 1:
+    if ranks > 1 and not torchrun:
+        launcher += [str(ROOT / "tests/shared/ranks.py"), str(ranks)]
+    elif ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                      f"--max-restarts={restarts}"]
     return subprocess.Popen([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd or ROOT, text=True,
@@ -38,8 +40,8 @@ def start(script: str | Path, *args: str | Path, cwd: Path | None = None, ranks:
 
 def run(script: str | Path, *args: str | Path, status: int = 0, timeout: float = 300,
         **how: Any) -> subprocess.CompletedProcess:
-    """Run a script to its end and check its exit status. how: see `start`."""
-    process = start(script, *args, **how)
+    """Run a script to its end and check its exit status. how: see `start`; torchrun only where it has to restart."""
+    process = start(script, *args, **{"torchrun": "restarts" in how, **how})
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
