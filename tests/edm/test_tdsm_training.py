@@ -100,12 +100,12 @@ def test_killed_and_started_again_gives_the_same_bits(name, tmp_path, data, clas
         assert json.loads((folder / "accuracy.json").read_text()) == json.loads((whole / "accuracy.json").read_text())
 
 
-def test_two_processes_train_the_same_classifier(tmp_path, data):
-    """With batch normalisation, whose statistics are those of the global batch.
-
-    By SGD, as Adam's first steps are as long for a gradient of rounding noise as for the largest.
-    """
-    flags = ("--classifier=resnet18", "--accuracy-images=10", "--optimizer=sgd", *SHORT)
+@pytest.mark.parametrize("kind", [("--classifier=cnn", "--cbase=8"),
+                                  # With batch normalisation, whose statistics are those of the global batch.
+                                  pytest.param(("--classifier=resnet18",), marks=pytest.mark.slow)])
+def test_two_processes_train_the_same_classifier(kind, tmp_path, data):
+    """By SGD, as Adam's first steps are as long for a gradient of rounding noise as for the largest."""
+    flags = (*kind, "--accuracy-images=10", "--optimizer=sgd", *SHORT)
     one = call(train_classifier, tmp_path / "one", data, *flags)
     run("EDM/train_classifier.py", f"--outdir={tmp_path / 'two'}", f"--data={data}", *BASE, *flags, ranks=2)
     for ours, theirs in zip(losses(tmp_path / "two"), losses(one), strict=True):

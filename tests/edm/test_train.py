@@ -97,7 +97,7 @@ def test_sigterm_saves_the_step_at_hand(tmp_path, data, whole):
 
 
 def test_two_processes_train_the_same_network(tmp_path, data, whole):
-    command = ["EDM/train.py", f"--outdir={tmp_path}", f"--data={data}", *TINY, "--checkpoint-seconds=0.1"]
+    command = ["EDM/train.py", f"--outdir={tmp_path}", f"--data={data}", *TINY]
     both = tmp_path / "00000-tiny-cond-ddpmpp-edm-gpus2-batch16-fp32"
     run(*command, ranks=2)
     assert [entry["num"] for entry in losses(both)] == [entry["num"] for entry in losses(whole)]
@@ -107,6 +107,7 @@ def test_two_processes_train_the_same_network(tmp_path, data, whole):
         assert largest_difference(checkpoint(both)[name], checkpoint(whole)[name]) < 1e-4
 
 
+@pytest.mark.slow  # tests/shared/test_run.py asks the same of the part of a run that all trainers share
 def test_a_run_continues_with_another_number_of_processes(tmp_path, data, whole):
     command = ["EDM/train.py", f"--outdir={tmp_path}", f"--data={data}", *TINY, "--checkpoint-seconds=0.05"]
     folder = tmp_path / "00000-tiny-cond-ddpmpp-edm-gpus2-batch16-fp32"

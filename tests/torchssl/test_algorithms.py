@@ -112,7 +112,7 @@ def test_two_ranks_are_one(name: str, tmp_path: Path) -> None:
     ("flexmatch", ["--p_cutoff=0.0", "--use_DA=True", "--hard_label=False"]),
     ("remixmatch", []), ("softmatch", [])])
 def test_two_processes_are_one(name: str, flags: list[str], tmp_path: Path) -> None:
-    """Under torchrun: weights, queues and averages are those of one process with the whole batch."""
+    """Weights, queues and averages are those of one process with the whole batch."""
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
