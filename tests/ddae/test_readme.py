@@ -2,18 +2,16 @@
 from __future__ import annotations
 
 import importlib
-import io
 import re
 import shlex
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
 
 import pytest
 
 from shared import tables
-from tests.shared.programs import ROOT, environment
+from tests.shared.programs import ROOT, environment, help_flags
 
 TEXT = (ROOT / "DDAE/README.md").read_text()
 SCRIPTS = ("train", "sample", "fid", "extract_cifar10_pngs", "linear", "contrastive", "noisy_classifier_WRN",
@@ -40,10 +38,7 @@ def test_flags_in_the_text_exist() -> None:
     known = {"--nproc_per_node", "--help", "--local_rank"}
     parsers = [importlib.import_module(f"DDAE.{script}").parse for script in SCRIPTS]
     for parse in (*parsers, lambda argv: tables.main("DDAE.tables", {}, argv=argv)):
-        out = io.StringIO()
-        with redirect_stdout(out), pytest.raises(SystemExit):
-            parse(["--help"])
-        known.update(re.findall(r"--[A-Za-z][\w-]*", out.getvalue()))
+        known |= help_flags(parse)
     prose = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
     assert set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", prose)) <= known
 

@@ -1,16 +1,20 @@
 """Starting the project's programs in tests, the way a user does."""
 from __future__ import annotations
 
+import io
 import os
 import pickletools
+import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +59,14 @@ def one_line_error(result: subprocess.CompletedProcess) -> str:
     lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("warning:")]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
+
+
+def help_flags(parse: Callable[[list[str]], Any]) -> set[str]:
+    """Return the flags that the help of a command line names."""
+    out = io.StringIO()
+    with redirect_stdout(out), pytest.raises(SystemExit):
+        parse(["--help"])
+    return set(re.findall(r"--[A-Za-z][\w-]*", out.getvalue()))
 
 
 def pickled_names(file: Path) -> set[str]:
