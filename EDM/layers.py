@@ -16,13 +16,18 @@ import torch.nn.functional as F
 from shared.kernels import ChannelsLastGroupNorm, repeat_then_convolve
 from shared.winograd import convolve
 
-# Initial weights before the gain: f(fan_in, fan_out, *shape).
+# Initial weights before the gain: f(fan_in, fan_out, *shape). In place: fresh memory costs as much as the numbers.
 INITIALISERS: dict[str, Callable[..., torch.Tensor]] = {
-    "xavier_uniform": lambda fan_in, fan_out, *shape: math.sqrt(6 / (fan_in + fan_out)) * (2 * torch.rand(shape) - 1),
-    "xavier_normal": lambda fan_in, fan_out, *shape: math.sqrt(2 / (fan_in + fan_out)) * torch.randn(shape),
-    "kaiming_uniform": lambda fan_in, fan_out, *shape: math.sqrt(3 / fan_in) * (2 * torch.rand(shape) - 1),
-    "kaiming_normal": lambda fan_in, fan_out, *shape: math.sqrt(1 / fan_in) * torch.randn(shape),
+    "xavier_uniform": lambda fan_in, fan_out, *shape: _symmetric(shape).mul_(math.sqrt(6 / (fan_in + fan_out))),
+    "xavier_normal": lambda fan_in, fan_out, *shape: torch.randn(shape).mul_(math.sqrt(2 / (fan_in + fan_out))),
+    "kaiming_uniform": lambda fan_in, fan_out, *shape: _symmetric(shape).mul_(math.sqrt(3 / fan_in)),
+    "kaiming_normal": lambda fan_in, fan_out, *shape: torch.randn(shape).mul_(math.sqrt(1 / fan_in)),
 }
+
+
+def _symmetric(shape: Sequence[int]) -> torch.Tensor:
+    """Return numbers drawn uniformly from [-1, 1)."""
+    return torch.rand(shape).mul_(2).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Init:
         field = math.prod(shape[2:])
         fan_in, fan_out = shape[1] * field, shape[0] * field
         draw = INITIALISERS[self.mode]
-        weight = torch.nn.Parameter(draw(fan_in, fan_out, *shape) * self.weight)
-        return weight, torch.nn.Parameter(draw(fan_in, fan_out, shape[0]) * self.bias) if bias else None
+        weight = torch.nn.Parameter(draw(fan_in, fan_out, *shape).mul_(self.weight))
+        return weight, torch.nn.Parameter(draw(fan_in, fan_out, shape[0]).mul_(self.bias)) if bias else None
 
 
 DEFAULT_INIT = Init()

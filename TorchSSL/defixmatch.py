@@ -6,7 +6,9 @@ Schmutz, Humbert and Mattei, "Don't fear the unlabelled: safe semi-supervised le
     python defixmatch.py --dataset cifar10 --num_labels 40 --save_name defixmatch_cifar10_40_0
 
 The loss on unlabelled images pulls the risk away from the true one. Its expectation on labelled images is the same, so
-subtracting it there (a control variate) leaves an unbiased estimate of the supervised risk, for any weight.
+subtracting it there (a control variate) leaves an unbiased estimate of the supervised risk, for any weight. What is
+subtracted is the loss of strong views, which grows without bound when it is made worse. So the supervised loss is the
+mean over a weak and a strong view: at weights up to 1/2 it outweighs the correction where label and pseudo-label agree.
 """
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 torch = lazy("torch")
 
 FLAGS = (
-    Flag("--ulb_loss_ratio", POSITIVE, 0.5, "weight of the loss on unlabelled images, and of its correction"),
+    Flag("--ulb_loss_ratio", POSITIVE, 0.5, "weight of the loss on unlabelled images, and of its correction; above 0.5 "
+         "the sum has no lower bound"),
     Flag("--p_cutoff", SHARE, 0.95, "least confidence of a pseudo-label"),
     Flag("--hard_label", parse_bool, True, "learn the most likely class; False: the softened probabilities"),
     Flag("--T", TEMPERATURE, 0.5, "temperature of soft labels"),
@@ -54,7 +57,8 @@ class DeFixMatch(Algorithm):
     def loss(self, net: torch.nn.Module, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss to descend (equation 3) and the numbers to log."""
         labeled, weak, strong, labeled_strong = joint_logits(net, batch)
-        supervised = torch.nn.functional.cross_entropy(labeled, batch.labels)
+        supervised = (torch.nn.functional.cross_entropy(labeled, batch.labels)
+                      + torch.nn.functional.cross_entropy(labeled_strong, batch.labels)) / 2
         unsupervised, mask, label = self.pseudo_label_loss(weak, strong)
         correction, _, _ = self.pseudo_label_loss(labeled, labeled_strong)  # as if their labels were unknown
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo  # noqa: F401 - here rather than in each child
 from sklearn.datasets import load_digits
 
 from DDAE.checkpoints import checkpoint_path, write_model
 from DDAE.configs import make_network, read_config
 from tests.ddae.tiny import call, write_config
+from tests.shared.clean import clean_process
 
 LINEAR = {"n_epoch": 2, "batch_size": 20, "lrate": 1.0e-2, "timestep": 4, "blockname": "out_2", "flip": False, "pad": 1}
 TRAIN, TEST = 50, 23    # neither is shared evenly by two processes or by whole batches
@@ -75,9 +74,7 @@ def _child(folder: Path, module: ModuleType, flags: tuple[str, ...], step: int) 
 
 def killed(folder: Path, module_name: str, *flags: str, at: int) -> None:
     """Run a script in a process of its own that saves after every step and is killed after step `at`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_named, args=(folder, module_name, flags, at))
+    process = clean_process(_named, folder, module_name, flags, at)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

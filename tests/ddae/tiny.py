@@ -1,7 +1,6 @@
 """A DDAE on the digits that trains in a second, and calls of the scripts as a user makes them."""
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo  # noqa: F401 - here rather than in each child
 import yaml
 from sklearn.datasets import load_digits
 
 from DDAE import sample, train, training
 from shared.checkpoint import read_checkpoint
+from tests.shared.clean import clean_process
 
 # Of 100 images, so that an epoch has 3 steps, the last one shorter.
 TINY = {
@@ -93,10 +92,7 @@ def _child(folder: Path, flags: tuple[str, ...], die_at: int, when: str) -> None
 
 def killed_training(folder: Path, *flags: str, at: int, when: str = "training_step") -> None:
     """Train in a process of its own, which is killed when it comes to step `at`, or to the call `when`."""
-    # Forked from a server and not from the tests, where earlier ones may have started threads of autograd.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_child, args=(folder, flags, at, when))
+    process = clean_process(_child, folder, flags, at, when)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

@@ -17,7 +17,7 @@ from MetaSemi import train_imagenet, train_meta_imagenet
 from MetaSemi.imagenet import im2rec, split_imagenet
 from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
-from tests.torchssl.tiny import clean_process
+from tests.shared.clean import clean_process
 
 SCRIPTS = {"meta": train_meta_imagenet, "baseline": train_imagenet}
 CLASSES = ("n01440764", "n01443537", "n01484850")

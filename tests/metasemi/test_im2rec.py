@@ -19,7 +19,7 @@ from shared.cli import UserError
 from shared.records import RecordFile
 from tests.metasemi.photographs import CLASSES, TRAIN, call, make_tree
 from tests.shared import programs
-from tests.torchssl.tiny import clean_process
+from tests.shared.clean import clean_process
 
 
 @pytest.fixture(scope="module")

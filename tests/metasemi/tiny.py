@@ -1,7 +1,6 @@
 """MetaSemi on the digits, small enough for a test: a run of a second, in a process that a test may kill."""
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -9,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401 - here rather than in each child
 
-import MetaSemi.training  # noqa: F401
 from MetaSemi import train_baseline, train_meta
 from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
+from tests.shared.clean import clean_process
 
 SCRIPTS = {"train_meta": train_meta, "train_baseline": train_baseline}
 TINY = ("--dataset=digits -a=small --num-label=20 --batch-size=8 --total-steps=12 --test-freq=4 --print-freq=2 "
@@ -50,10 +48,7 @@ def _child(folder: Path, script: str, extra: tuple[str, ...], sabotage: Callable
 def run(folder: Path, *extra: str, script: str = "train_meta", status: int = 0,
         sabotage: Callable[[], None] | None = None) -> None:
     """Run to the end in `folder` and check the exit status (-9: killed). sabotage: called before it begins."""
-    # Forked from a server where torch is imported and nothing has been computed: threads do not survive a fork.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_child, args=(folder, script, extra, sabotage))
+    process = clean_process(_child, folder, script, extra, sabotage)
     process.start()
     process.join(240)
     assert process.exitcode == status, (process.exitcode, (folder / "stderr.txt").read_text()[-2000:])

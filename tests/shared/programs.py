@@ -5,17 +5,23 @@ import io
 import os
 import pickletools
 import re
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from tests.shared.clean import script_process
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a file of tensors and plain values is made of.
@@ -29,29 +35,67 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def start(script: str | Path, *args: str | Path, cwd: Path | None = None, ranks: int = 1, restarts: int = 0,
-          torchrun: bool = True, before: Sequence[str | Path] = (), **extra: str) -> subprocess.Popen:
+          before: Sequence[str | Path] = (), **extra: str) -> subprocess.Popen:
     """Start a script of the project; with `ranks` > 1 under torchrun on this machine, which starts all of them again
-    `restarts` times, or under ranks.py. before: a command that starts what follows it."""
+    `restarts` times. before: a command that starts what follows it."""
     launcher = [*map(str, before), sys.executable]
-    if ranks > 1 and not torchrun:
-        launcher += [str(ROOT / "tests/shared/ranks.py"), str(ranks)]
-    elif ranks > 1:
+    if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                      f"--max-restarts={restarts}"]
     return subprocess.Popen([*launcher, str(ROOT / script), *map(str, args)], cwd=cwd or ROOT, text=True,
                             env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run(script: str | Path, *args: str | Path, status: int = 0, timeout: float = 300,
+def run(script: str | Path, *args: str | Path, status: int = 0, timeout: float = 300, fresh: bool = False,
         **how: Any) -> subprocess.CompletedProcess:
-    """Run a script to its end and check its exit status. how: see `start`; torchrun only where it has to restart."""
-    process = start(script, *args, **{"torchrun": "restarts" in how, **how})
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == status, f"exit status {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    """Run a script to its end and check its exit status. how: see `start`.
+
+    An interpreter is started where `fresh` says so or `restarts` or `before` needs it, with torchrun for several ranks;
+    otherwise each rank is a fork of a process that has imported torch. Like torchrun this ends all ranks when one
+    fails, and the status is then 1.
+    """
+    if fresh or "restarts" in how or "before" in how:
+        process = start(script, *args, **how)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        returned = process.returncode
+    else:
+        returned, out, err = _run_forked(ROOT / script, [*map(str, args)], timeout, **how)
+    assert returned == status, f"exit status {returned}\n{out[-3000:]}\n{err[-3000:]}"
+    return subprocess.CompletedProcess([script, *args], returned, out, err)
+
+
+def _run_forked(script: Path, args: list[str], timeout: float, cwd: Path | None = None, ranks: int = 1,
+                **extra: str) -> tuple[int, str, str]:
+    """Return the exit status, what was written to stdout and what to stderr."""
+    worlds: list[dict[str, str]] = [{}]
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks),
+                  "LOCAL_WORLD_SIZE": str(ranks)}
+        worlds = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "stdout"), Path(folder, "stderr")
+        processes = [script_process(script, args, cwd or ROOT, environment(**extra, **world), out, err)
+                     for world in worlds]
+        until = time.monotonic() + timeout
+        for process in processes:
+            process.start()
+        while any(process.exitcode is None for process in processes) and not any(
+                process.exitcode for process in processes) and time.monotonic() < until:
+            wait([process.sentinel for process in processes if process.exitcode is None], until - time.monotonic())
+        in_time = time.monotonic() < until
+        for process in processes:
+            process.kill()
+            process.join()
+        said, complained = out.read_text(), err.read_text()
+    assert in_time, f"not ended in {timeout} s\n{said[-3000:]}\n{complained[-3000:]}"
+    returned = [process.exitcode for process in processes]
+    return returned[0] if ranks == 1 else int(any(returned)), said, complained
 
 
 def one_line_error(result: subprocess.CompletedProcess) -> str:

@@ -40,7 +40,7 @@ def watched(folder: Path, calls: dict[str, list], times: int) -> dict[str, Any]:
     (folder / "calls.json").write_text(json.dumps(calls, default=str))
     (folder / "empty").mkdir()
     done = run("tests/shared/watched.py", folder / "calls.json", str(times), cwd=folder / "empty",
-               FEWLABEL_CACHE=str(folder / "cache"))
+               fresh=True, FEWLABEL_CACHE=str(folder / "cache"))
     assert not list((folder / "empty").iterdir())
     return json.loads(done.stdout.splitlines()[-1])
 

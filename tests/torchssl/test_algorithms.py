@@ -15,6 +15,7 @@ import torch
 from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
 from shared.distributed import World
+from tests.shared.clean import clean_process
 from tests.shared.programs import assert_same, run
 from tests.torchssl import tiny
 from TorchSSL.algorithm import frozen_batchnorm
@@ -52,7 +53,7 @@ def run_learner(name: str, folder: Path, extra: tuple[str, ...], sabotage: Calla
 
 def start_and_wait(name: str, folder: Path, *extra: str, sabotage: Callable[[], None] | None = None) -> int:
     """Run a learner's main in a process of its own; return its exit status."""
-    process = tiny.clean_process(run_learner, name, folder, extra, sabotage)
+    process = clean_process(run_learner, name, folder, extra, sabotage)
     process.start()
     process.join(120)
     return process.exitcode
@@ -301,6 +302,32 @@ def test_sequencematch_loss() -> None:
     torch.testing.assert_close(found["train/divergence_loss"].double(), unsure / 12, rtol=1e-6, atol=1e-6)
     supervised = torch.nn.functional.cross_entropy(batch.labeled.double(), batch.labels)
     torch.testing.assert_close(total.double(), supervised + confident / 12 + 0.7 * unsure / 12, rtol=1e-6, atol=1e-6)
+
+
+def test_defixmatch_loss() -> None:
+    """Against its definition in float64, image by image; and it cannot be lowered by spoiling strong labelled views."""
+    from TorchSSL.defixmatch import DeFixMatch, parse
+
+    generator = torch.Generator().manual_seed(0)
+    labeled, labeled_strong = (4 * torch.randn(8, 5, generator=generator) for _ in range(2))
+    weak, strong = (4 * torch.randn(12, 5, generator=generator) for _ in range(2))
+    labels = labeled.argmax(1)
+    learner = DeFixMatch(parse(["--p_cutoff=0.8"]), Setting(5, 12, (0.2,) * 5, World()))
+
+    def loss(strong_view: torch.Tensor) -> torch.Tensor:
+        batch = Batch(labeled, labels, (weak, strong), truth=torch.full((12,), -1), labeled_views=(strong_view,))
+        return learner.loss(torch.nn.Identity(), batch, 0)[0]
+
+    def fixmatch(w: torch.Tensor, s: torch.Tensor) -> float:
+        kept = [(p, row) for p, row in zip(w.double().softmax(1), s.double(), strict=True) if p.max() >= 0.8]
+        assert 0 < len(kept) < len(w)
+        return -sum(float(row.log_softmax(0)[p.argmax()]) for p, row in kept) / len(w)
+
+    supervised = sum(torch.nn.functional.cross_entropy(view.double(), labels) for view in (labeled, labeled_strong)) / 2
+    expected = supervised + 0.5 * (fixmatch(weak, strong) - fixmatch(labeled, labeled_strong))
+    torch.testing.assert_close(loss(labeled_strong).double(), expected, rtol=1e-6, atol=1e-6)
+    wrong = 1e4 * torch.nn.functional.one_hot((labels + 1) % 5, 5).float()
+    assert loss(wrong) > loss(10 * torch.nn.functional.one_hot(labels, 5).float()) - 1e-4
 
 
 def test_medium_view_is_one_operation_without_cutout(tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sklearn.metrics  # noqa: F401 - here rather than in each child
 import torch
-import torch._dynamo  # noqa: F401
 
 from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
+from tests.shared.clean import clean_process
 from TorchSSL import freematch
 
 TINY = ("--dataset=digits --num_labels=20 --batch_size=4 --uratio=2 --num_train_iter=12 --num_eval_iter=4 "
@@ -45,17 +44,6 @@ def _child(folder: Path, extra: tuple[str, ...], sabotage: Callable[[], None] | 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         os._exit(2)
-
-
-def clean_process(target: Callable, *args: Any) -> multiprocessing.Process:
-    """Return a process in which torch is imported and nothing has been computed yet, ready to start.
-
-    Forked from a server and not from the tests, where earlier ones may have started threads of autograd, which do not
-    survive a fork. The arguments travel as pickles.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context.Process(target=target, args=args)
 
 
 def start(folder: Path, *extra: str, sabotage: Callable[[], None] | None = None) -> multiprocessing.Process:
