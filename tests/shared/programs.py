@@ -83,15 +83,18 @@ def _run_forked(script: Path, args: list[str], timeout: float, cwd: Path | None 
         processes = [script_process(script, args, cwd or ROOT, environment(**extra, **world), out, err)
                      for world in worlds]
         until = time.monotonic() + timeout
-        for process in processes:
-            process.start()
-        while any(process.exitcode is None for process in processes) and not any(
-                process.exitcode for process in processes) and time.monotonic() < until:
-            wait([process.sentinel for process in processes if process.exitcode is None], until - time.monotonic())
-        in_time = time.monotonic() < until
-        for process in processes:
-            process.kill()
-            process.join()
+        try:
+            for process in processes:
+                process.start()
+            while any(process.exitcode is None for process in processes) and not any(
+                    process.exitcode for process in processes) and time.monotonic() < until:
+                wait([process.sentinel for process in processes if process.exitcode is None], until - time.monotonic())
+        finally:
+            in_time = time.monotonic() < until
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
         said, complained = out.read_text(), err.read_text()
     assert in_time, f"not ended in {timeout} s\n{said[-3000:]}\n{complained[-3000:]}"
     returned = [process.exitcode for process in processes]
