@@ -4,6 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
+# Before torch is loaded, for these processes and those that they start. The tests are small: one thread is faster than
+# several, and the sums are the same on every machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -12,9 +12,6 @@ fi
 arguments=("$@")
 source shared/env.sh --extra test || exit $?
 
-# The tests are small: one thread is faster than several, and the sums are the same on every machine.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-
 status=0
 ruff check . || status=$?
 python -m pytest -q -n logical --dist loadfile "${selection[@]}" "${arguments[@]}" || status=$?

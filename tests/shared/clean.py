@@ -5,6 +5,7 @@ survive a fork. What is imported here is imported once, by the server.
 """
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -42,4 +43,7 @@ def _be_script(script: Path, args: list[str], cwd: Path, environment: dict[str, 
     multiprocessing.set_start_method(None, force=True)  # forkserver is the test's choice, not the script's
     sys.argv = [str(script), *args]
     sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:  # as an interpreter ends; multiprocessing leaves it out, and the TensorBoard writer complains of its queue
+        atexit._run_exitfuncs()
