@@ -294,11 +294,11 @@ def estimate(jobs: Sequence[Job], cache: Path, data_dir: Path, environment: Mapp
     as the GPU that it has; kept in the file `cache`."""
     known = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
     seconds = {}
-    for job in jobs:
+    for number, job in enumerate(jobs, 1):
         identity = Task(job, 0, Path("{out}"), data_dir).identity()
         key = hashlib.sha256(json.dumps([machine(), dict(environment), identity]).encode()).hexdigest()
         if key not in known:
-            print(f"{job.name}: timing a few steps", flush=True)
+            print(f"{job.name}: timing a few steps ({number} of {len(jobs)})", flush=True)
             try:
                 known[key] = extrapolate(job, environment)
             except UserError as error:

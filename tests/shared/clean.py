@@ -24,7 +24,14 @@ def clean_process(target: Callable, *args: Any) -> multiprocessing.Process:
     """Return a process ready to start. The arguments travel as pickles."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return context.Process(target=target, args=args)
+    return context.Process(target=_to_the_end, args=(target, *args))
+
+
+def _to_the_end(target: Callable, *args: Any) -> None:
+    try:
+        target(*args)
+    finally:  # as an interpreter ends; multiprocessing leaves it out, and TensorBoard's writer complains of its queue
+        atexit._run_exitfuncs()
 
 
 def script_process(script: Path, args: list[str], cwd: Path, environment: dict[str, str], out: Path,
@@ -43,7 +50,4 @@ def _be_script(script: Path, args: list[str], cwd: Path, environment: dict[str, 
     multiprocessing.set_start_method(None, force=True)  # forkserver is the test's choice, not the script's
     sys.argv = [str(script), *args]
     sys.path.insert(0, str(script.parent))
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    finally:  # as an interpreter ends; multiprocessing leaves it out, and the TensorBoard writer complains of its queue
-        atexit._run_exitfuncs()
+    runpy.run_path(str(script), run_name="__main__")
