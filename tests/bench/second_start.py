@@ -87,9 +87,7 @@ def main() -> None:
             "train.py, CIFAR-10, published network": (train, [f"--data={folder}/cifar10.zip", *edm], "--outdir="),
         }
         # A second start finds the byte code of the first, also where the calling shell forbids to write any.
-        environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        seconds_of_import(environment)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         slow = False
         for number, (title, (script, arguments, flag)) in enumerate(cases.items()):
             environment["FEWLABEL_CACHE"] = str(folder / f"cache{number}")

@@ -25,7 +25,7 @@ from shared.cli import UserError
 from shared.images import read_images
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 NETWORK = dict(img_resolution=8, img_channels=3, label_dim=3, model_type="SongUNet", model_channels=16,
                channel_mult=[1, 1], num_blocks=1, attn_resolutions=[4])
 

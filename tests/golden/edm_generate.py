@@ -100,7 +100,7 @@ def test_generate_sh(tmp_path: Path) -> None:
     snapshot_of(network, tmp_path / model)
     script = Path(EDM.__file__).parent / "generate.sh"
     done = subprocess.run(["bash", str(script), num, save_dir, model, processes, "--device=cpu"], cwd=tmp_path,
-                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+                          env={**os.environ, "PYTHON": sys.executable},
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert all(run["nproc_per_node"] == int(processes) for run in runs) and f"{processes} process(es)" in done.stdout

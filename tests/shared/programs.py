@@ -30,8 +30,8 @@ PLAIN_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", *(f
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return the environment of a program under test: the project importable, one thread, no accelerator."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+    """Return the environment of a program under test: the project importable, no accelerator."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
 def start(script: str | Path, *args: str | Path, cwd: Path | None = None, ranks: int = 1, restarts: int = 0,
