@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.aggregate import deviation, difference, known, mean
 from shared.cli import Parser, UserError, run_main
+from shared.report.aggregate import deviation, difference, known, mean
 
 GROUPS = ("many", "medium", "few")
 
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from shared.files import atomic, make_dir
+    from shared.training.files import atomic, make_dir
 
     out = make_dir(options.out)
     if options.seed_report:
@@ -153,7 +153,7 @@ def seeds_text(content: dict[str, Any]) -> str:
 
 def draw(content: dict[str, Any], path: Path) -> None:
     """Draw the accuracy of every class, in the order of the classes, as PNG."""
-    from shared.plots import dots
+    from shared.report.plots import dots
 
     names = list(content["by_class"])[:3]
     rows = {f"{label} ({content['labelled'][c]})": [(100 * content["by_class"][name][c], None) for name in names]

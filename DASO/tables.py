@@ -5,7 +5,7 @@
     python -m DASO.tables digits --jobs 2                  # all learners on the long-tailed digits, rare classes apart
     python -m DASO.tables cifar10-lt --scale tiny          # those of the table on the digits, in minutes
 
-How they are run, aggregated and written: shared/tables.py. Printed numbers are from memory of the paper.
+How they are run, aggregated and written: shared/report/tables.py. Printed numbers are from memory of the paper.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shared.tables import Cell, Job, Printed, Stage, Table, serve
+from shared.report.tables import Cell, Job, Printed, Stage, Table, serve
 
 HERE = Path(__file__).resolve().parent
 # Accuracies of result.json by protocol; the published tables report the median of the last 20 evaluations.

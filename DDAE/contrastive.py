@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from DDAE.encoder import Encoder, encoder_parser, load_encoder, load_split
+from DDAE.ddae.encoder import Encoder, encoder_parser, load_encoder, load_split
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
 
 if TYPE_CHECKING:
-    from DDAE.configs import Config
+    from DDAE.ddae.config import Config
+    from shared.data.images import ImageSet
     from shared.distributed import World
-    from shared.images import ImageSet
 
 torch = lazy("torch")
 
@@ -50,10 +50,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from DDAE.configs import read_config
+    from DDAE.ddae.config import read_config
     from shared import distributed
-    from shared.files import make_dir
-    from shared.hardware import computed_on
+    from shared.training.files import make_dir
+    from shared.training.hardware import computed_on
 
     config = read_config(options.config, options.set)
     epochs = checkpoints(config, options)
@@ -83,7 +83,7 @@ def main() -> None:
 
 def checkpoints(config: Config, options: argparse.Namespace) -> list[int]:
     """Return the epochs to measure. UserError where one that was named, or all of the interval, are missing."""
-    from DDAE.checkpoints import find_checkpoint, saved_epochs
+    from DDAE.ddae.checkpoints import find_checkpoint, saved_epochs
 
     if options.chosen is not None:
         return [find_checkpoint(config, epoch)[1] for epoch in options.chosen]
@@ -104,11 +104,11 @@ def measure(encoder: Encoder, images: ImageSet, level: int, size: int, seed: int
 
     Batches of `size` are dealt to the ranks whole, so the numbers do not depend on how many ranks there are.
     """
-    from DDAE.batches import TestItems
-    from DDAE.metrics import alignment, uniformity
+    from DDAE.ddae.batches import TestItems
+    from DDAE.ddae.metrics import alignment, uniformity
     from shared import distributed
     from shared.distributed import World
-    from shared.progress import progress
+    from shared.training.progress import progress
 
     names = list(encoder.widths)
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
@@ -142,7 +142,7 @@ def read_results(out: Path) -> dict[str, Any]:
 
 
 def write_results(out: Path, done: dict[str, Any], machine: dict[str, Any]) -> None:
-    from shared.files import atomic
+    from shared.training.files import atomic
 
     with atomic(out / "result.json", "w") as file:
         json.dump({"epochs": done, **machine}, file, indent=1)
@@ -150,8 +150,8 @@ def write_results(out: Path, done: dict[str, Any], machine: dict[str, Any]) -> N
 
 def report(config: Config, results: dict[int, dict[str, Any]], out: Path, size: int) -> None:
     """Print the lists over checkpoints block by block, and draw them."""
-    from DDAE.heads import formatted
-    from shared.plots import curves
+    from DDAE.ddae.heads import formatted
+    from shared.report.plots import curves
 
     epochs, panels = list(results), {}
     print(f"checkpoints {epochs}, batches of {size}")

@@ -27,10 +27,10 @@ def main() -> None:
     args = parse()
     import numpy as np
 
-    from shared.datasets import load_dataset
-    from shared.files import make_dir
-    from shared.pngs import PngWriter
-    from shared.progress import progress
+    from shared.data.datasets import load_dataset
+    from shared.data.pngs import PngWriter
+    from shared.training.files import make_dir
+    from shared.training.progress import progress
 
     images = load_dataset("cifar10", "train", args.data_dir, download=args.download)
     counts = np.bincount(images.labels, minlength=10)

@@ -11,14 +11,14 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from DDAE.options import ddae_parser
+from DDAE.ddae.options import ddae_parser
 from DDAE.sample import add_sampler_flags, check, make_sampler
 from shared.cli import UserError, run_main
 
 if TYPE_CHECKING:
     import torch
 
-    from DDAE.sampling import ImageSampler
+    from DDAE.ddae.sampling import ImageSampler
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,7 +51,7 @@ class SampledImages:
         """Yield (uint8 [n, channels, H, W], int64 labels [n], all -1) of lists of numbers."""
         import torch
 
-        from DDAE.pictures import to_uint8
+        from DDAE.ddae.pictures import to_uint8
 
         for part in parts:
             if not part:
@@ -63,15 +63,15 @@ class SampledImages:
 
 def main() -> None:
     args = parse()
-    from DDAE.configs import read_config
+    from DDAE.ddae.config import read_config
 
     config = read_config(args.config, args.set)
 
-    from EDM.detectors import load_detector
-    from EDM.extraction import extract
-    from EDM.reference import read_reference
+    from EDM.metrics.detectors import load_detector
+    from EDM.metrics.extraction import extract
+    from EDM.metrics.frechet import frechet_distance
+    from EDM.metrics.reference import read_reference
     from shared import distributed
-    from shared.frechet import frechet_distance
 
     world = distributed.start(args.device)
     sampler, epoch, settings = make_sampler(config, args, world)
@@ -92,7 +92,7 @@ def main() -> None:
         import json
         from pathlib import Path
 
-        from shared.files import atomic, make_dir
+        from shared.training.files import atomic, make_dir
 
         make_dir(Path(args.json_file).absolute().parent)
         with atomic(args.json_file, "w") as file:

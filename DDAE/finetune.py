@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from DDAE.encoder import Encoder, encoder_parser, load_encoder, load_split
+from DDAE.ddae.encoder import Encoder, encoder_parser, load_encoder, load_split
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
-from shared.precision import autocast
+from shared.training.precision import autocast
 
 if TYPE_CHECKING:
-    from DDAE.batches import Batch, TestItems, TrainBatches
-    from DDAE.classifier import Classifier
-    from shared.run import Run
+    from DDAE.ddae.batches import Batch, TestItems, TrainBatches
+    from DDAE.ddae.classifier import Classifier
+    from shared.training.run import Run
 
 np, torch = lazy("numpy"), lazy("torch")
 
@@ -59,8 +59,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from DDAE.batches import TestItems, TrainBatches
-    from DDAE.classifier import Classifier
+    from DDAE.ddae.batches import TestItems, TrainBatches
+    from DDAE.ddae.classifier import Classifier
     from shared import distributed
 
     world = distributed.start(options.device)
@@ -80,8 +80,8 @@ def main() -> None:
 def fit(net: Classifier, encoder: Encoder, batches: TrainBatches, test: TestItems, options: argparse.Namespace) -> None:
     """Train and test, and leave result.json, curve.png and the weights in the output folder."""
     from shared import distributed
-    from shared.dropout import set_dropout_keys
-    from shared.run import Run
+    from shared.training.dropout import set_dropout_keys
+    from shared.training.run import Run
 
     world, per_epoch, seed = batches.world, batches.per_epoch, options.seed
     optimizer = make_optimizer(net, batches.size, options)
@@ -142,7 +142,7 @@ def schedule(epoch: float, warm_epoch: float, epochs: int) -> float:
 def augmented(batch: Batch, batches: TrainBatches, classes: int, step: int, options: argparse.Namespace
               ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the images [n, C, H, W] in [0, 1] and their targets: int64 [n], or float32 [n, classes] with mixup."""
-    from shared.randomness import numpy_rng
+    from shared.training.randomness import numpy_rng
 
     images = randaugment(batch, step, options) if options.randaugment else batch.images
     if not options.mixup:
@@ -158,8 +158,8 @@ def augmented(batch: Batch, batches: TrainBatches, classes: int, step: int, opti
 
 def randaugment(batch: Batch, step: int, options: argparse.Namespace) -> torch.Tensor:
     """Return the images after two operations of RandAugment and a cutout, which follow from step and place."""
-    from shared.augment import draw_strong, strong
-    from shared.randomness import numpy_rng
+    from shared.augment.views import draw_strong, strong
+    from shared.training.randomness import numpy_rng
 
     rng = numpy_rng(options.seed, step, "randaugment")
     draws = draw_strong(batch.count, rng, tuple(batch.images.shape[2:]), 2)[batch.part]
@@ -183,9 +183,9 @@ def test_accuracy(net: Classifier, items: TestItems, encoder: Encoder) -> float:
 
 def report(run: Run, encoder: Encoder) -> None:
     """Print the last accuracy, which is the result; write result.json and curve.png."""
-    from shared.files import atomic
-    from shared.hardware import computed_on
-    from shared.plots import curves
+    from shared.report.plots import curves
+    from shared.training.files import atomic
+    from shared.training.hardware import computed_on
 
     tests: list[Any] = run.state["tests"]
     run.print(f"Test acc: {tests[-1][1]:.2f}")

@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from DDAE.encoder import ENCODERS, Encoder, encoder_parser, load_encoder, load_split
+from DDAE.ddae.encoder import ENCODERS, Encoder, encoder_parser, load_encoder, load_split
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
 
 if TYPE_CHECKING:
-    from DDAE.batches import TestItems, TrainBatches
-    from shared.run import Run
+    from DDAE.ddae.batches import TestItems, TrainBatches
+    from shared.training.run import Run
 
 torch = lazy("torch")
 
@@ -55,11 +55,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from DDAE.batches import TestItems, TrainBatches
-    from DDAE.heads import LinearHeads
-    from DDAE.probing import test_heads, train_heads
+    from DDAE.ddae.batches import TestItems, TrainBatches
+    from DDAE.ddae.heads import LinearHeads
+    from DDAE.ddae.probe import test_heads, train_heads
     from shared import distributed
-    from shared.run import Run
+    from shared.training.run import Run
 
     world = distributed.start(options.device)
     encoder = load_encoder(options, world.device)
@@ -75,7 +75,7 @@ def main() -> None:
     batches = TrainBatches(train, size, world, seed, probe.flip, probe.pad)
     items = TestItems(test, probe.batch_size, world, seed)
     if options.copies:
-        from DDAE.feature_files import FeatureFiles
+        from DDAE.ddae.features import FeatureFiles
 
         files = FeatureFiles(encoder, options, world)
         examples = files.examples(batches, levels, names)
@@ -103,7 +103,7 @@ def main() -> None:
 
 def chosen(options: argparse.Namespace, encoder: Encoder) -> tuple[list[int], list[str]]:
     """Return the levels and blocks to probe; UserError for ones that there are not."""
-    from DDAE.diffusion import GRID_LEVELS
+    from DDAE.ddae.diffusion import GRID_LEVELS
 
     kind, probe = encoder.diffusion.kind, encoder.probe
     levels = options.levels or (list(GRID_LEVELS[kind]) if options.grid else [probe.timestep])
@@ -131,7 +131,7 @@ class FreshExamples:
 def test_features(encoder: Encoder, items: TestItems, levels: Sequence[int], names: Sequence[str], draws: int
                   ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Yield (key -> [draws, n, width], labels [n]) for this rank's test images; noise depends on image and draw."""
-    from shared.progress import progress
+    from shared.training.progress import progress
 
     for batch in progress(items, "test", len(items.starts), "batches", shown=items.world.main):
         found: dict[str, list[torch.Tensor]] = {}
@@ -146,7 +146,7 @@ def test_features(encoder: Encoder, items: TestItems, levels: Sequence[int], nam
 def report(run: Run, encoder: Encoder, accuracies: dict[str, float], levels: Sequence[int], names: Sequence[str],
            options: argparse.Namespace) -> None:
     """Print the accuracies; write result.json and the heads, for several also table.csv, table.md and two pictures."""
-    from DDAE.probing import write_result
+    from DDAE.ddae.probe import write_result
 
     for key, accuracy in accuracies.items():
         run.print(f"[key {key}]: Test acc: {100 * accuracy:.2f}")
@@ -169,8 +169,8 @@ def write_grid(out: Path, encoder: Encoder, accuracies: dict[str, float], levels
 
     import numpy as np
 
-    from shared.files import atomic
-    from shared.plots import curves, heat_map
+    from shared.report.plots import curves, heat_map
+    from shared.training.files import atomic
 
     table = [[100 * accuracies[f"{level}/{name}"] for name in names] for level in levels]
     with atomic(out / "table.csv", "w") as file:

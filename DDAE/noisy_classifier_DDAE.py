@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from DDAE.encoder import Encoder, encoder_parser, load_encoder, load_split
+from DDAE.ddae.encoder import Encoder, encoder_parser, load_encoder, load_split
 from shared.cli import run_main
 from shared.lazy import lazy
 
 if TYPE_CHECKING:
-    from DDAE.batches import TrainBatches
-    from DDAE.heads import NoiseHead
-    from shared.run import Run
+    from DDAE.ddae.batches import TrainBatches
+    from DDAE.ddae.heads import NoiseHead
+    from shared.training.run import Run
 
 torch = lazy("torch")
 
@@ -36,9 +36,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from DDAE.batches import TestItems, TrainBatches
-    from DDAE.evaluation import accuracy_by_level, read_curve, report_by_level
-    from DDAE.heads import NoiseHead
+    from DDAE.ddae.batches import TestItems, TrainBatches
+    from DDAE.ddae.heads import NoiseHead
+    from DDAE.ddae.noise_classifier import accuracy_by_level, read_curve, report_by_level
     from shared import distributed
 
     for path in options.compare:
@@ -67,10 +67,10 @@ def main() -> None:
 
 def fit(head: NoiseHead, encoder: Encoder, block: str, batches: TrainBatches, options: argparse.Namespace) -> Run:
     """Train the head on features of images at random noise levels: Adam, a cosine step per epoch."""
-    from DDAE.heads import cosine_rate
+    from DDAE.ddae.heads import cosine_rate
     from shared import distributed
-    from shared.randomness import numpy_rng
-    from shared.run import Run
+    from shared.training.randomness import numpy_rng
+    from shared.training.run import Run
 
     world, seed, probe = batches.world, options.seed, encoder.probe
     lr, highest = probe.lrate * (options.gpus or world.size), encoder.diffusion.levels()[-1]

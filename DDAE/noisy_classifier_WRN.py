@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from DDAE.options import choose_precision, ddae_parser
+from DDAE.ddae.options import choose_precision, ddae_parser
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
-from shared.precision import autocast, set_arithmetic
+from shared.training.precision import autocast, set_arithmetic
 
 if TYPE_CHECKING:
-    from DDAE.batches import TrainBatches
-    from DDAE.diffusion import DDPM, EDM
-    from DDAE.wideresnet import WideResNet
-    from shared.run import Run
+    from DDAE.ddae.batches import TrainBatches
+    from DDAE.ddae.diffusion import DDPM, EDM
+    from DDAE.ddae.wideresnet import WideResNet
+    from shared.training.run import Run
 
 torch = lazy("torch")
 
@@ -58,13 +58,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from DDAE.batches import TestItems, TrainBatches
-    from DDAE.data import load_images
-    from DDAE.diffusion import DDPM, EDM
-    from DDAE.evaluation import accuracy_by_level, read_curve, report_by_level
-    from DDAE.perturbation import test_view
+    from DDAE.ddae.batches import TestItems, TrainBatches
+    from DDAE.ddae.data import load_images
+    from DDAE.ddae.diffusion import DDPM, EDM
+    from DDAE.ddae.noise_classifier import accuracy_by_level, read_curve, report_by_level
+    from DDAE.ddae.perturbation import test_view
     from shared import distributed
-    from shared.allocator import keep_freed_memory
+    from shared.cpu.allocator import keep_freed_memory
 
     for path in options.compare:
         read_curve(path)
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def make_network(options: argparse.Namespace, channels: int, classes: int) -> WideResNet:
-    from DDAE.wideresnet import WideResNet
+    from DDAE.ddae.wideresnet import WideResNet
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -108,11 +108,11 @@ def make_network(options: argparse.Namespace, channels: int, classes: int) -> Wi
 def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision: str, options: argparse.Namespace
         ) -> Run:
     """Train, each image at a noise level of its own: SGD, linear warm-up, cosine."""
-    from DDAE.perturbation import training_view
-    from DDAE.wideresnet import learning_rate
+    from DDAE.ddae.perturbation import training_view
+    from DDAE.ddae.wideresnet import learning_rate
     from shared import distributed
-    from shared.randomness import torch_rng
-    from shared.run import Run
+    from shared.training.randomness import torch_rng
+    from shared.training.run import Run
 
     world, seed = batches.world, options.seed
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=options.lr, momentum=MOMENTUM,

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from DDAE.options import choose_precision, ddae_parser
+from DDAE.ddae.options import choose_precision, ddae_parser
 from shared.cli import Parser, UserError, run_main
-from shared.precision import set_arithmetic
+from shared.training.precision import set_arithmetic
 
 if TYPE_CHECKING:
-    from DDAE.configs import Config
-    from DDAE.sampling import ImageSampler
+    from DDAE.ddae.config import Config
+    from DDAE.ddae.sampling import ImageSampler
     from shared.distributed import World
 
 
@@ -63,7 +63,7 @@ def check(args: argparse.Namespace, *counts: str) -> None:
 
 def main() -> None:
     args = parse()
-    from DDAE.configs import read_config
+    from DDAE.ddae.config import read_config
 
     config = read_config(args.config, args.set)
 
@@ -76,9 +76,9 @@ def main() -> None:
 
 def make_sampler(config: Config, args: argparse.Namespace, world: World) -> tuple[ImageSampler, int, dict[str, Any]]:
     """Return the sampler of checked flags, the epoch, and all that the images depend on."""
-    from DDAE.checkpoints import find_checkpoint, load_model
-    from DDAE.sample_folder import digest
-    from DDAE.sampling import ImageSampler
+    from DDAE.ddae.checkpoints import find_checkpoint, load_model
+    from DDAE.ddae.sample_folder import digest
+    from DDAE.ddae.sampling import ImageSampler
     from shared.distributed import on_main
 
     options: dict[str, Any] = {"clip": not args.no_clip}
@@ -109,12 +109,12 @@ def make_sampler(config: Config, args: argparse.Namespace, world: World) -> tupl
 
 def generate(config: Config, args: argparse.Namespace, world: World) -> None:
     """Make the images of checked flags, on all processes of the world, each writing its own."""
-    from DDAE import sample_folder as files
-    from DDAE.pictures import to_uint8
+    from DDAE.ddae import sample_folder as files
+    from DDAE.ddae.pictures import to_uint8
     from shared import distributed
-    from shared.pngs import PngWriter
-    from shared.progress import Progress
-    from shared.seeds import split_batches
+    from shared.data.pngs import PngWriter
+    from shared.training.progress import Progress
+    from shared.training.seeds import split_batches
 
     sampler, epoch, settings = make_sampler(config, args, world)
     folder = Path(config.save_dir) / files.folder_name(epoch, config.model_type, args.mode, settings["steps"], args.eta)

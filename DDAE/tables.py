@@ -6,7 +6,7 @@
     python -m DDAE.tables dit                             # linear probe of DiT-XL/2
 
 Each row is one chain of commands: pre-train, sample, probe and so on. How they are run, aggregated and written:
-shared/tables.py.
+shared/report/tables.py.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from shared.tables import Cell, Job, Printed, Stage, Table, Values, serve
+from shared.report.tables import Cell, Job, Printed, Stage, Table, Values, serve
 
 HERE = Path(__file__).resolve().parent
 LAST, BEST = "last", "best on test"

@@ -11,12 +11,12 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from DDAE.options import choose_precision, ddae_parser
+from DDAE.ddae.options import choose_precision, ddae_parser
 from shared.cli import UserError, run_main
-from shared.precision import set_arithmetic
+from shared.training.precision import set_arithmetic
 
 if TYPE_CHECKING:
-    from DDAE.configs import Config
+    from DDAE.ddae.config import Config
     from shared.distributed import World
 
 
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    from DDAE.configs import read_config
+    from DDAE.ddae.config import read_config
 
     config = read_config(args.config, args.set)
 
@@ -59,12 +59,12 @@ def start(config: Config, args: argparse.Namespace, world: World) -> None:
     """Prepare data and network of checked flags, and train."""
     import torch
 
-    from DDAE.batches import TrainBatches
-    from DDAE.configs import make_diffusion, make_network
-    from DDAE.data import check_fits, load_images
-    from DDAE.training import Settings, describe, train
+    from DDAE.ddae.batches import TrainBatches
+    from DDAE.ddae.config import make_diffusion, make_network
+    from DDAE.ddae.data import check_fits, load_images
+    from DDAE.ddae.training import Settings, describe, train
     from shared.distributed import on_main
-    from shared.files import lock
+    from shared.training.files import lock
 
     gpus = args.gpus or world.size
     precision = choose_precision(args, world.device)

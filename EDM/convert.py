@@ -23,8 +23,8 @@ def main(src: str, dest: str, overwrite: bool) -> None:
         raise UserError(f"DEST: expected a name ending in .safetensors or .pkl, got {dest}")
     if Path(dest).exists() and not overwrite:
         raise UserError(f"{dest} exists already; choose another name or add --overwrite")
-    from EDM.snapshots import read_snapshot, write_snapshot
-    from shared.files import make_dir
+    from EDM.training.snapshots import read_snapshot, write_snapshot
+    from shared.training.files import make_dir
 
     snapshot = read_snapshot(src)
     net = snapshot.build()  # proves that the copy will load

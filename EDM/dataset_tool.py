@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from shared import dataset_tool
+from EDM import dataset_tool_cli as dataset_tool
 from shared.cli import run_main
 
 HELP = dataset_tool.main.help + """
@@ -30,8 +30,8 @@ HELP = dataset_tool.main.help + """
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of the flips.  [default: 0]")
 def main(noise_type: str | None, noise_rate: float | None, transition: str | None, dataset: str | None,
          seed: int | None, **given: Any) -> None:
-    from EDM.label_noise import plan_noise
-    from shared.convert import convert
+    from EDM.convert_dataset import convert
+    from EDM.tdsm.noise import plan_noise
 
     convert(**given, relabel=plan_noise(noise_type, noise_rate, transition, dataset, seed, given["source"],
                                         given["dest"]))

@@ -25,9 +25,9 @@ from shared.cli import UserError, nearest, run_main
 if TYPE_CHECKING:
     import numpy as np
 
-    from EDM.detectors import Detector
+    from EDM.metrics.detectors import Detector
+    from shared.data.images import ImageSet
     from shared.distributed import World
-    from shared.images import ImageSet
 
 METRICS = {
     "accuracy": "share of the images that show the class they should, by the judge",
@@ -100,8 +100,8 @@ def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
     outdir = Path(flags.outdir)
 
     from shared.distributed import start
-    from shared.files import atomic, make_dir
-    from shared.hardware import computed_on
+    from shared.training.files import atomic, make_dir
+    from shared.training.hardware import computed_on
 
     world = start(flags.device)
     settle(flags, train)
@@ -142,9 +142,9 @@ def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
 
 def real_images(flags: SimpleNamespace) -> tuple[ImageSet, ImageSet]:
     """Return the real training and test images, all labelled; UserError where there are none or they do not fit."""
-    from EDM.label_noise import with_clean_labels
-    from shared.datasets import NAMES, load_dataset
-    from shared.images import read_images, shape_text, with_classes
+    from EDM.tdsm.noise import with_clean_labels
+    from shared.data.datasets import NAMES, load_dataset
+    from shared.data.images import read_images, shape_text, with_classes
 
     if flags.test is None and flags.data not in NAMES:
         raise UserError(f"--test: name real test images with labels; --data={flags.data} is no named data set with a "
@@ -164,7 +164,7 @@ def real_images(flags: SimpleNamespace) -> tuple[ImageSet, ImageSet]:
 
 def generated_images(flags: SimpleNamespace, train: ImageSet, outdir: Path) -> ImageSet:
     """Return the generated images with their classes, made first if --network says so."""
-    from shared.images import read_images, shape_text
+    from shared.data.images import read_images, shape_text
 
     path = flags.images
     if flags.network is not None:
@@ -186,7 +186,7 @@ def generated_images(flags: SimpleNamespace, train: ImageSet, outdir: Path) -> I
 
 def settle(flags: SimpleNamespace, train: ImageSet) -> None:
     """Set the defaults that depend on the images."""
-    from EDM.image_classifier import RECIPES, default_network
+    from EDM.metrics.judge import RECIPES, default_network
 
     flags.classifier = flags.classifier or default_network(train)
     flags.classifier_steps = flags.classifier_steps or RECIPES[flags.classifier].steps
@@ -217,7 +217,7 @@ def needs_judge(flags: SimpleNamespace) -> bool:
 
 
 def trained(flags: SimpleNamespace, folder: Path, images: ImageSet, world: World, desc: str) -> Any:
-    from EDM.image_classifier import train_classifier
+    from EDM.metrics.judge import train_classifier
 
     return train_classifier(folder, flags.classifier, images, world, seed=flags.seed, steps=flags.classifier_steps,
                             flip=flags.flip, weights=flags.weights, restart=flags.overwrite, desc=desc)
@@ -225,7 +225,7 @@ def trained(flags: SimpleNamespace, folder: Path, images: ImageSet, world: World
 
 def accuracies(name: str, net: Any, images: ImageSet, world: World) -> tuple[dict[str, Any], list[list[int]]]:
     """Return {name: accuracy, name_by_class: ...} of the network on labelled images, and the confusion matrix."""
-    from EDM.image_classifier import confusion, predict
+    from EDM.metrics.judge import confusion, predict
 
     counts = confusion(images.labels, predict(net, images, world.device), images.num_classes)
     each = [int(row[label]) / max(1, int(row.sum())) for label, row in enumerate(counts)]
@@ -233,8 +233,8 @@ def accuracies(name: str, net: Any, images: ImageSet, world: World) -> tuple[dic
 
 
 def detector_of(flags: SimpleNamespace, judge: Any, folder: Path, train: ImageSet, world: World) -> Detector:
-    from EDM.detectors import load_detector
-    from EDM.image_classifier import as_detector
+    from EDM.metrics.detectors import load_detector
+    from EDM.metrics.judge import as_detector
 
     if flags.detector == "judge":
         return as_detector(judge, flags.classifier, train, folder, world.device)
@@ -244,11 +244,11 @@ def detector_of(flags: SimpleNamespace, judge: Any, folder: Path, train: ImageSe
 def feature_metrics(flags: SimpleNamespace, detector: Detector, generated: ImageSet, train: ImageSet,
                     world: World) -> dict[str, Any]:
     """Return the Fréchet distance and the manifold metrics of all images, their means over classes and each class."""
-    from EDM.extraction import extract
     from EDM.fid import distance_name, full_precision
-    from EDM.image_classifier import SetImages
-    from EDM.metrics import classwise_frechet_distance, manifold_metrics
-    from shared.frechet import frechet_distance
+    from EDM.metrics.extraction import extract
+    from EDM.metrics.frechet import frechet_distance
+    from EDM.metrics.judge import SetImages
+    from EDM.metrics.metrics import classwise_frechet_distance, manifold_metrics
 
     full_precision()
     ours, real = (extract(SetImages(images, detector.channels), detector, flags.batch, world, keep_features=True)
@@ -311,7 +311,7 @@ def draw(content: dict[str, Any], generated: ImageSet, train: ImageSet, outdir: 
     """Write confusion.png and samples.png; return the names of those that there are."""
     import numpy as np
 
-    from shared.plots import confusion_matrices, image_grid
+    from shared.report.plots import confusion_matrices, image_grid
 
     rows: dict[str, np.ndarray] = {name: generated.images[np.flatnonzero(generated.labels == label)[:12]]
                                    for label, name in enumerate(train.classes[:20])}

@@ -42,9 +42,9 @@ def main(networks: tuple[str, ...], preset: str | None, outdir: str, seed: int, 
         raise UserError("--network: two networks of one preset would be drawn into the same file; give one at a time, "
                         "each with an --outdir of its own")
 
-    from EDM.downloads import local_file
+    from EDM.training.downloads import local_file
     from shared.distributed import start
-    from shared.files import make_dir
+    from shared.training.files import make_dir
 
     for network in networks:
         local_file(network)  # what is missing is said before hours of sampling
@@ -69,10 +69,10 @@ def draw_grid(network: str, name: str, folder: Path, seed: int, device: torch.de
     """Write `folder`/{name}-{R}x{R}.png: SIDE x SIDE images of random classes, from one generator."""
     import torch
 
-    from EDM.samplers import denoiser, edm_sampler
-    from EDM.snapshots import load_network
-    from shared.pngs import write_png
-    from shared.progress import Progress
+    from EDM.sampling.samplers import denoiser, edm_sampler
+    from EDM.training.snapshots import load_network
+    from shared.data.pngs import write_png
+    from shared.training.progress import Progress
 
     print(f"Loading network from \"{network}\"...")
     net = load_network(network, device)

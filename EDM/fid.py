@@ -18,10 +18,10 @@ from EDM import generate
 from shared.cli import UserError, nearest, run_main
 
 if TYPE_CHECKING:
-    from EDM.detectors import Detector
-    from EDM.extraction import Extraction
-    from EDM.reference import Reference
-    from EDM.sources import FileImages, GeneratedImages
+    from EDM.metrics.detectors import Detector
+    from EDM.metrics.extraction import Extraction
+    from EDM.metrics.reference import Reference
+    from EDM.metrics.sources import FileImages, GeneratedImages
     from shared.distributed import World
 
 METRICS = {
@@ -129,8 +129,8 @@ def check(flags: SimpleNamespace, set_here: set[str]) -> None:
 
 def score(flags: SimpleNamespace) -> None:
     """Compute and print the metrics of checked flags, on all processes of the world."""
-    from EDM.detectors import load_detector
-    from EDM.extraction import extract
+    from EDM.metrics.detectors import load_detector
+    from EDM.metrics.extraction import extract
     from shared.distributed import start, stop
 
     world = start(flags.device)
@@ -151,9 +151,9 @@ def score(flags: SimpleNamespace) -> None:
 
 def open_reference(flags: SimpleNamespace, detector: Detector, world: World) -> Reference | None:
     """Read the statistics of --ref (rank 0 alone), or compute them where it names images."""
-    from EDM.extraction import extract
-    from EDM.reference import from_extraction, read_reference
-    from EDM.sources import FileImages
+    from EDM.metrics.extraction import extract
+    from EDM.metrics.reference import from_extraction, read_reference
+    from EDM.metrics.sources import FileImages
 
     if Path(flags.ref).is_dir() or flags.ref.lower().endswith(".zip"):
         features = bool(NEED_FEATURES & set(flags.metrics))
@@ -167,7 +167,7 @@ def open_reference(flags: SimpleNamespace, detector: Detector, world: World) -> 
 
 def open_images(flags: SimpleNamespace, detector: Detector, world: World) -> FileImages | GeneratedImages:
     """Return the source of the images to score."""
-    from EDM.sources import FileImages, GeneratedImages
+    from EDM.metrics.sources import FileImages, GeneratedImages
 
     if flags.network is not None:
         return GeneratedImages(flags, world, detector.channels)
@@ -177,7 +177,7 @@ def open_images(flags: SimpleNamespace, detector: Detector, world: World) -> Fil
 def check_possible(flags: SimpleNamespace, detector: Detector, images: FileImages | GeneratedImages,
                    reference: Reference) -> None:
     """Raise UserError now, not after hours of sampling, where a metric lacks what it needs."""
-    from EDM.metrics import check_neighbours, check_subset_size
+    from EDM.metrics.metrics import check_neighbours, check_subset_size
 
     asked = set(flags.metrics)
     if len(images) < 2:
@@ -202,8 +202,8 @@ def check_possible(flags: SimpleNamespace, detector: Detector, images: FileImage
 
 def compute(flags: SimpleNamespace, extraction: Extraction, reference: Reference, detector: Detector) -> dict[str, Any]:
     """Return the values by name, in the order of --metrics."""
-    from EDM import metrics
-    from shared.frechet import frechet_distance
+    from EDM.metrics import metrics
+    from EDM.metrics.frechet import frechet_distance
 
     values: dict[str, Any] = {}
     device = extraction.moments.sums.device
@@ -261,7 +261,7 @@ def report(flags: SimpleNamespace, values: dict[str, Any], facts: dict[str, Any]
     print(f"detector: {detector['name']}, SHA-256 {detector['sha256']}, resize {detector['resize']}")
     numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
     if flags.json_file:
-        from shared.files import atomic, make_dir
+        from shared.training.files import atomic, make_dir
 
         make_dir(Path(flags.json_file).absolute().parent)
         with atomic(flags.json_file, "w") as file:
@@ -272,12 +272,12 @@ def report(flags: SimpleNamespace, values: dict[str, Any], facts: dict[str, Any]
 
 def make_reference(flags: SimpleNamespace) -> None:
     """Write the statistics of checked flags, on all processes of the world."""
-    from EDM.detectors import load_detector
-    from EDM.extraction import extract
-    from EDM.reference import from_extraction, write_reference
-    from EDM.sources import FileImages
+    from EDM.metrics.detectors import load_detector
+    from EDM.metrics.extraction import extract
+    from EDM.metrics.reference import from_extraction, write_reference
+    from EDM.metrics.sources import FileImages
     from shared.distributed import start, stop
-    from shared.files import make_dir
+    from shared.training.files import make_dir
 
     world = start(flags.device)
     full_precision()

@@ -19,7 +19,7 @@ from shared.cli import UserError, run_main
 if TYPE_CHECKING:
     import torch
 
-    from EDM.sampling import SeedSampler
+    from EDM.sampling.sampling import SeedSampler
     from shared.distributed import World
 
 SAMPLERS = ("edm", "ablation", "dpmpp-2m", "deis-2", "deis-3")
@@ -85,7 +85,7 @@ def read_seeds(text: str) -> list[int]:
     """Read --seeds; warn about seeds that are given twice, raise UserError for none at all."""
     import warnings
 
-    from EDM.options import parse_int_list
+    from EDM.training.config import parse_int_list
 
     try:
         seeds = parse_int_list(text)
@@ -125,11 +125,11 @@ def check(flags: SimpleNamespace) -> None:
 
 def generate(flags: SimpleNamespace) -> None:
     """Make the images of checked flags, on all processes of the world."""
-    from EDM import sample_files as files
+    from EDM.sampling import files
+    from shared.data.pngs import PngWriter
     from shared.distributed import barrier, on_main, start, stop
-    from shared.pngs import PngWriter
-    from shared.progress import Progress
-    from shared.seeds import split_batches
+    from shared.training.progress import Progress
+    from shared.training.seeds import split_batches
 
     world = start(flags.device)
     sampler, settings = load(flags, world)
@@ -189,8 +189,8 @@ def generate(flags: SimpleNamespace) -> None:
 
 def load(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, Any]]:
     """Load the networks; return the sampler of the flags and the settings that a folder of images records."""
-    from EDM.sampling import STOCHASTIC, SeedSampler
-    from EDM.snapshots import digest, load_network
+    from EDM.sampling.sampling import STOCHASTIC, SeedSampler
+    from EDM.training.snapshots import digest, load_network
     from shared.distributed import on_main
 
     def network(path: str) -> torch.nn.Module:
@@ -238,7 +238,7 @@ def published_sheet(flags: SimpleNamespace, sampler: SeedSampler, samples: list,
 
 def chosen_classes(flags: SimpleNamespace, label_dim: int) -> list[int | None]:
     """Return the classes to generate; [None] where each seed draws its own. Raises UserError for those not there."""
-    from EDM.options import parse_int_list
+    from EDM.training.config import parse_int_list
 
     name = "class" if flags.classes is None else "classes"
     if flags.class_index is None and flags.classes is None:

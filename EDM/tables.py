@@ -5,7 +5,7 @@
     python -m EDM.tables tdsm --only "cifar10 sym 40"     # two rows of a table, at the length of the paper
     python -m EDM.tables tdsm --scale tiny --jobs 2       # from noisy labels to class accuracy on the digits
 
-How they are run, aggregated and written: shared/tables.py.
+How they are run, aggregated and written: shared/report/tables.py.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.tables import Cell, Job, Printed, Stage, Table, serve
+from shared.report.tables import Cell, Job, Printed, Stage, Table, serve
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED_IMAGES, FID_IMAGES = 200_000_000, 50_000

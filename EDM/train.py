@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from EDM import flags as shared_flags
-from EDM.launch import Script, open_data, run
+from EDM.training import flags as shared_flags
+from EDM.training.launch import Script, open_data, run
 from shared.cli import run_main
 
 if TYPE_CHECKING:
-    from EDM.dataset import TrainingSet
+    from EDM.training.dataset import TrainingSet
 
 
 @click.command(help=__doc__.split("\n\n    python")[0].strip())
@@ -36,13 +36,13 @@ def open_set(flags: SimpleNamespace) -> TrainingSet:
 
 
 def options_of(flags: SimpleNamespace, dataset: TrainingSet, seed: int) -> dict[str, Any]:
-    from EDM.options import option_dictionary
+    from EDM.training.config import option_dictionary
 
     return option_dictionary(flags, dataset.resolution, len(dataset), seed)
 
 
 def make_task() -> Any:
-    from EDM.training import denoising
+    from EDM.training.training_loop import denoising
 
     return denoising
 

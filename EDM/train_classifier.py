@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from EDM import flags as shared_flags
-from EDM.flags import AT_LEAST_ONE, IntList, option
-from EDM.launch import Script, run
+from EDM.training import flags as shared_flags
+from EDM.training.flags import AT_LEAST_ONE, IntList, option
+from EDM.training.launch import Script, run
 from shared.cli import UserError, run_main
 
 if TYPE_CHECKING:
-    from EDM.dataset import TrainingSet
-    from EDM.noisy_set import Noise
+    from EDM.tdsm.noisy_set import Noise
+    from EDM.training.dataset import TrainingSet
 
 OWN = [
     *shared_flags.LABEL_NOISE,
@@ -75,21 +75,21 @@ def check(flags: SimpleNamespace) -> None:
 
 
 def open_set(flags: SimpleNamespace) -> TrainingSet:
-    from EDM.noisy_set import open_noisy_set
+    from EDM.tdsm.noisy_set import open_noisy_set
 
     return open_noisy_set(flags)
 
 
 def noise_of(flags: SimpleNamespace, dataset: TrainingSet) -> Noise:
-    from EDM.noisy_set import noise_of_data, noise_of_flags
+    from EDM.tdsm.noisy_set import noise_of_data, noise_of_flags
 
     return noise_of_flags(flags, dataset.label_dim) or noise_of_data(flags, dataset.label_dim)
 
 
 def options_of(flags: SimpleNamespace, dataset: TrainingSet, seed: int) -> dict[str, Any]:
-    from EDM.noisy_set import kind_of, open_eval_set
-    from EDM.options import classifier_dictionary
-    from EDM.transition import check_labels
+    from EDM.tdsm.noisy_set import kind_of, open_eval_set
+    from EDM.tdsm.transition import check_labels
+    from EDM.training.config import classifier_dictionary
 
     noise, kind = noise_of(flags, dataset), kind_of(flags)
     if noise.matrix is not None:
@@ -125,7 +125,7 @@ def digest_of(matrix: Any) -> str:
 
 
 def task_of(flags: SimpleNamespace) -> Any:
-    from EDM.tdsm_tasks import classifying
+    from EDM.tdsm.tasks import classifying
 
     return lambda options, dataset, world: classifying(options, dataset, world, flags, noise_of(flags, dataset))
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from EDM import flags as shared_flags
-from EDM.flags import AT_LEAST_ONE, POSITIVE, SHARE, option
-from EDM.launch import Script, run
+from EDM.training import flags as shared_flags
+from EDM.training.flags import AT_LEAST_ONE, POSITIVE, SHARE, option
+from EDM.training.launch import Script, run
 from shared.cli import run_main
 
 if TYPE_CHECKING:
-    from EDM.dataset import TrainingSet
+    from EDM.training.dataset import TrainingSet
 
 OWN = [
     *shared_flags.LABEL_NOISE,
@@ -49,17 +49,17 @@ def main(context: click.Context, **given: Any) -> None:
 
 
 def open_set(flags: SimpleNamespace) -> TrainingSet:
-    from EDM.noisy_set import open_noisy_set
+    from EDM.tdsm.noisy_set import open_noisy_set
 
     return open_noisy_set(flags)
 
 
 def options_of(flags: SimpleNamespace, dataset: TrainingSet, seed: int) -> dict[str, Any]:
-    from EDM.noisy_set import agreed_noise
-    from EDM.options import denoiser_dictionary
-    from EDM.snapshots import digest
-    from EDM.tdsm_tasks import classifier_snapshot
-    from EDM.transition import check_labels
+    from EDM.tdsm.noisy_set import agreed_noise
+    from EDM.tdsm.tasks import classifier_snapshot
+    from EDM.tdsm.transition import check_labels
+    from EDM.training.config import denoiser_dictionary
+    from EDM.training.snapshots import digest
 
     noise = agreed_noise(flags, dataset.label_dim, classifier_snapshot(flags.cls, dataset))
     check_labels(noise.matrix, dataset.raw_labels, flags.data)
@@ -69,7 +69,7 @@ def options_of(flags: SimpleNamespace, dataset: TrainingSet, seed: int) -> dict[
 
 
 def task_of(flags: SimpleNamespace) -> Any:
-    from EDM.tdsm_tasks import denoising_from_noisy_labels
+    from EDM.tdsm.tasks import denoising_from_noisy_labels
 
     return lambda options, dataset, world: denoising_from_noisy_labels(options, dataset, world, flags)
 

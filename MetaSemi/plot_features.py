@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from MetaSemi.options import COUNT, DATASETS
+from MetaSemi.core.options import COUNT, DATASETS
 from shared.cli import Parser, UserError, run_main
 from shared.flag_types import number
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from shared.images import ImageSet
+    from shared.data.images import ImageSet
 
 # Colours of the classes, in the published order; further classes begin anew.
 COLOURS = ("lightcoral", "darkgreen", "cadetblue", "darkorange", "peru", "cornflowerblue", "khaki", "magenta", "gray",
@@ -53,8 +53,8 @@ def main() -> None:
     import numpy as np
 
     from shared import distributed
-    from shared.datasets import load_dataset
-    from shared.files import atomic, make_dir
+    from shared.data.datasets import load_dataset
+    from shared.training.files import atomic, make_dir
 
     train, test = (load_dataset(options.dataset, part, options.data_path, options.download)
                    for part in ("train", "test"))
@@ -105,8 +105,8 @@ def read_indices(path: str, count: int) -> np.ndarray:
 
 def load_network(path: str, channels: int) -> torch.nn.Module:
     """Return the network of a checkpoint in eval mode; which one it is shows in the names and shapes of its tensors."""
-    from MetaSemi.model import ConvLarge, SmallNet, shakeshake26
-    from shared.checkpoint import read_checkpoint, weights_in
+    from MetaSemi.core.model import ConvLarge, SmallNet, shakeshake26
+    from shared.training.checkpoint import read_checkpoint, weights_in
 
     content = read_checkpoint(path)
     if "model" not in content:
@@ -133,9 +133,9 @@ def features(net: torch.nn.Module, images: ImageSet, dataset: str) -> np.ndarray
     import numpy as np
     import torch
 
-    from MetaSemi.data import NORMALISATION
-    from shared.pool import Pool
-    from shared.progress import progress
+    from MetaSemi.core.data import NORMALISATION
+    from shared.data.pool import Pool
+    from shared.training.progress import progress
 
     pool = Pool(images, *NORMALISATION[dataset], next(net.parameters()).device)
     with torch.inference_mode():
@@ -163,7 +163,7 @@ def draw(panels: Sequence[tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from shared.files import atomic
+    from shared.training.files import atomic
 
     figure = Figure(figsize=(24, 6), dpi=100)
     FigureCanvasAgg(figure)

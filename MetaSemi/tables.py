@@ -4,7 +4,7 @@
     python -m MetaSemi.tables cifar10 --list               # the runs of one, and how long they take here
     python -m MetaSemi.tables ablation --scale tiny        # on the digits with 20 and 40 labels, minutes
 
-How they are run, aggregated and written: shared/tables.py.
+How they are run, aggregated and written: shared/report/tables.py.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from shared.tables import Cell, Job, Printed, Stage, Table, Values, serve
+from shared.report.tables import Cell, Job, Printed, Stage, Table, Values, serve
 
 HERE = Path(__file__).resolve().parent
 # Accuracies of result.json by protocol; the published tables report the best one on the test set.

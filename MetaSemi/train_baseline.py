@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from MetaSemi import options as command_line
-from MetaSemi.schedules import learning_rate
+from MetaSemi.core import options as command_line
+from MetaSemi.core.schedules import learning_rate
 from shared.cli import run_main
 
 LINE = ("Step: [{step:05d}/{total}] Dtime: {dtime:.3f} Btime: {btime:.3f} loss: {loss:.3f} (avg {loss_avg:.3f}) "
@@ -27,9 +27,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     # These load torch: only once the command line is known to be right.
-    from MetaSemi.meta import supervised_step
-    from MetaSemi.meters import accuracy
-    from MetaSemi.training import Training
+    from MetaSemi.core.meta import supervised_step
+    from MetaSemi.core.meters import accuracy
+    from MetaSemi.core.training import Training
 
     training = Training(options, unlabeled=options.mix_up)
     for step, batch in training.steps():

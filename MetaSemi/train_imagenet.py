@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from MetaSemi import imagenet_options as command_line
+from MetaSemi.core import imagenet_options as command_line
 from shared.cli import run_main
 
 LINE = ("Ep[{epoch}/{epochs}] It[{step}/{length}] Bt {btime:.3f} Dt {dtime:.3f} Loss {loss:.3f} ({loss_avg:.3f}) "
@@ -25,8 +25,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     # These load torch: only once the command line is known to be right.
-    from MetaSemi.imagenet_training import Training
-    from MetaSemi.meta import supervised_step
+    from MetaSemi.core.imagenet_training import Training
+    from MetaSemi.core.meta import supervised_step
 
     training = Training(options, unlabeled=False)
     if options.evaluate:
@@ -40,8 +40,8 @@ def main() -> None:
 
 def figures(result, labels) -> dict:
     """Return the numbers of a step to log. result: StepResult; labels: int64 [n]."""
-    from MetaSemi.meters import accuracy
-    from MetaSemi.validation import top5
+    from MetaSemi.core.meters import accuracy
+    from MetaSemi.core.validation import top5
 
     first, fifth = accuracy(result.label_logits, labels, (1, top5(result.label_logits.shape[1])))
     return {"loss": result.label_loss, "acc1": first[0], "acc5": fifth[0]}

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from MetaSemi import options as command_line
-from MetaSemi.schedules import compute_weight, learning_rate
+from MetaSemi.core import options as command_line
+from MetaSemi.core.schedules import compute_weight, learning_rate
 from shared.cli import run_main
 
 LINE = ("Step {step:05d} Dtime: {dtime:.3f} Btime: {btime:.3f} Lloss: {label_loss:.3f} (avg {label_loss_avg:.3f}) "
@@ -30,9 +30,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     # These load torch: only once the command line is known to be right.
-    from MetaSemi.meta import MetaGradient, meta_step
-    from MetaSemi.meters import accuracy
-    from MetaSemi.training import Training
+    from MetaSemi.core.meta import MetaGradient, meta_step
+    from MetaSemi.core.meters import accuracy
+    from MetaSemi.core.training import Training
 
     training = Training(options, unlabeled=True)
     meta = MetaGradient(options.epsilon, options.meta_grad == "exact", options.local_meta, options.meta_lr,

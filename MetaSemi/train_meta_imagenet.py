@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from MetaSemi import imagenet_options as command_line
+from MetaSemi.core import imagenet_options as command_line
 from shared.cli import run_main
 
 LINE = ("Ep[{epoch}/{epochs}] It[{step}/{length}] Bt {btime:.3f} Dt {dtime:.3f} "
@@ -31,8 +31,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     # These load torch: only once the command line is known to be right.
-    from MetaSemi.imagenet_training import Training
-    from MetaSemi.meta import MetaGradient, meta_step
+    from MetaSemi.core.imagenet_training import Training
+    from MetaSemi.core.meta import MetaGradient, meta_step
 
     training = Training(options, unlabeled=True)
     if options.evaluate:
@@ -51,8 +51,8 @@ def figures(result, labels, truth) -> dict:
 
     result: StepResult; labels, truth: int64 [n], of the labelled and of the unlabelled images.
     """
-    from MetaSemi.meters import accuracy
-    from MetaSemi.validation import top5
+    from MetaSemi.core.meters import accuracy
+    from MetaSemi.core.validation import top5
 
     topk = (1, top5(result.label_logits.shape[1]))
     labeled, unlabeled = accuracy(result.label_logits, labels, topk), accuracy(result.unlabel_logits, truth, topk)

@@ -23,7 +23,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from shared.datasets import load_dataset, report
+    from shared.data.datasets import load_dataset, report
 
     parts = [load_dataset(options.dataset, split, options.data_dir, options.download) for split in ("train", "test")]
     # What stage 1 reads beside them, fetched now rather than in the middle of the experiment.

@@ -1,6 +1,6 @@
 """Convert images to the ZIP or folder that EDM trains on; `--help` tells how."""
+from EDM.dataset_tool_cli import main
 from shared.cli import run_main
-from shared.dataset_tool import main
 
 if __name__ == "__main__":
     run_main(main)

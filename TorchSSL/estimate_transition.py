@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.cli import UserError, run_main
+from TorchSSL.core.options import COUNT, Flag, build_parser
 from TorchSSL.get_labels import NETWORK_FLAGS, PREDICTION_FLAGS
-from TorchSSL.options import COUNT, Flag, build_parser
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from shared.pool import Pool
+    from shared.data.pool import Pool
 
 METHODS = ("predictions", "held_out")
 SMOOTHING = 1e-3  # every pseudo-label stays possible for every class, at this share of a row in all
@@ -63,8 +63,8 @@ def main() -> None:
     options = parse()
     import numpy as np
 
-    from shared.files import atomic
-    from TorchSSL.classifier import open_split
+    from shared.training.files import atomic
+    from TorchSSL.core.classifier import open_split
 
     net, pool, images = open_split(options, "train")
     folder, classes = Path(options.save_path), images.num_classes
@@ -97,11 +97,11 @@ def vote(net: torch.nn.Module, pool: Pool, options: argparse.Namespace, size: tu
     import numpy as np
     import torch
 
-    from shared.augment import WeakPolicy, draw_weak, weak
-    from shared.checkpoint import read_checkpoint
-    from shared.progress import Progress
-    from shared.randomness import numpy_rng
-    from TorchSSL.algorithm import classify
+    from shared.augment.views import WeakPolicy, draw_weak, weak
+    from shared.training.checkpoint import read_checkpoint
+    from shared.training.progress import Progress
+    from shared.training.randomness import numpy_rng
+    from TorchSSL.core.algorithm import classify
 
     trained = read_checkpoint(options.load_path).get("options", {})
     names = {"flip": "weak_flip", "pad": "weak_pad", "pad_mode": "weak_pad_mode", "subpixel": "weak_subpixel"}
@@ -158,7 +158,7 @@ def read_labels(file: Path, count: int, classes: int) -> np.ndarray:
     """Return the pseudo-labels int64 [count] that get_labels.py wrote; UserError for others."""
     import numpy as np
 
-    from shared.pickles import load_array
+    from shared.data.pickles import load_array
 
     if not file.exists():
         raise UserError(f"--save_path: there is no {file}; make it with get_labels.py")
@@ -177,9 +177,9 @@ def held_out_index(options: argparse.Namespace, labels: np.ndarray, classes: int
     """
     import numpy as np
 
-    from shared.datasets import has_split, load_dataset
-    from shared.randomness import numpy_rng
-    from TorchSSL.data import read_index
+    from shared.data.datasets import has_split, load_dataset
+    from shared.training.randomness import numpy_rng
+    from TorchSSL.core.data import read_index
 
     # Indices count the images that labels are drawn from, which are the last ones of the pool.
     start = 0

@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 
 from shared.cli import UserError, run_main
+from TorchSSL.core.options import Flag, build_parser
 from TorchSSL.get_labels import NETWORK_FLAGS, PREDICTION_FLAGS
-from TorchSSL.options import Flag, build_parser
 
 OUTPUT_FLAGS = (Flag("--json", str, None, "also write metrics and confusion matrix to this file"),)
 
@@ -27,9 +27,9 @@ def main() -> None:
     options = parse()
     import torch
 
-    from shared.files import atomic
-    from TorchSSL.classifier import predict_split
-    from TorchSSL.evaluation import confusion_matrix, confusion_text, metrics
+    from shared.training.files import atomic
+    from TorchSSL.core.classifier import predict_split
+    from TorchSSL.core.evaluation import confusion_matrix, confusion_text, metrics
 
     logits, images = predict_split(options, "test")
     if images.labels.min() < 0 or images.labels.max() >= logits.shape[1]:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from shared.cli import parse_bool, run_main
 from shared.lazy import lazy
-from TorchSSL.algorithm import Algorithm, joint_logits
-from TorchSSL.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
-from TorchSSL.pseudo_labels import consistency, pseudo_label_metrics
+from TorchSSL.core.algorithm import Algorithm, joint_logits
+from TorchSSL.core.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
+from TorchSSL.core.pseudo_labels import consistency, pseudo_label_metrics
 
 if TYPE_CHECKING:
-    from TorchSSL.batches import Batch
+    from TorchSSL.core.batches import Batch
 
 torch = lazy("torch")
 
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from TorchSSL.trainer import train  # loads torch: only once the command line is known to be right
+    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
 
     train(options, FixMatch)
 

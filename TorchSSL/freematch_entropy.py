@@ -10,8 +10,8 @@ import argparse
 from collections.abc import Sequence
 
 from shared.cli import run_main
+from TorchSSL.core.options import parse_options
 from TorchSSL.freematch import FLAGS, FreeMatch
-from TorchSSL.options import parse_options
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,7 +21,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from TorchSSL.trainer import train
+    from TorchSSL.core.trainer import train
 
     train(options, FreeMatch)
 

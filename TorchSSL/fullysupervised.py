@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from shared.cli import parse_bool, run_main
 from shared.lazy import lazy
-from TorchSSL.algorithm import Algorithm, classify
-from TorchSSL.options import Flag, parse_options
+from TorchSSL.core.algorithm import Algorithm, classify
+from TorchSSL.core.options import Flag, parse_options
 
 if TYPE_CHECKING:
-    from TorchSSL.batches import Batch
+    from TorchSSL.core.batches import Batch
 
 torch = lazy("torch")
 
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from TorchSSL.trainer import train  # loads torch: only once the command line is known to be right
+    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
 
     train(options, FullySupervised)
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 
 from shared.cli import run_main
-from TorchSSL.options import COMMON, COUNT, Flag, build_parser
+from TorchSSL.core.options import COMMON, COUNT, Flag, build_parser
 
 PREDICTION_FLAGS = (
     Flag("--load_path", str, "./saved_models/fixmatch/model_best.pth", "checkpoint of the classifier"),
@@ -43,10 +43,10 @@ def main() -> None:
     options = parse()
     import numpy as np
 
-    from shared.datasets import has_split, load_dataset
-    from shared.files import atomic, make_dir
-    from TorchSSL.classifier import predict_split
-    from TorchSSL.data import read_index
+    from shared.data.datasets import has_split, load_dataset
+    from shared.training.files import atomic, make_dir
+    from TorchSSL.core.classifier import predict_split
+    from TorchSSL.core.data import read_index
 
     predicted, images = predict_split(options, "train")
     labels, known = predicted.argmax(1).numpy().astype(np.int64), images.labels >= 0

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.cli import Parser, UserError, run_main
-from shared.files import atomic, make_dir
+from shared.training.files import atomic, make_dir
 
 CONFIG = Path(__file__).resolve().parent / "config"
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from shared.cli import run_main
 from shared.lazy import lazy
-from TorchSSL.algorithm import Algorithm, classify, frozen_batchnorm, ramp_up, squared_difference
-from TorchSSL.options import POSITIVE, SHARE, Flag, parse_options
+from TorchSSL.core.algorithm import Algorithm, classify, frozen_batchnorm, ramp_up, squared_difference
+from TorchSSL.core.options import POSITIVE, SHARE, Flag, parse_options
 
 if TYPE_CHECKING:
-    from TorchSSL.batches import Batch
+    from TorchSSL.core.batches import Batch
 
 torch = lazy("torch")
 
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from TorchSSL.trainer import train  # loads torch: only once the command line is known to be right
+    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
 
     train(options, MeanTeacher)
 

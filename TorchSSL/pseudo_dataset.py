@@ -20,7 +20,7 @@ from shared.cli import Parser, UserError, run_main
 if TYPE_CHECKING:
     import numpy as np
 
-    from shared.images import ImageSet
+    from shared.data.images import ImageSet
 
 LABEL_FILE = "pseudo_label.npy"
 # What the pseudo-labels of a data set may count, in file order; its size tells which.
@@ -45,10 +45,10 @@ def main() -> None:
     options = parse()
     import numpy as np
 
-    from shared.cifar import CIFAR10, layout_of
-    from shared.files import make_dir
-    from shared.images import ImageSet, with_classes
-    from shared.writers import write_npz
+    from shared.data.cifar import CIFAR10, layout_of
+    from shared.data.images import ImageSet, with_classes
+    from shared.data.writers import write_npz
+    from shared.training.files import make_dir
 
     folder = Path(options.save_path)
     pseudo = read_labels(folder / LABEL_FILE)
@@ -82,7 +82,7 @@ def read_labels(file: Path) -> np.ndarray:
     """Return the int64 pseudo-labels; raise UserError for a missing file or anything but class numbers."""
     import numpy as np
 
-    from shared.pickles import load_array
+    from shared.data.pickles import load_array
 
     if not file.exists():
         raise UserError(f"{file} is missing; get_labels.py --save_path {file.parent} writes it")
@@ -94,7 +94,7 @@ def read_labels(file: Path) -> np.ndarray:
 
 def matching_images(options: argparse.Namespace, count: int) -> ImageSet:
     """Return the training images, which must be as many as the pseudo-labels."""
-    from shared.datasets import has_split, load_dataset
+    from shared.data.datasets import has_split, load_dataset
 
     source = options.data_path or options.dataset
     found = []
@@ -114,9 +114,9 @@ def write_batches(images: np.ndarray, labels: np.ndarray, folder: Path) -> Path:
     """Write CIFAR-10's five training batches with these labels, and the archive of them; return the archive."""
     import tarfile
 
-    from shared.cifar import CIFAR10
-    from shared.files import atomic, make_dir
-    from shared.writers import cifar_batches
+    from shared.data.cifar import CIFAR10
+    from shared.data.writers import cifar_batches
+    from shared.training.files import atomic, make_dir
 
     batches = make_dir(folder / CIFAR10.folder)
     for name, content in cifar_batches(images, labels, CIFAR10.train, CIFAR10):

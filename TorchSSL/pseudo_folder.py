@@ -34,11 +34,11 @@ def main() -> None:
 
     import numpy as np
 
-    from shared.images import ImageSet
-    from shared.pickles import load_array
-    from shared.splits import class_balanced_draw
-    from shared.writers import write_folder
-    from TorchSSL.data import load_pools
+    from shared.data.images import ImageSet
+    from shared.data.pickles import load_array
+    from shared.data.splits import class_balanced_draw
+    from shared.data.writers import write_folder
+    from TorchSSL.core.data import load_pools
 
     images = load_pools(options.dataset, options.data_dir, download=False)[0]
     labels = load_array(options.labels, f"--labels {options.labels}")

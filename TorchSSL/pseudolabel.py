@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from shared.cli import parse_bool, run_main
 from shared.lazy import lazy
-from TorchSSL.algorithm import Algorithm, classify, frozen_batchnorm, ramp_up
-from TorchSSL.options import POSITIVE, SHARE, Flag, parse_options
-from TorchSSL.pseudo_labels import ClassStatus, consistency, pseudo_label_metrics
+from TorchSSL.core.algorithm import Algorithm, classify, frozen_batchnorm, ramp_up
+from TorchSSL.core.options import POSITIVE, SHARE, Flag, parse_options
+from TorchSSL.core.pseudo_labels import ClassStatus, consistency, pseudo_label_metrics
 
 if TYPE_CHECKING:
-    from TorchSSL.batches import Batch
-    from TorchSSL.setting import Setting
+    from TorchSSL.core.batches import Batch
+    from TorchSSL.core.setting import Setting
 
 torch = lazy("torch")
 
@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from TorchSSL.trainer import train  # loads torch: only once the command line is known to be right
+    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
 
     train(options, PseudoLabel)
 

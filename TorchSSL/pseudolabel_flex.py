@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from shared.cli import run_main
-from TorchSSL.options import parse_options
+from TorchSSL.core.options import parse_options
 from TorchSSL.pseudolabel import FLAGS, PseudoLabel
 
 
@@ -20,7 +20,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from TorchSSL.trainer import train
+    from TorchSSL.core.trainer import train
 
     train(options, PseudoLabel)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.cli import Parser, UserError, run_main
-from TorchSSL.report_text import CONTROLS, run_markdown, run_summary, seeds_markdown
+from TorchSSL.core.report_text import CONTROLS, run_markdown, run_summary, seeds_markdown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,11 +50,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from shared.files import atomic, make_dir
+    from shared.training.files import atomic, make_dir
 
     out = make_dir(options.out)
     if options.seed_report:
-        from TorchSSL.seed_statistics import over_seeds
+        from TorchSSL.core.seed_statistics import over_seeds
 
         content = over_seeds([read_json(Path(folder) / "report.json", required=True) for folder in options.seed_report])
         text = seeds_markdown(content)
@@ -170,11 +170,11 @@ def generated_images(options: argparse.Namespace, folder: str | None, classes: S
         return None
     import numpy as np
 
-    from shared.datasets import load_dataset
-    from shared.frechet import frechet_distance_of_features
-    from shared.images import read_images
-    from shared.plots import image_grid
-    from TorchSSL.data import load_pools
+    from EDM.metrics.frechet import frechet_distance_of_features
+    from shared.data.datasets import load_dataset
+    from shared.data.images import read_images
+    from shared.report.plots import image_grid
+    from TorchSSL.core.data import load_pools
 
     train = load_pools(options.dataset, options.data_dir, download=False)[0]
     test = load_dataset(options.dataset, "test", options.data_dir)
@@ -200,9 +200,9 @@ def classifier_features(checkpoint: Path, options: argparse.Namespace, images: A
     import numpy as np
     import torch
 
+    from shared.data.pool import Pool
     from shared.distributed import start
-    from shared.pool import Pool
-    from TorchSSL.classifier import load_classifier
+    from TorchSSL.core.classifier import load_classifier
     from TorchSSL.get_labels import parse as prediction_options
 
     prediction = prediction_options([f"--dataset={options.dataset}", f"--load_path={checkpoint}"])
@@ -222,7 +222,7 @@ def draw(options: argparse.Namespace, results: dict[str, Any], classes: Sequence
     """Draw confusion matrices and training curves; return the names of all pictures in `out`."""
     import numpy as np
 
-    from shared.plots import confusion_matrices, curves
+    from shared.report.plots import confusion_matrices, curves
 
     titles = {"stage1": "Stage 1", "stage3": "Stage 3", "stage3_tdsm": "Stage 3, TDSM"}
     matrices = {f"{titles[stage]}: {100 * result['accuracy']['last']:.1f} %": np.array(result["confusion_matrix"])

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO, Any
 
 from shared.cli import UserError
-from shared.files import lock, make_dir
+from shared.training.files import lock, make_dir
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 

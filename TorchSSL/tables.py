@@ -5,7 +5,7 @@
     python -m TorchSSL.tables digits                      # all learners on the handwritten digits, in minutes
     python -m TorchSSL.tables dpt --scale tiny            # the whole machinery on the digits
 
-How they are run, aggregated and written: shared/tables.py.
+How they are run, aggregated and written: shared/report/tables.py.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from shared.tables import Cell, Job, Printed, Stage, Table, serve
+from shared.report.tables import Cell, Job, Printed, Stage, Table, serve
 from TorchSSL import dpt
 from TorchSSL.make_configs import CONFIG, LEARNERS
 

@@ -9,11 +9,11 @@ import torch
 
 from DASO.lib.config.config import Config, dump
 from DASO.lib.models.ema import as_counters
-from shared.checkpoint import read_checkpoint, weights_in, write_checkpoint
 from shared.cli import UserError
 from shared.distributed import World
-from shared.files import atomic
-from shared.run import Run
+from shared.training.checkpoint import read_checkpoint, weights_in, write_checkpoint
+from shared.training.files import atomic
+from shared.training.run import Run
 
 if TYPE_CHECKING:
     from DASO.lib.trainer import Trainer

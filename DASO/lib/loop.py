@@ -18,11 +18,11 @@ from DASO.lib.results import write_result, write_results
 from DASO.lib.statistics import rates, report
 from DASO.lib.trainer import Trainer
 from shared import distributed
-from shared.allocator import keep_freed_memory
 from shared.cli import UserError
+from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World
-from shared.precision import set_arithmetic
-from shared.run import Run
+from shared.training.precision import set_arithmetic
+from shared.training.run import Run
 
 CHECKPOINT = "checkpoint.pth.tar"
 # Keys that may change between two parts of a run: where it runs and what it reports, not what it computes.

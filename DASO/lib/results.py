@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from DASO.lib.evaluation import MEDIAN_OF, summary
-from shared.files import atomic
-from shared.hardware import computed_on
+from shared.training.files import atomic
+from shared.training.hardware import computed_on
 
 if TYPE_CHECKING:
     from DASO.lib.trainer import Trainer

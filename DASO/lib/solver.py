@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from shared.checkpoint import keep_layout
 from shared.distributed import World
+from shared.training.checkpoint import keep_layout
 
 if TYPE_CHECKING:
     from DASO.lib.config.config import Config

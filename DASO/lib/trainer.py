@@ -20,10 +20,10 @@ from DASO.lib.models.ema import ModelEMA
 from DASO.lib.models.semi import SemiModel, build_model
 from DASO.lib.solver import Scheduler, average_gradients, make_optimizer
 from DASO.lib.statistics import PseudoLabelStatistics
-from shared.batchnorm import sync_batchnorm
 from shared.distributed import World
-from shared.precision import autocast, default_precision
-from shared.run import Run
+from shared.training.batchnorm import sync_batchnorm
+from shared.training.precision import autocast, default_precision
+from shared.training.run import Run
 
 
 class Trainer:

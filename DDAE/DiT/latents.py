@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.cli import UserError
-from shared.pickles import load_array
+from shared.data.pickles import load_array
 
 
 def code_path(folder: Path, split: str, copy: int) -> Path:

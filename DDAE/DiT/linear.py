@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from DDAE.ddae.options import choose_precision
 from DDAE.DiT.options import code_folder, dit_parser
-from DDAE.options import choose_precision
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
-from shared.precision import autocast
+from shared.training.precision import autocast
 
 if TYPE_CHECKING:
     from DDAE.DiT.latents import Latents
@@ -69,11 +69,11 @@ def parse_times(text: str | None, dataset: str) -> list[int]:
 
 def main() -> None:
     options = parse()
+    from DDAE.ddae.heads import LinearHeads
+    from DDAE.ddae.probe import test_heads, train_heads
     from DDAE.DiT.latents import read_latents
-    from DDAE.heads import LinearHeads
-    from DDAE.probing import test_heads, train_heads
     from shared import distributed
-    from shared.run import Run
+    from shared.training.run import Run
 
     world = distributed.start(options.device)
     options.precision = choose_precision(options, world.device)
@@ -106,7 +106,7 @@ def main() -> None:
 def load_dit(path: str, name: str, input_size: int, device: torch.device) -> DiT:
     """Return the network with the weights of `path`, without gradients; UserError where they are missing or others'."""
     from DDAE.DiT.network import make_dit
-    from shared.checkpoint import read_checkpoint
+    from shared.training.checkpoint import read_checkpoint
 
     if not Path(path).is_file():
         raise UserError(f"--ckpt {path}: no such file; put the published DiT-XL-2-256x256.pt there, or name yours")
@@ -130,8 +130,8 @@ class Examples:
         self.net, self.latents, self.size, self.options, self.world = net, latents, size, options, world
 
     def __call__(self, step: int) -> tuple[dict[str, Any], torch.Tensor, float]:
-        from DDAE.batches import share_out
-        from shared.randomness import numpy_rng, torch_rng
+        from DDAE.ddae.batches import share_out
+        from shared.training.randomness import numpy_rng, torch_rng
 
         seed, count, device = self.options.seed, len(self.latents), self.world.device
         epoch, place = divmod(step, -(-count // self.size))
@@ -151,8 +151,8 @@ class Examples:
 def test_examples(net: DiT, latents: Latents, options: argparse.Namespace, world: World
                   ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
     """Yield (features, labels) of this rank's items; their noise depends on the item alone."""
-    from DDAE.batches import item_noise, share_out
-    from shared.progress import progress
+    from DDAE.ddae.batches import item_noise, share_out
+    from shared.training.progress import progress
 
     part = share_out(len(latents), world)
     for start in progress(range(part.start, part.stop, options.batch_size), "test", unit="batches", shown=world.main):
@@ -174,7 +174,7 @@ def probe_features(net: DiT, codes: torch.Tensor, noise: Any, options: argparse.
 
 def report(run: Any, heads: Any, accuracies: dict[str, float], world: World) -> None:
     """Print the accuracies; write result.json and the heads."""
-    from DDAE.probing import write_result
+    from DDAE.ddae.probe import write_result
 
     for key, accuracy in accuracies.items():
         run.print(f"{'' if len(accuracies) == 1 else f'[key {key}]: '}Test acc: {100 * accuracy:.2f}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from DDAE.options import PRECISIONS
+from DDAE.ddae.options import PRECISIONS
 from shared.cli import Parser
 
 

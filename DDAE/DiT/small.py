@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from shared.cli import Parser, UserError, run_main
 
 if TYPE_CHECKING:
-    from shared.images import ImageSet
+    from shared.data.images import ImageSet
 
 MODEL, CHECKPOINT, VAE = "DiT-S/2", "DiT-S-2.pt", "vae"
 STAGES = 4      # of the VAE: a latent's side is an eighth of the image's
@@ -34,7 +34,7 @@ def write_small(folder: Path, images: ImageSet, resolution: int, seed: int) -> N
         raise UserError("the VAE needs the package diffusers: pip install 'fewlabel[dit]'") from None
     from DDAE.DiT.network import make_dit
     from DDAE.DiT.vae_preprocessing import SCALE
-    from shared.files import atomic, make_dir
+    from shared.training.files import atomic, make_dir
 
     torch.manual_seed(seed)
     make_dir(folder)
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from DDAE.data import load_images
+    from DDAE.ddae.data import load_images
 
     images = load_images(options.dataset, "train", options.data_dir)
     write_small(Path(options.outdir), images, options.resolution, options.seed)

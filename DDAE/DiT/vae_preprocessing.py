@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from DDAE.ddae.options import choose_precision
 from DDAE.DiT.options import code_folder, dit_parser
-from DDAE.options import choose_precision
 from shared.cli import UserError, run_main
 from shared.lazy import lazy
-from shared.precision import autocast
+from shared.training.precision import autocast
 
 if TYPE_CHECKING:
+    from shared.data.images import ImageSet
     from shared.distributed import World
-    from shared.images import ImageSet
 
 np, torch = lazy("numpy"), lazy("torch")
 
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from DDAE.data import load_images
+    from DDAE.ddae.data import load_images
     from shared import distributed
 
     world = distributed.start(options.device)
@@ -82,7 +82,7 @@ def load_vae(name: str) -> torch.nn.Module:
 
 
 def save_labels(folder: Path, split: str, images: ImageSet) -> None:
-    from shared.files import atomic, make_dir
+    from shared.training.files import atomic, make_dir
 
     with atomic(make_dir(folder) / f"{split}_label.npy") as file:
         np.save(file, images.labels.astype(np.int64))
@@ -91,11 +91,11 @@ def save_labels(folder: Path, split: str, images: ImageSet) -> None:
 def encode_copy(vae: torch.nn.Module, images: ImageSet, folder: Path, split: str, copy: int,
                 options: argparse.Namespace, world: World) -> None:
     """Write <split>_code_<copy>.npy, each process its part of the images; what is there already stays."""
-    from DDAE.batches import share_out
+    from DDAE.ddae.batches import share_out
+    from DDAE.ddae.partial import PartialArray
     from DDAE.DiT.latents import code_path
-    from DDAE.partial import PartialArray
     from shared import distributed
-    from shared.progress import Progress
+    from shared.training.progress import Progress
 
     codes_file = PartialArray(code_path(folder, split, copy))
     if codes_file.path.exists():
@@ -126,8 +126,8 @@ def encode_copy(vae: torch.nn.Module, images: ImageSet, folder: Path, split: str
 def prepared(images: ImageSet, items: np.ndarray, split: str, copy: int, options: argparse.Namespace,
              device: torch.device) -> torch.Tensor:
     """Return float32 [n, 3, S, S] in [0, 1]: flipped and cropped (training set), then enlarged bilinearly."""
-    from shared.augment import WeakPolicy, draw_weak, shift_whole
-    from shared.randomness import numpy_rng
+    from shared.augment.views import WeakPolicy, draw_weak, shift_whole
+    from shared.training.randomness import numpy_rng
 
     chosen = torch.from_numpy(images.images[items])
     if split == "train":
@@ -144,7 +144,7 @@ def prepared(images: ImageSet, items: np.ndarray, split: str, copy: int, options
 def encode(vae: torch.nn.Module, images: torch.Tensor, items: np.ndarray, purpose: str,
            options: argparse.Namespace) -> np.ndarray:
     """Return the codes float32 [n, 4, s, s]; the posterior's noise is a function of (seed, item, purpose)."""
-    from DDAE.batches import item_noise
+    from DDAE.ddae.batches import item_noise
 
     device = images.device
     with torch.no_grad(), autocast(device, choose_precision(options, device)):
@@ -156,7 +156,7 @@ def encode(vae: torch.nn.Module, images: torch.Tensor, items: np.ndarray, purpos
 
 def show(vae: torch.nn.Module, images: torch.Tensor, codes: np.ndarray, folder: Path, split: str, copy: int) -> None:
     """Write the first images and what the VAE makes of their codes, to look at."""
-    from shared.plots import image_grid
+    from shared.report.plots import image_grid
 
     images = images[:DEBUG_IMAGES]
     with torch.no_grad():

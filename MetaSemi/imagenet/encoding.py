@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from shared.cli import UserError
-from shared.image_files import open_image
+from shared.data.image_files import open_image
 
 EXIF_ORIENTATION = 0x0112
 

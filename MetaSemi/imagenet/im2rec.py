@@ -17,8 +17,8 @@ from math import ceil
 from pathlib import Path
 
 from shared.cli import Parser, UserError, run_main
-from shared.files import atomic
-from shared.progress import progress
+from shared.training.files import atomic
+from shared.training.progress import progress
 
 SHUFFLE_SEED = 100
 

@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from MetaSemi.imagenet.records import BytesLike, encode_record, magic_words, record_head
 from shared.cli import UserError
-from shared.files import atomic
-from shared.progress import Progress
-from shared.records import BytesLike, encode_record, magic_words, record_head
+from shared.training.files import atomic
+from shared.training.progress import Progress
 
 CHUNK = 16               # images a worker takes at a time
 MOST_COPYING = 8         # threads that copy, unless --num-thread says otherwise: memory's speed is the limit
@@ -122,7 +122,7 @@ def only_first(entry: Entry, options: argparse.Namespace) -> bool:
 def encoded(chunks: Iterator[list[Entry]], output: Output, options: argparse.Namespace) -> Iterator[Block]:
     """Write the chunks of the list, their images decoded in processes, and yield each block that was written."""
     from MetaSemi.imagenet.encoding import payloads  # Pillow is loaded only where images are looked at
-    from shared.parallel import cores, ordered_map
+    from shared.data.parallel import cores, ordered_map
 
     done: deque[list[Entry]] = deque()
 
@@ -163,7 +163,7 @@ def copied(chunks: Iterator[list[Entry]], output: Output, options: argparse.Name
     Threads read a chunk each into memory of their own. Where it belongs in the record file is known as soon as the
     chunk before it has been read, and each thread writes what it has read while the others go on.
     """
-    from shared.parallel import cores
+    from shared.data.parallel import cores
 
     workers = options.num_thread or min(cores(), MOST_COPYING)
     root = os.open(options.root, os.O_RDONLY)

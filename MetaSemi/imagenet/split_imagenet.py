@@ -18,8 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shared.cli import Parser, UserError, run_main
-from shared.files import atomic, make_dir
-from shared.progress import progress
+from shared.training.files import atomic, make_dir
+from shared.training.progress import progress
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 LISTS = {"labeled": "train_labeled.txt", "unlabeled": "train_unlabeled.txt"}

@@ -18,9 +18,9 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision import transforms
 
-from shared.augment import draw_strong, draw_weak, strong, weak
-from shared.randaugment import OPERATIONS, RANGES
-from shared.randomness import numpy_rng
+from shared.augment.randaugment import OPERATIONS, RANGES
+from shared.augment.views import draw_strong, draw_weak, strong, weak
+from shared.training.randomness import numpy_rng
 from tests.shared.test_augment import in_pillow
 
 LABELED, UNLABELED, SIZE = 64, 448, 32

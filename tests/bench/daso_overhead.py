@@ -24,10 +24,10 @@ from DASO.lib.config.config import Config
 from DASO.lib.data.augment import Look
 from DASO.lib.data.sets import CIFAR10_STATISTICS, TrainingData
 from DASO.lib.trainer import Trainer
-from shared.allocator import keep_freed_memory
+from shared.cpu.allocator import keep_freed_memory
+from shared.data.images import ImageSet
 from shared.distributed import World
-from shared.images import ImageSet
-from shared.run import Run
+from shared.training.run import Run
 from tests.bench.trainer_overhead import BARS, Stopwatch
 
 DASO_BAR = 0.05

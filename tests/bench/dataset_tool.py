@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.convert import convert
-from shared.images import read_images
-from shared.parallel import cores
+from EDM.convert_dataset import convert
+from shared.data.images import read_images
+from shared.data.parallel import cores
 from tests.golden.data_sources import write_cifar_archive
 
 

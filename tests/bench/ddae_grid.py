@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from DDAE.batches import TrainBatches
-from DDAE.diffusion import DDPM
-from DDAE.heads import LinearHeads, heads_loss
-from DDAE.unet import UNet, use_channels_last
+from DDAE.ddae.batches import TrainBatches
+from DDAE.ddae.diffusion import DDPM
+from DDAE.ddae.heads import LinearHeads, heads_loss
+from DDAE.ddae.model import UNet, use_channels_last
+from shared.data.images import ImageSet
 from shared.distributed import World
-from shared.images import ImageSet
 
 BAR = 8.0
 LEVELS = (1, 11, 21)

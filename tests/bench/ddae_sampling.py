@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from DDAE.configs import make_diffusion, make_network, read_config
-from DDAE.pictures import to_uint8
-from DDAE.sampling import ImageNoise, ImageSampler
-from DDAE.unet import UNet
+from DDAE.ddae.config import make_diffusion, make_network, read_config
+from DDAE.ddae.model import UNet
+from DDAE.ddae.pictures import to_uint8
+from DDAE.ddae.sampling import ImageNoise, ImageSampler
 from tests.bench import eager_ddae
 
 CONFIG = Path(__file__).parents[2] / "DDAE" / "config" / "EDM_ddpmpp.yaml"

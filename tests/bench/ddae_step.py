@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from DDAE.batches import Batch
-from DDAE.configs import Config, make_diffusion, make_network, read_config
-from DDAE.training import draw, make_optimizer, training_step
-from DDAE.unet import UNet, use_channels_last
-from shared.allocator import keep_freed_memory
-from shared.ema import EMA
+from DDAE.ddae.batches import Batch
+from DDAE.ddae.config import Config, make_diffusion, make_network, read_config
+from DDAE.ddae.model import UNet, use_channels_last
+from DDAE.ddae.training import draw, make_optimizer, training_step
+from shared.cpu.allocator import keep_freed_memory
+from shared.training.ema import EMA
 from tests.bench import eager_ddae
 from tests.bench.unit import unit
 

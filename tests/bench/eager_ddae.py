@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from DDAE.blocks import AttentionBlock, Downsample, GroupNorm, LevelBlock, ResampleBlock, ResidualBlock, Upsample
-from DDAE.unet import UNet
+from DDAE.ddae.blocks import AttentionBlock, Downsample, GroupNorm, LevelBlock, ResampleBlock, ResidualBlock, Upsample
+from DDAE.ddae.model import UNet
 
 
 def group_norm(layer: GroupNorm, x: Tensor) -> Tensor:

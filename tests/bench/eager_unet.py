@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from EDM.layers import Conv2d, GroupNorm, Linear
-from EDM.networks import DhariwalUNet, SongUNet, UNetBlock
+from EDM.training.layers import Conv2d, GroupNorm, Linear
+from EDM.training.networks import DhariwalUNet, SongUNet, UNetBlock
 
 
 def linear(layer: Linear, x: Tensor) -> Tensor:

@@ -18,16 +18,16 @@ import time
 import numpy as np
 import torch
 
-from EDM.batches import Batch
-from EDM.loss import EDMLoss
-from EDM.networks import use_channels_last
-from EDM.options import ARCHITECTURES, AUGMENT_DIM
-from EDM.preconditioning import EDMPrecond
-from EDM.training import draw, training_step
-from shared.allocator import keep_freed_memory
-from shared.augment_pipe import AugmentPipe
-from shared.dropout import Dropout
-from shared.ema import EMA
+from EDM.training.augment import AugmentPipe
+from EDM.training.batches import Batch
+from EDM.training.config import ARCHITECTURES, AUGMENT_DIM
+from EDM.training.loss import EDMLoss
+from EDM.training.networks import use_channels_last
+from EDM.training.preconditioning import EDMPrecond
+from EDM.training.training_loop import draw, training_step
+from shared.cpu.allocator import keep_freed_memory
+from shared.training.dropout import Dropout
+from shared.training.ema import EMA
 from tests.bench import eager_unet
 from tests.bench.unit import unit
 

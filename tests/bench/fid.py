@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from EDM import sources
-from EDM.detectors import Detector
-from EDM.extraction import extract
+from EDM.metrics import sources
+from EDM.metrics.detectors import Detector
+from EDM.metrics.extraction import extract
+from EDM.metrics.frechet import Moments, frechet_distance
 from shared.distributed import World
-from shared.frechet import Moments, frechet_distance
 
 SIDE = 32
 BATCH = 64

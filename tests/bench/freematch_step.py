@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.allocator import keep_freed_memory
+from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World
 from tests.bench.unit import unit
-from TorchSSL.batches import Batch
+from TorchSSL.core.batches import Batch
+from TorchSSL.core.networks import WideResNet
+from TorchSSL.core.setting import Setting
+from TorchSSL.core.trainer import Trainer
 from TorchSSL.freematch import FreeMatch, parse
-from TorchSSL.networks import WideResNet
-from TorchSSL.setting import Setting
-from TorchSSL.trainer import Trainer
 
 LABELED, UNLABELED, CLASSES = 64, 448, 10
 BARS = {"fp32": 140.0, "bf16": 50.0}  # in units; the original takes 282

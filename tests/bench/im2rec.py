@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.records import RecordFile
+from MetaSemi.imagenet.records import RecordFile
 
 BAR = 2.0
 IM2REC = [sys.executable, "-m", "MetaSemi.imagenet.im2rec"]

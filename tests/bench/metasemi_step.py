@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from MetaSemi.meta import MetaGradient, meta_step
-from MetaSemi.model import ConvLarge
-from shared.allocator import keep_freed_memory
+from MetaSemi.core.meta import MetaGradient, meta_step
+from MetaSemi.core.model import ConvLarge
+from shared.cpu.allocator import keep_freed_memory
 from tests.bench.unit import unit
 
 BAR = 1.3

@@ -20,10 +20,10 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from shared.photograph_batches import Epochs, Request, batches
-from shared.photographs import MEAN, STD, Photographs, RandomCrop, RecordImages, draw_crops
-from shared.randomness import numpy_rng
-from shared.records import encode_record
+from MetaSemi.imagenet.records import encode_record
+from shared.data.photograph_batches import Epochs, Request, batches
+from shared.data.photographs import MEAN, STD, Photographs, RandomCrop, RecordImages, draw_crops
+from shared.training.randomness import numpy_rng
 
 
 def make(path: Path, images: int) -> None:

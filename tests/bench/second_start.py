@@ -19,9 +19,9 @@ from statistics import median
 
 import numpy as np
 
-from shared.datasets import load_dataset
-from shared.images import ImageSet
-from shared.writers import write_cifar, write_zip
+from shared.data.datasets import load_dataset
+from shared.data.images import ImageSet
+from shared.data.writers import write_cifar, write_zip
 from tests.shared.programs import ROOT
 from TorchSSL.dpt_recipes import DIGITS_DIFFUSION
 
@@ -29,7 +29,7 @@ BAR, REPEATS = 2.0, 5
 # The script as it is, but for its first step.
 UP_TO_THE_FIRST_STEP = """
 import os, runpy, sys
-from shared.run import Run
+from shared.training.run import Run
 def steps(run, total):
     sys.stdout.flush()
     os._exit(64)

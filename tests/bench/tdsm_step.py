@@ -29,16 +29,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from EDM.batches import Batch
-from EDM.loss import EDMLoss
-from EDM.networks import use_channels_last
-from EDM.noise_classifiers import EDMPrecond_classifier
-from EDM.preconditioning import EDMPrecond
-from EDM.tdsm_loss import TDSMLoss, clean_class_weights, log_matrix
-from EDM.training import draw, training_step
-from EDM.transition import clean_posterior, transition_matrix
-from shared.allocator import keep_freed_memory
-from shared.ema import EMA
+from EDM.tdsm.classifiers import EDMPrecond_classifier
+from EDM.tdsm.loss import TDSMLoss, clean_class_weights, log_matrix
+from EDM.tdsm.transition import clean_posterior, transition_matrix
+from EDM.training.batches import Batch
+from EDM.training.loss import EDMLoss
+from EDM.training.networks import use_channels_last
+from EDM.training.preconditioning import EDMPrecond
+from EDM.training.training_loop import draw, training_step
+from shared.cpu.allocator import keep_freed_memory
+from shared.training.ema import EMA
 from tests.bench import eager_unet
 
 BAR, RATE = 2.0, 0.4

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.data.images import ImageSet
 from shared.distributed import World
-from shared.images import ImageSet
-from shared.run import Run
-from TorchSSL.batches import Batches
-from TorchSSL.data import NORMALISATION, TrainingData
+from shared.training.run import Run
+from TorchSSL.core.batches import Batches
+from TorchSSL.core.data import NORMALISATION, TrainingData
+from TorchSSL.core.networks import WideResNet
+from TorchSSL.core.setting import Setting
+from TorchSSL.core.trainer import Trainer, train
 from TorchSSL.make_configs import LEARNERS
-from TorchSSL.networks import WideResNet
-from TorchSSL.setting import Setting
-from TorchSSL.trainer import Trainer, train
 
 BARS = {"cpu": 0.10, "cuda": 0.15}
 IMAGES, CLASSES = 2000, 10
@@ -56,7 +56,7 @@ class Stopwatch:
 def learner_class(script: Any) -> Callable[..., Any]:
     """Return the class that a script hands to `train`."""
     found: list[Any] = []
-    source = importlib.import_module("TorchSSL.trainer")
+    source = importlib.import_module("TorchSSL.core.trainer")
     source.train, parse = lambda options, algorithm: found.append(algorithm), script.parse
     script.parse = lambda: parse([])
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from DASO import main as program
 from DASO.lib.trainer import Trainer
-from shared.checkpoint import read_checkpoint
+from shared.training.checkpoint import read_checkpoint
 from tests.shared.programs import ROOT
 
 STEPS = 6

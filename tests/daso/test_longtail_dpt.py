@@ -12,8 +12,8 @@ from DASO import dpt_report, get_labels
 from DASO.lib.config.config import read_yaml
 from DASO.lib.data.sets import load_data
 from shared.cli import UserError
-from shared.images import ImageSet, read_images
-from shared.writers import write_folder
+from shared.data.images import ImageSet, read_images
+from shared.data.writers import write_folder
 from tests.daso.small import call, command
 from tests.shared.programs import ROOT
 from TorchSSL import dpt

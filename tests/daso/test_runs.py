@@ -16,7 +16,7 @@ import yaml
 from DASO import plot_pseudo_labels
 from DASO.lib.algorithms import ALGORITHMS
 from DASO.lib.config.config import Config, read_yaml
-from shared.checkpoint import read_checkpoint
+from shared.training.checkpoint import read_checkpoint
 from tests.daso import small
 from tests.daso.small import call, command, saved
 from tests.shared.programs import ROOT, assert_same, environment, run

@@ -10,8 +10,8 @@ import pytest
 from DASO import tables
 from DASO.lib.algorithms import ALGORITHMS
 from DASO.lib.config.config import experiment_name, parse
-from shared.table_runs import Task
-from shared.tables import Job
+from shared.report.table_runs import Task
+from shared.report.tables import Job
 
 OPTIONS = argparse.Namespace(data_dir=Path("/data"), imbalance=20, args="")
 

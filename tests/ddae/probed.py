@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from DDAE.checkpoints import checkpoint_path, write_model
-from DDAE.configs import make_network, read_config
+from DDAE.ddae.checkpoints import checkpoint_path, write_model
+from DDAE.ddae.config import make_network, read_config
 from tests.ddae.tiny import call, write_config
 from tests.shared.clean import clean_process
 
@@ -56,7 +56,7 @@ def result(path: Path) -> dict[str, Any]:
 
 
 def _child(folder: Path, module: ModuleType, flags: tuple[str, ...], step: int) -> None:
-    from shared.run import Run
+    from shared.training.run import Run
 
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends

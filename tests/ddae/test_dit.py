@@ -10,13 +10,13 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from DDAE.data import load_images
+from DDAE.ddae.data import load_images
 from DDAE.DiT import linear, vae_preprocessing
 from DDAE.DiT.gaussian import SpacedDiffusion, kept_steps
 from DDAE.DiT.network import DiT
 from DDAE.DiT.small import write_small
-from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
+from shared.training.checkpoint import read_checkpoint
 from tests.ddae.probed import killed, result
 from tests.ddae.tiny import call
 from tests.shared.programs import assert_same, one_line_error, run

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from DDAE import contrastive, finetune, noisy_classifier_DDAE, noisy_classifier_WRN
-from DDAE.metrics import alignment, uniformity
-from shared.checkpoint import read_checkpoint
+from DDAE.ddae.metrics import alignment, uniformity
 from shared.cli import UserError
+from shared.training.checkpoint import read_checkpoint
 from tests.ddae.probed import TEST, TRAIN, call_in, killed, make_folder, result
 from tests.ddae.tiny import DDPM, call
 from tests.shared.programs import assert_same, run

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from DDAE import finetune, linear, noisy_classifier_DDAE
-from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
+from shared.training.checkpoint import read_checkpoint
 from tests.ddae.probed import LINEAR, TEST, call_in, killed, make_folder, result
 from tests.ddae.tiny import DDPM
 from tests.shared.programs import assert_same, one_line_error, run
@@ -87,7 +87,7 @@ def test_two_processes_do_what_one_does(folder: Path, grid: Path, tmp_path: Path
 
 
 def test_stored_features_are_computed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from DDAE import feature_files
+    from DDAE.ddae import features as feature_files
 
     call_in(folder, linear, "--epoch=2", *GRID, "--copies=2", f"--outdir={tmp_path / 'first'}")
     files = list((folder / "out" / "features").glob("ep2-*/*.npy"))
@@ -162,8 +162,8 @@ def test_a_mistake_is_one_line(folder: Path) -> None:
 
 
 def test_a_snapshot_is_probed_by_the_same_commands(folder: Path, tmp_path: Path) -> None:
-    from EDM.preconditioning import EDMPrecond
-    from EDM.snapshots import save_snapshot
+    from EDM.training.preconditioning import EDMPrecond
+    from EDM.training.snapshots import save_snapshot
 
     torch.manual_seed(0)
     net = EDMPrecond(img_resolution=8, img_channels=1, model_type="SongUNet", model_channels=16, channel_mult=[1, 2],

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from shared import tables
+from shared.report import tables
 from tests.shared.programs import ROOT, environment, help_flags
 
 TEXT = (ROOT / "DDAE/README.md").read_text()

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from DDAE import extract_cifar10_pngs, sample
-from DDAE.checkpoints import load_model
-from DDAE.configs import read_config
-from DDAE.sampling import ImageSampler
+from DDAE.ddae.checkpoints import load_model
+from DDAE.ddae.config import read_config
+from DDAE.ddae.sampling import ImageSampler
 from shared.cli import UserError
 from tests.ddae.tiny import DDPM, call, sample_in, train_in, write_config
 from tests.shared.programs import run
@@ -113,7 +113,7 @@ def test_an_image_that_is_not_finite_is_reported(trained: Path) -> None:
 def test_exact_end_leaves_no_noise(tmp_path: Path) -> None:
     write_config(tmp_path, **DDPM)
     config = read_config(tmp_path / "tiny.yaml")
-    from DDAE.configs import make_diffusion
+    from DDAE.ddae.config import make_diffusion
 
     def zero(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
@@ -132,13 +132,13 @@ def test_flags_in_contradiction() -> None:
 
 def test_fid_of_the_images_that_would_be_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from DDAE import fid
-    from EDM import detectors
-    from EDM.detectors import Detector
-    from EDM.extraction import extract
-    from EDM.reference import from_extraction, write_reference
-    from EDM.sources import FileImages
+    from EDM.metrics import detectors
+    from EDM.metrics.detectors import Detector
+    from EDM.metrics.extraction import extract
+    from EDM.metrics.frechet import frechet_distance
+    from EDM.metrics.reference import from_extraction, write_reference
+    from EDM.metrics.sources import FileImages
     from shared.distributed import World
-    from shared.frechet import frechet_distance
 
     def network(pixels: torch.Tensor) -> tuple[torch.Tensor, None]:
         return torch.nn.functional.avg_pool2d(pixels.float(), 4)[:, :1].flatten(1), None

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from DDAE.snapshots import load_snapshot
-from EDM.preconditioning import PRECONDITIONERS
-from EDM.snapshots import save_snapshot
+from DDAE.ddae.snapshots import load_snapshot
+from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.snapshots import save_snapshot
 from shared.cli import UserError
 
 KINDS = [("EDMPrecond", "SongUNet", 0), ("EDMPrecond", "SongUNet", 10), ("VPPrecond", "SongUNet", 0),

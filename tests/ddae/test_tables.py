@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from DDAE.tables import DIGITS_CHAIN, HERE, PRINTED, TABLES
-from shared.tables import Job
+from shared.report.tables import Job
 
 OPTIONS = argparse.Namespace(data_dir=Path("data"))
 

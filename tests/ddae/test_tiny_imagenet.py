@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from DDAE.data import load_images
+from DDAE.ddae.data import load_images
 from shared.cli import UserError
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from DDAE.checkpoints import load_model
-from DDAE.configs import make_network, read_config
-from DDAE.unet import UNet
+from DDAE.ddae.checkpoints import load_model
+from DDAE.ddae.config import make_network, read_config
+from DDAE.ddae.model import UNet
 from shared.cli import UserError
 from tests.ddae.tiny import DDPM, STEPS, TINY, checkpoint, killed_training, model, train_in, write_config
 from tests.shared.programs import assert_same, one_line_error, run

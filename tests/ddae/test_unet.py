@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-from DDAE.blocks import AttentionBlock
-from DDAE.diffusion import DDPM, EDM
-from DDAE.unet import UNet, store_bf16_weights, use_channels_last
+from DDAE.ddae.blocks import AttentionBlock
+from DDAE.ddae.diffusion import DDPM, EDM
+from DDAE.ddae.model import UNet, store_bf16_weights, use_channels_last
 from shared.cli import UserError
 
 SMALL = {"image_shape": (3, 8, 4), "n_channels": 64, "ch_mults": (1, 2), "is_attn": (False, True), "n_blocks": 1,

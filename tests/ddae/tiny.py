@@ -14,8 +14,9 @@ import torch
 import yaml
 from sklearn.datasets import load_digits
 
-from DDAE import sample, train, training
-from shared.checkpoint import read_checkpoint
+from DDAE import sample, train
+from DDAE.ddae import training
+from shared.training.checkpoint import read_checkpoint
 from tests.shared.clean import clean_process
 
 # Of 100 images, so that an epoch has 3 steps, the last one shorter.

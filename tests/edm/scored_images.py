@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from EDM.preconditioning import EDMPrecond
-from EDM.snapshots import save_snapshot
-from TorchSSL.networks import build_network
+from EDM.training.preconditioning import EDMPrecond
+from EDM.training.snapshots import save_snapshot
+from TorchSSL.core.networks import build_network
 
 CLASSES = 3
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from EDM.preconditioning import EDMPrecond
-from EDM.published import Record, describe, is_plain
-from EDM.snapshots import FORMAT, load_network, load_training_state, read_snapshot, save_snapshot
+from EDM.training.preconditioning import EDMPrecond
+from EDM.training.published import Record, describe, is_plain
+from EDM.training.snapshots import FORMAT, load_network, load_training_state, read_snapshot, save_snapshot
 from shared.cli import UserError
 from tests.edm.published_form import write_published
 from tests.shared.programs import PLAIN_NAMES, assert_same, doubled, pickled_names

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from EDM.batches import Batches
-from EDM.dataset import TrainingSet
-from EDM.order import InfiniteOrder
+from EDM.training.batches import Batches
+from EDM.training.dataset import TrainingSet
+from EDM.training.order import InfiniteOrder
 from shared.distributed import World
 
 SIZE, BATCH, STEPS = 13, 8, 6

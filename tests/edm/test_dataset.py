@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from EDM.dataset import open_training_set
+from EDM.training.dataset import open_training_set
 from shared.cli import UserError
-from shared.images import ImageSet
-from shared.writers import write_folder, write_npz, write_zip
+from shared.data.images import ImageSet
+from shared.data.writers import write_folder, write_npz, write_zip
 
 
 def random_set(count: int = 12, labels: np.ndarray | None = None, classes: int = 3) -> ImageSet:

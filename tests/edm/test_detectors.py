@@ -10,9 +10,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torchvision.models import inception_v3
 
-from EDM import detectors
-from EDM.detectors import load_detector
-from EDM.dinov2 import DinoV2, preprocess
+from EDM.metrics import detectors
+from EDM.metrics.detectors import load_detector
+from EDM.metrics.dinov2 import DinoV2, preprocess
 from shared.cli import UserError
 from tests.edm.scored_images import write_classifier
 
@@ -107,7 +107,7 @@ class TestDinov2:
         import numpy as np
         from PIL import Image
 
-        from EDM.dinov2 import MEAN, STD
+        from EDM.metrics.dinov2 import MEAN, STD
 
         pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         expected = np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC)).astype(int)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from EDM import dataset_tool, evaluate
-from EDM.image_classifier import predict, train_classifier
-from EDM.metrics import classwise_frechet_distance, manifold_metrics
+from EDM.metrics.judge import predict, train_classifier
+from EDM.metrics.metrics import classwise_frechet_distance, manifold_metrics
 from shared.cli import UserError
+from shared.data.images import ImageSet
+from shared.data.writers import write_zip
 from shared.distributed import World
-from shared.images import ImageSet
-from shared.run import Run
-from shared.writers import write_zip
+from shared.training.run import Run
 from tests.edm.scored_images import write_network
 from tests.shared.programs import one_line_error, run
 
@@ -149,7 +149,7 @@ def test_the_published_networks_train(kind, channels, side, tmp_path):
 ])
 def test_mistakes_end_in_one_line(changes, message, real, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("EDM.detectors.asset_folders", lambda: [tmp_path])
+    monkeypatch.setattr("EDM.metrics.detectors.asset_folders", lambda: [tmp_path])
     write_zip(images(4, 1), tmp_path / "few.zip")
     colour = images(6, 1, channels=3)
     write_zip(ImageSet(colour.images[:, :1], np.full(6, -1), (), ""), tmp_path / "colour.zip")

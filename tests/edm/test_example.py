@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from EDM.example import PRESETS, main
-from EDM.preconditioning import EDMPrecond
-from EDM.samplers import denoiser, edm_sampler
-from EDM.snapshots import load_network, save_snapshot
+from EDM.sampling.samplers import denoiser, edm_sampler
+from EDM.training.preconditioning import EDMPrecond
+from EDM.training.snapshots import load_network, save_snapshot
 from shared.cli import UserError
 from tests.edm.published_form import write_published
 from tests.shared.programs import environment, one_line_error, run

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from EDM import fid, generate, sources
-from EDM.detectors import load_detector
+from EDM import fid, generate
+from EDM.metrics import sources
+from EDM.metrics.detectors import load_detector
+from EDM.metrics.frechet import frechet_distance_of_features
 from shared.cli import UserError
-from shared.frechet import frechet_distance_of_features
 from tests.edm.scored_images import CLASSES, pixels, write_classifier, write_images, write_network
 from tests.shared.programs import environment, one_line_error, run
 
@@ -231,9 +232,9 @@ class TestStreaming:
             (tmp_path / "many" / f"{index:06d}.png").write_bytes(one)
         code = f"""
 import resource, torch
-from EDM.detectors import Detector
-from EDM.extraction import extract
-from EDM.sources import FileImages
+from EDM.metrics.detectors import Detector
+from EDM.metrics.extraction import extract
+from EDM.metrics.sources import FileImages
 from shared.distributed import World
 means = lambda images: (images.float().mean((2, 3)), None)
 detector = Detector("means", "means", means, 3, 3, 0, "none", "none", "none", torch.device("cpu"))

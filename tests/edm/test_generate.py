@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from EDM.generate import main
-from EDM.preconditioning import EDMPrecond, iDDPMPrecond
-from EDM.sample_files import class_folder
-from EDM.sampling import SeedSampler
-from EDM.snapshots import load_network, save_snapshot
+from EDM.sampling.files import class_folder
+from EDM.sampling.sampling import SeedSampler
+from EDM.training.preconditioning import EDMPrecond, iDDPMPrecond
+from EDM.training.snapshots import load_network, save_snapshot
 from shared.cli import UserError
-from shared.images import read_images
+from shared.data.images import read_images
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

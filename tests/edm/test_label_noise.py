@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from EDM.dataset import open_training_set
 from EDM.dataset_tool import main
-from EDM.transition import asym_targets, load_transition, save_transition, transition_matrix
+from EDM.tdsm.transition import asym_targets, load_transition, save_transition, transition_matrix
+from EDM.training.dataset import open_training_set
 from shared.cli import UserError
-from shared.datasets import load_dataset
-from shared.images import ImageSet, read_images
-from shared.writers import write_folder, write_npz
+from shared.data.datasets import load_dataset
+from shared.data.images import ImageSet, read_images
+from shared.data.writers import write_folder, write_npz
 from tests.golden.data_sources import add_to_tar
 from tests.shared.programs import ROOT, one_line_error, run
 

@@ -13,8 +13,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from EDM import metrics
-from shared import frechet
+from EDM.metrics.metrics import frechet, metrics
 from shared.cli import UserError
 from tests.shared.programs import environment
 

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from shared import tables
+from shared.report import tables
 from tests.edm.training_runs import TINY, write_set
 from tests.shared.programs import ROOT, environment, help_flags
 

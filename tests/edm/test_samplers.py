@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from EDM import samplers
-from EDM.samplers import (
+from EDM.sampling import samplers
+from EDM.sampling.samplers import (
     ablation_sampler,
     deis_sampler,
     dpm_solver_pp_2m,

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from EDM import downloads
 from EDM.convert import main as convert
-from EDM.preconditioning import EDMPrecond
-from EDM.published import Record, describe
-from EDM.snapshots import (
+from EDM.training import downloads
+from EDM.training.preconditioning import EDMPrecond
+from EDM.training.published import Record, describe
+from EDM.training.snapshots import (
     Snapshot,
     digest,
     load_network,
@@ -133,7 +133,7 @@ def hostile_files(folder: Path, marker: Path) -> dict[str, Path]:
 WATCHER = """
 import json, sys
 from shared.cli import UserError
-from EDM.snapshots import load_network, load_training_state
+from EDM.training.snapshots import load_network, load_training_state
 seen = []
 watching = False
 def hook(event, arguments):

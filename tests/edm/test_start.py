@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from EDM.preconditioning import PRECONDITIONERS
-from EDM.snapshots import load_network, read_snapshot
 from EDM.train import main
+from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.snapshots import load_network, read_snapshot
 from shared.cli import UserError
 from tests.edm.published_form import write_published, write_published_state
 from tests.edm.training_runs import TINY, largest_difference, stats, write_set

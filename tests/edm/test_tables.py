@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from EDM import fid, tables, train
-from shared.tables import Cell, main
+from shared.report.tables import Cell, main
 from tests.shared.programs import one_line_error, run
 
 OPTIONS = argparse.Namespace(data_dir=Path("/data"))

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from EDM.loss import LOSSES, EDMLoss
-from EDM.preconditioning import PRECONDITIONERS
-from EDM.tdsm_loss import ClassifierLoss, TDSMLoss, clean_class_weights, log_matrix, noisy_log_posterior
-from EDM.transition import clean_posterior, transition_matrix
-from shared.dropout import set_dropout_keys
+from EDM.tdsm.loss import ClassifierLoss, TDSMLoss, clean_class_weights, log_matrix, noisy_log_posterior
+from EDM.tdsm.transition import clean_posterior, transition_matrix
+from EDM.training.loss import LOSSES, EDMLoss
+from EDM.training.preconditioning import PRECONDITIONERS
+from shared.training.dropout import set_dropout_keys
 
 K, N = 5, 6
 TINY = dict(img_resolution=8, img_channels=1, label_dim=K, model_type="SongUNet", model_channels=8, channel_mult=[1, 1],

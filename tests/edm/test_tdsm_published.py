@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from EDM.cas_networks import CAS_class
-from EDM.noise_classifiers import (
+from EDM.metrics.cas_networks import CAS_class
+from EDM.tdsm.classifiers import (
     BasicBlock,
     ConditionalResNet,
     EDMPrecond_classifier,
     EDMPrecond_classifier_with_transition_matrix,
     class_logits,
 )
-from EDM.noisy_set import noise_of_classifier
-from EDM.snapshots import read_snapshot, save_snapshot
-from EDM.transition import transition_matrix
-from shared.batchnorm import BatchNorm2d
+from EDM.tdsm.noisy_set import noise_of_classifier
+from EDM.tdsm.transition import transition_matrix
+from EDM.training.snapshots import read_snapshot, save_snapshot
 from shared.cli import UserError
+from shared.training.batchnorm import BatchNorm2d
 
 KWARGS = dict(img_resolution=8, img_channels=3, label_dim=10, model_type="ClassifierSong", encoder_type="resnet18",
               augment_dim=9, dropout=0.13, embedding_type="positional", decoder_type="standard", model_channels=8)

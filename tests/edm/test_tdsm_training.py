@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from EDM import dataset_tool, generate, train_classifier, train_noise
-from EDM.noise_classifiers import volmin_transition
-from EDM.options import RESULT_FILE
-from EDM.snapshots import load_network, read_snapshot
-from EDM.transition import save_transition, transition_matrix
+from EDM.tdsm.classifiers import volmin_transition
+from EDM.tdsm.transition import save_transition, transition_matrix
+from EDM.training.config import RESULT_FILE
+from EDM.training.snapshots import load_network, read_snapshot
 from shared.cli import UserError
 from tests.edm.training_runs import checkpoint, largest_difference, losses, outcome, stats, write_set
 from tests.shared.programs import assert_same, one_line_error, run, start

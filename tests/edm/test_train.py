@@ -11,13 +11,13 @@ import click
 import pytest
 import torch
 
-from EDM.options import RESULT_FILE, batch_rounds, read_options
-from EDM.snapshots import load_network, load_training_state
 from EDM.train import main
-from EDM.training import learning_rate, replace_non_finite
-from shared.checkpoint import keep_layout
+from EDM.training.config import RESULT_FILE, batch_rounds, read_options
+from EDM.training.snapshots import load_network, load_training_state
+from EDM.training.training_loop import learning_rate, replace_non_finite
 from shared.cli import Diverged, UserError
-from shared.files import InUse, in_use, lock
+from shared.training.checkpoint import keep_layout
+from shared.training.files import InUse, in_use, lock
 from tests.edm.training_runs import STEPS, TINY, checkpoint, largest_difference, losses, outcome, stats, write_set
 from tests.golden.cases import arrays
 from tests.shared.programs import assert_same, one_line_error, run, start

@@ -10,8 +10,8 @@ import torch
 
 from DASO.lib.data.augment import ALPHABETICAL, GREY, Look, magnitude, strong_draws
 from DASO.lib.data.sets import CIFAR10_STATISTICS, CIFAR100_STATISTICS
-from shared.augment import StrongDraws, WeakDraws, WeakPolicy, cutout, strong
-from shared.randaugment import OPERATIONS, apply
+from shared.augment.randaugment import OPERATIONS, apply
+from shared.augment.views import StrongDraws, WeakDraws, WeakPolicy, cutout, strong
 from tests.golden.cases import arrays
 from tests.golden.daso_cases import each, of_file, serves, stored
 

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from shared.mixing import group_offsets, interleaved
+from shared.augment.mixing import group_offsets, interleaved
 from tests.golden.cases import arrays
 from tests.golden.daso_cases import of_file, serves
 

@@ -13,8 +13,8 @@ from DASO.lib.config.config import Config
 from DASO.lib.data.augment import Look
 from DASO.lib.data.sets import TrainingData
 from DASO.lib.trainer import Trainer
+from shared.data.images import ImageSet
 from shared.distributed import World
-from shared.images import ImageSet
 from tests.golden.cases import facts, fill
 from tests.golden.daso_cases import each, normal, numbers, of_file, serves, stored
 

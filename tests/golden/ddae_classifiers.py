@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from DDAE.diffusion import DDPM, EDM
-from DDAE.heads import NoiseHead
-from DDAE.perturbation import test_view as at_level
-from DDAE.perturbation import training_view
-from DDAE.wideresnet import WideResNet, learning_rate
+from DDAE.ddae.diffusion import DDPM, EDM
+from DDAE.ddae.heads import NoiseHead
+from DDAE.ddae.perturbation import test_view as at_level
+from DDAE.ddae.perturbation import training_view
+from DDAE.ddae.wideresnet import WideResNet, learning_rate
 from tests.golden.cases import facts, fill, index
 from tests.golden.ddae_compare import assert_close, cases, given, served, tensors
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from DDAE.diffusion import DDPM, EDM
-from DDAE.unet import UNet
-from shared.augment_pipe import AugmentPipe
+from DDAE.ddae.diffusion import DDPM, EDM
+from DDAE.ddae.model import UNet
+from EDM.training.augment import AugmentPipe
 from tests.golden.cases import fill
 from tests.golden.ddae_compare import assert_close, cases, served, stated, tensors
 

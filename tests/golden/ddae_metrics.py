@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from DDAE.heads import formatted
-from DDAE.metrics import alignment, uniformity
+from DDAE.ddae.heads import formatted
+from DDAE.ddae.metrics import alignment, uniformity
 from tests.golden.ddae_compare import assert_close, cases, served, tensors
 
 ALL = cases("metrics.npz")

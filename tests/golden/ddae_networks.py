@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from DDAE.blocks import AttentionBlock, Downsample, LevelBlock, ResidualBlock, TimeEmbedding, Upsample
-from DDAE.unet import UNet, use_channels_last
+from DDAE.ddae.blocks import AttentionBlock, Downsample, LevelBlock, ResidualBlock, TimeEmbedding, Upsample
+from DDAE.ddae.model import UNet, use_channels_last
 from tests.golden.cases import facts, fill
 from tests.golden.ddae_compare import assert_close, cases, served, tensors
 

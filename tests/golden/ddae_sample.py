@@ -12,9 +12,10 @@ import torch
 import yaml
 from PIL import Image
 
-from DDAE import sample, sampling
-from DDAE.checkpoints import checkpoint_path, write_model
-from DDAE.configs import make_config, make_network
+from DDAE import sample
+from DDAE.ddae import sampling
+from DDAE.ddae.checkpoints import checkpoint_path, write_model
+from DDAE.ddae.config import make_config, make_network
 from shared.cli import UserError
 from tests.golden.cases import fill
 from tests.golden.ddae_compare import cases, given, served

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from DDAE.batches import Batch
-from DDAE.checkpoints import AVERAGED, ONLINE, load_model
-from DDAE.configs import make_config, make_network
-from DDAE.training import Draws, Settings, average_decay, train
+from DDAE.ddae.batches import Batch
+from DDAE.ddae.checkpoints import AVERAGED, ONLINE, load_model
+from DDAE.ddae.config import make_config, make_network
+from DDAE.ddae.training import Draws, Settings, average_decay, train
 from shared.distributed import World
-from shared.ema import EMA
+from shared.training.ema import EMA
 from tests.golden.cases import fill
 from tests.golden.ddae_compare import assert_close, cases, served, stated, tensors
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.augment_pipe import DRAWS, GEOMETRY, AugmentPipe
+from EDM.training.augment import DRAWS, GEOMETRY, AugmentPipe
 from tests.golden.cases import arrays, index
 
 AUGMENT_CASES = [case for case in index("edm")["cases"] if case["kind"] == "augment"]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from EDM.dataset import open_training_set
+from EDM.dataset_tool_cli import main
+from EDM.training.dataset import open_training_set
 from shared.cli import UserError
-from shared.dataset_tool import main
 from tests.golden.cases import arrays, facts, index
 from tests.golden.data_sources import write_image_folder, write_source
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 import EDM
-from EDM.downloads import cache_prefix
 from EDM.generate import main
-from EDM.options import parse_int_list
-from EDM.preconditioning import PRECONDITIONERS
-from EDM.snapshots import save_snapshot
-from shared.seeds import SeedGenerators, split_batches
+from EDM.training.config import parse_int_list
+from EDM.training.downloads import cache_prefix
+from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.snapshots import save_snapshot
+from shared.training.seeds import SeedGenerators, split_batches
 from tests.golden.cases import arrays, facts, fill, index
 
 CASES = {case["case"] for case in index("edm")["cases"] if case["kind"] in ("rng", "end to end")} | {"misc"}

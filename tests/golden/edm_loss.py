@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from EDM.loss import LOSSES
-from EDM.preconditioning import PRECONDITIONERS
+from EDM.training.loss import LOSSES
+from EDM.training.preconditioning import PRECONDITIONERS
 from tests.golden.cases import facts, fill, index
 from tests.golden.edm_networks import bound, tensors
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from EDM.networks import DhariwalUNet, SongUNet
+from EDM.training.networks import DhariwalUNet, SongUNet
 from tests.golden.cases import arrays, facts, fill, index
 
 NETWORK_CASES = [case for case in index("edm")["cases"] if case["kind"] == "network"]

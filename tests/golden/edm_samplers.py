@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from EDM.samplers import ablation_sampler, edm_sampler, unrounded
+from EDM.sampling.samplers import ablation_sampler, edm_sampler, unrounded
 from tests.golden.cases import arrays, index
 
 SAMPLERS = {"edm_sampler": edm_sampler, "ablation_sampler": ablation_sampler}

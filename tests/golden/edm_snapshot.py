@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from EDM.published import read_pickle
-from EDM.snapshots import load_training_state, read_snapshot
+from EDM.training.published import read_pickle
+from EDM.training.snapshots import load_training_state, read_snapshot
 from tests.golden.cases import arrays, fill, index
 
 CASES = {case["case"] for case in index("edm")["cases"] if case["kind"] == "file format"}

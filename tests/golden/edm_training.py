@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from EDM.batches import Batches
-from EDM.dataset import TrainingSet
-from EDM.loss import EDMLoss
-from EDM.order import InfiniteOrder
-from EDM.preconditioning import PRECONDITIONERS
-from EDM.ticks import TickSchedule, format_time
 from EDM.train import main
-from EDM.training import Draws, learning_rate, training_step
+from EDM.training.batches import Batches
+from EDM.training.dataset import TrainingSet
+from EDM.training.loss import EDMLoss
+from EDM.training.order import InfiniteOrder
+from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.stats import TickSchedule, format_time
+from EDM.training.training_loop import Draws, learning_rate, training_step
 from shared.distributed import World
-from shared.ema import EMA, half_life_beta
+from shared.training.ema import EMA, half_life_beta
 from tests.edm.training_runs import stats, write_set
 from tests.golden.cases import arrays, facts, fill, index
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from MetaSemi.model import ConvLarge
+from MetaSemi.core.model import ConvLarge
 from tests.golden.cases import arrays, fill, index
 
 TRAINING = index("metasemi")["training"]["cases"]

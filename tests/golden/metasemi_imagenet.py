@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from MetaSemi import train_imagenet, train_meta_imagenet
-from MetaSemi.meta import MetaGradient, meta_step, supervised_step
-from MetaSemi.meters import Meters
-from MetaSemi.schedules import CosAnnealingLR
-from MetaSemi.validation import validate
-from shared.checkpoint import read_checkpoint
+from MetaSemi.core.meta import MetaGradient, meta_step, supervised_step
+from MetaSemi.core.meters import Meters
+from MetaSemi.core.schedules import CosAnnealingLR
+from MetaSemi.core.validation import validate
+from shared.data.photograph_batches import Request, batches
+from shared.data.photographs import CentreCrop, Photographs
 from shared.distributed import World
-from shared.photograph_batches import Request, batches
-from shared.photographs import CentreCrop, Photographs
+from shared.training.checkpoint import read_checkpoint
 from tests.golden.cases import arrays, golden_dir, index
 from tests.golden.metasemi_cases import Tolerances, network_of, parts
 from tests.metasemi import photographs

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from MetaSemi.data import NORMALISATION, Stream, split, streams
-from MetaSemi.meters import accuracy, evaluate
-from MetaSemi.schedules import CosAnnealingLR, compute_weight, learning_rate
-from MetaSemi.training import label_text
-from shared.augment import WeakDraws, normalise, weak
+from MetaSemi.core.data import NORMALISATION, Stream, split, streams
+from MetaSemi.core.meters import accuracy, evaluate
+from MetaSemi.core.schedules import CosAnnealingLR, compute_weight, learning_rate
+from MetaSemi.core.training import label_text
+from shared.augment.views import WeakDraws, normalise, weak
 from shared.distributed import World
 from tests.golden.cases import arrays, index
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from MetaSemi.model import ConvLarge, ResNet32x32, ShakeShakeBlock, shakeshake26, stage
+from MetaSemi.core.model import ConvLarge, ResNet32x32, ShakeShakeBlock, shakeshake26, stage
 from tests.golden.cases import arrays, facts, fill, golden_dir, index
 
 NETS = index("metasemi")["nets"]

@@ -11,8 +11,8 @@ from PIL import Image
 
 from MetaSemi.imagenet import im2rec
 from MetaSemi.imagenet.packing import pack
+from MetaSemi.imagenet.records import RecordFile
 from MetaSemi.imagenet.split_imagenet import split
-from shared.records import RecordFile
 from tests.golden.cases import arrays, facts, index
 
 LISTS_BY_HASH = sorted(name for name, case in index("metasemi")["misc"]["cases"].items() if "train_labeled" in case)

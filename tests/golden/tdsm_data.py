@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from EDM.dataset import open_training_set
 from EDM.dataset_tool import main
-from EDM.transition import CLASSES
-from shared.cifar import CIFAR10, CIFAR100
-from shared.images import ImageSet, read_images
-from shared.writers import write_npz
+from EDM.tdsm.transition import CLASSES
+from EDM.training.dataset import open_training_set
+from shared.data.cifar import CIFAR10, CIFAR100
+from shared.data.images import ImageSet, read_images
+from shared.data.writers import write_npz
 from tests.golden.cases import arrays, index
 from tests.golden.data_sources import add_to_tar, write_idx
 

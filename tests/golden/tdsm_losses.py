@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from EDM.loss import EDMLoss, VELoss, VPLoss
-from EDM.noise_classifiers import EDMPrecond_classifier
-from EDM.preconditioning import PRECONDITIONERS
-from EDM.tdsm_loss import ClassifierLoss, TDSMLoss
+from EDM.tdsm.classifiers import EDMPrecond_classifier
+from EDM.tdsm.loss import ClassifierLoss, TDSMLoss
+from EDM.training.loss import EDMLoss, VELoss, VPLoss
+from EDM.training.preconditioning import PRECONDITIONERS
 from tests.golden.cases import fill
 from tests.golden.tdsm_cases import assert_close, assert_state, cases_of, each, numbers, one_hot, tensors
 from tests.golden.tdsm_transition import matrix_of

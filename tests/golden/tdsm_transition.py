@@ -4,9 +4,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from EDM.noise_classifiers import volmin_transition
-from EDM.tdsm_loss import VolMinLoss, clean_class_weights, log_matrix, noisy_log_posterior
-from EDM.transition import clean_posterior, transition_matrix
+from EDM.tdsm.classifiers import volmin_transition
+from EDM.tdsm.loss import VolMinLoss, clean_class_weights, log_matrix, noisy_log_posterior
+from EDM.tdsm.transition import clean_posterior, transition_matrix
 from tests.golden.tdsm_cases import assert_close, cases_of, each, numbers, one_hot, tensors
 
 TRANSITIONS, WEIGHTS, VOLMIN = (cases_of(f"{name}.npz") for name in ("transition", "weights", "volmin"))

@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from shared.distributed import World
-from shared.ema import EMA
+from shared.training.ema import EMA
 from tests.golden.cases import arrays, fill, index
 from tests.golden.torchssl_networks import draw_inputs, expected
-from TorchSSL.batches import Batch
-from TorchSSL.evaluation import metrics
+from TorchSSL.core.batches import Batch
+from TorchSSL.core.evaluation import metrics
+from TorchSSL.core.setting import Setting
+from TorchSSL.core.trainer import Trainer, cosine
 from TorchSSL.freematch import FreeMatch, consistency, parse
-from TorchSSL.setting import Setting
-from TorchSSL.trainer import Trainer, cosine
 
 CASES = [case for case in index("torchssl")["cases"] if case["file"] == "algos.npz"]
 FREEMATCH = [case for case in CASES if case["id"].startswith("freematch_")]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shared.augment import StrongDraws, WeakDraws, cutout, normalise, rotate_quarter_turns, strong, weak
-from shared.randaugment import OPERATIONS, RANGES, apply
+from shared.augment.randaugment import OPERATIONS, RANGES, apply
+from shared.augment.views import StrongDraws, WeakDraws, cutout, normalise, rotate_quarter_turns, strong, weak
 from tests.golden.cases import arrays, facts, index
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.images import read_images
+from shared.data.images import read_images
 from tests.golden.cases import arrays, facts, fill, index
 from tests.golden.data_sources import write_cifar_archive
 from tests.shared.programs import run
-from TorchSSL.data import NORMALISATION
-from TorchSSL.networks import WideResNet
+from TorchSSL.core.data import NORMALISATION
+from TorchSSL.core.networks import WideResNet
 
 CASES = {case["id"]: case for case in index("torchssl")["cases"] if case["file"] == "files.npz"}
 SERVES = {"get_labels", "dataset_zip_labels"} & CASES.keys()

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.golden.cases import arrays, facts, fill, golden_dir, index
-from TorchSSL.networks import build_network
+from TorchSSL.core.networks import build_network
 
 
 def network_cases() -> list[dict[str, Any]]:

@@ -14,13 +14,13 @@ import torch
 from shared.distributed import World
 from tests.golden.cases import arrays, facts, fill, index
 from tests.golden.torchssl_networks import draw_inputs, expected
-from TorchSSL.batches import Batch
-from TorchSSL.classifier import strip_prefix
-from TorchSSL.evaluation import confusion_text, metrics
+from TorchSSL.core.batches import Batch
+from TorchSSL.core.classifier import strip_prefix
+from TorchSSL.core.evaluation import confusion_text, metrics
+from TorchSSL.core.networks import WideResNet
+from TorchSSL.core.setting import Setting
+from TorchSSL.core.trainer import Trainer
 from TorchSSL.freematch import FreeMatch
-from TorchSSL.networks import WideResNet
-from TorchSSL.setting import Setting
-from TorchSSL.trainer import Trainer
 
 # Published name -> its class; more than one case may belong to a script.
 SCRIPTS = {"freematch": "FreeMatch", "freematch_entropy": "FreeMatch", "softmatch": "SoftMatch", "fixmatch": "FixMatch",

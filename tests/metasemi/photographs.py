@@ -15,8 +15,8 @@ from sklearn.datasets import load_sample_images
 
 from MetaSemi import train_imagenet, train_meta_imagenet
 from MetaSemi.imagenet import im2rec, split_imagenet
-from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
+from shared.training.checkpoint import read_checkpoint
 from tests.shared.clean import clean_process
 
 SCRIPTS = {"meta": train_meta_imagenet, "baseline": train_imagenet}

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from MetaSemi.data import Stream, shuffle, split, streams
+from MetaSemi.core.data import Stream, shuffle, split, streams
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7, 8, 9, 63, 64, 65, 1000])

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from MetaSemi.imagenet import im2rec, packing, split_imagenet
+from MetaSemi.imagenet.records import RecordFile
 from shared.cli import UserError
-from shared.records import RecordFile
 from tests.metasemi.photographs import CLASSES, TRAIN, call, make_tree
 from tests.shared import programs
 from tests.shared.clean import clean_process

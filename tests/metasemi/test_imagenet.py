@@ -15,12 +15,12 @@ import pytest
 import torch
 import torchvision
 
-from MetaSemi import imagenet_training
-from MetaSemi.classifiers import make_classifier
-from MetaSemi.imagenet_options import ARCHITECTURES
-from shared.checkpoint import read_checkpoint
+from MetaSemi.core import imagenet_training
+from MetaSemi.core.classifiers import make_classifier
+from MetaSemi.core.imagenet_options import ARCHITECTURES
+from MetaSemi.imagenet.records import RecordFile
 from shared.cli import UserError
-from shared.records import RecordFile
+from shared.training.checkpoint import read_checkpoint
 from tests.metasemi import photographs
 from tests.metasemi.events import scalars
 from tests.metasemi.photographs import checkpoint, run, train

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from MetaSemi import options as command_line
+from MetaSemi.core import options as command_line
 from MetaSemi.train_baseline import parse as parse_baseline
 from MetaSemi.train_meta import parse as parse_meta
 from shared.cli import UserError
-from shared.run import Run
+from shared.training.run import Run
 from tests.metasemi import tiny
 from tests.shared.programs import one_line_error, run
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from MetaSemi.meta import MetaGradient, corrected, divergence, meta_step, pseudo_labels, supervised_step
-from MetaSemi.model import ConvLarge, ResNet32x32, ShakeShakeBlock, SmallNet
-from MetaSemi.noise import set_noise
+from MetaSemi.core.meta import MetaGradient, corrected, divergence, meta_step, pseudo_labels, supervised_step
+from MetaSemi.core.model import ConvLarge, ResNet32x32, ShakeShakeBlock, SmallNet
+from MetaSemi.core.noise import set_noise
 from shared.distributed import World
 from tests.metasemi import tiny
 
@@ -237,8 +237,8 @@ def test_host_reads_of_a_run_do_not_grow_with_its_steps(script: str, flags: list
     """Neither batches nor meters nor the notes of the run wait for the device; lines of the log and evaluations do."""
     monkeypatch.chdir(tmp_path)
     # Whether the loss is finite is asked at once on a CPU, which has nothing to wait for, and with the log on a GPU.
-    monkeypatch.setattr("shared.run.Run._watch", lambda *_: None)
-    monkeypatch.setattr("MetaSemi.training.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("shared.training.run.Run._watch", lambda *_: None)
+    monkeypatch.setattr("MetaSemi.core.training.keep_freed_memory", lambda: None)
 
     def reads(steps: int, every: int = 1000) -> int:
         with HostReads() as found:

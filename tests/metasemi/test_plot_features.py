@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from MetaSemi import plot_features
-from MetaSemi.data import NORMALISATION
-from shared.augment import normalise
+from MetaSemi.core.data import NORMALISATION
+from shared.augment.views import normalise
 from shared.cli import UserError
-from shared.datasets import load_dataset
+from shared.data.datasets import load_dataset
 from tests.metasemi import tiny
 
 

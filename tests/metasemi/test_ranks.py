@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from MetaSemi.data import Batches, streams
-from shared.checkpoint import read_checkpoint
-from shared.datasets import load_dataset
+from MetaSemi.core.data import Batches, streams
+from shared.data.datasets import load_dataset
 from shared.distributed import World
+from shared.training.checkpoint import read_checkpoint
 from tests.metasemi.tiny import TINY
 from tests.shared.programs import run
 

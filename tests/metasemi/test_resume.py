@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared import files
-from shared.run import Run
+from shared.training import files
+from shared.training.run import Run
 from tests.metasemi import tiny
 from tests.shared.programs import assert_same
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from MetaSemi import tables, train_baseline, train_meta
-from shared.tables import Cell, main
+from shared.report.tables import Cell, main
 from tests.shared.programs import ROOT
 
 OPTIONS = argparse.Namespace(data_dir=Path("/data"), gpu=False, gpus="", processes=4)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from MetaSemi import train_baseline, train_meta
-from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
+from shared.training.checkpoint import read_checkpoint
 from tests.shared.clean import clean_process
 
 SCRIPTS = {"train_meta": train_meta, "train_baseline": train_baseline}

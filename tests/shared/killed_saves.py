@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401 - here rather than in each child
 
-from shared import checkpoint, files, run
-from shared.checkpoint import load_newest
+from shared.training import checkpoint, files, run
+from shared.training.checkpoint import load_newest
 from tests.shared import tiny_run
 
 EVERY, WITHOUT_END, NEVER = 3, 1 << 20, float("inf")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from shared.distributed import unwrap
-from shared.run import Run
+from shared.training.run import Run
 
 
 def first_weight(run: Run) -> torch.Tensor:

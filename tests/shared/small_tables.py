@@ -1,4 +1,4 @@
-"""A paper of two methods whose runs take a moment, to test shared/tables.py: `python -m tests.shared.small_tables`.
+"""A paper of two methods whose runs take a moment, for shared/report/tables.py: `python -m tests.shared.small_tables`.
 
 A run writes its value, seed + its method's number, and a line into calls.txt for every stage that was really computed.
 """
@@ -12,8 +12,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from shared.files import lock
-from shared.tables import Cell, Job, Printed, Stage, Table, serve
+from shared.report.tables import Cell, Job, Printed, Stage, Table, serve
+from shared.training.files import lock
 
 METHODS = {"plain": 1.0, "better": 2.0}
 

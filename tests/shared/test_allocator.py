@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from shared import allocator
+from shared.cpu import allocator
 
 # A process of its own: the setting lasts as long as the process does.
 CHURN = """
 import resource, sys
 import torch
-from shared.allocator import keep_freed_memory
+from shared.cpu.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def churn():

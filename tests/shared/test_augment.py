@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from shared.augment import (
+from shared.augment.randaugment import OPERATIONS, RANGES, apply
+from shared.augment.views import (
     StrongDraws,
     WeakDraws,
     WeakPolicy,
@@ -23,8 +24,7 @@ from shared.augment import (
     weak,
 )
 from shared.cli import UserError
-from shared.randaugment import OPERATIONS, RANGES, apply
-from shared.randomness import numpy_rng
+from shared.training.randomness import numpy_rng
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 SIZES = [(32, 32), (96, 96), (24, 40), (33, 31)]

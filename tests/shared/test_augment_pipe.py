@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from shared.augment_pipe import COLUMNS, AugmentPipe, rotation, scaling, translation, warp
+from EDM.training.augment import COLUMNS, AugmentPipe, rotation, scaling, translation, warp
 
 EVERYTHING = dict.fromkeys(("xflip", "yflip", "rotate_int", "translate_int", "scale", "rotate_frac", "aniso",
                             "translate_frac", "brightness", "contrast", "lumaflip", "hue", "saturation"), 1.0)

@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import pytest
 
-from shared import tables
 from shared.cli import Parser, UserError
+from shared.report import tables
 from tests.shared.programs import ROOT
 
 PUBLISHED = Path(__file__).with_name("published_commands.txt")

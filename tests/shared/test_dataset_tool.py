@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import shared.convert
+import EDM.convert_dataset
+from EDM.convert_dataset import convert, transformed
 from shared.cli import UserError
-from shared.convert import convert, transformed
-from shared.images import ImageSet, read_images
-from shared.writers import StoredZip, write_folder, write_npz, write_zip
+from shared.data.images import ImageSet, read_images
+from shared.data.writers import StoredZip, write_folder, write_npz, write_zip
 from tests.golden.data_sources import write_cifar_archive
 from tests.shared.programs import one_line_error, run
 
@@ -61,7 +61,7 @@ def test_pixels_and_labels_survive(count: int, channels: int, side: int, source:
 
 
 def test_any_number_of_cores_gives_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_npz(random_set(5 * shared.convert.CHUNK + 7), tmp_path / "a.npz")
+    write_npz(random_set(5 * EDM.convert_dataset.CHUNK + 7), tmp_path / "a.npz")
     written = []
     for cores in ("1", "2", "3"):
         monkeypatch.setenv("FEWLABEL_CORES", cores)

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-import shared.cifar
-import shared.datasets
+import shared.data.cifar
+import shared.data.datasets
 from shared.cli import UserError
-from shared.datasets import NAMES, has_split, list_imagenet, load_dataset, report
-from shared.images import ImageSet
-from shared.writers import write_cifar, write_folder, write_npz, write_zip
+from shared.data.datasets import NAMES, has_split, list_imagenet, load_dataset, report
+from shared.data.images import ImageSet
+from shared.data.writers import write_cifar, write_folder, write_npz, write_zip
 from tests.golden.data_sources import add_to_tar, write_idx
 
 NOT_PUBLISHED = pytest.mark.filterwarnings("ignore:.*(not as published|in place of the published)")
@@ -86,7 +86,7 @@ class TestCifar:
         import hashlib
 
         for file in (folder / "cifar-10-batches-py").iterdir():
-            monkeypatch.setitem(shared.cifar.PUBLISHED, file.name, hashlib.md5(file.read_bytes()).hexdigest())
+            monkeypatch.setitem(shared.data.cifar.PUBLISHED, file.name, hashlib.md5(file.read_bytes()).hexdigest())
         load_dataset("cifar10", "train", folder)
         assert not recwarn.list
 
@@ -95,7 +95,7 @@ class TestCifar:
 
         known = [datasets.CIFAR10.train_list, datasets.CIFAR10.test_list, datasets.CIFAR100.train_list,
                  datasets.CIFAR100.test_list]
-        assert {name: md5 for files in known for name, md5 in files} == shared.cifar.PUBLISHED
+        assert {name: md5 for files in known for name, md5 in files} == shared.data.cifar.PUBLISHED
 
     def test_cifar100(self, tmp_path: Path) -> None:
         images = random_set(200, classes=100)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from shared.distributed import unwrap
-from shared.ema import EMA, half_life_beta, power_law_beta, power_law_exponent
+from shared.training.ema import EMA, half_life_beta, power_law_beta, power_law_exponent
 
 STEPS, BATCH = 1000, 512
 SCHEDULES = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shared.checkpoint import read_checkpoint
+from shared.training.checkpoint import read_checkpoint
 from tests.daso import small as daso
 from tests.ddae import tiny as ddae
 from tests.edm import training_runs as edm

@@ -8,9 +8,9 @@ import torch
 
 from shared.cli import UserError
 from shared.distributed import World, start
-from shared.ema import EMA, half_life_beta
-from shared.files import atomic, make_dir
-from shared.randomness import numpy_rng, torch_rng
+from shared.training.ema import EMA, half_life_beta
+from shared.training.files import atomic, make_dir
+from shared.training.randomness import numpy_rng, torch_rng
 from tests.shared.programs import environment
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from shared import hardware
+from shared.training import hardware
 
 
 def test_the_processor_has_its_name():

@@ -83,17 +83,17 @@ def test_readers_run_nothing_and_write_nothing(tmp_path: Path) -> None:
                               ("pickle", pickle.dumps({"net": thing})),
                               ("old", torch_file({"net": thing}, _use_new_zipfile_serialization=False))):
             name = f"{kind}-{form}.pt"
-            add(name, content, "shared.checkpoint", "read_checkpoint", tmp_path / name)
-            calls[f"{name} of EDM"] = ["EDM.snapshots", "read_snapshot", tmp_path / name]
-            calls[f"{name} as a state"] = ["EDM.snapshots", "load_training_state", tmp_path / name]
+            add(name, content, "shared.training.checkpoint", "read_checkpoint", tmp_path / name)
+            calls[f"{name} of EDM"] = ["EDM.training.snapshots", "read_snapshot", tmp_path / name]
+            calls[f"{name} as a state"] = ["EDM.training.snapshots", "load_training_state", tmp_path / name]
         name = f"{kind}/{CIFAR}/data_batch_1"
-        add(name, pickle.dumps({"data": thing, "labels": [0]}), "shared.datasets", "load_dataset", "cifar10", "train",
-            tmp_path / kind)
+        add(name, pickle.dumps({"data": thing, "labels": [0]}), "shared.data.datasets", "load_dataset", "cifar10",
+            "train", tmp_path / kind)
         objects = np.array([thing], dtype=object)
-        for module, function in (("shared.pickles", "load_array"), ("EDM.transition", "load_transition")):
+        for module, function in (("shared.data.pickles", "load_array"), ("EDM.tdsm.transition", "load_transition")):
             add(f"{kind}-{function}.npy", npy(objects), module, function, tmp_path / f"{kind}-{function}.npy")
-        add(f"{kind}.npz", npz(images=objects), "shared.images", "read_images", tmp_path / f"{kind}.npz")
-        add(f"{kind}-labels.npz", npz(images=np.zeros((1, 1, 2, 2), np.uint8), labels=objects), "shared.images",
+        add(f"{kind}.npz", npz(images=objects), "shared.data.images", "read_images", tmp_path / f"{kind}.npz")
+        add(f"{kind}-labels.npz", npz(images=np.zeros((1, 1, 2, 2), np.uint8), labels=objects), "shared.data.images",
             "read_images", tmp_path / f"{kind}-labels.npz")
     inner = io.BytesIO()
     with zipfile.ZipFile(inner, "w") as archive:
@@ -104,7 +104,7 @@ def test_readers_run_nothing_and_write_nothing(tmp_path: Path) -> None:
         with zipfile.ZipFile(stream, "w") as archive:
             for path, content in inside.items():
                 archive.writestr(path, content)
-        add(name, stream.getvalue(), "shared.images", "read_images", tmp_path / name)
+        add(name, stream.getvalue(), "shared.data.images", "read_images", tmp_path / name)
     for name, text in (("python.yaml", "a: !!python/object/apply:os.system ['touch {marker}']"),
                        ("deep.yaml", "[" * 600), ("date.yaml", "lr: 2001-99-99"),
                        ("laughs.yaml", "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -114,7 +114,7 @@ def test_readers_run_nothing_and_write_nothing(tmp_path: Path) -> None:
         for module, function, arguments in (("shared.cli", "read_yaml", [tmp_path / name, "--c"]),
                                             ("TorchSSL.freematch", "parse", [["--c", str(tmp_path / name)]]),
                                             ("DASO.lib.config.config", "read_yaml", [tmp_path / name]),
-                                            ("DDAE.configs", "read_config", [tmp_path / name])):
+                                            ("DDAE.ddae.config", "read_config", [tmp_path / name])):
             calls[f"{name} of {module}"] = [module, function, *arguments]
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -164,24 +164,25 @@ def test_bombs_are_refused_and_stay_small(tmp_path: Path) -> None:
     gray = io.BytesIO()
     Image.new("L", (9000, 9000)).save(gray, "png")
     files = {
-        "archive/cifar-10-python.tar.gz": (tar.getvalue(), "shared.datasets", "load_dataset", "cifar10", "train",
+        "archive/cifar-10-python.tar.gz": (tar.getvalue(), "shared.data.datasets", "load_dataset", "cifar10", "train",
                                            tmp_path / "archive"),
         f"mnist/{MNIST}/train-images-idx3-ubyte.gz": (
-            gzip.compress(struct.pack(">4I", 2051, 1 << 20, 28, 28) + zeros, 1), "shared.datasets", "load_dataset",
+            gzip.compress(struct.pack(">4I", 2051, 1 << 20, 28, 28) + zeros, 1), "shared.data.datasets", "load_dataset",
             "mnist", "train", tmp_path / "mnist"),
-        f"svhn/{SVHN}": (mat(b"X", struct.pack("<II", 2, len(zeros)) + zeros[:201326592]), "shared.datasets",
+        f"svhn/{SVHN}": (mat(b"X", struct.pack("<II", 2, len(zeros)) + zeros[:201326592]), "shared.data.datasets",
                          "load_dataset", "svhn", "train", tmp_path / "svhn"),
-        "packed.pt": (checkpoint.getvalue(), "shared.checkpoint", "read_checkpoint", tmp_path / "packed.pt"),
-        "packed-snapshot.pt": (checkpoint.getvalue(), "EDM.snapshots", "read_snapshot", tmp_path / "packed.pt"),
-        "doubled.pt": (torch_file({"net": doubled(40)}), "shared.checkpoint", "read_checkpoint",
+        "packed.pt": (checkpoint.getvalue(), "shared.training.checkpoint", "read_checkpoint", tmp_path / "packed.pt"),
+        "packed-snapshot.pt": (checkpoint.getvalue(), "EDM.training.snapshots", "read_snapshot",
+                               tmp_path / "packed.pt"),
+        "doubled.pt": (torch_file({"net": doubled(40)}), "shared.training.checkpoint", "read_checkpoint",
                        tmp_path / "doubled.pt"),
-        f"cifar/{CIFAR}/data_batch_1": (pickle.dumps({"data": doubled(40)}), "shared.datasets", "load_dataset",
+        f"cifar/{CIFAR}/data_batch_1": (pickle.dumps({"data": doubled(40)}), "shared.data.datasets", "load_dataset",
                                         "cifar10", "train", tmp_path / "cifar"),
-        "large.npy": (header.getvalue() + bytes(80), "shared.pickles", "load_array", tmp_path / "large.npy"),
-        "large.npz": (npz(images=np.zeros((1, 1, 2, 2), np.uint8)), "shared.images", "read_images",
+        "large.npy": (header.getvalue() + bytes(80), "shared.data.pickles", "load_array", tmp_path / "large.npy"),
+        "large.npz": (npz(images=np.zeros((1, 1, 2, 2), np.uint8)), "shared.data.images", "read_images",
                       tmp_path / "large.npz"),
-        "colour/a.png": (packed_png(9000, 9000), "shared.images", "read_images", tmp_path / "colour"),
-        "gray/a.png": (gray.getvalue(), "shared.images", "read_images", tmp_path / "gray"),
+        "colour/a.png": (packed_png(9000, 9000), "shared.data.images", "read_images", tmp_path / "colour"),
+        "gray/a.png": (gray.getvalue(), "shared.data.images", "read_images", tmp_path / "gray"),
     }
     for name, (content, *_) in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

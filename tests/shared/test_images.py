@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import shared.images
+import shared.data.images
 from shared.cli import UserError
-from shared.images import ImageSet, read_images
-from shared.writers import encode_pngs, write_folder, write_npz, write_zip
+from shared.data.images import ImageSet, read_images
+from shared.data.writers import encode_pngs, write_folder, write_npz, write_zip
 
 
 def png(value: int | tuple[int, ...] = 0, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
@@ -138,7 +138,7 @@ def test_channels(tmp_path: Path) -> None:
 
 
 def test_more_images_than_one_worker_takes(tmp_path: Path) -> None:
-    count = 3 * shared.images.CHUNK + 5
+    count = 3 * shared.data.images.CHUNK + 5
     files = {f"{i:05d}.png": saved(Image.fromarray(np.full((2, 2), i % 256, np.uint8))) for i in range(count)}
     found = read_images(zipped(tmp_path / "many.zip", files, method=zipfile.ZIP_DEFLATED))
     assert found.images[:, 0, 1, 1].tolist() == [i % 256 for i in range(count)]
@@ -297,7 +297,7 @@ class TestCache:
         def decode(*_):
             raise AssertionError("decoded a second time")
 
-        monkeypatch.setattr(shared.images, "decode", decode)
+        monkeypatch.setattr(shared.data.images, "decode", decode)
 
     def test_second_read_decodes_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = zipped(tmp_path / "set.zip", {"a.png": png(5), "b.png": png(6)}, [["a.png", 1]])

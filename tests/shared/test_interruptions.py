@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.checkpoint import read_checkpoint
+from shared.training.checkpoint import read_checkpoint
 from tests.shared.programs import ROOT, assert_same, growth, one_line_error, run
 
 PROGRAM, MISHAP = ROOT / "tests/shared/tiny_run.py", "tests/shared/mishap.py"

@@ -11,8 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from shared.cli import UserError
-from shared.photograph_batches import Epochs, Request, batches, choose_decoder
-from shared.photographs import (
+from shared.data.photograph_batches import Epochs, Request, batches, choose_decoder
+from shared.data.photographs import (
     MEAN,
     STD,
     CentreCrop,
@@ -23,7 +23,7 @@ from shared.photographs import (
     looks_whole,
     resize,
 )
-from shared.randomness import numpy_rng
+from shared.training.randomness import numpy_rng
 
 CPU = torch.device("cpu")
 LEVEL = 1 / 255 / min(STD)  # one grey level, normalised

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.plots import confusion_matrices, curves, heat_map, image_grid
+from shared.report.plots import confusion_matrices, curves, heat_map, image_grid
 
 
 def test_image_grid_shows_every_image_enlarged_without_blending(tmp_path):

@@ -1,8 +1,8 @@
-"""shared/precision.py: what is computed in where nothing is asked for, and which kernels may do it."""
+"""shared/training/precision.py: what is computed in where nothing is asked for, and which kernels may do it."""
 import pytest
 import torch
 
-from shared.precision import autocast, default_precision, has_bf16, set_arithmetic
+from shared.training.precision import autocast, default_precision, has_bf16, set_arithmetic
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 

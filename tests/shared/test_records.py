@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from MetaSemi.imagenet.records import MAGIC, MAX_CONTENT, PART, Damaged, RecordFile, encode_record, split_content
 from shared.cli import UserError
-from shared.records import MAGIC, MAX_CONTENT, PART, Damaged, RecordFile, encode_record, split_content
 
 # Contents in which the magic word is likely, at any offset.
 PIECES = st.lists(st.one_of(st.just(MAGIC), st.binary(max_size=6), st.just(MAGIC[:2]), st.just(MAGIC[2:])), max_size=9)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from shared import distributed
-from shared.checkpoint import load_newest, previous_path, read_checkpoint, write_checkpoint
 from shared.cli import Diverged, UserError
 from shared.distributed import _checksum
+from shared.training.checkpoint import load_newest, previous_path, read_checkpoint, write_checkpoint
 from tests.shared.programs import assert_same, one_line_error, run, start
 
 PROGRAM, MISHAP = "tests/shared/tiny_run.py", "tests/shared/mishap.py"

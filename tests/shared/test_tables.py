@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import table_runs
-from shared.aggregate import deviation, deviations_from_print, difference, mean
-from shared.table_report import anchor, compare
-from shared.table_runs import Job, Stage, extrapolate
-from shared.tables import main
+from shared.report import table_runs
+from shared.report.aggregate import deviation, deviations_from_print, difference, mean
+from shared.report.table_report import anchor, compare
+from shared.report.table_runs import Job, Stage, extrapolate
+from shared.report.tables import main
 from tests.shared.programs import ROOT, one_line_error, run, start
 from tests.shared.small_tables import table
 

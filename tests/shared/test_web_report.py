@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared import web_page
-from shared.plots import image_grid
-from shared.report import build, main, over_seeds
+from shared.report.__main__ import build, main, over_seeds, web_page
+from shared.report.plots import image_grid
 from tests.shared.programs import one_line_error, run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -137,10 +136,10 @@ def test_tables_of_papers_come_before_their_many_runs(runs: Path) -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    assert "is not a folder" in one_line_error(run("shared/report.py", tmp_path / "none", status=2))
-    assert "holds none of" in one_line_error(run("shared/report.py", tmp_path, status=2))
+    assert "is not a folder" in one_line_error(run("shared/report/__main__.py", tmp_path / "none", status=2))
+    assert "holds none of" in one_line_error(run("shared/report/__main__.py", tmp_path, status=2))
     (tmp_path / "result.json").write_text("{")
-    assert "damaged" in one_line_error(run("shared/report.py", tmp_path, f"--out={tmp_path}/r.html", status=2))
+    assert "damaged" in one_line_error(run("shared/report/__main__.py", tmp_path, f"--out={tmp_path}/r.html", status=2))
     assert not (tmp_path / "r.html").exists()
 
 

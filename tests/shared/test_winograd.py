@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared import winograd
-from shared.winograd import Winograd, convolve
+from shared.cpu import winograd
+from shared.cpu.winograd import Winograd, convolve
 
 LAST = torch.channels_last
 

@@ -8,9 +8,9 @@ import torch
 
 from shared import distributed
 from shared.cli import Parser, run_main
-from shared.ema import EMA
-from shared.randomness import torch_rng
-from shared.run import Run
+from shared.training.ema import EMA
+from shared.training.randomness import torch_rng
+from shared.training.run import Run
 
 
 def main() -> None:

@@ -12,21 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
 from shared.distributed import World
+from shared.training.checkpoint import read_checkpoint
 from tests.shared.clean import clean_process
 from tests.shared.programs import assert_same, run
 from tests.torchssl import tiny
-from TorchSSL.algorithm import frozen_batchnorm
-from TorchSSL.batches import Batch, Batches
-from TorchSSL.classifier import make_network
-from TorchSSL.data import load_training_data
+from TorchSSL.core.algorithm import frozen_batchnorm
+from TorchSSL.core.batches import Batch, Batches
+from TorchSSL.core.classifier import make_network
+from TorchSSL.core.data import load_training_data
+from TorchSSL.core.networks import WideResNet
+from TorchSSL.core.pseudo_labels import ClassStatus, DistributionAlignment, pseudo_label_metrics
+from TorchSSL.core.setting import Setting
+from TorchSSL.core.trainer import Trainer
 from TorchSSL.make_configs import CONFIG, LEARNERS, all_files
-from TorchSSL.networks import WideResNet
-from TorchSSL.pseudo_labels import ClassStatus, DistributionAlignment, pseudo_label_metrics
-from TorchSSL.setting import Setting
-from TorchSSL.trainer import Trainer
 
 # The README's command with its own configuration, so short that a test can wait for it.
 SHORT = ("--num_train_iter=6 --num_eval_iter=3 --num_save_iter=2 --batch_size=4 --uratio=2 --seed=1 "
@@ -235,7 +235,7 @@ def test_configuration_files_are_those_of_the_tables() -> None:
 def test_every_configuration_file_builds_its_learner(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its script takes every file, and the learner and the network that the file describes can be made."""
     script, made = importlib.import_module(f"TorchSSL.{name}"), []
-    monkeypatch.setattr("TorchSSL.trainer.train", lambda options, algorithm: made.append((options, algorithm)))
+    monkeypatch.setattr("TorchSSL.core.trainer.train", lambda options, algorithm: made.append((options, algorithm)))
     for path in sorted((CONFIG / name).glob("*.yaml")):
         monkeypatch.setattr("sys.argv", [f"{name}.py", "--c", str(path)])
         script.main()

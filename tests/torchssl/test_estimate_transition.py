@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shared.cli import UserError
-from shared.datasets import load_dataset
+from shared.data.datasets import load_dataset
 from tests.torchssl import tiny
 from TorchSSL import estimate_transition as estimate
 from TorchSSL import get_labels

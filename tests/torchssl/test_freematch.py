@@ -13,22 +13,22 @@ import torch
 import yaml
 from PIL import Image
 
-from shared.augment import normalise
+from shared.augment.views import normalise
 from shared.cli import Diverged, UserError
-from shared.datasets import load_dataset
+from shared.data.datasets import load_dataset
+from shared.data.splits import CIFAR10_ONE_LABEL_A_CLASS, cifar10_one_label_split, class_balanced_split
 from shared.distributed import World
-from shared.splits import CIFAR10_ONE_LABEL_A_CLASS, cifar10_one_label_split, class_balanced_split
 from tests.golden.cases import facts
 from tests.shared.programs import ROOT, environment
 from tests.torchssl import tiny
 from tests.torchssl.test_inputs import make_images
 from TorchSSL import freematch
-from TorchSSL.batches import Batch, Batches
-from TorchSSL.classifier import keep_confident, load_classifier
-from TorchSSL.data import channel_statistics, load_training_data
-from TorchSSL.evaluation import metrics
-from TorchSSL.setting import Setting
-from TorchSSL.trainer import Trainer, is_evaluated
+from TorchSSL.core.batches import Batch, Batches
+from TorchSSL.core.classifier import keep_confident, load_classifier
+from TorchSSL.core.data import channel_statistics, load_training_data
+from TorchSSL.core.evaluation import metrics
+from TorchSSL.core.setting import Setting
+from TorchSSL.core.trainer import Trainer, is_evaluated
 
 
 @pytest.fixture(autouse=True)
@@ -392,7 +392,7 @@ def test_memory_at_the_published_length() -> None:
     script = Path("measure.py")
     script.write_text("""
 from pathlib import Path
-from shared.run import Run
+from shared.training.run import Run
 from TorchSSL import freematch
 
 def stop(self, total):

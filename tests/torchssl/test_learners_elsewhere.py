@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from shared.cli import UserError
-from shared.datasets import load_dataset
-from shared.images import ImageSet
+from shared.data.datasets import load_dataset
+from shared.data.images import ImageSet
 from TorchSSL import dpt
 from TorchSSL import eval as evaluation_script
-from TorchSSL.classifier import load_classifier
-from TorchSSL.data import NORMALISATION
-from TorchSSL.networks import ResNet50, WideResNet, WideResNetVar
+from TorchSSL.core.classifier import load_classifier
+from TorchSSL.core.data import NORMALISATION
+from TorchSSL.core.networks import ResNet50, WideResNet, WideResNetVar
 
 
 def commands(*flags: str) -> dict[str, list[str]]:

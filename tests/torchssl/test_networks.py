@@ -9,10 +9,10 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from shared.batchnorm import sync_batchnorm
 from shared.cli import UserError
 from shared.distributed import World
-from TorchSSL.networks import (
+from shared.training.batchnorm import sync_batchnorm
+from TorchSSL.core.networks import (
     ResNet50,
     WideBlock,
     WideResNet,

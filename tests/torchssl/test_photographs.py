@@ -12,15 +12,15 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import functional as TF
 
-from shared.augment import draw_strong, strong
+from shared.augment.views import draw_strong, strong
 from shared.cli import UserError
 from shared.distributed import World
 from tests.shared.programs import assert_same
 from tests.torchssl import tiny
 from TorchSSL import freematch
-from TorchSSL.batches import Batches
-from TorchSSL.data import NORMALISATION, load_training_data, read_extra_images
-from TorchSSL.photographs import CROP, SIDE, Ahead, PhotographPool, imagenet
+from TorchSSL.core.batches import Batches
+from TorchSSL.core.data import NORMALISATION, load_training_data, read_extra_images
+from TorchSSL.core.photographs import CROP, SIDE, Ahead, PhotographPool, imagenet
 
 CPU = torch.device("cpu")
 CLASSES = ("n01440764", "n01443537")
@@ -146,7 +146,7 @@ def test_a_run_on_photographs(whole: Path) -> None:
 def killed_at_the_second_step() -> None:
     import os
 
-    from TorchSSL import trainer
+    from TorchSSL.core import trainer
 
     step, count = trainer.Trainer.train_step, iter(range(10))
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.datasets import load_dataset
-from shared.images import ImageSet, read_images
-from shared.writers import write_cifar, write_folder
+from shared.data.datasets import load_dataset
+from shared.data.images import ImageSet, read_images
+from shared.data.writers import write_cifar, write_folder
 from tests.shared.programs import one_line_error, run
 
 SCRIPT = "TorchSSL/pseudo_dataset.py"

@@ -10,9 +10,10 @@ import torch
 from shared.distributed import World
 from tests.shared.programs import run
 from tests.torchssl.tiny import TINY, checkpoint
-from TorchSSL import freematch, options
-from TorchSSL.batches import Batches
-from TorchSSL.data import load_training_data
+from TorchSSL import freematch
+from TorchSSL.core import options
+from TorchSSL.core.batches import Batches
+from TorchSSL.core.data import load_training_data
 
 FLAGS = [*TINY, "--num_train_iter=6", "--num_eval_iter=3", "--ent_loss_ratio=0.1", "--lr=0.01"]
 

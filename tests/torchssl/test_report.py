@@ -7,7 +7,7 @@ from PIL import Image
 
 from shared.cli import UserError
 from TorchSSL import report
-from TorchSSL.seed_statistics import over_seeds
+from TorchSSL.core.seed_statistics import over_seeds
 
 CLASSES = ["cat", "dog", "newt"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared import files
-from shared.run import Run
+from shared.training import files
+from shared.training.run import Run
 from tests.shared.programs import assert_same
 from tests.torchssl import tiny
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from EDM.snapshots import read_snapshot
+from EDM.training.snapshots import read_snapshot
 from tests.shared.programs import ROOT, assert_same, environment
 
 STAGE_1 = "--num_train_iter=6 --num_eval_iter=3 --batch_size=4 --uratio=2 --num_save_iter=1"

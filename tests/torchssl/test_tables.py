@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from EDM import evaluate, fid
-from shared.table_runs import Task
-from shared.tables import Job
+from shared.report.table_runs import Task
+from shared.report.tables import Job
 from tests.shared.programs import ROOT
 from TorchSSL import tables
 from TorchSSL.make_configs import LEARNERS

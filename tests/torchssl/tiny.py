@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
+from shared.training.checkpoint import read_checkpoint
 from tests.shared.clean import clean_process
 from TorchSSL import freematch
 

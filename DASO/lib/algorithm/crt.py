@@ -12,8 +12,8 @@ import torch
 
 from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Step, Training
 from DASO.lib.models.ema import PREFIX, as_counters
-from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
+from shared.training.checkpoint import read_checkpoint
 
 CHECKPOINT = "model_final.pth.tar"
 

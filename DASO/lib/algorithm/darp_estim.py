@@ -12,7 +12,7 @@ from DASO.lib.algorithm.darp import estimate_counts, estimate_name, soft_confusi
 from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step, Training
 from DASO.lib.config.config import Config
 from shared.cli import UserError
-from shared.files import atomic
+from shared.training.files import atomic
 
 FILE = "estim.npy"
 

@@ -14,13 +14,13 @@ from DASO.lib.data.batches import Batch, Batches, ViewedPool
 from DASO.lib.losses import LabelledLoss, labelled_loss
 from shared import distributed
 from shared.distributed import World
-from shared.randomness import numpy_rng
+from shared.training.randomness import numpy_rng
 
 if TYPE_CHECKING:
     from DASO.lib.config.config import Config
     from DASO.lib.models.semi import SemiModel
     from DASO.lib.solver import Scheduler
-    from shared.run import Run
+    from shared.training.run import Run
 
 
 @dataclass

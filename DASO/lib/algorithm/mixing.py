@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from DASO.lib.algorithm.interface import Algorithm, Batch, Draws
 from DASO.lib.losses import cross_entropy_each
-from shared.mixing import Mixed, forward_mixed
+from shared.augment.mixing import Mixed, forward_mixed
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:

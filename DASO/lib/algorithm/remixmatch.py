@@ -14,7 +14,7 @@ from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step,
 from DASO.lib.algorithm.mixing import guess, labelled_logits, mix, mixed_losses, sharpen
 from DASO.lib.config.config import Config
 from DASO.lib.losses import cross_entropy
-from shared.augment import rotate_quarter_turns
+from shared.augment.views import rotate_quarter_turns
 
 VIEWS = ("weak", "strong_resized", "strong_resized")
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.augment import StrongDraws, WeakDraws, WeakPolicy, draw_weak, normalise, shift_whole, strong
-from shared.randaugment import OPERATIONS
+from shared.augment.randaugment import OPERATIONS
+from shared.augment.views import StrongDraws, WeakDraws, WeakPolicy, draw_weak, normalise, shift_whole, strong
 
 OPS_PER_IMAGE, LEVELS = 2, 10
 CUTOUT_SIDE = 16
@@ -27,7 +27,7 @@ SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 
 def magnitude(operation: str, level: int, negative: bool, size: tuple[int, int]) -> float:
-    """Return the magnitude, in the units of shared/randaugment.py, of an operation at a level 1..9.
+    """Return the magnitude, in the units of shared/augment/randaugment.py, of an operation at a level 1..9.
 
     negative: turn, shear or shift the other way. size: (height, width) in pixels.
     """

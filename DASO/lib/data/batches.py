@@ -12,11 +12,11 @@ from torch import Tensor
 from DASO.lib.data.augment import Look
 from DASO.lib.data.samplers import Sampler, sampling_weights
 from DASO.lib.data.sets import TrainingData
+from shared.augment.randaugment import to_device
+from shared.data.images import ImageSet
+from shared.data.pool import Pool
 from shared.distributed import World
-from shared.images import ImageSet
-from shared.pool import Pool
-from shared.randaugment import to_device
-from shared.randomness import numpy_rng
+from shared.training.randomness import numpy_rng
 
 
 @dataclass

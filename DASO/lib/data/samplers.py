@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from DASO.lib.losses import class_weights
-from shared.randomness import torch_rng
+from shared.training.randomness import torch_rng
 
 
 def permutations(count: int, generator: torch.Generator | None = None) -> Iterator[np.ndarray]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache import Allocate, Stored, cached, fingerprint
 from shared.cli import UserError
-from shared.image_files import open_image, to_chw
-from shared.images import ImageSet
-from shared.parallel import ordered_map
-from shared.progress import Progress
+from shared.data.cache import Allocate, Stored, cached, fingerprint
+from shared.data.image_files import open_image, to_chw
+from shared.data.images import ImageSet
+from shared.data.parallel import ordered_map
+from shared.training.progress import Progress
 
 LISTS = {"labelled": ("l_train.txt", "l_train_val.txt"), "valid": ("val.txt",), "in": ("u_train_in.txt",),
          "out": ("u_train_out.txt",), "test": ("test.txt",)}

@@ -12,10 +12,10 @@ from DASO.lib.config.config import Config
 from DASO.lib.data.augment import Look
 from DASO.lib.data.long_tail import select
 from DASO.lib.data.semi_aves import load_semi_aves
-from shared.augment import WeakPolicy
+from shared.augment.views import WeakPolicy
 from shared.cli import UserError
-from shared.datasets import load_dataset
-from shared.images import ImageSet, read_images
+from shared.data.datasets import load_dataset
+from shared.data.images import ImageSet, read_images
 
 CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 CIFAR100_STATISTICS = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared.batchnorm import BatchNorm2d
-from shared.checkpoint import read_checkpoint
 from shared.cli import UserError
+from shared.training.batchnorm import BatchNorm2d
+from shared.training.checkpoint import read_checkpoint
 
 SLOPE = 0.1  # of the leaky rectifiers
 

@@ -1,0 +1,201 @@
+"""Detectors: the networks in whose features images are compared, from files of weights.
+
+    inception   Inception-v3 of 2015-12-05 (2,048 features), as torch-fidelity implements it: the network, weights and
+                TF1 bilinear resize of EDM's published FIDs
+    dinov2      DINOv2 ViT (1,024 features with the large one), for FD-DINOv2
+    classifier  a checkpoint of a TorchSSL run, for data that neither network knows; its distances compare with those
+                of the same checkpoint only
+
+What a file holds tells which of them it is for. Files are read as tensors and plain values only.
+"""
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from EDM.metrics import dinov2
+from shared.cli import UserError
+from shared.distributed import World, barrier
+from shared.training.checkpoint import read_checkpoint
+from shared.training.files import make_dir
+
+INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth",  # as torch-fidelity names it, then pytorch-fid
+                   "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_HASH = "6726825d"  # how the SHA-256 of the file begins, by the naming rule of torch.hub
+DINOV2_FILES = ("dinov2_vitl14_pretrain.pth",)
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+TF1_RESIZE = "TF1 bilinear to 299x299 (no half-pixel shift, no antialiasing)"
+PIL_RESIZE = "bicubic, antialiased, to 224x224"
+
+Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A feature extractor: uint8 [n, channels, H, W] on `device` -> (features float32 [n, F], class logits or None).
+
+    kind: inception, dinov2 or classifier. resize: what it does to images first. sha256: that of the file of weights.
+    """
+
+    kind: str
+    name: str
+    network: Network
+    channels: int
+    num_features: int
+    num_logits: int  # 0: it is no classifier
+    resize: str
+    file: str
+    sha256: str
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network(images)
+
+
+def load_detector(name: str, device: torch.device, download: bool = False, world: World | None = None) -> Detector:
+    """Return the detector `name`: "inception", "dinov2" or a file of weights for any of the three kinds.
+
+    download: whether Inception's weights may be fetched where they are not found. Raises UserError for a file that is
+    missing, damaged, hostile or something else.
+    """
+    file = _find(name, download, world or World())
+    content = _read(file)
+    if dinov2.is_dinov2(content):
+        build = _dinov2
+    elif "Mixed_7c.branch_pool.conv.weight" in content:
+        build = _inception
+    elif "ema_model" in content:
+        build = _classifier
+    else:
+        raise UserError(f"--detector: {file} holds neither Inception-v3 nor DINOv2 weights nor a TorchSSL checkpoint "
+                        f"(it has {', '.join(map(str, list(content)[:3])) or 'nothing'})")
+    with open(file, "rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return build(content, str(file), sha256, device)
+
+
+# ---------------------------------------------------------------- files
+
+def asset_folders() -> list[Path]:
+    """Return where weights are looked for: $FEWLABEL_ASSETS, ./assets, the project's assets/, torch.hub's folder."""
+    named = os.environ.get("FEWLABEL_ASSETS")
+    return [*([Path(named)] if named else []), Path("assets"), Path(__file__).parents[2] / "assets",
+            Path(torch.hub.get_dir()) / "checkpoints"]
+
+
+def _find(name: str, download: bool, world: World) -> Path:
+    known = {"inception": INCEPTION_FILES, "dinov2": DINOV2_FILES}
+    if name not in known:
+        if not Path(name).is_file():
+            raise UserError(f"--detector: {name} is no file; expected inception, dinov2 or a file of weights")
+        return Path(name)
+    if download:
+        _download(name, world)
+    found = _first_of(known[name])
+    if found is not None:
+        return found
+    how = "give --download to fetch them" if name == "inception" else f"fetch {DINOV2_URL}"
+    raise UserError(f"--detector: no {name} weights here; {how}, or put {known[name][0]} into assets/ or "
+                    "$FEWLABEL_ASSETS, or name the file with --detector FILE")
+
+
+def _first_of(names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for folder in asset_folders() for name in names if (folder / name).is_file()), None)
+
+
+def _download(name: str, world: World) -> None:
+    """Fetch Inception's weights from where torch-fidelity has them, unless they are here; rank 0 does it for all."""
+    if name != "inception":
+        raise UserError(f"--download: no checksum of the {name} weights is published; fetch {DINOV2_URL} yourself and "
+                        "name the file with --detector FILE")
+    if world.main and _first_of(INCEPTION_FILES) is None:
+        url = _torch_fidelity().URL_INCEPTION_V3
+        target = make_dir(asset_folders()[0]) / INCEPTION_FILES[0]
+        try:
+            torch.hub.download_url_to_file(url, str(target), hash_prefix=INCEPTION_HASH)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--download: cannot fetch {url} ({error}); fetch it yourself and name the file with "
+                            "--detector FILE") from None
+    barrier(world)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as stream:
+        start = stream.read(4)
+    if start[:1] == b"\x80" and file.suffix == ".pkl":
+        raise UserError(f"--detector: {file} is a detector in the form of a program, which is not run; use the weights "
+                        f"{INCEPTION_FILES[0]} of torch-fidelity (--download)")
+    return read_checkpoint(file)
+
+
+# ---------------------------------------------------------------- the three kinds
+
+def _torch_fidelity():
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3
+    except ImportError:
+        raise UserError("--detector: Inception needs torch-fidelity: pip install torch-fidelity") from None
+    return feature_extractor_inceptionv3
+
+
+def _inception(state: Mapping[str, Tensor], file: str, sha256: str, device: torch.device) -> Detector:
+    if not sha256.startswith(INCEPTION_HASH):
+        warnings.warn(f"--detector: {file} is not the published Inception file (SHA-256 {INCEPTION_HASH}...): its "
+                      "distances compare with those of the same file only", stacklevel=2)
+    # torch-fidelity would load any pickle it is given a path to, so it gets a copy of what was read as tensors.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        extractor = _torch_fidelity().FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=buffer)
+    except RuntimeError as error:
+        raise UserError(f"--detector: {file} does not fit Inception-v3 ({_last_line(error)})") from None
+    return Detector("inception", "inception-2015-12-05", extractor.to(device), 3, 2048, 1008, TF1_RESIZE, file, sha256,
+                    device)
+
+
+def _dinov2(state: Mapping[str, Tensor], file: str, sha256: str, device: torch.device) -> Detector:
+    net = dinov2.build_dinov2(state, f"--detector: {file}").to(device)
+    width = net.norm.normalized_shape[0]
+    return Detector("dinov2", f"dinov2-{width}", lambda images: (net(dinov2.preprocess(images)), None), 3, width, 0,
+                    PIL_RESIZE, file, sha256, device)
+
+
+def _classifier(content: Mapping[str, Any], file: str, sha256: str, device: torch.device) -> Detector:
+    from TorchSSL.core.networks import build_network, first_stride_for
+
+    try:
+        options, state = content["options"], content["ema_model"]
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        channels = state["conv1.weight"].shape[1]
+        net = build_network(options["net"], options["num_classes"], depth=options["depth"],
+                            widen_factor=options["widen_factor"], leaky_slope=options["leaky_slope"],
+                            first_stride=first_stride_for(options["dataset"]), in_channels=channels)
+        net.load_state_dict(state)
+        mean, std = (torch.tensor(content[key], device=device).reshape(1, channels, 1, 1) for key in ("mean", "std"))
+    except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"--detector: {file} is no checkpoint of a TorchSSL run with one of its own networks "
+                        f"({type(error).__name__}: {_last_line(error)})") from None
+    net = net.to(device).eval().requires_grad_(False)
+
+    def network(images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, features = net((images.float() / 255 - mean) / std, return_feature=True)
+        return features, logits
+
+    return Detector("classifier", f"classifier {options['net']}", network, channels, net.fc.in_features,
+                    net.fc.out_features, "none", file, sha256, device)
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[-1].strip()

@@ -1,0 +1,184 @@
+"""Classifiers of clean images that judge generated ones: their networks, their training, their features.
+
+Two are trained in an evaluation: the *judge* on real images with their clean labels, which then says what generated
+images show; and that of the classification accuracy score on generated images, which is tested on real ones (Ravuri
+and Vinyals, NeurIPS 2019, arXiv 1905.10887).
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from EDM.metrics.cas_networks import CAS_class
+from EDM.metrics.detectors import Detector
+from shared.augment.views import WeakPolicy, draw_weak, weak
+from shared.cli import UserError
+from shared.data.images import ImageSet
+from shared.distributed import World
+from shared.training.randomness import numpy_rng
+from shared.training.run import Run
+
+CHECKPOINT = "checkpoint.pt"
+AT_ONCE = 500  # images of a forward pass without gradient
+MEAN, STD = 0.5, 0.5  # images are scaled to [-1, 1]
+
+
+class SmallCNN(torch.nn.Module):
+    """Three 3x3 convolutions with batch norm, for images of few pixels; x [N, C, R, R] in [-1, 1] -> logits [N, K]."""
+
+    def __init__(self, img_channels: int, label_dim: int, width: int = 32) -> None:
+        super().__init__()
+        layers, before = [], img_channels
+        for level, after in enumerate((width, 2 * width, 4 * width)):
+            layers += [torch.nn.Conv2d(before, after, 3, padding=1, bias=False), torch.nn.BatchNorm2d(after),
+                       torch.nn.ReLU()]
+            layers += [torch.nn.MaxPool2d(2)] * (level < 2)
+            before = after
+        self.convolutions = torch.nn.Sequential(*layers)
+        self.linear = torch.nn.Linear(4 * width, label_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.convolutions(x).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is trained: SGD with Nesterov momentum and a cosine schedule."""
+
+    steps: int
+    batch: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+RECIPES = {"small": Recipe(600, lr=0.05), "cnn": Recipe(4000, lr=0.02), "resnet50": Recipe(40_000),
+           "resnet50_pretrained": Recipe(10_000, lr=0.01)}
+
+
+def default_network(images: ImageSet) -> str:
+    """Return the network that fits the images: that of the paper's data sets, a small one below 32 x 32 pixels."""
+    if images.size[0] < 32:
+        return "small"
+    return "cnn" if images.channels == 1 else "resnet50"
+
+
+def make_network(kind: str, images: ImageSet, weights: str | None = None) -> torch.nn.Module:
+    """Return the untrained network `kind`, a key of RECIPES; weights: file of "resnet50_pretrained". UserError."""
+    if kind == "small":
+        return SmallCNN(images.channels, images.num_classes)
+    if kind == "cnn" and images.size[0] % 4:
+        raise UserError(f"--classifier=cnn needs images of a side divisible by 4, these have {images.size[0]}; take "
+                        "--classifier=small")
+    return CAS_class(images.size[0], images.channels, images.num_classes, kind, weights=weights)
+
+
+def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *, seed: int, steps: int | None = None,
+                     flip: bool = False, weights: str | None = None, restart: bool = False, desc: str = "classifier"
+                     ) -> torch.nn.Module:
+    """Train on the labelled `images` in the run folder, or find it done there; return the network in eval mode.
+
+    steps: None for the network's own number. flip: mirror half of the images; all are shifted by up to an eighth of
+    their side. restart: begin anew where the folder holds a run with other images or settings; otherwise that raises
+    UserError.
+    """
+    recipe = RECIPES[kind]
+    steps = steps or recipe.steps
+    torch.manual_seed(int(numpy_rng(seed, 0, "initial weights").integers(1 << 62)))
+    net = make_network(kind, images, weights).to(world.device)
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.SGD([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=recipe.lr,
+                                momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
+    config = dict(classifier=kind, steps=steps, seed=seed, flip=flip, images=len(images), digest=digest(images))
+    run = Run(folder, config, dict(net=net, optimizer=optimizer), world, checkpoint=CHECKPOINT, tensorboard=False,
+              restart=restart, log_every=max(1, min(100, steps // 4)), image_batch=recipe.batch, desc=desc)
+    policy = WeakPolicy(flip=flip, pad=max(1, images.size[0] // 8), pad_mode="zero")
+    pixels, labels = torch.from_numpy(np.array(images.images)), torch.from_numpy(images.labels)
+    pixels, labels = pixels.to(world.device), labels.to(world.device)
+    net.train()
+    for step in run.steps(steps):
+        rng = numpy_rng(seed, step, "classifier batch")
+        chosen = torch.from_numpy(rng.integers(0, len(images), recipe.batch)).to(world.device)
+        batch = weak(pixels[chosen], draw_weak(recipe.batch, rng, images.size, policy), *unit_range(images.channels))
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.nn.functional.cross_entropy(net(batch), labels[chosen])
+        loss.backward()
+        optimizer.step()
+        run.log(loss=loss)
+    return net.eval().requires_grad_(False)
+
+
+def unit_range(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the deviation that scale images to [-1, 1], for shared/augment/views.py."""
+    return (MEAN,) * channels, (STD,) * channels
+
+
+def digest(images: ImageSet) -> str:
+    """Return a short text that tells image sets apart, pixels and labels."""
+    found = hashlib.sha256(np.ascontiguousarray(images.labels))
+    for start in range(0, len(images), 4096):
+        found.update(np.ascontiguousarray(images.images[start:start + 4096]))
+    return found.hexdigest()[:16]
+
+
+@torch.no_grad()
+def predict(net: torch.nn.Module, images: ImageSet, device: torch.device) -> np.ndarray:
+    """Return the class that the network sees in every image, int64 [N]."""
+    found = []
+    for start in range(0, len(images), AT_ONCE):
+        batch = torch.from_numpy(np.array(images.images[start:start + AT_ONCE])).to(device)
+        found.append(net(batch.float() / 127.5 - 1).argmax(1).cpu())
+    return torch.cat(found).numpy()
+
+
+def confusion(labels: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray:
+    """Return counts int64 [C, C]: row = label, column = class found."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, found), 1)
+    return counts
+
+
+def as_detector(net: torch.nn.Module, kind: str, images: ImageSet, folder: Path, device: torch.device) -> Detector:
+    """Return the judge as a detector: its features are what enters its last layer."""
+    last = [module for module in net.modules() if isinstance(module, torch.nn.Linear)][-1]
+    seen: list[Tensor] = []
+    last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+    def network(batch: Tensor) -> tuple[Tensor, Tensor]:
+        logits = net(batch.float() / 127.5 - 1)
+        return seen.pop().float(), logits
+
+    file = folder / CHECKPOINT
+    with open(file, "rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Detector("judge", f"judge {kind}", network, images.channels, last.in_features, last.out_features, "none",
+                    str(file), sha256, device)
+
+
+class SetImages:
+    """The images of a set in memory, as a source of EDM/metrics/extraction.py; gray ones repeated to `channels`."""
+
+    def __init__(self, images: ImageSet, channels: int) -> None:
+        self.images, self.repeat = images, channels // images.channels
+        if not self.repeat:
+            raise UserError(f"{images.name}: has colour images, the detector takes gray ones")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in parts:
+            chosen: Any = np.asarray(part, np.int64)
+            pixels = torch.from_numpy(np.array(self.images.images[chosen]))
+            yield pixels.repeat(1, self.repeat, 1, 1), torch.from_numpy(self.images.labels[chosen])

@@ -1,0 +1,156 @@
+"""From seeds to images: a network, a sampler and an arithmetic, put together."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from EDM.sampling import samplers
+from EDM.sampling.samplers import Model, Noise, affine, denoiser, guided
+from EDM.training.networks import store_bf16_weights, use_channels_last
+from shared.cli import UserError
+from shared.cpu.allocator import keep_freed_memory
+from shared.training.precision import default_precision
+from shared.training.seeds import SeedGenerators
+
+# On a CPU, results differ in the last bit between batches of a few images (other matrix kernels) but not from here on,
+# so smaller batches are filled up. Then an image is the same bytes whatever the batch and the number of processes.
+SMALLEST_CPU_BATCH = 16
+SAMPLERS = ("edm", "ablation", "dpmpp-2m", "deis-2", "deis-3")
+STOCHASTIC = ("edm", "ablation")
+
+
+class SeedSampler:
+    """Makes the images of seeds, as the published generate.py does.
+
+    net, guide: preconditioned networks (EDM/training/preconditioning.py) in eval mode on the device to sample on.
+    sampler: one of SAMPLERS; `arguments` go to it (see EDM/sampling/samplers.py).
+    guidance: scale of `guided`; the guide is `guide`, or `net` without its class labels.
+    second, affine_weight: network and weight of `affine`, in place of guidance.
+    precision: fp32, bf16 or fp16; None: what the network was made for, else bf16 on a GPU that has it, else fp32.
+    fast: the memory layout and the allocator's settings that are faster here; False is the published way.
+    compile: compile the network first.
+    """
+
+    def __init__(self, net: torch.nn.Module, *, sampler: str = "edm", guide: torch.nn.Module | None = None,
+                 guidance: float = 1.0, second: torch.nn.Module | None = None, affine_weight: float = 0.0,
+                 precision: str | None = None, fast: bool = True, compile: bool = False, **arguments: Any) -> None:
+        if guidance != 1 and guide is None and not net.label_dim:
+            raise UserError("guidance without a guide needs a class-conditional network")
+        if guide is not None and ((guide.img_channels, guide.img_resolution) != (net.img_channels, net.img_resolution)
+                                  or guide.label_dim not in (0, net.label_dim)):
+            raise UserError("the guide does not fit the network: other image size, channels or number of classes")
+        if second is not None and ((second.img_channels, second.img_resolution, second.label_dim)
+                                   != (net.img_channels, net.img_resolution, net.label_dim)):
+            raise UserError("the second network does not fit the first: other image size, channels or classes")
+        self.loss_kwargs = getattr(net, "loss_kwargs", {})
+        self.device = next(net.parameters()).device
+        if fast and self.device.type == "cpu":
+            keep_freed_memory()
+        self.precision = precision or _own_precision(net, self.device)
+        self.sampler, self.arguments, self.guidance = sampler, arguments, guidance
+        self.net = self._prepared(net, fast, compile)
+        self.guide = self.net if guide is None else self._prepared(guide, fast, compile)
+        self.second = None if second is None else self._prepared(second, fast, compile)
+        self.affine_weight = affine_weight
+        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        # Apple GPUs have no float64.
+        self.state_dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        # Tried on a single number, so that settings that cannot work are reported before anything is made.
+        self._run(lambda x, sigma: x, torch.zeros(1, 1, 1, 1, device=self.device), lambda step: torch.zeros(()))
+
+    @torch.inference_mode()
+    def images(self, seeds: Sequence[int], classes: Sequence[int | None] | None = None,
+               rows: int | None = None) -> torch.Tensor:
+        """Return one image per seed: uint8 [len(seeds), C, R, R] on the device.
+
+        classes: class of each image; None there or for all: drawn from the seed. rows: batch size that the network
+        sees; more than len(seeds) is filled up. Raises UserError when an image is not finite.
+        """
+        rows = rows or len(seeds)
+        generators = SeedGenerators(seeds, self.device)
+
+        def filled(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+        latents = filled(generators.normal(self.shape))
+        labels = None
+        if self.net.label_dim:
+            drawn = generators.integers(self.net.label_dim).tolist()  # drawn even where a class is given, as published
+            chosen = [own if given is None else given
+                      for own, given in zip(drawn, classes or [None] * len(seeds), strict=True)]
+            labels = filled(torch.eye(self.net.label_dim, device=self.device)[chosen])
+
+        images = self._run(self._model(labels), latents,
+                           lambda step: filled(generators.normal(self.shape, self.state_dtype)))[:len(seeds)]
+        finite = torch.isfinite(images).flatten(1).all(1)
+        if not finite.all():
+            raise UserError(f"the image of seed {seeds[finite.long().argmin().item()]} is not finite; try fp32, other "
+                            "sampler settings or another snapshot")
+        return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)  # truncated, as published
+
+    def classes(self, seeds: Sequence[int]) -> list[int]:
+        """Return the class that each seed draws; -1 for an unconditional network."""
+        if not self.net.label_dim:
+            return [-1] * len(seeds)
+        classes = []
+        for seed in seeds:
+            generators = SeedGenerators([seed], self.device)
+            generators.normal(self.shape)
+            classes.append(generators.integers(self.net.label_dim).item())
+        return classes
+
+    def batch_rows(self, batches: Sequence[Sequence[Any]]) -> int:
+        """Return the `rows` under which the images of `batches` depend on neither batch nor process."""
+        largest, total = max(map(len, batches)), sum(map(len, batches))
+        return max(largest, SMALLEST_CPU_BATCH) if self.device.type == "cpu" and total > 1 else largest
+
+    def _run(self, model: Model, latents: torch.Tensor, noise: Noise) -> torch.Tensor:
+        shared = dict(limits=(self.net.sigma_min, self.net.sigma_max), round_sigma=self._round_sigma,
+                      dtype=self.state_dtype, **self.arguments)
+        match self.sampler:
+            case "edm":
+                return samplers.edm_sampler(model, latents, noise=noise, **shared)
+            case "ablation":
+                return samplers.ablation_sampler(model, latents, noise=noise, **shared)
+            case "dpmpp-2m":
+                return samplers.dpm_solver_pp_2m(model, latents, **shared)
+            case "deis-2" | "deis-3":
+                return samplers.deis_sampler(model, latents, order=int(self.sampler[-1]), **shared)
+            case _:
+                raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+
+    def _model(self, labels: torch.Tensor | None) -> Model:
+        model = denoiser(self.net, labels)
+        if self.guidance != 1:
+            guide_labels = labels if self.guide is not self.net and self.guide.label_dim else None
+            model = guided(model, denoiser(self.guide, guide_labels), self.guidance)
+        if self.second is not None:
+            model = affine(model, denoiser(self.second, labels), self.affine_weight)
+        if self.precision == "fp32" or self.net.use_fp16:
+            return model
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+
+        def autocast(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(self.device.type, dtype):
+                return model(x, sigma)
+
+        return autocast
+
+    def _prepared(self, net: torch.nn.Module, fast: bool, compile: bool) -> torch.nn.Module:
+        net.use_fp16 = self.precision == "fp16" and self.device.type == "cuda"
+        if self.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # 10 bits of mantissa are not what the name says
+        if fast:
+            use_channels_last(net)
+            if self.precision == "bf16":
+                store_bf16_weights(net)
+        return torch.compile(net) if compile else net
+
+    def _round_sigma(self, sigmas: torch.Tensor) -> torch.Tensor:
+        return self.net.round_sigma(sigmas.to(self.device, self.state_dtype)).cpu().double()
+
+
+def _own_precision(net: torch.nn.Module, device: torch.device) -> str:
+    return "fp16" if net.use_fp16 and device.type == "cuda" else default_precision(device)

@@ -1,0 +1,176 @@
+"""Which images have labels, and which come in which step: the published choices for the same seed, batch by batch.
+
+Both follow from Python's own generator and `random.shuffle`, whose numbers are the same in every version 3: one
+permutation splits the training set, then the labelled positions are shuffled again and again to the end of the run,
+and behind them the unlabelled ones.
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from shared.augment.randaugment import to_device
+from shared.augment.views import WeakPolicy, draw_weak, weak
+from shared.cli import UserError
+from shared.data.images import ImageSet
+from shared.data.pool import Pool
+from shared.distributed import World
+from shared.training.randomness import numpy_rng
+
+# Channel means and deviations on the unit scale, as published.
+NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
+    "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
+    "svhn": ((0.4376821, 0.4437697, 0.47280442), (0.19803012, 0.20101562, 0.19703614)),
+    "digits": ((0.305,), (0.376,)),
+}
+# Digits are neither mirrored nor shifted by half their width.
+AUGMENTATION = {
+    "cifar10": WeakPolicy(flip=True, pad=4, pad_mode="zero"), "cifar100": WeakPolicy(flip=True, pad=4, pad_mode="zero"),
+    "svhn": WeakPolicy(flip=False, pad=4, pad_mode="zero"), "digits": WeakPolicy(flip=False, pad=1, pad_mode="zero"),
+}
+
+
+def shuffle(values: list[int], draw_bits: Callable[[int], int]) -> None:
+    """Do what `random.shuffle(values)` does with the generator of `draw_bits` (its `getrandbits`), twice as fast."""
+    end = len(values) - 1
+    while end > 0:
+        bits = (end + 1).bit_length()
+        last = max(1, (1 << (bits - 1)) - 1)  # down to here, as many bits are drawn
+        for i in range(end, last - 1, -1):
+            j = draw_bits(bits)
+            while j > i:
+                j = draw_bits(bits)
+            values[i], values[j] = values[j], values[i]
+        end = last - 1
+
+
+def split(targets: np.ndarray, labels_per_class: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """Return (labelled, unlabelled) positions, int32, disjoint and together all, in the order of one permutation.
+
+    targets: int [N], classes 0 to max(targets). A class with fewer images than `labels_per_class` gives all it has.
+    """
+    order = list(range(len(targets)))
+    shuffle(order, rng.getrandbits)
+    positions = np.array(order, np.int32)
+    labels = np.asarray(targets)[positions]
+    taken = np.zeros(len(positions), bool)
+    for label in range(int(labels.max()) + 1):
+        taken[np.flatnonzero(labels == label)[:labels_per_class]] = True
+    return positions[taken], positions[~taken]
+
+
+class Stream:
+    """Positions in the order a run takes them: one shuffled list after another, each made from the one before.
+
+    One permutation is in memory at a time. `epochs` shuffles belong to a run of `length` positions, also where the
+    last of them is not begun.
+    """
+
+    def __init__(self, positions: Sequence[int] | np.ndarray, length: int, rng: random.Random) -> None:
+        self.values, self.rng = [int(position) for position in positions], rng
+        self.epochs = length // len(self.values) + 1
+        self.array = np.empty(0, np.int32)
+        self.begin = 0  # place in the stream of array[0]
+        self.done = 0   # shuffles
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Return the positions start .. start + count - 1 of the stream, int32; `start` may not go back."""
+        if start < self.begin:
+            raise ValueError(f"the stream is at {self.begin} already, it cannot go back to {start}")
+        parts, end = [], start + count
+        while True:
+            stop = self.begin + len(self.array)
+            if start < stop:
+                parts.append(self.array[start - self.begin:min(end, stop) - self.begin])
+                start = min(end, stop)
+            if start >= end:
+                return np.concatenate(parts) if parts else np.empty(0, np.int32)
+            shuffle(self.values, self.rng.getrandbits)
+            self.begin, self.array, self.done = stop, np.array(self.values, np.int32), self.done + 1
+
+    def skip_all(self) -> None:
+        """Draw all that the whole stream takes from its generator, so that the next stream can begin."""
+        for _ in range(self.epochs - self.done):
+            shuffle(self.values, self.rng.getrandbits)
+        self.done, self.array = self.epochs, np.empty(0, np.int32)
+
+
+def streams(labeled: np.ndarray, unlabeled: np.ndarray | None, length: int,
+            rng: random.Random) -> tuple[Stream, Stream | None]:
+    """Return the streams of labelled and unlabelled positions, `length` each; `rng` as `split` has left it."""
+    own = random.Random()
+    own.setstate(rng.getstate())
+    first = Stream(labeled, length, own)
+    if unlabeled is None:
+        return first, None
+    # The unlabelled stream begins where the generator is behind the labelled one.
+    Stream(labeled, length, rng).skip_all()
+    return first, Stream(unlabeled, length, rng)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a step's batch, on its device.
+
+    labeled, unlabeled: float32 [b, C, H, W], augmented and normalised (unlabeled None where none is wanted). labels,
+    truth: int64 [b]; truth is for metrics only, no loss may look at it.
+    """
+
+    labeled: torch.Tensor
+    labels: torch.Tensor
+    unlabeled: torch.Tensor | None
+    truth: torch.Tensor | None
+
+
+class Batches:
+    """Makes the batches of a run, step after step.
+
+    size: labelled images in the global batch, and as many unlabelled ones; every rank has an equal part. Raises
+    UserError where ranks cannot share it evenly.
+    """
+
+    def __init__(self, images: ImageSet, pools: tuple[Stream, Stream | None], dataset: str, size: int, seed: int,
+                 world: World, memory_format: torch.memory_format = torch.contiguous_format) -> None:
+        self.streams, self.size, self.seed, self.world = pools, size, seed, world
+        self.pool = Pool(images, *NORMALISATION[dataset], world.device)
+        self.policy, self.image_size = AUGMENTATION[dataset], images.size
+        self.memory_format = memory_format
+        if size % world.size:
+            raise UserError(f"--batch-size {size} cannot be shared evenly by {world.size} processes; choose a multiple "
+                            "of their number")
+        self.part = world.slice(size)
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of `step`; steps may not go back."""
+        labeled, labels = self.draw(self.streams[0], step, "labeled")
+        if self.streams[1] is None:
+            return Batch(labeled, labels, None, None)
+        return Batch(labeled, labels, *self.draw(self.streams[1], step, "unlabeled"))
+
+    def draw(self, stream: Stream, step: int, purpose: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this rank's images and labels of a stream in `step`."""
+        positions = stream.take(step * self.size, self.size)[self.part].astype(np.int64)
+        draws = draw_weak(self.size, numpy_rng(self.seed, step, f"{purpose} crop"), self.image_size, self.policy)
+        images = weak(self.pool.take(positions), draws[self.part], self.pool.mean, self.pool.std)
+        labels = self.pool.labels[to_device(positions, self.world.device)]
+        return images.contiguous(memory_format=self.memory_format), labels
+
+    def mixing(self, step: int, alpha: float) -> torch.Tensor:
+        """Return this rank's mix-up coefficients of `step`, float32 [b, 1], from Beta(alpha, alpha), one an image."""
+        lam = numpy_rng(self.seed, step, "mix-up").beta(alpha, alpha, (self.size, 1)).astype(np.float32)
+        return to_device(lam[self.part], self.world.device)
+
+
+def in_order(pool: Pool, size: int, world: World) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
+    """Yield (images, labels) of all images by `size`, in order, and None for the batches of other ranks."""
+    for number, start in enumerate(range(0, len(pool), size)):
+        if number % world.size != world.rank:
+            yield None
+            continue
+        positions = np.arange(start, min(start + size, len(pool)))
+        yield pool.normalised(positions), pool.labels[to_device(positions, world.device)]

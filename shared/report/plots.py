@@ -1,0 +1,198 @@
+"""Pictures of a report: image grids, curves, heat maps, confusion matrices. Each function writes one PNG file."""
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.training.files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Above this many classes the counts inside the cells and the class names become unreadable and are left out.
+READABLE_CLASSES = 20
+
+
+def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: str = "",
+               scale: int | None = None, beside: Mapping[str, np.ndarray] | None = None) -> None:
+    """Write one row of images per entry of `rows`: label -> uint8 [n, C, H, W] with C = 1 or 3; rows may differ in n.
+
+    scale: screen pixels per image pixel (nearest neighbour, so that pixels stay visible); None: about 48 per image.
+    beside: further images by label, on the right of those behind a gap.
+    """
+    beside = {name: images for name, images in (beside or {}).items() if name in rows}
+    shapes = {images.shape[1:] for images in (*rows.values(), *beside.values()) if len(images)}
+    if len(shapes) != 1:
+        raise ValueError(f"expected images of one shape, got {sorted(shapes)}")
+    channels, height, width = shapes.pop()
+    scale = scale or max(1, round(48 / height))
+    columns = max(len(images) for images in rows.values())
+    gap = 2
+    right = columns * (width * scale + gap) + 10  # where those beside begin
+    size = len(rows) * (height * scale + gap) - gap, right - 10 - gap, 3
+    if beside:
+        size = size[0], right + max(map(len, beside.values())) * (width * scale + gap) - gap, 3
+    canvas = np.full(size, 255, np.uint8)
+    for r, name in enumerate(rows):
+        for start, images in ((0, rows[name]), (right, beside.get(name, ()))):
+            for c, image in enumerate(images):
+                pixels = np.broadcast_to(image, (3, height, width)).transpose(1, 2, 0)
+                top, left = r * (height * scale + gap), start + c * (width * scale + gap)
+                canvas[top:top + height * scale, left:left + width * scale] = pixels.repeat(scale, 0).repeat(scale, 1)
+    names = [str(name) for name in rows]
+    margin = 0.1 * max(len(name) for name in names) + 0.3  # inches
+    figure = _figure(canvas.shape[1] / 100 + margin, canvas.shape[0] / 100 + (0.4 if title else 0.1))
+    inches = figure.get_size_inches()
+    axes = figure.add_axes((margin / inches[0], 0.05 / inches[1],
+                            canvas.shape[1] / 100 / inches[0], canvas.shape[0] / 100 / inches[1]))
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_yticks([r * (height * scale + gap) + height * scale / 2 for r in range(len(names))], names)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=10)
+    _save(figure, path)
+
+
+def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], path: str | os.PathLike,
+           xlabels: Mapping[str, str] | None = None, shares: bool = False, log_x: Collection[str] = ()) -> None:
+    """Write panels side by side: panel title -> line name -> (x, y). `xlabels`: panel title -> text below its axis.
+
+    Values that are not finite leave gaps in their line. shares: values from 0 to 1, to be compared between the panels.
+    log_x: titles of the panels with a logarithmic x axis.
+    """
+    figure = _figure(4.2 * max(1, len(panels)), 3.2)
+    for position, (title, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), position)
+        for name, (x, y) in lines.items():
+            axes.plot(x, y, label=name, marker="." if len(x) < 30 else None, linewidth=1.2)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel((xlabels or {}).get(title, ""), fontsize=9)
+        axes.grid(alpha=0.3)
+        if shares:
+            axes.set_ylim(-0.02, 1.02)
+        if title in log_x:
+            axes.set_xscale("log")
+        if lines:
+            axes.legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str], path: str | os.PathLike,
+                       labels: tuple[str, str] = ("true", "predicted")) -> None:
+    """Write confusion matrices side by side: title -> int counts [C, C], row = true class, column = predicted class.
+
+    labels: what is written beside the rows and below the columns.
+
+    The colour is the share of the row (true class); the text in a cell is the count.
+    """
+    names = [str(name) for name in classes]
+    size = min(12.0, max(3.2, 0.38 * len(names)))
+    figure = _figure((size + 0.8) * len(matrices), size + 0.9)
+    for position, (title, counts) in enumerate(matrices.items(), start=1):
+        counts = np.asarray(counts)
+        if counts.shape != (len(names), len(names)):
+            raise ValueError(f"{title}: expected counts for {len(names)} classes, got shape {counts.shape}")
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axes = figure.add_subplot(1, len(matrices), position)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(labels[1], fontsize=9)
+        axes.set_ylabel(labels[0], fontsize=9)
+        if len(names) > READABLE_CLASSES:
+            continue
+        rotation = 90 if max(map(len, names)) > 3 else 0
+        axes.set_xticks(range(len(names)), names, fontsize=8, rotation=rotation)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if share[row, column] > 0.5 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=colour)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] | None]]], series: Sequence[str],
+         path: str | os.PathLike, xlabel: str, title: str = "") -> None:
+    """Write panels: panel title -> row name -> one (mean, deviation or None) or None per name in `series`.
+
+    Rows stand below each other, their values on one axis; a row without a value stays, empty. Four panels side by side
+    at most; where all have the same rows, those are named once.
+    """
+    across = min(4, len(panels))
+    down = -(-len(panels) // across)
+    rows = max(len(lines) for lines in panels.values())
+    alike = len({tuple(lines) for lines in panels.values()}) == 1
+    names = 0.08 * max(len(str(name)) for lines in panels.values() for name in lines)  # inches
+    figure = _figure(2.6 * across + names * (1 if alike else across) + 0.4, (1.1 + 0.28 * rows) * down + 0.5)
+    shown = {}
+    for position, (panel, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(down, across, position)
+        for i, (name, marker) in enumerate(zip(series, "os^", strict=False)):
+            points = [(place, mean, np.nan if deviation is None else deviation)  # without a deviation no bar
+                      for place, values in enumerate(lines.values()) if values[i] is not None
+                      for mean, deviation in [values[i]]]
+            if not points:
+                continue
+            shift = 0.22 * (i - (len(series) - 1) / 2)
+            shown[name] = axes.errorbar(
+                [mean for _, mean, _ in points], [place + shift for place, _, _ in points], color=f"C{i}",
+                xerr=[deviation for _, _, deviation in points], linestyle="none", marker=marker, markersize=5,
+                fillstyle="none" if i else "full", capsize=2)
+        named = not alike or position % across == 1 or across == 1
+        axes.set_yticks(range(len(lines)), [str(name) if named else "" for name in lines], fontsize=8)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_title(panel, fontsize=9)
+        axes.grid(alpha=0.3)
+    figure.supxlabel(xlabel, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    if len(shown) > 1:
+        figure.legend(shown.values(), shown, fontsize=8, loc="lower right", ncols=len(shown))
+    _save(figure, path)
+
+
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], path: str | os.PathLike, *,
+             title: str = "", xlabel: str = "", ylabel: str = "", form: str = "{:.1f}") -> None:
+    """Write a table of numbers [rows, columns] as colours with the number in each cell; not finite: an empty cell."""
+    values = np.asarray(values, np.float64)
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(f"expected values [{len(rows)}, {len(columns)}], got {list(values.shape)}")
+    figure = _figure(1.8 + 0.62 * len(columns), 1.3 + 0.42 * len(rows))
+    axes = figure.add_subplot(1, 1, 1)
+    drawn = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", aspect="auto")
+    figure.colorbar(drawn, ax=axes, fraction=0.03)
+    low, high = drawn.get_clim()
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = value < low + 0.6 * (high - low)
+            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7,
+                      color="white" if dark else "black")
+    axes.set_xticks(range(len(columns)), columns, fontsize=8, rotation=90 if max(map(len, columns)) > 6 else 0)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.set_title(title, fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # The canvas without pyplot: no window system is asked for, and nothing is left in a global list of figures.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    with atomic(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})

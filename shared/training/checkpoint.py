@@ -1,0 +1,110 @@
+"""Checkpoints: complete or absent, checked before use, read without running anything."""
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.cli import UserError, is_bounded
+from shared.training.files import atomic
+
+# What a pickled number of NumPy is made of, under the names of NumPy 1 and 2.
+NUMPY_NUMBERS = [(np.float64(0).__reduce__()[0], f"{module}.multiarray.scalar") for module in ("numpy.core",
+                                                                                            "numpy._core")]
+NUMPY_NUMBERS += [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1"))]
+# What torch.load raises for a damaged file, besides pickle.UnpicklingError.
+READ_ERRORS = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
+               OverflowError, MemoryError, struct.error, OSError, zipfile.BadZipFile)
+
+
+def previous_path(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values to `path`; the file that was there stays as `<path>.previous`."""
+    with atomic(path, previous=previous_path(path)) as file:
+        torch.save(dict(content), file)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the dict in a torch.save file: tensors (on the CPU) and plain values only.
+
+    Every record's CRC is checked first, so a changed byte is found. Raises UserError for a file that is absent, cut
+    short, damaged, or holds anything but tensors and plain values; such a file is never loaded in another way.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+                    raise UserError(f"{path}: refused, its records unfold to more than the file holds")
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{path}: damaged checkpoint (record {damaged} fails its checksum)")
+        # NumPy's numbers, which older trainers kept beside their tensors, are plain values too.
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).replace("\n", " ")
+        named = reason[reason.find("GLOBAL"):].split(" was not")[0] if "GLOBAL" in reason else "cut short or damaged"
+        raise UserError(f"{path}: refused, not a file of tensors and plain values ({named}); nothing of it was run"
+                        ) from None
+    except READ_ERRORS as error:
+        if isinstance(error, PermissionError):
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cut short or damaged, not a readable checkpoint") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint (it holds a {type(content).__name__})")
+    if not is_bounded(content):
+        raise UserError(f"{path}: refused, it unfolds to more than a checkpoint holds")
+    return content
+
+
+def weights_in(content: Mapping[str, Any], name: str, source: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Return the state dict that a checkpoint holds under `name`; UserError if there is something else."""
+    state = content.get(name)
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                                 for key, value in state.items()):
+        raise UserError(f"{source}: its entry {name} does not hold the weights of a network")
+    return dict(state)
+
+
+def load_newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return (file, content) of `path`, or of `<path>.previous` with a warning if `path` is damaged or missing.
+
+    None where neither exists; UserError where there is something but nothing readable.
+    """
+    problems = []
+    for candidate in (path, previous_path(path)):
+        if not candidate.exists():
+            continue
+        try:
+            content = read_checkpoint(candidate)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem}; using {candidate}", stacklevel=2)
+        return candidate, content
+    if problems:
+        raise UserError(f"{problems[0]}; remove it to start from the beginning")
+    return None
+
+
+def keep_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded state the memory layout of its parameters: fused optimizers walk through both without looking."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
