@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,17 @@ def test_draws_of_a_seed(case: dict) -> None:
     generators = SeedGenerators(stored["seeds"].tolist())
     shape = stored["latents"].shape[1:]
     assert np.array_equal(generators.normal(shape).numpy(), stored["latents"])
-    assert np.array_equal(generators.integers(10).numpy(), stored["class_idx"])
-    for name in ("noise0", "noise1"):
+    assert np.array_equal(generators.integers(classes_of(case)).numpy(), stored["class_idx"])
+    for name in sorted(name for name in stored if name.startswith("noise")):
         assert np.array_equal(generators.normal(shape, torch.float64).numpy(), stored[name])
+
+
+def classes_of(case: dict) -> int:
+    """Return the number of classes that the case draws one of: a field of its own, or told in its description."""
+    for name in ("num_classes", "classes", "label_dim"):
+        if name in case:
+            return case[name]
+    return int(re.search(r"integer below (\d+)", case["description"])[1])
 
 
 @pytest.mark.parametrize("case", cases("end to end"), ids=lambda case: case["case"])

@@ -10,11 +10,12 @@ from EDM.training.batches import Batches
 from EDM.training.dataset import TrainingSet
 from EDM.training.loss import EDMLoss
 from EDM.training.order import InfiniteOrder
-from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.preconditioning import PRECONDITIONERS, EDMPrecond
 from EDM.training.stats import TickSchedule, format_time
 from EDM.training.training_loop import Draws, learning_rate, training_step
 from shared.distributed import World
 from shared.training.ema import EMA, half_life_beta
+from tests.edm.published_form import write_published, write_published_state
 from tests.edm.training_runs import stats, write_set
 from tests.golden.cases import arrays, facts, fill, index
 
@@ -60,7 +61,12 @@ def test_learning_rate_and_ema(row):
 
 def schedule_of(config):
     return TickSchedule(config["batch"], config["total_kimg"], config["tick"], config["snap"], config["dump"],
-                        config["start_kimg"] * 1000)
+                        start_kimg(config) * 1000)
+
+
+def start_kimg(config):
+    """Return the thousand images that a run has seen before its first step."""
+    return config.get("start_kimg", config.get("resume_kimg", 0))
 
 
 def rows_of(schedule, steps):
@@ -128,16 +134,35 @@ def test_weights_after_some_steps(case):
                 assert np.abs(module.state_dict()[name].numpy() - value).max() <= 2e-5, kind + name
 
 
+TINY = ("--cbase=8", "--cres=1", "--num-blocks=1", "--attn-resolutions=4")
+TINY_NETWORK = dict(img_resolution=8, img_channels=3, model_type="SongUNet", model_channels=8, channel_mult=[1],
+                    num_blocks=1, attn_resolutions=[4], augment_dim=9, dropout=0.13)
+
+
+def former_run(folder, kimg):
+    """Write the training state and the snapshot of a run that has seen `kimg` thousand images; return the state."""
+    folder.mkdir()
+    state = folder / f"training-state-{kimg:06d}.pt"
+    net = EDMPrecond(**TINY_NETWORK)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 3, 8, 8), torch.ones(1)).sum().backward()
+    optimizer.step()
+    write_published(folder / f"network-snapshot-{kimg:06d}.pkl", net, TINY_NETWORK)
+    write_published_state(state, net, TINY_NETWORK, optimizer.state_dict())
+    return state
+
+
 @pytest.mark.parametrize("case", BOOKKEEPING, ids=lambda case: case["case"])
 def test_files_and_lines_of_a_run(case, tmp_path, monkeypatch):
     monkeypatch.setenv("FEWLABEL_CACHE", str(tmp_path / "cache"))
     expected = facts("edm", case["file"])
     config = expected["config"]
     data = write_set(tmp_path / "set.zip", count=30, size=8, channels=3)
-    main.main([f"--outdir={tmp_path}/run", "--nosubdir", f"--data={data}", "--seed=0", "--device=cpu", "--cbase=8",
-               "--cres=1", "--num-blocks=1", "--attn-resolutions=4", f"--batch={config['batch_size']}",
+    resume = [f"--resume={former_run(tmp_path / 'former', start_kimg(config))}"] if start_kimg(config) else []
+    main.main([f"--outdir={tmp_path}/run", "--nosubdir", f"--data={data}", "--seed=0", "--device=cpu", *TINY,
+               f"--batch={config['batch_size']}",
                f"--tick={config['kimg_per_tick']}", f"--snap={config['snapshot_ticks']}",
-               f"--dump={config['state_dump_ticks']}", f"--duration={config['total_kimg'] / 1000}"],
+               f"--dump={config['state_dump_ticks']}", f"--duration={config['total_kimg'] / 1000}", *resume],
               standalone_mode=False)
     lines = stats(tmp_path / "run")
     assert all(list(line) == expected["stats_keys"] for line in lines)
