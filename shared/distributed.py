@@ -132,6 +132,15 @@ def sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return total
 
 
+def sum_with_gradient(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """Return the sum over ranks; its gradient reaches every rank's part."""
+    if world.size == 1:
+        return tensor
+    # All ranks descend the same loss of the sum, and gradients are averaged over ranks: the identity, times ranks for
+    # that average, lets each part count once.
+    return sum_(tensor, world) + (tensor - tensor.detach()) * world.size
+
+
 def mean(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """Return the mean over ranks, without gradient; the tensor itself for one rank."""
     return sum_(tensor, world) / world.size if world.size > 1 else tensor.detach()
