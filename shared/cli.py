@@ -1,21 +1,37 @@
-"""Command lines: one clear line for every mistake, YAML files below the flags, names suggested for typing errors.
-
-Only the standard library is imported at the top, so that `--help` answers at once.
-"""
+"""Command lines: options declared once for flags and YAML keys, and one clear line for every mistake."""
 from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import errno
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
-TRUE_WORDS = ("yes", "true", "t", "y", "1", "on")
-FALSE_WORDS = ("no", "false", "f", "n", "0", "off")
+from shared.option_types import (
+    FALSE_WORDS,
+    TRUE_WORDS,
+    Bool,
+    Choice,
+    Flag,
+    Float,
+    Int,
+    IntList,
+    IntTuple,
+    Text,
+    nearest,
+)
+
+__all__ = ["Bool", "Choice", "Diverged", "Flag", "Float", "Int", "IntList", "IntTuple", "MachineError", "Option",
+           "Parser", "Text", "UserError", "is_bounded", "nearest", "parse", "parse_bool", "read_value", "read_yaml",
+           "run_main"]
+
 # What the machine refuses, as opposed to what the program did wrong: reported in one line, without a traceback.
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
@@ -95,12 +111,6 @@ def parse_bool(text: str | bool) -> bool:
     raise argparse.ArgumentTypeError(f"expected yes or no, got {text!r}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ' (did you mean "x"?)' for the known name closest to `name`, or '' when none is close."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f' (did you mean "{found[0]}"?)' if found else ""
-
-
 def is_bounded(value: Any, values: int = 4_000_000, containers: int = 100_000, deepest: int = 100) -> bool:
     """Whether plain containers hold at most so many values and containers, each counted as often as it occurs, and are
     at most so many levels deep.
@@ -132,6 +142,196 @@ def read_yaml(path: str | os.PathLike, flag: str) -> Any:
     if not is_bounded(content, 10_000):
         raise UserError(f"{flag}: {path} is refused, it unfolds to more than a configuration holds")
     return content
+
+# ---------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag, positional argument, YAML key or `KEY VALUE` pair.
+
+    names: as typed, separated by spaces; a name without dashes is a positional argument. type: Int(1), Text, ....
+    default: what the value is if the option is not given; its own type is not checked. help: one phrase, to which the
+    help text adds `unit`, range and default. many: a list of values; a flag may be repeated or take several words.
+    key: name of the attribute and of the YAML key; by default the first long name.
+    """
+
+    names: str
+    type: Any = Text
+    default: Any = None
+    help: str = ""
+    _: KW_ONLY
+    unit: str = ""
+    required: bool = False
+    metavar: str = ""
+    hidden: bool = False
+    many: bool = False
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.type, type):
+            object.__setattr__(self, "type", self.type())
+        if not self.key:
+            object.__setattr__(self, "key", self.name.lstrip("-").replace("-", "_"))
+
+    @property
+    def name(self) -> str:
+        """The first long name, which messages use."""
+        names = self.names.split()
+        return next((name for name in names if name.startswith("--")), names[0])
+
+    @property
+    def is_flag(self) -> bool:
+        return self.names.startswith("-")
+
+    @property
+    def shown(self) -> str:
+        """What stands for the value in the help text."""
+        shown = self.metavar or (self.type.metavar if self.is_flag else self.key.upper())
+        return f"{shown} ..." if self.many else shown
+
+
+Options = Sequence[Option] | Mapping[str, Sequence[Option]]
+
+
+def parse(doc: str, flags: Options, argv: Sequence[str] | None = None, config: str = "") -> SimpleNamespace:
+    """Read a command line (None: this process's).
+
+    doc: the script's docstring, which --help shows. flags: options, or {title of a group: options}. config: name of a
+    flag that names a YAML file, whose keys overrule the defaults and are overruled by the command line.
+    The result has an attribute for every option, and `given`: the names of those set by file or command line. Raises
+    UserError for a mistake in either.
+    """
+    groups = dict(flags) if isinstance(flags, Mapping) else {"": tuple(flags)}
+    if config:
+        file = Option(config, Text, help="YAML file with any of these options as keys", metavar="FILE")
+        groups = {"configuration": (file,), **groups}
+    options = {option.key: option for group in groups.values() for option in group}
+    words = sys.argv[1:] if argv is None else list(argv)
+    found = vars(_build_parser(doc, groups).parse_args(_complete_switches(words, options.values())))
+    values = {key: _from_words(options[key], text) for key, text in found.items()}
+    if config and values.get(file.key):
+        values = {**_from_file(values[file.key], options, file), **values}
+    for option in options.values():
+        if option.required and values.get(option.key) in (None, "", []):
+            kind = f"option '{option.name}'" if option.is_flag else f"argument '{option.shown}'"
+            raise UserError(f"Missing {kind}; see --help")
+    defaults = {key: list(option.default or ()) if option.many else option.default for key, option in options.items()}
+    return SimpleNamespace(**{**defaults, **values}, given=set(values))
+
+
+def read_value(option: Option, value: Any, source: str) -> Any:
+    """Return one value of a YAML file, or the text of a `KEY VALUE` pair, as `option` declares it.
+
+    Everything goes through text, so that YAML's own types never decide: `1e-3` is a string to YAML. None, also as
+    text, is accepted where it is the default. Raises UserError, which starts with `source`, where that is not empty.
+    """
+    if value is None or value == "None":
+        if option.default is None:
+            return None
+        problem = "a value is missing."
+    elif isinstance(value, (dict, list, tuple)) and not (option.many or isinstance(option.type, IntList)):
+        problem = f"{value!r} is not one value."
+    else:
+        try:
+            if option.many:
+                return [option.type.convert(str(item)) for item in (value if isinstance(value, list) else [value])]
+            return option.type.convert(str(value))
+        except ValueError as error:
+            problem = str(error)
+    raise UserError(f"{source}{': ' if source else ''}{option.key}: {problem}")
+
+
+def _from_words(option: Option, found: str | list[str]) -> Any:
+    try:
+        if option.many:
+            return [option.type.convert(text) for text in found]
+        return option.type.convert(found)
+    except ValueError as error:
+        raise UserError(f"Invalid value for '{option.name}': {error}") from None
+
+
+def _from_file(path: str, options: Mapping[str, Option], file: Option) -> dict[str, Any]:
+    content = read_yaml(path, file.name) or {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file.name}: {path} must hold one `key: value` per line")
+    known = {key: option for key, option in options.items() if option is not file}
+    for key in content:
+        if key not in known:
+            raise UserError(f'{path}: unknown key "{key}"{nearest(str(key), known)}')
+    return {key: read_value(known[key], value, path) for key, value in content.items()}
+
+
+def _complete_switches(words: Sequence[str], options: Iterable[Option]) -> list[str]:
+    """Write `--strict` as `--strict=true`, and `--strict no` as `--strict=no`; other words that follow stay apart."""
+    switches = {name for option in options if isinstance(option.type, Flag) for name in option.names.split()}
+    complete: list[str] = []
+    for word in words:
+        if complete and complete[-1] in switches:
+            if word.lower() in TRUE_WORDS + FALSE_WORDS:
+                complete[-1] += f"={word}"
+                continue
+            complete[-1] += "=true"
+        complete.append(word)
+    if complete and complete[-1] in switches:
+        complete[-1] += "=true"
+    return complete
+
+
+def _build_parser(doc: str, groups: Mapping[str, Sequence[Option]]) -> _Parser:
+    arguments = [option.shown for options in groups.values() for option in options if not option.is_flag]
+    parser = _Parser(usage=" ".join(["%(prog)s [OPTIONS]", *arguments]), description=doc.strip(),
+                     formatter_class=partial(_HelpFormatter, max_help_position=32), allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS)
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # `--p-mean -1e-3`: a value, not a flag
+    for title, options in groups.items():
+        group = parser.add_argument_group(title) if title else parser
+        for option in options:
+            how: dict[str, Any] = {"help": argparse.SUPPRESS if option.hidden else _help(option)}
+            needed = option.is_flag or option.required
+            if option.many:
+                how |= {"nargs": "+" if needed else "*", "action": "extend", "default": argparse.SUPPRESS}
+            elif not needed:
+                how["nargs"] = "?"
+            if option.is_flag:
+                group.add_argument(*option.names.split(), dest=option.key, metavar=option.shown, **how)
+            else:
+                group.add_argument(option.key, metavar=option.shown, **how)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        values, left = self.parse_known_intermixed_args(args, namespace)
+        if left:
+            known = [name for action in self._actions for name in action.option_strings]
+            raise UserError(f"unknown argument {left[0]}{nearest(left[0].split('=')[0], known)}; see --help")
+        return values
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Write `-j, --workers INT` in place of `-j INT, --workers INT`."""
+        if not action.option_strings:
+            return str(action.metavar)
+        return f"{', '.join(action.option_strings)} {action.metavar or ''}".rstrip()
+
+
+def _help(option: Option) -> str:
+    default = option.default
+    if isinstance(default, (list, tuple)):
+        default = ",".join(map(str, default))
+    is_shown = option.default is not None and default != "" and not isinstance(option.type, Flag)
+    facts = [option.unit, option.type.range, f"default: {default}" if is_shown else "",
+             "required" if option.required else ""]
+    shown = "; ".join(fact for fact in facts if fact)
+    return f"{option.help}{f' [{shown}]' if shown else ''}".strip().replace("%", "%%")
+
+
+# ---------------------------------------------------------------- replaced by the above
 
 
 class Parser(argparse.ArgumentParser):
