@@ -81,6 +81,7 @@ def fit(net: Classifier, encoder: Encoder, batches: TrainBatches, test: TestItem
     """Train and test, and leave result.json, curve.png and the weights in the output folder."""
     from shared import distributed
     from shared.training.dropout import set_dropout_keys
+    from shared.training.log import Log
     from shared.training.run import Run
 
     world, per_epoch, seed = batches.world, batches.per_epoch, options.seed
@@ -94,8 +95,8 @@ def fit(net: Classifier, encoder: Encoder, batches: TrainBatches, test: TestItem
         "weights": encoder.facts(), "batch": batches.size, "flip": probe.flip, "pad": probe.pad,
         "precision": encoder.precision}
     outdir = options.outdir or (Path(encoder.config.save_dir) / "finetune" / f"{encoder.name}_{net.level}_{net.block}")
-    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, restart=True,
-              image_batch=batches.size, desc="fine-tune")
+    log = Log(outdir, world, image_batch=batches.size, desc="fine-tune")
+    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log, restart=True)
     model = distributed.data_parallel(net, world)
     run.state.setdefault("tests", [])
     for step in run.steps(options.epochs * per_epoch):
@@ -112,12 +113,12 @@ def fit(net: Classifier, encoder: Encoder, batches: TrainBatches, test: TestItem
         scaler.scale(loss * (batch.share * world.size)).backward()
         scaler.step(optimizer)
         scaler.update()
-        run.log(loss=loss.detach())
+        run.log.add(loss=loss.detach())
         epoch, place = divmod(step, per_epoch)
         if place == per_epoch - 1 and ((epoch + 1) % options.eval_every == 0 or epoch == options.epochs - 1):
             accuracy = test_accuracy(net, test, encoder)
             run.state["tests"] = [*run.state["tests"], [epoch, accuracy]]
-            run.print(f"[epoch {epoch}] Test acc: {accuracy:.2f}")
+            run.log.print(f"[epoch {epoch}] Test acc: {accuracy:.2f}")
     report(run, encoder)
 
 
@@ -188,7 +189,7 @@ def report(run: Run, encoder: Encoder) -> None:
     from shared.training.hardware import computed_on
 
     tests: list[Any] = run.state["tests"]
-    run.print(f"Test acc: {tests[-1][1]:.2f}")
+    run.log.print(f"Test acc: {tests[-1][1]:.2f}")
     if not run.world.main:
         return
     with atomic(run.outdir / "result.json", "w") as file:

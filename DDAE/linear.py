@@ -59,6 +59,7 @@ def main() -> None:
     from DDAE.ddae.heads import LinearHeads
     from DDAE.ddae.probe import test_heads, train_heads
     from shared import distributed
+    from shared.training.log import Log
     from shared.training.run import Run
 
     world = distributed.start(options.device)
@@ -87,10 +88,10 @@ def main() -> None:
               "precision": encoder.precision, "weights": encoder.facts()}
     kind = "grid" if options.grid or len(keys) > 1 else "_".join([str(levels[0]), names[0]])
     outdir = Path(options.outdir or Path(encoder.config.save_dir) / "linear" / f"{encoder.name}_{kind}")
-    run = Run(outdir, config, dict(heads=heads, optimizer=optimizer), world, restart=True, desc="linear probe",
-              image_batch=size)
+    log = Log(outdir, world, image_batch=size, desc="linear probe")
+    run = Run(outdir, config, dict(heads=heads, optimizer=optimizer), world, log=log, restart=True)
     if not run.finished:
-        run.print(f"{encoder.name}: {len(keys)} heads ({', '.join(map(str, levels))} x {', '.join(names)}) on "
+        run.log.print(f"{encoder.name}: {len(keys)} heads ({', '.join(map(str, levels))} x {', '.join(names)}) on "
                   f"{len(train)} images of {train.name}; {world.size} process(es) on {world.device.type}")
     train_heads(run, heads, optimizer, examples, probe.n_epoch, batches.per_epoch, lr, options.steps)
     if options.steps is not None:
@@ -149,7 +150,7 @@ def report(run: Run, encoder: Encoder, accuracies: dict[str, float], levels: Seq
     from DDAE.ddae.probe import write_result
 
     for key, accuracy in accuracies.items():
-        run.print(f"[key {key}]: Test acc: {100 * accuracy:.2f}")
+        run.log.print(f"[key {key}]: Test acc: {100 * accuracy:.2f}")
     if not run.world.main:
         return
     asked = f"{encoder.probe.timestep}/{encoder.probe.blockname}"
@@ -158,7 +159,7 @@ def report(run: Run, encoder: Encoder, accuracies: dict[str, float], levels: Seq
     if len(accuracies) > 1:
         write_grid(run.outdir, encoder, accuracies, levels, names)
         best = max(accuracies, key=accuracies.get)
-        run.print(f"best: {best}, {100 * accuracies[best]:.2f}; table.md, table.csv, grid.png and curves.png are in "
+        run.log.print(f"best: {best}, {100 * accuracies[best]:.2f}; table.md, table.csv, grid.png and curves.png are in "
                   f"{run.outdir}")
 
 

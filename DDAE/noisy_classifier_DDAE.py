@@ -70,6 +70,7 @@ def fit(head: NoiseHead, encoder: Encoder, block: str, batches: TrainBatches, op
     from DDAE.ddae.heads import cosine_rate
     from shared import distributed
     from shared.training.randomness import numpy_rng
+    from shared.training.log import Log
     from shared.training.run import Run
 
     world, seed, probe = batches.world, options.seed, encoder.probe
@@ -79,8 +80,8 @@ def fit(head: NoiseHead, encoder: Encoder, block: str, batches: TrainBatches, op
               "batch": batches.size, "lr": lr, "epochs": probe.n_epoch, "flip": probe.flip, "pad": probe.pad,
               "seed": seed, "precision": encoder.precision}
     outdir = options.outdir or Path(encoder.config.save_dir) / "noisy_classifier" / f"{encoder.name}_{block}"
-    run = Run(outdir, config, dict(head=head, optimizer=optimizer), world, restart=True, image_batch=batches.size,
-              desc="noisy classifier")
+    log = Log(outdir, world, image_batch=batches.size, desc="noisy classifier")
+    run = Run(outdir, config, dict(head=head, optimizer=optimizer), world, log=log, restart=True)
     model = distributed.data_parallel(head, world)
     for step in run.steps(probe.n_epoch * batches.per_epoch):
         optimizer.param_groups[0]["lr"] = cosine_rate(step // batches.per_epoch, lr, probe.n_epoch)
@@ -94,7 +95,7 @@ def fit(head: NoiseHead, encoder: Encoder, block: str, batches: TrainBatches, op
         # Gradients are averaged over ranks, whose parts of the batch may differ in size.
         (loss * (batch.share * world.size)).backward()
         optimizer.step()
-        run.log(loss=loss.detach(), acc=(logits.detach().argmax(1) == batch.labels).float().mean())
+        run.log.add(loss=loss.detach(), acc=(logits.detach().argmax(1) == batch.labels).float().mean())
     return run
 
 

@@ -112,6 +112,7 @@ def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision
     from DDAE.ddae.wideresnet import learning_rate
     from shared import distributed
     from shared.training.randomness import torch_rng
+    from shared.training.log import Log
     from shared.training.run import Run
 
     world, seed = batches.world, options.seed
@@ -121,8 +122,9 @@ def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision
     config = {name: getattr(options, name) for name in (
         "mode", "lr", "epoch", "warm_epoch", "dataset", "no_flip", "pad", "blocks_per_group", "channel_multiplier",
         "seed")} | {"batch": batches.size, "precision": precision}
-    run = Run(Path(options.save_dir or f"./output_WRN_{options.mode}"), config,
-              dict(net=net, optimizer=optimizer, scaler=scaler), world, image_batch=batches.size, desc="WRN")
+    outdir = Path(options.save_dir or f"./output_WRN_{options.mode}")
+    log = Log(outdir, world, image_batch=batches.size, desc="WRN")
+    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log)
     model = distributed.data_parallel(net, world)
     net.train()
     for step in run.steps(options.epoch * batches.per_epoch):
@@ -140,9 +142,9 @@ def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision
         scaler.step(optimizer)
         scaler.update()
         accuracy = (logits.detach().argmax(1) == batch.labels).float().mean()
-        run.log(loss=loss.detach(), acc=accuracy)
+        run.log.add(loss=loss.detach(), acc=accuracy)
         if place % 100 == 0:
-            run.print(f"[epoch {epoch} / iter {place}]: lr {lr:.4f} loss: {loss:.4f}, acc: {accuracy:.3f}")
+            run.log.print(f"[epoch {epoch} / iter {place}]: lr {lr:.4f} loss: {loss:.4f}, acc: {accuracy:.3f}")
     return run
 
 

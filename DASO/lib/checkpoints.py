@@ -80,4 +80,4 @@ def load_foreign(trainer: Trainer, run: Run, path: str) -> None:
         raise UserError(f"RESUME {path}: its optimiser does not fit SOLVER.*: {' '.join(str(error).split())[:120]}"
                         ) from None
     run.step = iteration
-    run.print(f"RESUME {path}: weights, optimiser and iteration {iteration}; queues and statistics start empty")
+    run.log.print(f"RESUME {path}: weights, optimiser and iteration {iteration}; queues and statistics start empty")

@@ -22,6 +22,7 @@ from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World
 from shared.training.precision import set_arithmetic
+from shared.training.log import Log
 from shared.training.run import Run
 
 CHECKPOINT = "checkpoint.pth.tar"
@@ -45,7 +46,7 @@ def train(cfg: Config, folder: Path, world: World) -> None:
         write_config(cfg, folder, world)
         if cfg.RESUME:
             load_foreign(trainer, run, cfg.RESUME)
-    run.print(describe(trainer))
+    run.log.print(describe(trainer))
     ended = time.perf_counter()
     for it in run.steps(cfg.SOLVER.MAX_ITER):
         trainer.iteration = it
@@ -54,7 +55,7 @@ def train(cfg: Config, folder: Path, world: World) -> None:
         fetched = time.perf_counter()
         found, values = trainer.step(batch, it, Draws(cfg.SEED, it, world))
         trainer.note(batch, found)
-        run.log(**values, **{"misc/data_time": fetched - started, "misc/iter_time": time.perf_counter() - ended})
+        run.log.add(**values, **{"misc/data_time": fetched - started, "misc/iter_time": time.perf_counter() - ended})
         ended = time.perf_counter()
         last = it + 1 == cfg.SOLVER.MAX_ITER
         if (it + 1) % cfg.PERIODS.EVAL == 0 or last:
@@ -74,12 +75,13 @@ def train(cfg: Config, folder: Path, world: World) -> None:
 def open_run(trainer: Trainer) -> Run:
     """Return the run of the trainer's folder, continued if there is a checkpoint."""
     cfg = trainer.cfg
+    log = Log(trainer.folder, trainer.world, every=None, stats_name="metrics.json",
+              tensorboard="." if cfg.TENSORBOARD else False, desc=cfg.ALGORITHM.NAME)
     trainer.run = run = Run(
-        trainer.folder, {**cfg.flat, "precision": trainer.precision}, trainer.parts(), trainer.world,
+        trainer.folder, {**cfg.flat, "precision": trainer.precision}, trainer.parts(), trainer.world, log=log,
         checkpoint=CHECKPOINT, ignore=FREE_KEYS,
         extra=lambda: {"meta": trainer.meta(trainer.run.state), **({"ema_model": None} if trainer.ema is None else {})},
-        save_seconds=cfg.SAVE_SECONDS or None, save_every=cfg.PERIODS.CHECKPOINT, log_every=1 << 62,
-        stats_name="metrics.json", tensorboard="." if cfg.TENSORBOARD else False, desc=cfg.ALGORITHM.NAME)
+        save_seconds=cfg.SAVE_SECONDS or None, save_every=cfg.PERIODS.CHECKPOINT)
     run.state.setdefault("history", {})
     run.state.setdefault("courses", {})
     return run
@@ -89,7 +91,7 @@ def log_evaluation(trainer: Trainer, run: Run, it: int) -> None:
     """Evaluate, and write the line of metrics.json, the scalars, and what the summary is made of."""
     found, classes = trainer.evaluate()
     history, courses = run.state["history"], run.state["courses"]
-    values = {**run.means(), **found}
+    values = {**run.log.means(), **found}
     for split in classes:
         values |= extend_history(history, found, split)
         add(courses, f"{split}/top1", found[f"{split}/top1"])
@@ -106,8 +108,8 @@ def log_evaluation(trainer: Trainer, run: Run, it: int) -> None:
         values |= report({"labels": counted["labels"], **{kind: counted[kind] for kind in shown if kind in counted}})
     add(courses, "iteration", it + 1)
     line = {"iteration": it + 1, **values}
-    run.record(values, line=dict(sorted(line.items())))
-    run.print(console_line(trainer, run, values))
+    run.log.record(values, line=dict(sorted(line.items())))
+    run.log.print(console_line(trainer, run, values))
     if trainer.world.main:
         write_results(trainer, run.state)
 

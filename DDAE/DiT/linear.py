@@ -73,6 +73,7 @@ def main() -> None:
     from DDAE.ddae.probe import test_heads, train_heads
     from DDAE.DiT.latents import read_latents
     from shared import distributed
+    from shared.training.log import Log
     from shared.training.run import Run
 
     world = distributed.start(options.device)
@@ -91,10 +92,11 @@ def main() -> None:
     config = {"dataset": options.dataset, "probes": list(keys), "batch": size, "lr": options.lr * world.size,
               "epochs": options.epoch, "model": options.model, "ckpt": Path(options.ckpt).name, "seed": options.seed,
               "copies": len(train.copies), "precision": options.precision}
-    run = Run(Path(options.outdir) / folder.name, config, dict(heads=heads, optimizer=optimizer), world,
-              restart=True, desc="linear probe", image_batch=size)
+    outdir = Path(options.outdir) / folder.name
+    log = Log(outdir, world, image_batch=size, desc="linear probe")
+    run = Run(outdir, config, dict(heads=heads, optimizer=optimizer), world, log=log, restart=True)
     if not run.finished:
-        run.print(f"{options.model}: {', '.join(keys)} on {len(train)} latents of {len(train.copies)} copies; "
+        run.log.print(f"{options.model}: {', '.join(keys)} on {len(train)} latents of {len(train.copies)} copies; "
                   f"{world.size} process(es) on {world.device.type}")
     examples = Examples(net, train, size, options, world)
     train_heads(run, heads, optimizer, examples, options.epoch, -(-len(train) // size), options.lr * world.size)
@@ -177,7 +179,7 @@ def report(run: Any, heads: Any, accuracies: dict[str, float], world: World) -> 
     from DDAE.ddae.probe import write_result
 
     for key, accuracy in accuracies.items():
-        run.print(f"{'' if len(accuracies) == 1 else f'[key {key}]: '}Test acc: {100 * accuracy:.2f}")
+        run.log.print(f"{'' if len(accuracies) == 1 else f'[key {key}]: '}Test acc: {100 * accuracy:.2f}")
     if world.main:
         write_result(run, heads, accuracies, next(iter(accuracies)))
 

@@ -36,6 +36,7 @@ from shared.training.files import atomic, make_dir
 from shared.training.hardware import computed_on
 from shared.training.precision import autocast
 from shared.training.randomness import torch_rng
+from shared.training.log import Log
 from shared.training.run import Run
 
 PREVIEW_EPOCHS = 100   # between two previews and checkpoints
@@ -187,9 +188,9 @@ def train(config: Config, net: UNet, batches: Batches, world: World, settings: S
         keep["scaler"] = scaler
     recorded = {**config.to_dict(), "gpus": settings.gpus, "precision": settings.precision, "strict": settings.strict,
                 "seed": settings.seed, "constant_ema": settings.constant_ema}
-    run = Run(folder, recorded, keep, world, ignore=FREE_KEYS, restart=config.load_epoch >= 0,
-              save_seconds=settings.checkpoint_seconds, log_every=settings.log_every,
-              image_batch=config.batch_size * settings.gpus)
+    log = Log(folder, world, every=settings.log_every, image_batch=config.batch_size * settings.gpus)
+    run = Run(folder, recorded, keep, world, log=log, ignore=FREE_KEYS, restart=config.load_epoch >= 0,
+              save_seconds=settings.checkpoint_seconds)
     if run.resumed_from is None:
         run.state["first_update"] = 0
         if config.load_epoch >= 0:
@@ -205,14 +206,14 @@ def train(config: Config, net: UNet, batches: Batches, world: World, settings: S
         epoch, place = divmod(step, batches.per_epoch)
         lr = learning_rate(config, epoch, settings.gpus)
         if place == 0:
-            run.print(f"epoch {epoch}, lr {lr:f}")
+            run.log.print(f"epoch {epoch}, lr {lr:f}")
         update = step + 1 + run.state["first_update"]
         decay = config.ema if settings.constant_ema and update > 1 else average_decay(update, config.ema)
         batch = batches(step)
         loss, norm = training_step(model, diffusion, optimizer, ema, batch, draw(diffusion, batch, settings.seed, step),
                                    seed=settings.seed, step=step, lr=lr, decay=decay, at_once=config.batch_size,
                                    processes=world.size, precision=settings.precision, scaler=scaler, fast=fast)
-        run.log(loss=loss, gradient_norm=norm, lr=lr)
+        run.log.add(loss=loss, gradient_norm=norm, lr=lr)
         last_of_epoch = place == batches.per_epoch - 1
         if last_of_epoch and (epoch % PREVIEW_EPOCHS == 0 or epoch == config.n_epoch - 1):
             if world.main:
@@ -231,7 +232,7 @@ def write_result(run: Run, config: Config, batches: Batches, settings: Settings)
                    processes=run.world.size, **computed_on(run.world.device))
     with atomic(run.outdir / "result.json", "w") as file:
         file.write(json.dumps(content, indent=2) + "\n")
-    run.print(f"Done: {run.outdir}")
+    run.log.print(f"Done: {run.outdir}")
 
 
 def load_epoch(config: Config, net: UNet, ema: EMA, optimizer: torch.optim.Optimizer, run: Run) -> int:
@@ -241,7 +242,7 @@ def load_epoch(config: Config, net: UNet, ema: EMA, optimizer: torch.optim.Optim
     load_weights(net, online_weights(content, path), path)
     load_weights(ema.module, averaged_weights(content, path), path)
     load_optimizer(optimizer, content, path)
-    run.print(f"loading model at {path}")
+    run.log.print(f"loading model at {path}")
     return average_updates(content)
 
 
@@ -253,7 +254,7 @@ def end_epoch(config: Config, diffusion: DDPM | EDM, net: UNet, ema: EMA, optimi
                         batch.images[:config.n_sample]])
     path = Path(config.save_dir) / "visual" / f"image_ep{epoch}_ema.png"
     write_sheet(path, images, PREVIEW_COLUMNS)
-    run.print(f"saved image at {path}")
+    run.log.print(f"saved image at {path}")
 
 
 def save_epoch(config: Config, net: UNet, ema: EMA, optimizer: torch.optim.Optimizer, update: int, epoch: int,
@@ -262,7 +263,7 @@ def save_epoch(config: Config, net: UNet, ema: EMA, optimizer: torch.optim.Optim
     if config.save_model:
         path = make_dir(Path(config.save_dir) / "ckpts") / f"model_{epoch}.pth"
         write_model(path, net, ema.module, update, optimizer, config, epoch)
-        run.print(f"saved model at {path}")
+        run.log.print(f"saved model at {path}")
 
 
 def preview(config: Config, diffusion: DDPM | EDM, net: UNet, epoch: int, seed: int, device: torch.device

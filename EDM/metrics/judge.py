@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from EDM.metrics.cas_networks import CAS_class
 from EDM.metrics.detectors import Detector
+from EDM.tdsm.classifiers import CAS_class
 from shared.augment.views import WeakPolicy, draw_weak, weak
 from shared.cli import UserError
 from shared.data.images import ImageSet
 from shared.distributed import World
+from shared.training.log import Log
 from shared.training.randomness import numpy_rng
 from shared.training.run import Run
 
@@ -99,8 +100,8 @@ def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *,
     optimizer = torch.optim.SGD([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=recipe.lr,
                                 momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
     config = dict(classifier=kind, steps=steps, seed=seed, flip=flip, images=len(images), digest=digest(images))
-    run = Run(folder, config, dict(net=net, optimizer=optimizer), world, checkpoint=CHECKPOINT, tensorboard=False,
-              restart=restart, log_every=max(1, min(100, steps // 4)), image_batch=recipe.batch, desc=desc)
+    log = Log(folder, world, every=max(1, min(100, steps // 4)), image_batch=recipe.batch, tensorboard=False, desc=desc)
+    run = Run(folder, config, dict(net=net, optimizer=optimizer), world, log=log, checkpoint=CHECKPOINT, restart=restart)
     policy = WeakPolicy(flip=flip, pad=max(1, images.size[0] // 8), pad_mode="zero")
     pixels, labels = torch.from_numpy(np.array(images.images)), torch.from_numpy(images.labels)
     pixels, labels = pixels.to(world.device), labels.to(world.device)
@@ -115,7 +116,7 @@ def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *,
         loss = torch.nn.functional.cross_entropy(net(batch), labels[chosen])
         loss.backward()
         optimizer.step()
-        run.log(loss=loss)
+        log.add(loss=loss)
     return net.eval().requires_grad_(False)
 
 

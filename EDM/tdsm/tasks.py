@@ -16,7 +16,7 @@ from EDM.tdsm.noisy_set import Noise
 from EDM.training.config import PRECONDITIONINGS
 from EDM.training.dataset import TrainingSet
 from EDM.training.loss import LOSSES
-from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.networks import PRECONDITIONERS
 from EDM.training.snapshots import Snapshot, expect_kind, read_snapshot
 from EDM.training.training_loop import Task, averaging, build, image_shape, ramp
 from shared.cli import UserError
@@ -51,11 +51,11 @@ def classifying(options: Mapping[str, Any], dataset: TrainingSet, world: World, 
     def report(average: torch.nn.Module, nimg: int, run: Run) -> dict[str, float]:
         found = accuracy.report(average, nimg, run)
         name = list(accuracy.labels)[-1]
-        run.print(f"accuracy ({name} labels): " + "  ".join(
+        run.log.print(f"accuracy ({name} labels): " + "  ".join(
             f"{value:.3f} at {key.rpartition('=')[2]}" for key, value in list(found.items())[-9::2]))
         if learned:
             matrix = volmin_transition(average.transition_matrix).double().cpu().numpy()
-            run.print(f"transition matrix: {transition.describe(matrix)}")
+            run.log.print(f"transition matrix: {transition.describe(matrix)}")
             error = noisy_set.transition_error(matrix, flags.data)
             if error is not None:
                 found["Transition/error"] = error

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,8 @@ from EDM.training.batches import Batch, Batches
 from EDM.training.config import FREE_KEYS, RESULT_FILE, batch_rounds
 from EDM.training.dataset import TrainingSet
 from EDM.training.loss import LOSSES, EDMLoss, VELoss, VPLoss
-from EDM.training.networks import use_channels_last
+from EDM.training.networks import PRECONDITIONERS, use_channels_last
 from EDM.training.order import InfiniteOrder
-from EDM.training.preconditioning import PRECONDITIONERS
 from EDM.training.states import load_start, save_state, write_snapshots
 from EDM.training.stats import Moments, TickClock, TickSchedule, stats_line, status_line
 from EDM.training.table import module_table
@@ -34,6 +32,7 @@ from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA, half_life_beta, power_law_beta
 from shared.training.files import atomic
 from shared.training.hardware import computed_on
+from shared.training.log import Log
 from shared.training.precision import default_precision
 from shared.training.randomness import torch_rng
 from shared.training.run import Run
@@ -263,7 +262,7 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World,
     order = InfiniteOrder(len(dataset), seed)
     losses = Moments(device)
     run = Run(folder, options, dict(net=net, ema=ema, optimizer=optimizer, order=order, losses=losses), world,
-              ignore=FREE_KEYS, save_seconds=checkpoint_seconds, log_every=sys.maxsize)  # lines come at ticks
+              log=Log(folder, world, every=None), ignore=FREE_KEYS, save_seconds=checkpoint_seconds)  # lines come at ticks
     if run.resumed_from is None:
         run.state["start_nimg"] = load_start(options, net, ema, optimizer, order)
     schedule = TickSchedule(batch_size, total_kimg, options["kimg_per_tick"], options["snapshot_ticks"],
@@ -273,8 +272,8 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World,
         net.model.compile()
     batches = Batches(dataset, order, batch_size, world)
     if run.resumed_from is None:
-        run.print(table)
-    run.print(f"Training for {total_kimg} kimg from {schedule.nimg(run.step) / 1000:.1f}: {precision} on "
+        run.log.print(table)
+    run.log.print(f"Training for {total_kimg} kimg from {schedule.nimg(run.step) / 1000:.1f}: {precision} on "
               f"{world.size} x {device.type}, {rounds} round(s) of {at_once} images")
 
     clock = TickClock(device, run.seconds, schedule.nimg(run.step))
@@ -289,15 +288,15 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World,
                              precision=precision, frozen=task.frozen(nimg), statistics=statistics)
         sums = distributed.sum_(sums, world)
         losses.add(values_per_step, sums[:2])
-        run.log(loss=sums[0] / values_per_step, non_finite_gradients=sums[2], **statistics)
+        run.log.add(loss=sums[0] / values_per_step, non_finite_gradients=sums[2], **statistics)
 
         tick = schedule.tick(step)
         if tick is not None:
-            means = run.means()  # stops here if a loss was not finite
+            means = run.log.means()  # stops here if a loss was not finite
             values = clock.measure(tick, schedule.nimg(step + 1))
-            run.print(status_line(values))
+            run.log.print(status_line(values))
             if means["non_finite_gradients"] > 0:
-                run.print(f"warning: non-finite gradients were replaced in {means['non_finite_gradients']:.3g} tensors "
+                run.log.print(f"warning: non-finite gradients were replaced in {means['non_finite_gradients']:.3g} tensors "
                           "a step since the last tick; if that goes on, try a lower --lr or --ls")
             further = {f"Loss/{name}": value for name, value in means.items() if name in statistics}
             if world.main:
@@ -307,7 +306,7 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World,
             if (name := schedule.state_dump(step)) and world.main:
                 save_state(folder / name, net, ema, optimizer, order, schedule.nimg(step + 1))
             line = stats_line(losses.entry(), {**further, **values})
-            run.record({"Loss/loss": line["Loss/loss"]["mean"], **further, **values}, line)
+            run.log.record({"Loss/loss": line["Loss/loss"]["mean"], **further, **values}, line)
             clock.resume()
 
     if world.main:
@@ -316,4 +315,4 @@ def train(options: Mapping[str, Any], dataset: TrainingSet, world: World,
             file.write(json.dumps(dict(nimg=schedule.nimg(schedule.steps), seed=seed, snapshot=last,
                                        seconds=round(run.seconds, 1), precision=precision, processes=world.size,
                                        **task.outcome(run), **computed_on(device)), indent=2))
-    run.print(f"Done: {folder / 'network-snapshot-latest.pkl'}")
+    run.log.print(f"Done: {folder / 'network-snapshot-latest.pkl'}")

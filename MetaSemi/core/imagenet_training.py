@@ -34,6 +34,7 @@ from shared.training.files import atomic
 from shared.training.hardware import computed_on
 from shared.training.precision import dtype_of, set_arithmetic
 from shared.training.randomness import numpy_rng
+from shared.training.log import Log
 from shared.training.run import Run
 
 CHECKPOINT, BEST, RESULT = "checkpoint.pth", "model_best.pth", "result.json"
@@ -117,13 +118,13 @@ class Training:
         resume = resume_from(options, folder, config)
         if options.evaluate and resume == "auto" and load_newest(folder / CHECKPOINT) is None:
             raise UserError(f"--evaluate: give --resume FILE; {folder} holds no run")
-        self.run = Run(folder, config, world=world, checkpoint=CHECKPOINT,
+        log = Log(folder, world, every=options.print_freq, image_batch=self.batch * len(self.orders), tensorboard=False)
+        self.run = Run(folder, config, world=world, log=log, checkpoint=CHECKPOINT,
                        keep={"state_dict": Prefixed(self.net), "optimizer": self.optimizer, "best_acc1": self.best,
                              "meters": self.meters},
                        resume=resume, restart=options.overwrite, save_every=self.length,
-                       save_seconds=options.save_seconds, log_every=options.print_freq, tensorboard=False,
-                       extra=lambda: {"epoch": self.run.step // self.length},
-                       image_batch=self.batch * len(self.orders))
+                       save_seconds=options.save_seconds,
+                       extra=lambda: {"epoch": self.run.step // self.length})
         self.meters.to(world.device)
         adopt(self.optimizer, fused=not options.strict)
         for group in self.optimizer.param_groups:  # the command line's, whatever the checkpoint was made with
@@ -207,7 +208,7 @@ class Training:
         line: of the log, with {epoch}, {epochs}, {step}, {length}, {btime}, {dtime}, {rate}, and {name} and {name_avg}
         of each of `values`, which also become scalars. total: the loss, which must remain finite.
         """
-        self.run.log(loss=total)
+        self.run.log.add(loss=total)
         means = distributed.mean(torch.stack([value.detach().float() for value in values.values()]), self.world)
         self.meters.add(dict(zip(values, means, strict=True)))
         self.line = line
@@ -223,7 +224,7 @@ class Training:
                                       dtime=self.data_time / self.timed, **figures))
             self.scalar("train/learning-rate", self.rate, step)
         if place + 1 == self.length or last:
-            means = self.run.means()  # all losses were finite, or this ends the run
+            means = self.run.log.means()  # all losses were finite, or this ends the run
             for name, (_, average) in self.meters.read(World()).items():
                 self.scalar(f"train/{name.replace('_', '-')}", average, epoch)
             if place + 1 == self.length:
@@ -256,7 +257,7 @@ class Training:
         self.scalar("test/acc5", acc5, epoch)
         improved = self.best.offer(acc1)
         self.say(f"Best acc1={self.best.value:.5f}")
-        self.run.record({**means, "epoch": epoch, "test/acc1": acc1, "test/acc5": acc5, "test/loss": loss})
+        self.run.log.record({**means, "epoch": epoch, "test/acc1": acc1, "test/acc5": acc5, "test/loss": loss})
         state = self.run.state
         state["accuracies"] = [*state.get("accuracies", []), acc1 / 100][-MEDIAN_OF:]
         state |= {"acc5": acc5 / 100, "test_loss": loss}
@@ -292,7 +293,7 @@ class Training:
         """Write a line of log.txt in the published form, and onto the console."""
         now = time.time()
         stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))},{int(now % 1 * 1000):03d}"
-        self.run.print(f"{stamp} INFO {message}", console=message)
+        self.run.log.print(f"{stamp} INFO {message}", console=message)
 
 
 def union(positions: set[int], world: World) -> set[int]:

@@ -28,6 +28,7 @@ from shared.training.checkpoint import keep_layout, load_newest, read_checkpoint
 from shared.training.files import atomic
 from shared.training.hardware import computed_on
 from shared.training.precision import default_precision, dtype_of, set_arithmetic
+from shared.training.log import Log
 from shared.training.run import Run
 
 CHECKPOINT, BEST, LABELS, RESULT = "checkpoint.pth", "model_best.pth", "label_indices.txt", "result.json"
@@ -87,11 +88,10 @@ class Training:
                                          weight_decay=options.weight_decay, fused=not options.strict)
         self.meters, self.best = Meters(), Best()
 
-        self.run = Run(folder, config, world=world, checkpoint=CHECKPOINT,
-                       keep={"model": self.net, "optimizer": self.optimizer, "best_acc": self.best,
-                             "meters": self.meters},
-                       resume=resume, restart=options.overwrite, save_every=options.test_freq,
-                       log_every=10 ** 12, image_batch=options.batch_size * (1 + unlabeled), tensorboard=".")
+        self.run = Run(folder, config, world=world, log=Log(folder, world, every=None, tensorboard="."),
+                       checkpoint=CHECKPOINT, keep={"model": self.net, "optimizer": self.optimizer,
+                                                    "best_acc": self.best, "meters": self.meters},
+                       resume=resume, restart=options.overwrite, save_every=options.test_freq)
         self.meters.to(world.device)
         adopt(self.optimizer, fused=not options.strict)
         if self.run.resumed_from is None:
@@ -133,7 +133,7 @@ class Training:
         line: of the log, with {step}, {dtime}, {btime}, {rate}, and {name} and {name_avg} of each of `values`, which
         also become scalars. total: the loss, which must remain finite.
         """
-        self.run.log(loss=total)
+        self.run.log.add(loss=total)
         self.meters.add(values)
         self.line, self.rate = line, rate
 
@@ -149,7 +149,7 @@ class Training:
 
     def evaluate(self, step: int) -> None:
         """Measure the test set, write scalars, and keep the weights if they are the best so far."""
-        self.run.means()  # all losses were finite, or this ends the run
+        self.run.log.means()  # all losses were finite, or this ends the run
         accuracy, loss = evaluate(self.net, in_order(self.test, TEST_BATCH, self.world), self.world, self.say,
                                   self.options.print_freq, -(-len(self.test) // TEST_BATCH))
         state, improved = self.run.state, self.best.offer(accuracy)
@@ -157,7 +157,7 @@ class Training:
         self.say(f"Best Accuracy: {self.best.value:.5f}")
         averages = {f"train/{name.replace('_', '-')}": average
                     for name, (_, average) in self.meters.read(self.world).items()}
-        self.run.record({**averages, "train/lr": self.rate, "test/accuracy": accuracy})
+        self.run.log.record({**averages, "train/lr": self.rate, "test/accuracy": accuracy})
         self.meters.reset()
         state["accuracies"] = [*state.get("accuracies", []), accuracy / 100][-MEDIAN_OF:]
         state["test_loss"] = loss
@@ -198,7 +198,7 @@ class Training:
             self.unwritten.append(line)
             print(console, flush=True)
         else:
-            self.run.print("\n".join((*self.unwritten, line)), console=console)
+            self.run.log.print("\n".join((*self.unwritten, line)), console=console)
             self.unwritten.clear()
 
 

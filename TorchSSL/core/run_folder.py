@@ -108,7 +108,7 @@ def load_foreign(run: Run, trainer: Any, options: argparse.Namespace) -> None:
             raise UserError(f"--load_path: the optimizer of {path} does not fit this run: {error}") from None
         trainer.scheduler.load_state_dict(content["scheduler"])
         run.step = int(content["it"]) + 1 + trainer.algorithm.supervised_steps
-        run.print(f"continuing at iteration {content['it'] + 1}: {path}, a checkpoint without thresholds, which start "
+        run.log.print(f"continuing at iteration {content['it'] + 1}: {path}, a checkpoint without thresholds, which start "
                   "anew")
     if options.resume:
         run.state.setdefault("load_path", str(Path(options.load_path).absolute()))
@@ -151,6 +151,6 @@ def write_result(run: Run, data: TrainingData, options: argparse.Namespace, prec
         json.dump(result, file, indent=1)
     accuracy = result["accuracy"]
     validated = f", best on {result['validation_images']} validation images {chosen['test']:.4f}" if chosen else ""
-    run.print(f"accuracy of the averaged weights: last {last:.4f}, median of the last "
+    run.log.print(f"accuracy of the averaged weights: last {last:.4f}, median of the last "
               f"{accuracy['evaluations_in_median']} evaluations {accuracy['median_of_last_20']:.4f}{validated}, best "
               f"on the test set {accuracy['best_on_test']:.4f} (iteration {accuracy['best_iteration']})")

@@ -23,6 +23,7 @@ from shared.training.batchnorm import sync_batchnorm
 from shared.training.checkpoint import keep_layout
 from shared.training.ema import EMA
 from shared.training.precision import autocast, default_precision, set_arithmetic
+from shared.training.log import Log
 from shared.training.run import Run
 from TorchSSL.core.algorithm import Algorithm
 from TorchSSL.core.batches import Batch, Batches
@@ -68,15 +69,15 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
 
     facts = {"options": {**vars(options), "given": sorted(options.given), "num_classes": data.num_classes},
              "mean": data.mean, "std": data.std, "classes": data.unlabeled.classes}
-    run = Run(folder, config, keep=trainer.parts(), world=world, checkpoint=LATEST, resume=resume_from(folder, options),
-              extra=lambda: {**facts, "it": trainer.iteration}, save_seconds=options.save_seconds,
-              save_every=options.num_save_iter, log_every=min(100, options.num_eval_iter),
-              image_batch=sum(batches.counts),
+    log = Log(folder, world, every=min(100, options.num_eval_iter), image_batch=sum(batches.counts),
               tensorboard=options.use_tensorboard, desc=options.save_name)
+    run = Run(folder, config, keep=trainer.parts(), world=world, log=log, checkpoint=LATEST,
+              resume=resume_from(folder, options), extra=lambda: {**facts, "it": trainer.iteration},
+              save_seconds=options.save_seconds, save_every=options.num_save_iter)
     load_foreign(run, trainer, options)
-    run.print(describe(data, options, world, precision))
+    run.log.print(describe(data, options, world, precision))
     if options.dataset not in NAMES and run.resumed_from is None and world.main:
-        run.print(report(data.unlabeled, data.test))
+        run.log.print(report(data.unlabeled, data.test))
 
     warm_up = learner.supervised_steps
     test, validation = (
@@ -89,12 +90,12 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
         batch = made(step)
         fetched = time.perf_counter()
         if step < warm_up:
-            run.log(**trainer.supervised_step(batch))
+            run.log.add(**trainer.supervised_step(batch))
             continue
         trainer.iteration = step - warm_up
         values = trainer.train_step(batch)
         values |= {"train/prefecth_time": fetched - started, "train/run_time": time.perf_counter() - fetched}
-        run.log(**values)
+        run.log.add(**values)
         if is_evaluated(trainer.iteration, options):
             evaluate(run, trainer, test, validation, values, facts, options)
     write_result(run, data, options, precision)
@@ -212,11 +213,11 @@ def evaluate(run: Run, trainer: Trainer, test: Pool | PhotographPool, validation
     if "train/pseudo_label_acc" in values:
         state["pseudo_label_acc"] = float(values["train/pseudo_label_acc"])
     values = {name: float(value) for name, value in values.items()} | found
-    run.record(found, line={"step": run.step, **values})
+    run.log.record(found, line={"step": run.step, **values})
     best = f"BEST_EVAL_ACC: {state.get('best_acc', 0.0)}, at {state.get('best_it', 0)} iters"
     matrix = [confusion_text(counts)] if len(counts) <= LOGGED_CLASSES else []
     lines = [*matrix, f"{trainer.iteration} iteration, USE_EMA: True, {values}, {best}"]
-    run.print("\n".join(time.strftime("[%Y-%m-%d %H:%M:%S INFO] ") + line for line in lines),
+    run.log.print("\n".join(time.strftime("[%Y-%m-%d %H:%M:%S INFO] ") + line for line in lines),
               console=f"{trainer.iteration} iteration, eval/top-1-acc: {accuracy:.4f}, "
                       f"eval/loss: {found['eval/loss']:.4f}, {best}")
     if improved:

@@ -29,10 +29,29 @@ def previous_path(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
-def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values to `path`; the file that was there stays as `<path>.previous`."""
-    with atomic(path, previous=previous_path(path)) as file:
-        torch.save(dict(content), file)
+def write_checkpoint(path: Path, content: Mapping[str, Any], keep_former: bool = True) -> None:
+    """Write tensors and plain values to `path`; the file that was there stays as `<path>.previous`.
+
+    keep_former: False where that file is damaged, and must not take the place of a good previous one. Raises OSError
+    on a full disk.
+    """
+    with atomic(path, previous=previous_path(path) if keep_former else None) as file:
+        try:
+            torch.save(dict(content), file)
+        except RuntimeError as error:
+            # PyTorch's writer complains of its own state; what the system said is the cause.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def is_readable(path: Path) -> bool:
+    """Return whether `path` is a whole checkpoint."""
+    try:
+        read_checkpoint(path)
+    except UserError:
+        return False
+    return True
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,31 +72,63 @@ class InUse(UserError):
 
 
 def hold(path: str | os.PathLike, wait: bool = False) -> IO[str]:
-    """Return the open lock file: held until it is closed, here and in the children that inherit it.
+    """Return the open lock file: held until it is closed, here and in programs that inherit its descriptor.
 
-    While another process holds it, wait, or raise BlockingIOError.
+    While it is held already, wait, or raise BlockingIOError.
     """
-    file = open(path, "a")
+    while True:
+        file = open(path, "a")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            file.close()
+            raise
+        if _is_at(file, path):
+            return file
+        file.close()  # another process removed or moved it since it was opened
+
+
+def _is_at(file: IO[str], path: str | os.PathLike) -> bool:
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return not file.closed and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except OSError:
-        file.close()
-        raise
-    return file
+        return False
+
+
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()  # of this process
 
 
 def lock(folder: str | os.PathLike, wait: bool = False, name: str = LOCK) -> IO[str]:
-    """Return the lock of a folder, which is made if need be; while another process holds it, wait, or raise InUse."""
+    """Return the lock of a folder, which is made if need be, as an open file: locked until it is closed or collected.
+
+    While another process holds it, wait, or raise InUse. This process may take it several times.
+    """
+    path = make_dir(folder) / name
+    own = next((file for file in list(_locks) if _is_at(file, path)), None)
     try:
-        return hold(make_dir(folder) / name, wait)
+        file = hold(path, wait) if own is None else os.fdopen(os.dup(own.fileno()), "a")
     except BlockingIOError:
         raise InUse(f"{folder} is in use by a run that is still going on; wait for it, or choose another "
                     "output folder") from None
+    except OSError as error:
+        raise UserError(f"cannot lock {path}: {error.strerror}; choose another output folder") from None
+    _locks.add(file)
+    return file
+
+
+def _unlock_in_child() -> None:
+    """Close the locks in a forked process, which may outlive its parent: they are the parent's."""
+    for file in list(_locks):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def in_use(folder: str | os.PathLike, name: str = LOCK) -> bool:
-    """Return whether a process holds the lock of the folder."""
+    """Return whether a process, this one included, holds the lock of the folder."""
     path = Path(folder) / name
     try:
         if path.exists():

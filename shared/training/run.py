@@ -1,20 +1,18 @@
-"""A training run: an output folder that resumes, saves, logs, stops on request and finishes.
+"""A training run: an output folder that resumes, saves, stops on request and finishes.
 
-    run = Run(outdir, config, keep=dict(net=net, ema=ema, optimizer=optimizer), world=world)
+    run = Run(outdir, config, keep=dict(net=net, ema=ema, optimizer=optimizer), world=world, log=Log(outdir, world))
     for step in run.steps(total):
         ...
-        run.log(loss=loss)          # stays on the device until it is printed
+        run.log.add(loss=loss)
 
-The same command again is the resume: the newest complete checkpoint in the folder is loaded into the kept objects and
-the steps go on behind it. Because draws depend on the step alone (shared/training/randomness.py), the result is bitwise
-that of
-an uninterrupted run.
+The same command again is the resume: the newest readable checkpoint in the folder is loaded into the kept objects, and
+the steps go on behind it. Draws depend on the step alone (shared/training/randomness.py), so the result is bitwise that
+of an uninterrupted run.
 """
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import sys
@@ -31,9 +29,10 @@ import torch.distributed as dist
 from shared import distributed
 from shared.cli import MACHINE_ERRORS, Diverged, MachineError, UserError
 from shared.distributed import World
-from shared.training.checkpoint import load_newest, read_checkpoint, write_checkpoint
-from shared.training.files import make_dir
-from shared.training.progress import Progress, duration
+from shared.training.checkpoint import is_readable, load_newest, read_checkpoint, write_checkpoint
+from shared.training.files import lock
+from shared.training.log import Log
+from shared.training.progress import duration
 
 # Exit status after saving on request, as the shell reports these signals.
 STOP_SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -42,85 +41,95 @@ if hasattr(signal, "SIGUSR1"):  # what SLURM sends ahead of the time limit; abse
 
 
 class Run:
-    """An output folder with its config, log, progress and checkpoints.
+    """An output folder with its lock, settings, inputs and checkpoints.
 
-    outdir            created if needed
-    config            plain values; a checkpoint made with another config is not continued (see `restart`)
+    outdir            made if needed, and locked while this object lives; InUse if another process works in it
+    config            plain values; a checkpoint of another config is not continued (see `restart`)
     keep              name -> object with state_dict / load_state_dict, or a network; equal on all ranks
     world             this process; only rank 0 writes
-    checkpoint        file name in `outdir`, or None to keep nothing; the one before stays as `<name>.previous`
+    log               its lines and numbers
+    inputs            name as the user knows it -> fingerprint of the content; treated as the config is
+    checkpoint        file name in `outdir`; the one before stays as `<name>.previous`
     resume            "auto": continue what is in the folder; "never": start anew; otherwise a checkpoint file,
-                      which is continued whatever its config
-    restart           what to do about a checkpoint of another config: False raises UserError, True starts anew
+                      which is continued whatever its config and inputs
+    restart           what to do about a checkpoint of another config or input: False raises UserError, True starts anew
     ignore            config keys that may change between restarts (workers, devices, paths)
     extra             called at each save: further plain values or tensors for the file
     save_seconds      save when this many seconds have passed, None: never by the clock
     save_every        save after every so many steps
-    log_every         steps between two lines of the log; what `log` was given is averaged over them and over ranks
-    image_batch       images per step, to show images per second
-    tensorboard       also write TensorBoard scalars to `outdir/tensorboard`, or to the folder of that name in `outdir`
-    stats_name        file name of the log in `outdir`
 
     Attributes: `step` (the next step), `finished`, `state` (a dict of plain values saved with the rest),
     `seconds` (spent in steps, over all restarts), `resumed_from` (the checkpoint's path or None).
     """
 
     def __init__(self, outdir: str | os.PathLike, config: Mapping[str, Any], keep: Mapping[str, Any], world: World, *,
-                 checkpoint: str | None = "checkpoint.pt", resume: str = "auto", restart: bool = False,
-                 ignore: tuple[str, ...] = (), extra: Callable[[], Mapping[str, Any]] = dict,
-                 save_seconds: float | None = 600.0, save_every: int | None = None, log_every: int = 100,
-                 image_batch: int | None = None, tensorboard: bool | str = True, desc: str = "train",
-                 stats_name: str = "stats.jsonl") -> None:
-        self.outdir, self.world, self.config, self.keep = Path(outdir), world, dict(config), dict(keep)
-        self.ignore, self.extra = set(ignore), extra
-        self.save_seconds, self.save_every, self.log_every = save_seconds, save_every, log_every
-        self.image_batch, self.desc, self.stats_name = image_batch, desc, stats_name
+                 log: Log, inputs: Mapping[str, str] | None = None, checkpoint: str = "checkpoint.pt",
+                 resume: str = "auto", restart: bool = False, ignore: tuple[str, ...] = (),
+                 extra: Callable[[], Mapping[str, Any]] = dict, save_seconds: float | None = 600.0,
+                 save_every: int | None = None) -> None:
+        self.outdir, self.world, self.keep, self.log = Path(outdir), world, dict(keep), log
+        self.config, self.inputs, self.ignore = dict(config), dict(inputs or {}), set(ignore)
+        self.extra, self.save_seconds, self.save_every = extra, save_seconds, save_every
         self.step, self.finished, self.state, self.seconds = 0, False, {}, 0.0
         self.resumed_from: Path | None = None
+        self._path = self.outdir / checkpoint
+        self._newest_is_good = False  # the file at _path may become the previous one at the next save
+        self._without_inputs = False  # continued from a checkpoint that tells nothing of its inputs
         self._stop_signal: int | None = None
-        self._sums: dict[str, torch.Tensor | float] = {}
-        self._counts: dict[str, int] = {}
-        self._first_bad: torch.Tensor | None = None
-        self._bar: Progress | None = None
-        if world.main:
-            make_dir(self.outdir)
-        distributed.barrier(world)
-        self._path = self.outdir / checkpoint if checkpoint else None
-        for left in self.outdir.glob(f".{checkpoint}.*.tmp") if world.main else ():  # by a process killed in a save
-            left.unlink(missing_ok=True)
+        distributed.on_main(self._take_folder, world)
         stats_bytes = self._load(resume, restart)
         self._host_group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._stats = self._log_file = self._board = None
-        if world.main:
-            self._open_logs(stats_bytes, tensorboard)
+        log.check = self._check_finite
+        with self._machine_errors():
+            log.open(self.step, stats_bytes)
+        if self.resumed_from is not None and not self.finished:
+            log.print(f"continuing at step {self.step}: {self.resumed_from} ({duration(self.seconds)} so far)")
+        if self._without_inputs:
+            log.print(f"{self.resumed_from} holds no fingerprints of {', '.join(self.inputs)}, as older versions wrote "
+                      "it: it is continued with what is there now, and the next checkpoint holds them")
         self._last_save = time.monotonic()
+
+    def _take_folder(self) -> None:
+        """Lock the folder, then remove what processes killed in a save have left in it."""
+        self._lock = lock(self.outdir)
+        for left in self.outdir.glob(f".{self._path.name}.*.tmp"):
+            left.unlink(missing_ok=True)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def _load(self, resume: str, restart: bool) -> int:
         """Load what there is to continue; return the length of the log that belongs to it."""
-        if resume == "never" or (resume == "auto" and self._path is None):
+        if resume == "never":
             return 0
-        if resume == "auto":
-            found = load_newest(self._path)
-            if found is None:
-                return 0
-            path, saved = found
-            changed = self._changed(saved.get("config", {}))
-            if changed and restart:
-                return 0
-            if changed:
-                raise UserError(f"{self.outdir} holds a run with other settings ({'; '.join(changed[:4])}); "
-                                "give the settings it was started with, or another output folder")
-        else:
-            path, saved = Path(resume), read_checkpoint(Path(resume))
-        self.restore(saved, path, strict=resume == "auto")
-        return int(saved.get("stats_bytes", 0)) if resume == "auto" else 0
+        if resume != "auto":
+            self.restore(read_checkpoint(Path(resume)), Path(resume))
+            return 0
+        found = load_newest(self._path)
+        if found is None:
+            return 0
+        path, saved = found
+        self._newest_is_good = path == self._path
+        changed = self._changes(saved)
+        if changed and restart:
+            return 0
+        if changed:
+            raise UserError(f"{self.outdir} holds a run with {changed}, or another output folder")
+        self.restore(saved, path, strict=True)
+        self._without_inputs = bool(self.inputs) and "inputs" not in saved
+        return int(saved.get("stats_bytes", 0))
 
-    def _changed(self, saved: Mapping[str, Any]) -> list[str]:
-        ours = json.loads(json.dumps(self.config, default=str))
-        return [f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}" for key in sorted({*saved, *ours})
-                if key not in self.ignore and saved.get(key) != ours.get(key)]
+    def _changes(self, saved: Mapping[str, Any]) -> str:
+        """Return how the run that wrote a checkpoint differs from this one and what to give instead, or ''."""
+        before, ours = saved.get("config", {}), plain(self.config)
+        changed = [f"{key} was {before.get(key)!r}, is {ours.get(key)!r}" for key in sorted({*before, *ours})
+                   if key not in self.ignore and before.get(key) != ours.get(key)]
+        if changed:
+            return f"other settings ({'; '.join(changed[:4])}); give the settings it was started with"
+        before = saved.get("inputs", self.inputs)
+        changed = [name for name in {**before, **self.inputs} if before.get(name) != self.inputs.get(name)]
+        if changed:
+            return f"another content of {', '.join(changed)}; give what it was started with"
+        return ""
 
     def restore(self, saved: Mapping[str, Any], path: Path, strict: bool = False) -> None:
         """Load the content of the checkpoint `path` into the kept objects; what it lacks is an error if `strict`."""
@@ -137,28 +146,28 @@ class Run:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{path}: its {name} does not fit this run: {reason}") from None
         self.step, self.finished = int(saved.get("step", 0)), bool(saved.get("finished", False))
-        self._sums, self._counts = dict(saved.get("log_sums", {})), dict(saved.get("log_counts", {}))
         self.state, self.seconds = dict(saved.get("state", {})), float(saved.get("seconds", 0.0))
+        self.log.load_state(saved)
         self.resumed_from = path
 
     def save(self) -> None:
-        """Write the checkpoint now (rank 0 writes, all ranks call). A run whose loss is not finite, or whose ranks no
-        longer have the same weights, is stopped instead."""
+        """Write the checkpoint now (rank 0 writes, all ranks call).
+
+        Raises Diverged, and writes nothing, if a loss was not finite or the ranks no longer have the same weights.
+        """
         self._check_finite()
         self._last_save = time.monotonic()
-        if self._path is None:
-            return
         self._check_ranks()
-        log_sums = self._mean_sums()
+        log_state = self.log.state(self._host_group)
         if not self.world.main:
             return
-        self._stats.flush()
         parts = {name: distributed.unwrap(kept).state_dict() if isinstance(kept, torch.nn.Module) else kept.state_dict()
                  for name, kept in self.keep.items()}
         write_checkpoint(self._path, {
             **parts, **self.extra(), "step": self.step, "finished": self.finished, "seconds": self.seconds,
-            "state": self.state, "config": json.loads(json.dumps(self.config, default=str)),
-            "stats_bytes": self._stats.tell(), "log_counts": self._counts, "log_sums": log_sums})
+            "state": self.state, "config": plain(self.config), "inputs": self.inputs, **log_state},
+            keep_former=self._newest_is_good or is_readable(self._path))
+        self._newest_is_good = True
 
     # ---------------------------------------------------------------------------------------------------- steps
 
@@ -167,66 +176,63 @@ class Run:
 
         SIGTERM, SIGUSR1 (and Ctrl-C once) end the step at hand, save, and leave with status 143, 138 (130).
         """
-        self.finished = self.finished and self.step >= total
+        if self.finished and self.step >= total:
+            if self._without_inputs:
+                self.save()
+            self.log.print(f"complete: {self.outdir}")
+            return
+        self.finished = False
         handlers = self._catch_signals()
-        self._bar = Progress(self.desc, total, "it", initial=self.step, shown=self.world.main)
+        self.log.step = self.step  # whoever continues from elsewhere has set it since
+        self.log.start(total)
         try:
-            while self.step < total:
-                started = time.monotonic()
-                yield self.step
-                self.step += 1
-                self.seconds += time.monotonic() - started
-                self._bar.advance()
-                self._after_step(total)
-            if not self.finished:
+            with self._machine_errors():
+                while self.step < total:
+                    started = time.monotonic()
+                    yield self.step
+                    self.step += 1
+                    self.seconds += time.monotonic() - started
+                    self._after_step(total)
+                self._check_finite(weights=True)
                 self.finished = True
                 self.save()
-            self._flush()
-        except OSError as error:
-            if error.errno not in MACHINE_ERRORS:
-                raise
-            raise MachineError(f"{error.strerror}: {error.filename or self.outdir}; the last checkpoint is whole: mend "
-                               "this, and the same command continues from it") from None
+                self.log.flush()
         finally:
-            self._bar.close()
+            self.log.stop()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            with contextlib.suppress(OSError):  # of which the error under way tells already
-                self._flush()
-
-    def _flush(self) -> None:
-        for file in (self._stats, self._log_file, self._board):
-            if file is not None:
-                file.flush()
+            with contextlib.suppress(OSError):  # already reported by the original error
+                self.log.flush()
 
     def _after_step(self, total: int) -> None:
-        if self.step % self.log_every == 0 or self.step == total:
-            self._print_log()
+        self.log.advance(self.step, is_last=self.step == total)
         clock = self.save_seconds is not None and time.monotonic() - self._last_save >= self.save_seconds
         counted = self.save_every is not None and self.step % self.save_every == 0
         stop, clock = self._agreed(clock)
         if stop or clock or counted:
             self.save()
         if stop:
-            self.print(f"stopped by {signal.Signals(stop).name} after step {self.step}; "
-                       "the same command continues from here")
+            self.log.print(f"stopped by {signal.Signals(stop).name} after step {self.step}; "
+                           "the same command continues from here")
             distributed.stop()
             sys.exit(STOP_SIGNALS[signal.Signals(stop)])
 
     def _catch_signals(self) -> dict[int, Any]:
-        def note(number: int, frame: FrameType | None) -> None:
+        def remember(number: int, frame: FrameType | None) -> None:
             if self._stop_signal == signal.SIGINT == number:
                 raise KeyboardInterrupt
             self._stop_signal = number
 
         try:
-            return {number: signal.signal(number, note) for number in STOP_SIGNALS}
+            return {number: signal.signal(number, remember) for number in STOP_SIGNALS}
         except ValueError:  # not the main thread, where Python allows no handlers
             return {}
 
     def _agreed(self, clock: bool) -> tuple[int, bool]:
-        """Return the signal that any rank has received, and whether it is time to save on any rank's clock: all ranks
-        leave, or save, after the same step, or one would wait."""
+        """Return the signal that any rank received, and whether any rank's clock says that it is time to save.
+
+        All ranks leave, or save, after the same step; otherwise a collective deadlocks.
+        """
         own = int(self._stop_signal or 0)
         if self._host_group is None:
             return own, clock
@@ -235,115 +241,49 @@ class Run:
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._host_group)
         return int(agreed[0]), bool(agreed[1])
 
-    # ------------------------------------------------------------------------------------------------------ log
+    # --------------------------------------------------------------------------------------------------- checks
 
-    def log(self, **values: torch.Tensor | float) -> None:
-        """Add the step's numbers. Tensors stay on their device; those of losses must remain finite.
-
-        Printed, and written to stats.jsonl and TensorBoard, as means over `log_every` steps and all ranks.
-        """
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                value = value.detach().float().mean()
-            if "loss" in name:
-                self._watch(name, value)
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def _watch(self, name: str, value: torch.Tensor | float) -> None:
-        if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
-            if not math.isfinite(float(value)):
-                self._diverged(name, self.step)
+    def _check_finite(self, weights: bool = False) -> None:
+        """Raise Diverged if a loss was not finite, or (`weights`) if a weight of a kept network is not."""
+        bad = self.log.first_bad()
+        first = self._first_bad_tensor() if bad or weights else None
+        if bad is None and first is None:
             return
-        # On a GPU the verdict stays there until the next line of the log, so that nothing waits for it.
-        if self._first_bad is None:
-            self._first_bad = torch.full((), -1, device=value.device)
-        bad = (self._first_bad < 0) & ~torch.isfinite(value)
-        self._first_bad = torch.where(bad, self.step, self._first_bad)
-
-    def _check_finite(self) -> None:
-        if self._first_bad is not None and int(self._first_bad) >= 0:
-            self._diverged("the loss", int(self._first_bad))
-
-    def _diverged(self, name: str, step: int) -> None:
-        first = next((f"{part}.{key}" for part, kept in self.keep.items() if isinstance(kept, torch.nn.Module)
-                      for key, value in distributed.unwrap(kept).state_dict().items()
-                      if value.is_floating_point() and not torch.isfinite(value).all()), None)
+        name, step = bad or ("a weight", self.step - 1)
         tensors = f"; the first non-finite tensor is {first}" if first else "; all weights are finite"
         raise Diverged(f"{name} is not finite at step {step} on rank {self.world.rank}{tensors}; nothing was saved, "
                        f"{self.outdir} keeps its last checkpoint. Try a lower learning rate or --precision fp32")
 
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and values of the parameters and buffers of the kept networks and averages."""
+        for part, kept in self.keep.items():
+            net = distributed.unwrap(getattr(kept, "module", kept))
+            if isinstance(net, torch.nn.Module):
+                for name, tensor in net.state_dict().items():
+                    yield f"{part}.{name}", tensor
+
+    def _first_bad_tensor(self) -> str | None:
+        return next((name for name, tensor in self._tensors()
+                     if tensor.is_floating_point() and not torch.isfinite(tensor).all()), None)
+
     def _check_ranks(self) -> None:
         """Raise Diverged unless the kept networks and averages have the same bits on all ranks (a collective)."""
-        nets = {part: distributed.unwrap(getattr(kept, "module", kept)) for part, kept in self.keep.items()}
-        tensors = {f"{part}.{name}": tensor for part, net in nets.items() if isinstance(net, torch.nn.Module)
-                   for name, tensor in net.state_dict().items()}
-        distributed.check_equal(tensors, self.world, f"after step {self.step}; nothing was saved, {self.outdir} keeps "
-                                "its last checkpoint, from which the same command continues")
+        if self.world.size > 1:
+            distributed.check_equal(dict(self._tensors()), self.world, f"after step {self.step}; nothing was saved, "
+                                    f"{self.outdir} keeps its last checkpoint, from which the same command continues")
 
-    def _mean_sums(self) -> dict[str, float]:
-        """Return what was logged since the last line of the log: sums over steps, means over ranks (a collective)."""
-        sums = torch.tensor([float(value) for value in self._sums.values()], dtype=torch.float64)
-        if self._host_group is not None:
-            dist.all_reduce(sums, group=self._host_group)
-        return dict(zip(self._sums, (sums / self.world.size).tolist(), strict=True))
+    @contextlib.contextmanager
+    def _machine_errors(self) -> Iterator[None]:
+        """Turn a full or read-only disk into one line that says how to go on."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in MACHINE_ERRORS:
+                raise
+            raise MachineError(f"{error.strerror}: {error.filename or self.outdir}; the last checkpoint is whole: mend "
+                               "this, and the same command continues from it") from None
 
-    def means(self) -> dict[str, float]:
-        """Return and reset the means of what was logged since the last call, over all ranks (a collective)."""
-        self._check_finite()
-        names = list(self._sums)
-        if not names:
-            return {}
-        device = self.world.device
-        sums = torch.stack([torch.as_tensor(self._sums[n], dtype=torch.float32, device=device) for n in names])
-        sums = distributed.mean(sums, self.world)
-        means = {name: value / self._counts[name] for name, value in zip(names, sums.tolist(), strict=True)}
-        self._sums, self._counts = {}, {}
-        return means
 
-    def _print_log(self) -> None:
-        means = self.means()
-        if not means or not self.world.main:
-            return
-        rate = self._bar.rate()
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self._bar.note(figures)
-        self._log_file.write(self._bar.line() + "\n")
-        self._log_file.flush()
-        speed = {"images_per_second": rate * self.image_batch} if self.image_batch else {"steps_per_second": rate}
-        self.record({**means, **speed})
-
-    def record(self, values: Mapping[str, Any], line: Mapping[str, Any] | None = None) -> None:
-        """Write numbers now: a line of stats.jsonl with the step and `values` (or exactly `line`), and TensorBoard."""
-        if not self.world.main:
-            return
-        content = dict(line) if line is not None else {"step": self.step, **values}
-        self._stats.write((json.dumps(content) + "\n").encode())
-        self._stats.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, self.step)
-
-    def print(self, text: str, console: str | None = None) -> None:
-        """Append `text` to log.txt and print it, or the shorter `console`, on the console (rank 0)."""
-        if self.world.main:
-            (self._bar.print if self._bar is not None else print)(text if console is None else console)
-            self._log_file.write(text + "\n")
-            self._log_file.flush()
-
-    def _open_logs(self, stats_bytes: int, tensorboard: bool | str) -> None:
-        self._log_file = open(self.outdir / "log.txt", "a", encoding="utf-8")
-        # Lines written after the checkpoint belong to steps that will be done again.
-        stats = self.outdir / self.stats_name
-        self._stats = open(stats, "r+b" if stats.exists() else "w+b")
-        self._stats.truncate(stats_bytes)
-        self._stats.seek(0, os.SEEK_END)
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            folder = self.outdir / (tensorboard if isinstance(tensorboard, str) else "tensorboard")
-            self._board = SummaryWriter(str(folder), purge_step=self.step or None)
-        if self.resumed_from is not None:
-            state = "finished after" if self.finished else "continuing at"
-            self.print(f"{state} step {self.step}: {self.resumed_from} ({duration(self.seconds)} so far)")
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values as JSON gives them back."""
+    return json.loads(json.dumps(dict(values), default=str))

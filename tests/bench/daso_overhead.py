@@ -27,7 +27,7 @@ from DASO.lib.trainer import Trainer
 from shared.cpu.allocator import keep_freed_memory
 from shared.data.images import ImageSet
 from shared.distributed import World
-from shared.training.run import Run
+from shared.training.log import Log
 from tests.bench.trainer_overhead import BARS, Stopwatch
 
 DASO_BAR = 0.05
@@ -57,15 +57,15 @@ def measure(name: str, batch_size: int, repeats: int, device: torch.device) -> t
             trainer = trainer_of(name, batch_size, device, Path(folder))
             if trainer.ema is not None:
                 trainer.ema.update = own.wrap(trainer.ema.update)
-            run = Run(folder, {}, {}, trainer.world, tensorboard=False, checkpoint=None)
-            make, note, log = own.wrap(trainer.batches), own.wrap(trainer.note), own.wrap(run.log)
+            log = Log(folder, trainer.world, every=None, tensorboard=False)
+            make, note, add = own.wrap(trainer.batches), own.wrap(trainer.note), own.wrap(log.add)
             for it in range(repeats + 1):
                 own.seconds = head.seconds = 0.0
                 started = own.now()
                 batch = make(it)
                 found, values = trainer.step(batch, it, Draws(0, it))
                 note(batch, found)
-                log(**values)
+                add(**values)
                 rows.append((own.now() - started, own.seconds, head.seconds))
     finally:
         FeatureQueue.push, FeatureQueue.similarity, Blender.__call__, Blender.note, daso.alignment_loss = published

@@ -20,7 +20,7 @@ import torch
 
 from shared.data.images import ImageSet
 from shared.distributed import World
-from shared.training.run import Run
+from shared.training.log import Log
 from TorchSSL.core.batches import Batches
 from TorchSSL.core.data import NORMALISATION, TrainingData
 from TorchSSL.core.networks import WideResNet
@@ -82,12 +82,12 @@ def share_of(name: str, batch_size: int, repeats: int, device: torch.device) -> 
     trainer.ema.update = watch.wrap(trainer.ema.update)
     shares, totals = [], []
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(folder, {}, {}, world, tensorboard=False, checkpoint=None)
-        make, log = watch.wrap(batches), watch.wrap(run.log)
+        log = Log(folder, world, every=None, tensorboard=False)
+        make, add = watch.wrap(batches), watch.wrap(log.add)
         for step in range(repeats + 1):
             watch.seconds, started = 0.0, watch.now()
             trainer.iteration = step
-            log(**trainer.train_step(make(step)))
+            add(**trainer.train_step(make(step)))
             totals.append(watch.now() - started)
             shares.append(watch.seconds / totals[-1])
     return float(np.median(shares[1:])), float(np.median(totals[1:]))  # the first step is a warm-up

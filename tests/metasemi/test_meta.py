@@ -237,7 +237,7 @@ def test_host_reads_of_a_run_do_not_grow_with_its_steps(script: str, flags: list
     """Neither batches nor meters nor the notes of the run wait for the device; lines of the log and evaluations do."""
     monkeypatch.chdir(tmp_path)
     # Whether the loss is finite is asked at once on a CPU, which has nothing to wait for, and with the log on a GPU.
-    monkeypatch.setattr("shared.training.run.Run._watch", lambda *_: None)
+    monkeypatch.setattr("shared.training.log.Log._watch", lambda *_: None)
     monkeypatch.setattr("MetaSemi.core.training.keep_freed_memory", lambda: None)
 
     def reads(steps: int, every: int = 1000) -> int:

@@ -80,8 +80,8 @@ def train(folder: Path, steps: int, completed: int, write: float = NEVER, flush:
     files.open = lambda path, *mode, **more: Torn(open(path, *mode, **more), torn)
     files.os.fsync, files.os.replace = cut.before(os.fsync), cut.before(os.replace)
 
-    def told(path: Path, content: dict) -> None:
-        save(path, content)
+    def told(path: Path, content: dict, **how: bool) -> None:
+        save(path, content, **how)
         os.pwrite(completed, f"{content['step']:012d}".encode(), 0)
 
     run.write_checkpoint = told

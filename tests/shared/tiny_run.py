@@ -10,6 +10,7 @@ from shared import distributed
 from shared.cli import Parser, run_main
 from shared.training.ema import EMA
 from shared.training.randomness import torch_rng
+from shared.training.log import Log
 from shared.training.run import Run
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     model = distributed.data_parallel(net, world)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     run = Run(args.outdir, {"lr": args.lr}, dict(net=net, ema=ema, optimizer=optimizer), world, restart=args.restart,
-              save_every=args.save_every, log_every=5, tensorboard=False)
+              save_every=args.save_every, log=Log(args.outdir, world, every=5, tensorboard=False))
     part = world.slice(12)
     for step in run.steps(args.steps):
         rng = torch_rng(0, step, "batch")
@@ -39,7 +40,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         ema.update(net, 0.9)
-        run.log(loss=loss)
+        run.log.add(loss=loss)
         run.state["best"] = max(run.state.get("best", 0.0), float(x.abs().max()))
         if world.main:
             with open(os.path.join(args.outdir, "order.jsonl"), "a") as file:

@@ -56,17 +56,17 @@ class DARPEstimate(Algorithm):
     def finish(self, training: Training) -> None:
         """Write the estimate."""
         if not self.accepted:
-            training.run.print("no estimate of the unlabelled class counts was accepted: train longer, or raise "
+            training.run.log.print("no estimate of the unlabelled class counts was accepted: train longer, or raise "
                                "ALGORITHM.DARP_ESTIM.THRESH_COND")
             return
         estimate = (self.total / self.accepted).cpu().numpy()
         if self.setting.world.main:
             with atomic(training.folder / FILE) as file:
                 np.save(file, estimate)
-        training.run.print(f"estimated unlabelled class counts: {np.round(estimate, 1).tolist()}")
+        training.run.log.print(f"estimated unlabelled class counts: {np.round(estimate, 1).tolist()}")
         tail = self.cfg.long_tail
         if tail is not None:
             data = self.cfg.DATASET
             name = estimate_name(data.NAME, (tail.NUM_LABELED_HEAD, tail.IMB_FACTOR_L),
                                  (tail.NUM_UNLABELED_HEAD, tail.IMB_FACTOR_UL), data.REVERSE_UL_DISTRIBUTION)
-            training.run.print(f"for DARP: copy {training.folder / FILE} to {self.cfg.ALGORITHM.DARP.EST}/{name}")
+            training.run.log.print(f"for DARP: copy {training.folder / FILE} to {self.cfg.ALGORITHM.DARP.EST}/{name}")

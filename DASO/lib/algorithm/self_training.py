@@ -52,7 +52,7 @@ class SelfTraining:
         training.extend_labelled(index, labels)
         training.restart(self.generation(it + 1))
         added = torch.bincount(labels, minlength=self.setting.num_classes).tolist()
-        training.run.print(f"generation {self.generation(it + 1)} of {self.generations}: {len(index)} pseudo-labelled "
+        training.run.log.print(f"generation {self.generation(it + 1)} of {self.generations}: {len(index)} pseudo-labelled "
                            f"images join the labelled ones, a class {added}")
 
 
