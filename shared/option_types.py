@@ -125,6 +125,24 @@ class Choice:
         raise ValueError(f"{text!r} is not one of {', '.join(map(repr, self.words))}{close}.")
 
 
+def parse_int_list(text: str, most: int = 1_000_000) -> list[int]:
+    """Read comma-separated integers and inclusive ranges: "1,2,5-10"; ValueError for anything else, or above `most`.
+
+    A range from a larger to a smaller number is empty.
+    """
+    numbers: list[int] = []
+    for item in text.split(","):
+        ends = re.fullmatch(r"(\d+)-(\d+)", item)
+        try:
+            first, last = (int(ends[1]), int(ends[2])) if ends else (int(item), int(item))
+        except ValueError:
+            raise ValueError(f"{text!r} is not a list like 1,2,5-10.") from None
+        if len(numbers) + last - first >= most:
+            raise ValueError(f"{text!r} holds more than {most:,} numbers.")
+        numbers.extend(range(first, last + 1))
+    return numbers
+
+
 class IntList:
     """Comma-separated integers from `low` to `high` and inclusive ranges of them, at most `most`: 1,2,5-10 -> list."""
 
@@ -135,20 +153,11 @@ class IntList:
         self.range = self.member.range
 
     def convert(self, text: str) -> list[int]:
-        numbers: list[int] = []
-        for item in text.strip().strip("[]()").split(","):
-            ends = re.fullmatch(r"\s*(\d+)-(\d+)\s*", item)
-            try:
-                first, last = (int(end) for end in ends.groups()) if ends else [int(item)] * 2
-            except ValueError:
-                raise ValueError(f"{text!r} is not a list like 1,2,5-10.") from None
-            if first > last:
-                raise ValueError(f"{item.strip()} is empty; a range goes from the smaller to the larger number.")
-            for end in (first, last):
-                self.member.convert(str(end))
-            if len(numbers) + last - first >= self.most:
-                raise ValueError(f"more than {self.most:,} numbers are given.")
-            numbers.extend(range(first, last + 1))
+        numbers = parse_int_list(text.strip().strip("[]()"), self.most)
+        if not numbers:
+            raise ValueError(f"{text!r} is empty; a range goes from the smaller to the larger number.")
+        for extreme in (min(numbers), max(numbers)):
+            self.member.convert(str(extreme))
         return numbers
 
 
