@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.cli import UserError
-from shared.training.files import hold
+from shared.training.files import cache_folder, hold
 
 FORMAT = 1
 DEFAULT_GB = 32.0
@@ -71,7 +71,7 @@ def cached(name: str, key: object, build: Build) -> Stored:
     and the arrays lie in a temporary file.
     """
     digest = hashlib.sha256(json.dumps([FORMAT, key]).encode()).hexdigest()[:20]
-    root = Path(os.environ.get("FEWLABEL_CACHE") or os.path.expanduser("~/.cache/fewlabel"))
+    root = cache_folder()
     entry = root / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}-{digest}"
     stored = _load(entry)
     if stored is None:

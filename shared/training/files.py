@@ -55,6 +55,11 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be computed again: $FEWLABEL_CACHE, by default ~/.cache/fewlabel."""
+    return Path(os.environ.get("FEWLABEL_CACHE") or os.path.expanduser("~/.cache/fewlabel"))
+
+
 def make_dir(path: str | os.PathLike) -> Path:
     """Create the folder with its parents and return it; raise UserError when it cannot be created or written to."""
     folder = Path(path)

@@ -31,6 +31,7 @@ from shared.cli import MACHINE_ERRORS, Diverged, MachineError, UserError
 from shared.distributed import World
 from shared.training.checkpoint import is_readable, load_newest, read_checkpoint, write_checkpoint
 from shared.training.files import lock
+from shared.training.fingerprint import fingerprints
 from shared.training.log import Log
 from shared.training.progress import duration
 
@@ -48,7 +49,8 @@ class Run:
     keep              name -> object with state_dict / load_state_dict, or a network; equal on all ranks
     world             this process; only rank 0 writes
     log               its lines and numbers
-    inputs            name as the user knows it -> fingerprint of the content; treated as the config is
+    inputs            name as the user knows it ("--data") -> path, ImageSet, array or fingerprint; their content is
+                      treated as the config is (shared/training/fingerprint.py)
     checkpoint        file name in `outdir`; the one before stays as `<name>.previous`
     resume            "auto": continue what is in the folder; "never": start anew; otherwise a checkpoint file,
                       which is continued whatever its config and inputs
@@ -63,12 +65,12 @@ class Run:
     """
 
     def __init__(self, outdir: str | os.PathLike, config: Mapping[str, Any], keep: Mapping[str, Any], world: World, *,
-                 log: Log, inputs: Mapping[str, str] | None = None, checkpoint: str = "checkpoint.pt",
+                 log: Log, inputs: Mapping[str, Any] | None = None, checkpoint: str = "checkpoint.pt",
                  resume: str = "auto", restart: bool = False, ignore: tuple[str, ...] = (),
                  extra: Callable[[], Mapping[str, Any]] = dict, save_seconds: float | None = 600.0,
                  save_every: int | None = None) -> None:
         self.outdir, self.world, self.keep, self.log = Path(outdir), world, dict(keep), log
-        self.config, self.inputs, self.ignore = dict(config), dict(inputs or {}), set(ignore)
+        self.config, self.ignore = dict(config), set(ignore)
         self.extra, self.save_seconds, self.save_every = extra, save_seconds, save_every
         self.step, self.finished, self.state, self.seconds = 0, False, {}, 0.0
         self.resumed_from: Path | None = None
@@ -76,6 +78,7 @@ class Run:
         self._newest_is_good = False  # the file at _path may become the previous one at the next save
         self._without_inputs = False  # continued from a checkpoint that tells nothing of its inputs
         self._stop_signal: int | None = None
+        self.inputs = distributed.on_main(lambda: fingerprints(inputs or {}), world)
         distributed.on_main(self._take_folder, world)
         stats_bytes = self._load(resume, restart)
         self._host_group = dist.new_group(backend="gloo") if world.size > 1 else None

@@ -1,0 +1,104 @@
+"""What an output was made from, so that the program that makes it does nothing when called again.
+
+    record = Record(output, settings={"resolution": 32}, inputs={"--source": source})
+    if record.is_complete(overwrite=options.overwrite):
+        return
+    ...                             # make the output
+    record.write()
+
+The record of a file NAME is `.NAME.record.json` beside it, that of a folder `.record.json` inside it: settings,
+fingerprints of inputs and output, and the name of the program.
+"""
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.cli import UserError
+from shared.training.files import atomic
+from shared.training.fingerprint import fingerprint, fingerprints
+
+
+class Record:
+    """The settings and inputs of one output, a file or a folder.
+
+    output     path
+    settings   plain values: everything that decides about the content besides the inputs
+    inputs     name as the user knows it -> path, ImageSet, array, fingerprint, or None (not given)
+
+    Nothing is read before `is_complete` or `write`.
+    """
+
+    def __init__(self, output: str | os.PathLike, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        self.output, self.settings = Path(output), json.loads(json.dumps(dict(settings), default=str))
+        self._inputs = dict(inputs)
+        self._digests: dict[str, str] | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the record lies."""
+        if self.output.is_dir():
+            return self.output / ".record.json"
+        return self.output.with_name(f".{self.output.name}.record.json")
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the inputs, by name."""
+        if self._digests is None:
+            self._digests = fingerprints(self._inputs)
+        return self._digests
+
+    def is_complete(self, overwrite: bool = False) -> bool:
+        """Return whether the output is there and was made from the same; then print so.
+
+        False for an output without a record, one that was changed since, or one that was begun (see `begin`). Raises
+        UserError if it was made, or begun, from something else, unless `overwrite`; then the record is removed.
+        """
+        saved = self._read()
+        if not saved:
+            return False
+        if changed := self._changes(saved):
+            if not overwrite:
+                raise UserError(f"{self.output} was made by {saved.get('program')} from something else ({changed}); "
+                                "give --overwrite to make it anew, or another output")
+            self.path.unlink(missing_ok=True)
+            return False
+        if saved.get("output") != fingerprint(self.output):
+            return False
+        print(f"complete: {self.output}", flush=True)
+        return True
+
+    def _read(self) -> dict[str, Any]:
+        """Return what was recorded of an output that still exists, or {}."""
+        try:
+            saved = json.loads(self.path.read_text(encoding="utf-8")) if self.output.exists() else {}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            raise UserError(f"{self.path}: cannot be read; remove it to make {self.output} anew") from None
+        return saved if isinstance(saved, dict) else {}
+
+    def _changes(self, saved: Mapping[str, Any]) -> str:
+        before, inputs = saved.get("settings", {}), saved.get("inputs", {})
+        changed = [f"{name} was {before.get(name)!r}, is {self.settings.get(name)!r}"
+                   for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
+        changed += [f"the content of {name} has changed" for name in {**inputs, **self.inputs}
+                    if inputs.get(name) != self.inputs.get(name)]
+        return "; ".join(changed[:4])
+
+    def begin(self) -> None:
+        """Record what the output is going to be made from, for programs that continue a folder made in part."""
+        self._write(None)
+
+    def write(self) -> None:
+        """Record that the output is complete; the last thing that a program does."""
+        self._write(fingerprint(self.output))
+
+    def _write(self, output: str | None) -> None:
+        with atomic(self.path, "w") as file:
+            json.dump({"program": Path(sys.argv[0]).name, "settings": self.settings, "inputs": self.inputs,
+                       "output": output}, file, indent=1)
