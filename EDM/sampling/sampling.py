@@ -8,7 +8,8 @@ import torch
 
 from EDM.sampling import samplers
 from EDM.sampling.samplers import Model, Noise, affine, denoiser, guided
-from EDM.training.networks import store_bf16_weights, use_channels_last
+from EDM.training.layers import store_bf16_weights
+from EDM.training.networks import use_channels_last
 from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
 from shared.training.precision import default_precision

@@ -1,5 +1,5 @@
-"""The layers that EDM's U-Nets are made of: initialised linear and convolution layers, resampling, normalisation,
-noise-level embeddings and a dropout that is a function of the training step.
+"""The layers of EDM's U-Nets: linear and convolution layers, resampling, normalisation, noise-level embeddings, and the
+residual block.
 
 Layers compute in the dtype of their input (weights stay fp32 and are cast), so a network runs in fp16, bf16 or fp32,
 with autocast or without, in NCHW or channels_last memory.
@@ -13,38 +13,36 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from shared.cpu.kernels import ChannelsLastGroupNorm, repeat_then_convolve
+from shared.cpu.kernels import ChannelsLastGroupNorm, attention, repeat_then_convolve
 from shared.cpu.winograd import convolve
-
-# Initial weights before the gain: f(fan_in, fan_out, *shape). In place: fresh memory costs as much as the numbers.
-INITIALISERS: dict[str, Callable[..., torch.Tensor]] = {
-    "xavier_uniform": lambda fan_in, fan_out, *shape: _symmetric(shape).mul_(math.sqrt(6 / (fan_in + fan_out))),
-    "xavier_normal": lambda fan_in, fan_out, *shape: torch.randn(shape).mul_(math.sqrt(2 / (fan_in + fan_out))),
-    "kaiming_uniform": lambda fan_in, fan_out, *shape: _symmetric(shape).mul_(math.sqrt(3 / fan_in)),
-    "kaiming_normal": lambda fan_in, fan_out, *shape: torch.randn(shape).mul_(math.sqrt(1 / fan_in)),
-}
-
-
-def _symmetric(shape: Sequence[int]) -> torch.Tensor:
-    """Return numbers drawn uniformly from [-1, 1)."""
-    return torch.rand(shape).mul_(2).sub_(1)
+from shared.training.dropout import Dropout
 
 
 @dataclass(frozen=True)
 class Init:
-    """How a layer starts: a key of INITIALISERS, and the gains of the weight and of the bias (same distribution)."""
+    """Initial weights: {xavier, kaiming}_{uniform, normal}, and the gains of the weight and of the bias."""
 
     mode: str = "kaiming_normal"
     weight: float = 1.0
     bias: float = 0.0
 
     def parameters(self, shape: Sequence[int], bias: bool) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
-        """Draw the weight of `shape` [out, in, ...] and, if wanted, the bias [out] from torch's global generator."""
+        """Draw the weight of `shape` [out, in, ...] and the bias [out] (None without) from torch's global generator."""
+        scheme, distribution = self.mode.split("_")
         field = math.prod(shape[2:])
         fan_in, fan_out = shape[1] * field, shape[0] * field
-        draw = INITIALISERS[self.mode]
-        weight = torch.nn.Parameter(draw(fan_in, fan_out, *shape).mul_(self.weight))
-        return weight, torch.nn.Parameter(draw(fan_in, fan_out, shape[0]).mul_(self.bias)) if bias else None
+        share, fan = (2, fan_in + fan_out) if scheme == "xavier" else (1, fan_in)  # variance: share / fan
+
+        def draw(size: Sequence[int], gain: float) -> torch.nn.Parameter:
+            # In place: fresh memory costs as much as the numbers.
+            if distribution == "uniform":
+                values = torch.rand(size).mul_(2).sub_(1).mul_(math.sqrt(3 * share / fan))
+            else:
+                values = torch.randn(size).mul_(math.sqrt(share / fan))
+            return torch.nn.Parameter(values.mul_(gain))
+
+        weight = draw(shape, self.weight)
+        return weight, draw(shape[:1], self.bias) if bias else None
 
 
 DEFAULT_INIT = Init()
@@ -174,3 +172,70 @@ class FourierEmbedding(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angles = torch.outer(x, 2 * math.pi * self.freqs)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class UNetBlock(torch.nn.Module):
+    """A residual block, conditioned on the embedding, with self-attention if `heads` > 0.
+
+    The embedding [N, emb_channels] either is added to the features (`adaptive_scale` False) or scales and shifts them.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, init: Init, init_zero: Init,
+                 init_attn: Init | None = None, up: bool = False, down: bool = False, heads: int = 0,
+                 dropout: float = 0.0, skip_scale: float = 1.0, eps: float = 1e-5,
+                 resample_filter: Sequence[float] = (1, 1), resample_proj: bool = False,
+                 adaptive_scale: bool = True) -> None:
+        super().__init__()
+        self.heads, self.skip_scale, self.adaptive_scale = heads, skip_scale, adaptive_scale
+        resample = dict(up=up, down=down, resample_filter=resample_filter)
+        self.norm0 = GroupNorm(in_channels, eps)
+        self.conv0 = Conv2d(in_channels, out_channels, kernel=3, init=init, **resample)
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), init=init)
+        self.norm1 = GroupNorm(out_channels, eps)
+        self.dropout = Dropout(dropout)
+        self.conv1 = Conv2d(out_channels, out_channels, kernel=3, init=init_zero)
+        self.skip = None
+        if in_channels != out_channels or up or down:
+            kernel = 1 if resample_proj or in_channels != out_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel=kernel, init=init, **resample)
+        if heads:
+            self.norm2 = GroupNorm(out_channels, eps)
+            self.qkv = Conv2d(out_channels, 3 * out_channels, kernel=1, init=init_attn or init)
+            self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_zero)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        affine = self.affine(emb)[:, :, None, None].to(h.dtype)
+        if self.adaptive_scale:
+            scale, shift = affine.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + affine))
+        h = self.conv1(self.dropout(h))
+        x = self._merge(h, x if self.skip is None else self.skip(x))
+        return self._merge(self.proj(self._attend(self.norm2(x))), x) if self.heads else x
+
+    def _merge(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return h + x if self.skip_scale == 1 else (h + x).mul_(self.skip_scale)
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, height, width = x.shape
+        # The published rows are ordered (head, channel, q|k|v). Attention wants q, k and v apart, and weights are
+        # cheaper to reorder than activations.
+        weight = self.qkv.weight.view(self.heads, -1, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c, 1, 1)
+        # As one tensor of its own, since torch.compile takes no reordered view for the bias of a convolution.
+        bias = torch.cat([self.qkv.bias[part::3] for part in range(3)])
+        qkv = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)).flatten(2).transpose(1, 2).chunk(3, dim=2)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv)
+        out = attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
+        # Attention leaves it pixel by pixel in memory, which would spread through a network that stores channels apart.
+        return out.contiguous() if x.is_contiguous() else out
+
+
+def store_bf16_weights(net: torch.nn.Module) -> None:
+    """Round the weights of convolutions and linear layers to bf16, which autocast would do in every call. For a network
+    that is not trained further; under autocast its numbers stay the same."""
+    for module in net.modules():
+        # Where a repetition is fused with a convolution, weights are summed before they are rounded.
+        if isinstance(module, (Conv2d, Linear)) and module.weight is not None and not getattr(module, "repeats", False):
+            module.weight.data = module.weight.data.to(torch.bfloat16)

@@ -1,83 +1,31 @@
-"""The two U-Nets of EDM (Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv
-2206.00364): SongUNet, which is DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), and DhariwalUNet, which is ADM
-(Dhariwal and Nichol, arXiv 2105.05233).
+"""The networks of EDM (Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv
+2206.00364): the U-Nets SongUNet, which is DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), and DhariwalUNet, which is
+ADM (Dhariwal and Nichol, arXiv 2105.05233), and the preconditioned denoisers around them.
 
 Class names, constructor arguments and parameter names are those of the published networks, so that published weights
-load. Both are called as net(x, noise_labels, class_labels, augment_labels): x [N, in_channels, R, R], noise_labels [N]
-or [1], class_labels one-hot [N, label_dim] or None, augment_labels [N, augment_dim] or None; they return
-[N, out_channels, R, R].
+load. A U-Net is called as net(x, noise_labels, class_labels, augment_labels): x [N, in_channels, R, R], noise_labels
+[N] or [1], class_labels one-hot [N, label_dim] or None, augment_labels [N, augment_dim] or None; it returns
+[N, out_channels, R, R]. How a denoiser is called: see `Precond`.
 """
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from EDM.training.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding
-from shared.cli import UserError
-from shared.cpu.kernels import attention
+from EDM.training.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
+from shared.cli import UserError, nearest
 from shared.training.dropout import Dropout
 
 
-class UNetBlock(torch.nn.Module):
-    """A residual block, conditioned on the embedding, with self-attention if `heads` > 0.
-
-    The embedding [N, emb_channels] either is added to the features (`adaptive_scale` False) or scales and shifts them.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, init: Init, init_zero: Init,
-                 init_attn: Init | None = None, up: bool = False, down: bool = False, heads: int = 0,
-                 dropout: float = 0.0, skip_scale: float = 1.0, eps: float = 1e-5,
-                 resample_filter: Sequence[float] = (1, 1), resample_proj: bool = False,
-                 adaptive_scale: bool = True) -> None:
-        super().__init__()
-        self.heads, self.skip_scale, self.adaptive_scale = heads, skip_scale, adaptive_scale
-        resample = dict(up=up, down=down, resample_filter=resample_filter)
-        self.norm0 = GroupNorm(in_channels, eps)
-        self.conv0 = Conv2d(in_channels, out_channels, kernel=3, init=init, **resample)
-        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), init=init)
-        self.norm1 = GroupNorm(out_channels, eps)
-        self.dropout = Dropout(dropout)
-        self.conv1 = Conv2d(out_channels, out_channels, kernel=3, init=init_zero)
-        self.skip = None
-        if in_channels != out_channels or up or down:
-            kernel = 1 if resample_proj or in_channels != out_channels else 0
-            self.skip = Conv2d(in_channels, out_channels, kernel=kernel, init=init, **resample)
-        if heads:
-            self.norm2 = GroupNorm(out_channels, eps)
-            self.qkv = Conv2d(out_channels, 3 * out_channels, kernel=1, init=init_attn or init)
-            self.proj = Conv2d(out_channels, out_channels, kernel=1, init=init_zero)
-
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
-        affine = self.affine(emb)[:, :, None, None].to(h.dtype)
-        if self.adaptive_scale:
-            scale, shift = affine.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
-        else:
-            h = F.silu(self.norm1(h + affine))
-        h = self.conv1(self.dropout(h))
-        x = self._merge(h, x if self.skip is None else self.skip(x))
-        return self._merge(self.proj(self._attend(self.norm2(x))), x) if self.heads else x
-
-    def _merge(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return h + x if self.skip_scale == 1 else (h + x).mul_(self.skip_scale)
-
-    def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        n, c, height, width = x.shape
-        # The published rows are ordered (head, channel, q|k|v). Attention wants q, k and v apart, and weights are
-        # cheaper to reorder than activations.
-        weight = self.qkv.weight.view(self.heads, -1, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c, 1, 1)
-        # As one tensor of its own, since torch.compile takes no reordered view for the bias of a convolution.
-        bias = torch.cat([self.qkv.bias[part::3] for part in range(3)])
-        qkv = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)).flatten(2).transpose(1, 2).chunk(3, dim=2)
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv)
-        out = attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
-        # Attention leaves it pixel by pixel in memory, which would spread through a network that stores channels apart.
-        return out.contiguous() if x.is_contiguous() else out
+def expect(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise UserError, which names the argument, unless `value` is one of `known`."""
+    if value not in known:
+        raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
 
 
 class SongUNet(torch.nn.Module):
@@ -95,9 +43,9 @@ class SongUNet(torch.nn.Module):
                  dropout: float = 0.10, label_dropout: float = 0, embedding_type: str = "positional",
                  channel_mult_noise: int = 1, encoder_type: str = "standard", decoder_type: str = "standard",
                  resample_filter: Sequence[float] = (1, 1)) -> None:
-        _expect("embedding_type", embedding_type, ("positional", "fourier"))
-        _expect("encoder_type", encoder_type, ("standard", "skip", "residual"))
-        _expect("decoder_type", decoder_type, ("standard", "skip"))
+        expect("embedding_type", embedding_type, ("positional", "fourier"))
+        expect("encoder_type", encoder_type, ("standard", "skip", "residual"))
+        expect("decoder_type", decoder_type, ("standard", "skip"))
         super().__init__()
         self.model_channels = model_channels
         self.label_dropout = Dropout(label_dropout, rescale=False)
@@ -117,7 +65,7 @@ class SongUNet(torch.nn.Module):
         self.enc = torch.nn.ModuleDict()
         skips, image_channels, channels = [], in_channels, in_channels
         for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
+            res, width = img_resolution >> level, model_channels * mult
             if level == 0:
                 self.enc[f"{res}x{res}_conv"] = Conv2d(channels, model_channels, kernel=3, init=init)
                 channels = model_channels
@@ -133,14 +81,14 @@ class SongUNet(torch.nn.Module):
                     image_channels = channels
             skips.append(channels)
             for index in range(num_blocks):
-                self.enc[f"{res}x{res}_block{index}"] = UNetBlock(channels, model_channels * mult,
-                                                                  heads=int(res in attn_resolutions), **block)
-                channels = model_channels * mult
+                heads = int(res in attn_resolutions)
+                self.enc[f"{res}x{res}_block{index}"] = UNetBlock(channels, width, heads=heads, **block)
+                channels = width
                 skips.append(channels)
 
         self.dec = torch.nn.ModuleDict()
         for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
+            res, width = img_resolution >> level, model_channels * mult
             if level == len(channel_mult) - 1:
                 self.dec[f"{res}x{res}_in0"] = UNetBlock(channels, channels, heads=1, **block)
                 self.dec[f"{res}x{res}_in1"] = UNetBlock(channels, channels, **block)
@@ -148,9 +96,8 @@ class SongUNet(torch.nn.Module):
                 self.dec[f"{res}x{res}_up"] = UNetBlock(channels, channels, up=True, **block)
             for index in range(num_blocks + 1):
                 heads = int(index == num_blocks and res in attn_resolutions)
-                self.dec[f"{res}x{res}_block{index}"] = UNetBlock(channels + skips.pop(), model_channels * mult,
-                                                                  heads=heads, **block)
-                channels = model_channels * mult
+                self.dec[f"{res}x{res}_block{index}"] = UNetBlock(channels + skips.pop(), width, heads=heads, **block)
+                channels = width
             if decoder_type == "skip" or level == 0:
                 if decoder_type == "skip" and level < len(channel_mult) - 1:
                     self.dec[f"{res}x{res}_aux_up"] = Conv2d(out_channels, out_channels, kernel=0, up=True,
@@ -161,8 +108,7 @@ class SongUNet(torch.nn.Module):
     def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
                 augment_labels: torch.Tensor | None = None) -> torch.Tensor:
         emb = self.embed(noise_labels, class_labels, augment_labels)
-        skips = self.encode(x, emb)
-        return self.decode(skips, emb)
+        return self.decode(self.encode(x, emb), emb)
 
     def embed(self, noise_labels: torch.Tensor, class_labels: torch.Tensor | None,
               augment_labels: torch.Tensor | None) -> torch.Tensor:
@@ -244,32 +190,30 @@ class DhariwalUNet(torch.nn.Module):
         self.enc = torch.nn.ModuleDict()
         skips, channels = [], in_channels
         for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
+            res, width = img_resolution >> level, model_channels * mult
             if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(channels, model_channels * mult, kernel=3, init=init)
-                channels = model_channels * mult
+                self.enc[f"{res}x{res}_conv"] = Conv2d(channels, width, kernel=3, init=init)
+                channels = width
             else:
                 self.enc[f"{res}x{res}_down"] = UNetBlock(channels, channels, down=True, **block)
             skips.append(channels)
             for index in range(num_blocks):
-                wider = model_channels * mult
-                self.enc[f"{res}x{res}_block{index}"] = UNetBlock(channels, wider, heads=heads(wider, res), **block)
-                channels = wider
+                self.enc[f"{res}x{res}_block{index}"] = UNetBlock(channels, width, heads=heads(width, res), **block)
+                channels = width
                 skips.append(channels)
 
         self.dec = torch.nn.ModuleDict()
         for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
+            res, width = img_resolution >> level, model_channels * mult
             if level == len(channel_mult) - 1:
                 self.dec[f"{res}x{res}_in0"] = UNetBlock(channels, channels, heads=channels // 64, **block)
                 self.dec[f"{res}x{res}_in1"] = UNetBlock(channels, channels, **block)
             else:
                 self.dec[f"{res}x{res}_up"] = UNetBlock(channels, channels, up=True, **block)
             for index in range(num_blocks + 1):
-                wider = model_channels * mult
-                self.dec[f"{res}x{res}_block{index}"] = UNetBlock(channels + skips.pop(), wider,
-                                                                  heads=heads(wider, res), **block)
-                channels = wider
+                self.dec[f"{res}x{res}_block{index}"] = UNetBlock(channels + skips.pop(), width,
+                                                                  heads=heads(width, res), **block)
+                channels = width
         self.out_norm = GroupNorm(channels)
         self.out_conv = Conv2d(channels, out_channels, kernel=3, init=init_zero)
 
@@ -306,15 +250,148 @@ def use_channels_last(net: torch.nn.Module) -> None:
                 module.to(memory_format=torch.channels_last)  # images follow the weights of the first convolution
 
 
-def store_bf16_weights(net: torch.nn.Module) -> None:
-    """Round the weights of convolutions and linear layers to bf16, which autocast would do in every call. For a network
-    that is not trained further; under autocast its numbers stay the same."""
-    for module in net.modules():
-        # Where a repetition is fused with a convolution, weights are summed before they are rounded.
-        if isinstance(module, (Conv2d, Linear)) and module.weight is not None and not getattr(module, "repeats", False):
-            module.weight.data = module.weight.data.to(torch.bfloat16)
+# ------------------------------------------------------------------------------------------------- preconditioning
+
+UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
-def _expect(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+def constructor_kwargs(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords that rebuild a network, from the local names of its constructor."""
+    arguments = {name: value for name, value in scope.items() if name not in ("self", "__class__", "model_kwargs")}
+    return {**arguments, **scope.get("model_kwargs", {})}
+
+
+def edm_coefficients(sigma: torch.Tensor, sigma_data: float) -> tuple[torch.Tensor, ...]:
+    """Return c_skip, c_out, c_in and c_noise of EDM, each [N, 1, 1, 1], for noise levels of that shape."""
+    variance = sigma**2 + sigma_data**2
+    return sigma_data**2 / variance, sigma * sigma_data / variance.sqrt(), 1 / variance.sqrt(), sigma.log() / 4
+
+
+def vp_time(sigma: torch.Tensor | float, beta_d: float, beta_min: float) -> torch.Tensor:
+    """Return the time at which the variance-preserving SDE has the noise level sigma."""
+    log = (1 + torch.as_tensor(sigma) ** 2).log()
+    return ((beta_min**2 + 2 * beta_d * log).sqrt() - beta_min) / beta_d
+
+
+class Precond(torch.nn.Module):
+    """D(x; σ) = c_skip·x + c_out·F(c_in·x; c_noise): a raw network F turned into an estimate of the clean image, with
+    the coefficients of table 1 that `coefficients` of the subclass gives.
+
+    Called as net(x, sigma, class_labels, augment_labels=augment_labels): x [N, C, R, R] in any float dtype, sigma [N]
+    or a scalar, class_labels one-hot [N, label_dim] or None for no class; returns float32 [N, C, R, R]. F computes in
+    fp16 if `use_fp16` and on a GPU. `init_kwargs`: the constructor's keywords, which a snapshot keeps.
+    """
+
+    def __init__(self, scope: Mapping[str, Any], out_channels: int) -> None:
+        super().__init__()
+        self.init_kwargs = constructor_kwargs(scope)
+        for name in self.init_kwargs:
+            if name not in scope["model_kwargs"] and name != "model_type":
+                setattr(self, name, scope[name])
+        expect("model_type", scope["model_type"], UNETS)
+        self.model = UNETS[scope["model_type"]](self.img_resolution, self.img_channels, out_channels, self.label_dim,
+                                                **scope["model_kwargs"])
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None,
+                force_fp32: bool = False, augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+        x, sigma = x.to(torch.float32), sigma.to(torch.float32).reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        if self.label_dim == 0:
+            labels = None
+        elif class_labels is None:
+            labels = torch.zeros([1, self.label_dim], device=x.device)
+        else:
+            labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        dtype = torch.float16 if self.use_fp16 and not force_fp32 and x.is_cuda else torch.float32
+        out = self.model((c_in * x).to(dtype), c_noise.flatten(), labels, augment_labels)
+        return c_skip * x + c_out * out[:, :self.img_channels].to(torch.float32)
+
+    def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """Return the nearest noise levels that the network knows, in the shape and dtype of sigma: here, sigma."""
+        return torch.as_tensor(sigma)
+
+
+class EDMPrecond(Precond):
+    """EDM: unit variance of the network's input and target at every σ. sigma_data: standard deviation of images."""
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False,
+                 sigma_min: float = 0, sigma_max: float = float("inf"), sigma_data: float = 0.5,
+                 model_type: str = "DhariwalUNet", **model_kwargs: Any) -> None:
+        super().__init__(locals(), img_channels)
+
+    def coefficients(self, sigma: torch.Tensor) -> tuple[Any, ...]:
+        return edm_coefficients(sigma, self.sigma_data)
+
+
+class VPPrecond(Precond):
+    """The variance-preserving SDE of Song et al. (arXiv 2011.13456), with M discrete times and ε_t the smallest one."""
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False,
+                 beta_d: float = 19.9, beta_min: float = 0.1, M: int = 1000, epsilon_t: float = 1e-5,
+                 model_type: str = "SongUNet", **model_kwargs: Any) -> None:
+        super().__init__(locals(), img_channels)
+        self.sigma_min, self.sigma_max = float(self.sigma(epsilon_t)), float(self.sigma(1))
+
+    def coefficients(self, sigma: torch.Tensor) -> tuple[Any, ...]:
+        return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
+
+    def sigma(self, t: torch.Tensor | float) -> torch.Tensor:
+        """Return the noise level at time t in float32; near 0 digits cancel, as in the published limits."""
+        t = torch.as_tensor(t, dtype=torch.float32)
+        return (0.5 * self.beta_d * t**2 + self.beta_min * t).exp().sub(1).sqrt()
+
+    def sigma_inv(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """Return the time t at which the noise level is sigma."""
+        return vp_time(sigma, self.beta_d, self.beta_min)
+
+
+class VEPrecond(Precond):
+    """The variance-exploding SDE of Song et al. (arXiv 2011.13456)."""
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False,
+                 sigma_min: float = 0.02, sigma_max: float = 100, model_type: str = "SongUNet",
+                 **model_kwargs: Any) -> None:
+        super().__init__(locals(), img_channels)
+
+    def coefficients(self, sigma: torch.Tensor) -> tuple[Any, ...]:
+        return 1, sigma, 1, (0.5 * sigma).log()
+
+
+class iDDPMPrecond(Precond):
+    """Improved DDPM (Nichol and Dhariwal, arXiv 2102.09672): M discrete noise levels, a network that also predicts
+    variances (the second half of its 2·C output channels, which is not used)."""
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False,
+                 C_1: float = 0.001, C_2: float = 0.008, M: int = 1000, model_type: str = "DhariwalUNet",
+                 **model_kwargs: Any) -> None:
+        super().__init__(locals(), 2 * img_channels)
+        u = [torch.zeros(())]
+        alpha_bar = self.alpha_bar(torch.arange(M + 1))
+        for j in range(M, 0, -1):
+            ratio = (alpha_bar[j - 1] / alpha_bar[j]).clamp(min=C_1)
+            u.append(((u[-1] ** 2 + 1) / ratio - 1).sqrt())
+        self.register_buffer("u", torch.stack(u[::-1]))  # noise levels u_0 > ... > u_M = 0
+        self.sigma_min, self.sigma_max = float(self.u[M - 1]), float(self.u[0])
+
+    def coefficients(self, sigma: torch.Tensor) -> tuple[Any, ...]:
+        c_noise = self.M - 1 - self.round_sigma(sigma, return_index=True).to(torch.float32)
+        return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise
+
+    def alpha_bar(self, j: torch.Tensor) -> torch.Tensor:
+        """Return sin²(πj / (2M(C_2 + 1))) in float32; another order of rounding moves the table by 5e-5."""
+        return (0.5 * math.pi * j.to(torch.float32) / self.M / (self.C_2 + 1)).sin() ** 2
+
+    def round_sigma(self, sigma: torch.Tensor | float, return_index: bool = False) -> torch.Tensor:
+        """Return the nearest of the M + 1 noise levels (the larger one on a tie) in the shape and dtype of sigma, or
+        its index as int64."""
+        sigma = torch.as_tensor(sigma)
+        wanted = sigma.to(self.u.device, torch.float32).reshape(-1)
+        # The table falls, so the first level not above `wanted` and its predecessor are the candidates.
+        after = torch.searchsorted(-self.u, -wanted).clamp(1, self.M)
+        closer = (self.u[after - 1] - wanted).abs() <= (self.u[after] - wanted).abs()
+        index = torch.where(closer, after - 1, after)
+        return index.reshape(sigma.shape) if return_index else self.u[index].to(sigma.dtype).reshape(sigma.shape)
+
+
+PRECONDITIONERS = {"EDMPrecond": EDMPrecond, "VPPrecond": VPPrecond, "VEPrecond": VEPrecond,
+                   "iDDPMPrecond": iDDPMPrecond}

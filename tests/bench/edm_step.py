@@ -22,8 +22,7 @@ from EDM.training.augment import AugmentPipe
 from EDM.training.batches import Batch
 from EDM.training.config import ARCHITECTURES, AUGMENT_DIM
 from EDM.training.loss import EDMLoss
-from EDM.training.networks import use_channels_last
-from EDM.training.preconditioning import EDMPrecond
+from EDM.training.networks import EDMPrecond, use_channels_last
 from EDM.training.training_loop import draw, training_step
 from shared.cpu.allocator import keep_freed_memory
 from shared.training.dropout import Dropout

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from EDM.sampling.sampling import SeedSampler
-from EDM.training.preconditioning import EDMPrecond
+from EDM.training.networks import EDMPrecond
 from tests.bench import eager_unet
 
 BARS = {"cpu": {"fp32": 1.1, "bf16": 2.2}, "cuda": {"bf16": 4.0}}

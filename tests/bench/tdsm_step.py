@@ -34,8 +34,7 @@ from EDM.tdsm.loss import TDSMLoss, clean_class_weights, log_matrix
 from EDM.tdsm.transition import clean_posterior, transition_matrix
 from EDM.training.batches import Batch
 from EDM.training.loss import EDMLoss
-from EDM.training.networks import use_channels_last
-from EDM.training.preconditioning import EDMPrecond
+from EDM.training.networks import EDMPrecond, use_channels_last
 from EDM.training.training_loop import draw, training_step
 from shared.cpu.allocator import keep_freed_memory
 from shared.training.ema import EMA

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from EDM.training.preconditioning import EDMPrecond
+from EDM.training.networks import EDMPrecond
 from EDM.training.snapshots import save_snapshot
 from TorchSSL.core.networks import build_network
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from EDM.training.preconditioning import EDMPrecond
+from EDM.training.networks import EDMPrecond
 from EDM.training.published import Record, describe, is_plain
 from EDM.training.snapshots import FORMAT, load_network, load_training_state, read_snapshot, save_snapshot
 from shared.cli import UserError

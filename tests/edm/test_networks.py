@@ -14,9 +14,10 @@ from EDM.training.layers import (
     GroupNorm,
     PositionalEmbedding,
     downsample,
+    store_bf16_weights,
     upsample,
 )
-from EDM.training.networks import DhariwalUNet, SongUNet, store_bf16_weights, use_channels_last
+from EDM.training.networks import DhariwalUNet, SongUNet, use_channels_last
 from shared.cli import UserError
 from shared.cpu.kernels import ChannelsLastGroupNorm, attention, is_channels_last, repeat_then_convolve
 from shared.training.dropout import set_dropout_keys

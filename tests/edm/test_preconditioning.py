@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from EDM.training.loss import EDMLoss, VELoss, VPLoss
-from EDM.training.preconditioning import PRECONDITIONERS, EDMPrecond, VPPrecond, iDDPMPrecond
+from EDM.training.networks import PRECONDITIONERS, EDMPrecond, VPPrecond, iDDPMPrecond
 from shared.cli import UserError
 
 TINY = dict(img_resolution=8, img_channels=1, label_dim=3, model_type="SongUNet", model_channels=8, channel_mult=[1],

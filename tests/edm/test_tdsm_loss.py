@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from EDM.tdsm.loss import ClassifierLoss, TDSMLoss, clean_class_weights, log_matrix, noisy_log_posterior
 from EDM.tdsm.transition import clean_posterior, transition_matrix
 from EDM.training.loss import LOSSES, EDMLoss
-from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.networks import PRECONDITIONERS
 from shared.training.dropout import set_dropout_keys
 
 K, N = 5, 6

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from EDM.metrics.cas_networks import CAS_class
 from EDM.tdsm.classifiers import (
     BasicBlock,
+    CAS_class,
     ConditionalResNet,
     EDMPrecond_classifier,
     EDMPrecond_classifier_with_transition_matrix,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from EDM.training.loss import LOSSES
-from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.networks import PRECONDITIONERS
 from tests.golden.cases import facts, fill, index
 from tests.golden.edm_networks import bound, tensors
 

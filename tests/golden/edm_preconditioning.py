@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.networks import PRECONDITIONERS
 from tests.golden.cases import facts, fill, index
 from tests.golden.edm_networks import bound, tensors
 

@@ -8,7 +8,7 @@ import torch
 from EDM.tdsm.classifiers import EDMPrecond_classifier
 from EDM.tdsm.loss import ClassifierLoss, TDSMLoss
 from EDM.training.loss import EDMLoss, VELoss, VPLoss
-from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.networks import PRECONDITIONERS
 from tests.golden.cases import fill
 from tests.golden.tdsm_cases import assert_close, assert_state, cases_of, each, numbers, one_hot, tensors
 from tests.golden.tdsm_transition import matrix_of

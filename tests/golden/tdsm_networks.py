@@ -5,8 +5,12 @@ from typing import Any
 
 import torch
 
-from EDM.metrics.cas_networks import CAS_class
-from EDM.tdsm.classifiers import EDMPrecond_classifier, EDMPrecond_classifier_with_transition_matrix, class_logits
+from EDM.tdsm.classifiers import (
+    CAS_class,
+    EDMPrecond_classifier,
+    EDMPrecond_classifier_with_transition_matrix,
+    class_logits,
+)
 from tests.golden.cases import facts, fill
 from tests.golden.tdsm_cases import assert_state, cases_of, each, numbers, tensors
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from EDM.sampling.samplers import affine, denoiser, edm_sampler
-from EDM.training.preconditioning import EDMPrecond
+from EDM.training.networks import EDMPrecond
 from tests.golden.cases import fill
 from tests.golden.tdsm_cases import assert_state, cases_of, each, numbers, one_hot, tensors
 
