@@ -8,51 +8,55 @@ Two estimates, row = class, column = pseudo-label:
 predictions   needs no label. Every image votes for the classes that the classifier sees in weakly augmented views of
               it; the votes are summed by pseudo-label (a joint estimate in the manner of confident learning, Northcutt
               et al. 2021) and each class's row divided by its sum. It finds classes between which the classifier
-              wavers, and not those that it confuses with confidence.
-held_out      --held_out N labelled images that the classifier has not seen, the same number of every class, are
-              counted, and the other estimate's row counts as one image more. So a few labels a class suffice: a row of
-              which nothing is known is that of the first estimate.
+              wavers, but not classes that it confuses with confidence.
+held_out      counts --held_out N labelled images that the classifier has not seen, the same number of every class, and
+              the row of the other estimate as one image more. So a few labels a class suffice.
 
-Writes transition_matrix and what it rests on; where true labels are known, also how far it is from the true one, which
-takes no part in it.
+Writes transition_matrix and its settings; if true labels are known, also its distance from the true matrix, which takes
+no part in the estimate.
 """
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
-from shared.cli import UserError, run_main
-from TorchSSL.core.options import COUNT, Flag, build_parser
-from TorchSSL.get_labels import NETWORK_FLAGS, PREDICTION_FLAGS
+import numpy as np
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+from shared.augment.views import WeakPolicy, draw_weak, weak
+from shared.cli import Choice, Flag, Int, Option, Text, UserError, run_main
+from shared.cli import parse as parse_flags
+from shared.data.pool import Pool
+from shared.training.checkpoint import read_checkpoint
+from shared.training.files import atomic
+from shared.training.progress import Progress
+from shared.training.randomness import numpy_rng
+from TorchSSL.core.algorithm import classify
+from TorchSSL.core.evaluation import confusion_matrix, open_split, trained_options
+from TorchSSL.core.labels import INDEX_FILE, PSEUDO_LABEL_FILE, labeled_part, read_index, read_pseudo_labels
+from TorchSSL.core.options import NETWORK, PREDICTION
 
-    from shared.data.pool import Pool
-
-METHODS = ("predictions", "held_out")
-SMOOTHING = 1e-3  # every pseudo-label stays possible for every class, at this share of a row in all
-PRIOR = 1.0       # images that the first estimate's row counts for beside those held out
-ESTIMATE_FLAGS = (
-    Flag("--save_path", str, "./saved_models/fixmatch", "folder of pseudo_label.npy and sampled_label_idx.npy"),
-    Flag("--dest", str, "transition.json", "file to write, in --save_path unless it is a path"),
-    Flag("--method", str, "predictions", "predictions or held_out"),
-    Flag("--held_out", COUNT, None, "labelled images to hold out in all, a multiple of the classes (held_out)"),
-    Flag("--held_out_idx", str, None, "hold out the images named in this .npy file in place of drawn ones"),
-    Flag("--views", COUNT, 10, "views of every image"),
-    Flag("--seed", int, 0, "seed of the views and of the images held out"),
+SMOOTHING = 1e-3  # the fraction of a row that is spread over all classes, so that every pseudo-label stays possible
+PRIOR = 1.0       # weight of the first estimate's row, in held-out images
+ESTIMATE = (
+    Option("--save_path", Text, "./saved_models/fixmatch", "folder of pseudo_label.npy and sampled_label_idx.npy"),
+    Option("--dest", Text, "transition.json", "file to write, in --save_path unless it is a path"),
+    Option("--method", Choice("predictions", "held_out"), "predictions", "see above"),
+    Option("--held_out", Int(1), None, "labelled images to hold out in all, a multiple of the classes (held_out)"),
+    Option("--held_out_idx", Text, None, "hold out the images named in this .npy file in place of drawn ones"),
+    Option("--views", Int(1), 10, "views of every image"),
+    Option("--seed", Int(0), 0, "of the views and of the images held out"),
+    Option("--overwrite", Flag, False, "replace an estimate of other settings or another classifier"),
 )
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    groups = {"prediction": PREDICTION_FLAGS, "estimate": ESTIMATE_FLAGS, "network": NETWORK_FLAGS}
-    options = build_parser("estimate_transition", __doc__, groups).parse_with_yaml(argv)
-    if options.method not in METHODS:
-        raise UserError(f"--method {options.method}: expected {' or '.join(METHODS)}")
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    """Return the options; UserError unless --method=held_out and a choice of images come together."""
+    options = parse_flags(__doc__, {"prediction": PREDICTION, "estimate": ESTIMATE, "network": NETWORK}, argv,
+                          config="--c")
     named = (options.held_out is not None) + (options.held_out_idx is not None)
     if named != (options.method == "held_out"):
         raise UserError("--method=held_out needs one of --held_out N and --held_out_idx FILE, and they need it")
@@ -61,24 +65,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    import numpy as np
-
-    from shared.training.files import atomic
-    from TorchSSL.core.classifier import open_split
-
     net, pool, images = open_split(options, "train")
     folder, classes = Path(options.save_path), images.num_classes
-    pseudo = read_labels(folder / "pseudo_label.npy", len(images), classes)
+    pseudo = read_pseudo_labels(folder / PSEUDO_LABEL_FILE, "--save_path")
+    if len(pseudo) != len(images) or pseudo.max() >= classes:
+        raise UserError(f"{folder / PSEUDO_LABEL_FILE}: expected {len(images)} labels from 0 to {classes - 1}, those "
+                        "of the training images; make it with get_labels.py for this data set")
     estimate = rows_of(joint_of_votes(vote(net, pool, options, images.size, classes), pseudo), SMOOTHING)
     facts = {"method": options.method, "views": options.views, "seed": options.seed}
     if options.method == "held_out":
-        index = held_out_index(options, images.labels, classes, folder / "sampled_label_idx.npy")
-        counts = confusion(images.labels[index], pseudo[index], classes)
+        index = held_out_index(options, images.labels, classes)
+        counts = confusion_matrix(images.labels[index], pseudo[index], classes)
         estimate = rows_of(counts + PRIOR * estimate, SMOOTHING)
         facts |= {"held_out": len(index), "held_out_right": float(np.mean(images.labels[index] == pseudo[index]))}
     known = images.labels >= 0
     if known.any():
-        true = rows_of(confusion(images.labels[known], pseudo[known], classes), 0.0)
+        true = rows_of(confusion_matrix(images.labels[known], pseudo[known], classes), 0.0)
         facts |= {"true_transition_matrix": true.tolist(), "error": distance(estimate, true),
                   "error_of_no_noise": distance(np.eye(classes), true)}
     dest = Path(options.dest) if Path(options.dest).name != options.dest else folder / options.dest
@@ -91,57 +93,38 @@ def main() -> None:
               f"noise: {facts['error_of_no_noise']:.3f}")
 
 
-def vote(net: torch.nn.Module, pool: Pool, options: argparse.Namespace, size: tuple[int, int],
-         classes: int) -> np.ndarray:
-    """Return the share of --views weak views in which the classifier sees each class, float64 [N, C]."""
-    import numpy as np
-    import torch
+@torch.no_grad()
+def vote(net: nn.Module, pool: Pool, options: SimpleNamespace, size: tuple[int, int], classes: int) -> np.ndarray:
+    """Return the fraction of --views weak views in which the classifier sees each class, float64 [N, C].
 
-    from shared.augment.views import WeakPolicy, draw_weak, weak
-    from shared.training.checkpoint import read_checkpoint
-    from shared.training.progress import Progress
-    from shared.training.randomness import numpy_rng
-    from TorchSSL.core.algorithm import classify
-
-    trained = read_checkpoint(options.load_path).get("options", {})
+    The views are those of the classifier's training.
+    """
+    trained = trained_options(read_checkpoint(options.load_path))
     names = {"flip": "weak_flip", "pad": "weak_pad", "pad_mode": "weak_pad_mode", "subpixel": "weak_subpixel"}
     policy = WeakPolicy(**{name: trained[flag] for name, flag in names.items() if flag in trained})
     votes = np.zeros((len(pool), classes))
     progress = Progress("votes", options.views * len(pool), "views")
-    with torch.no_grad():
-        for view in range(options.views):
-            draws = draw_weak(len(pool), numpy_rng(options.seed, view, "views for the transition"), size, policy)
-            for start in range(0, len(pool), options.batch_size):
-                index = np.arange(start, min(start + options.batch_size, len(pool)))
-                batch = weak(pool.take(index), draws[index], pool.mean, pool.std)
-                votes[index, classify(net, batch).argmax(1).cpu().numpy()] += 1
-                progress.advance(len(index))
+    for view in range(options.views):
+        draws = draw_weak(len(pool), numpy_rng(options.seed, view, "views for the transition"), size, policy)
+        for start in range(0, len(pool), options.batch_size):
+            index = np.arange(start, min(start + options.batch_size, len(pool)))
+            batch = weak(pool.take(index), draws[index], pool.mean, pool.std)
+            votes[index, classify(net, batch).argmax(1).cpu().numpy()] += 1
+            progress.advance(len(index))
     progress.close()
     return votes / options.views
 
 
 def joint_of_votes(votes: np.ndarray, pseudo: np.ndarray) -> np.ndarray:
     """Return float64 [C, C]: votes [N, C] for each class (row), summed over the images of each pseudo-label."""
-    import numpy as np
-
     joint = np.zeros((votes.shape[1], votes.shape[1]))
     np.add.at(joint.T, pseudo, votes)
     return joint
 
 
-def confusion(labels: np.ndarray, pseudo: np.ndarray, classes: int) -> np.ndarray:
-    """Return counts float64 [C, C]: row = label, column = pseudo-label."""
-    import numpy as np
-
-    counts = np.zeros((classes, classes))
-    np.add.at(counts, (labels, pseudo), 1)
-    return counts
-
-
 def rows_of(joint: np.ndarray, smoothing: float) -> np.ndarray:
-    """Return rows that sum to 1, with a share `smoothing` spread over all columns; the identity's for an empty row."""
-    import numpy as np
-
+    """Return rows [C, C] of sum 1, the fraction `smoothing` of each spread over all columns; an empty row is that of
+    the identity."""
     sums = joint.sum(1, keepdims=True)
     rows = np.where(sums > 0, joint / np.where(sums > 0, sums, 1), np.eye(len(joint)))
     return (1 - smoothing) * rows + smoothing / len(joint)
@@ -149,58 +132,32 @@ def rows_of(joint: np.ndarray, smoothing: float) -> np.ndarray:
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """Return the total variation between rows, averaged over classes: 0 (equal) to 1."""
-    import numpy as np
-
     return float(np.abs(a - b).sum(1).mean() / 2)
 
 
-def read_labels(file: Path, count: int, classes: int) -> np.ndarray:
-    """Return the pseudo-labels int64 [count] that get_labels.py wrote; UserError for others."""
-    import numpy as np
+def held_out_index(options: SimpleNamespace, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return positions in the pool, int64, of the labelled images to count; the classifier has seen none of them.
 
-    from shared.data.pickles import load_array
-
-    if not file.exists():
-        raise UserError(f"--save_path: there is no {file}; make it with get_labels.py")
-    labels = load_array(file)
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes:
-        raise UserError(f"{file}: expected {count} labels from 0 to {classes - 1}, those of the training images; make "
-                        "it with get_labels.py for this data set")
-    return labels.astype(np.int64)
-
-
-def held_out_index(options: argparse.Namespace, labels: np.ndarray, classes: int, used: Path) -> np.ndarray:
-    """Return positions in the pool, int64, of the images whose labels are counted: none that the classifier has seen.
-
-    labels: of the pool, -1 where unknown. used: the labelled images of the classifier's run. Raises UserError where a
-    class has too few others, and for a file that names one of them.
+    labels: of the pool, -1 where unknown. Raises UserError for a class with too few other images, and for a file that
+    names a training image.
     """
-    import numpy as np
-
-    from shared.data.datasets import has_split, load_dataset
-    from shared.training.randomness import numpy_rng
-    from TorchSSL.core.data import read_index
-
-    # Indices count the images that labels are drawn from, which are the last ones of the pool.
-    start = 0
-    if has_split(options.dataset, "unlabeled"):
-        start = len(labels) - len(load_dataset(options.dataset, "train", options.data_dir))
-    seen = read_index(str(used), labels[start:], "--save_path") if used.exists() else np.zeros(0, np.int64)
+    part, used = labeled_part(options.dataset, options.data_dir, len(labels)), Path(options.save_path) / INDEX_FILE
+    seen = read_index(str(used), labels[part], "--save_path") if used.exists() else np.zeros(0, np.int64)
     if options.held_out_idx is not None:
-        index = read_index(options.held_out_idx, labels[start:], "--held_out_idx")
+        index = read_index(options.held_out_idx, labels[part], "--held_out_idx")
         if both := sorted(set(index.tolist()) & set(seen.tolist())):
             raise UserError(f"--held_out_idx: the classifier was trained on image {both[0]} of {options.held_out_idx}")
-        return start + index
+        return part.start + index
     if options.held_out % classes:
         raise UserError(f"--held_out {options.held_out} is not a multiple of the {classes} classes")
-    rng, each, parts = numpy_rng(options.seed, 0, "held-out labels"), options.held_out // classes, []
+    rng, each, chosen = numpy_rng(options.seed, 0, "held-out labels"), options.held_out // classes, []
     for label in range(classes):
-        free = np.setdiff1d(np.flatnonzero(labels[start:] == label), seen)
+        free = np.setdiff1d(np.flatnonzero(labels[part] == label), seen)
         if len(free) < each:
             raise UserError(f"--held_out {options.held_out}: class {label} has {len(free)} labelled images besides "
                             f"those of the training, fewer than {each}")
-        parts.append(rng.choice(free, each, replace=False))
-    return start + np.sort(np.concatenate(parts))
+        chosen.append(rng.choice(free, each, replace=False))
+    return part.start + np.sort(np.concatenate(chosen))
 
 
 if __name__ == "__main__":

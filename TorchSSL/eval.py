@@ -6,31 +6,28 @@ Prints the published metrics as fractions; the last line is `Test Accuracy: <fra
 """
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
+from types import SimpleNamespace
 
-from shared.cli import UserError, run_main
-from TorchSSL.core.options import Flag, build_parser
-from TorchSSL.get_labels import NETWORK_FLAGS, PREDICTION_FLAGS
+import torch
 
-OUTPUT_FLAGS = (Flag("--json", str, None, "also write metrics and confusion matrix to this file"),)
+from shared.cli import Option, Text, UserError, run_main
+from shared.cli import parse as parse_flags
+from shared.training.files import atomic
+from TorchSSL.core.evaluation import confusion_matrix, confusion_text, metrics, predict_split
+from TorchSSL.core.options import NETWORK, PREDICTION
+
+OUTPUT = (Option("--json", Text, None, "also write metrics and confusion matrix to this file"),)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options; what is not given follows the training, where the checkpoint is one of ours."""
-    groups = {"prediction": PREDICTION_FLAGS, "output": OUTPUT_FLAGS, "network": NETWORK_FLAGS}
-    return build_parser("eval", __doc__, groups).parse_with_yaml(argv)
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    """Return the options; what is not given follows the training, if the checkpoint is one of ours."""
+    return parse_flags(__doc__, {"prediction": PREDICTION, "output": OUTPUT, "network": NETWORK}, argv, config="--c")
 
 
 def main() -> None:
     options = parse()
-    import torch
-
-    from shared.training.files import atomic
-    from TorchSSL.core.classifier import predict_split
-    from TorchSSL.core.evaluation import confusion_matrix, confusion_text, metrics
-
     logits, images = predict_split(options, "test")
     if images.labels.min() < 0 or images.labels.max() >= logits.shape[1]:
         raise UserError(f"{options.dataset}: every test image needs a label in 0..{logits.shape[1] - 1}")

@@ -7,39 +7,24 @@ Sohn et al., "FixMatch: Simplifying Semi-Supervised Learning with Consistency an
 """
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
-from shared.cli import parse_bool, run_main
-from shared.lazy import lazy
-from TorchSSL.core.algorithm import Algorithm, joint_logits
-from TorchSSL.core.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared.cli import Bool, Float, Option, run_main
+from TorchSSL.core.algorithm import Algorithm, Batch, joint_logits
+from TorchSSL.core.options import learner_options
 from TorchSSL.core.pseudo_labels import consistency, pseudo_label_metrics
-
-if TYPE_CHECKING:
-    from TorchSSL.core.batches import Batch
-
-torch = lazy("torch")
+from TorchSSL.core.trainer import train
 
 FLAGS = (
-    Flag("--ulb_loss_ratio", POSITIVE, 1.0, "weight of the loss on unlabelled images"),
-    Flag("--p_cutoff", SHARE, 0.95, "least confidence of a pseudo-label"),
-    Flag("--hard_label", parse_bool, True, "learn the most likely class; False: the softened probabilities"),
-    Flag("--T", TEMPERATURE, 0.5, "temperature of soft labels"),
+    Option("--ulb_loss_ratio", Float(0), 1.0, "weight of the loss on unlabelled images"),
+    Option("--p_cutoff", Float(0, 1), 0.95, "least confidence of a pseudo-label"),
+    Option("--hard_label", Bool, True, "learn the most likely class; False: the softened probabilities"),
+    Option("--T", Float(1e-3), 0.5, "temperature of soft labels"),
 )
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line (None: this process's); UserError."""
-    return parse_options("fixmatch", __doc__, FLAGS, argv)
-
-
-def main() -> None:
-    options = parse()
-    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
-
-    train(options, FixMatch)
+parse = partial(learner_options, "fixmatch", __doc__, FLAGS)
 
 
 class FixMatch(Algorithm):
@@ -47,10 +32,10 @@ class FixMatch(Algorithm):
 
     views = ("weak", "strong")
 
-    def loss(self, net: torch.nn.Module, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, net: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to descend (equations 3 and 4) and the numbers to log."""
         labeled, weak, strong = joint_logits(net, batch)
-        supervised = torch.nn.functional.cross_entropy(labeled, batch.labels)
+        supervised = F.cross_entropy(labeled, batch.labels)
 
         weak = weak.detach()
         confidence, label = weak.softmax(1).max(1)
@@ -64,4 +49,4 @@ class FixMatch(Algorithm):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse(), FixMatch))

@@ -1,4 +1,4 @@
-"""FlexMatch: FixMatch with a threshold for every class, lower where little has been learned so far.
+"""FlexMatch: FixMatch with a threshold for every class, lower for classes that are learned slowly.
 
 Zhang et al., "FlexMatch: Boosting Semi-Supervised Learning with Curriculum Pseudo Labeling", NeurIPS 2021
 (arXiv 2110.08263).
@@ -7,42 +7,27 @@ Zhang et al., "FlexMatch: Boosting Semi-Supervised Learning with Curriculum Pseu
 """
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from types import SimpleNamespace
 
-from shared.cli import parse_bool, run_main
-from shared.lazy import lazy
-from TorchSSL.core.algorithm import Algorithm, joint_logits
-from TorchSSL.core.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared.cli import Bool, Float, Option, run_main
+from TorchSSL.core.algorithm import Algorithm, Batch, Setting, joint_logits
+from TorchSSL.core.options import learner_options
 from TorchSSL.core.pseudo_labels import ClassStatus, DistributionAlignment, consistency, pseudo_label_metrics
-
-if TYPE_CHECKING:
-    from TorchSSL.core.batches import Batch
-    from TorchSSL.core.setting import Setting
-
-torch = lazy("torch")
+from TorchSSL.core.trainer import train
 
 FLAGS = (
-    Flag("--ulb_loss_ratio", POSITIVE, 1.0, "weight of the loss on unlabelled images"),
-    Flag("--p_cutoff", SHARE, 0.95, "threshold of a class that has been learned best"),
-    Flag("--hard_label", parse_bool, True, "learn the most likely class; False: the softened probabilities"),
-    Flag("--T", TEMPERATURE, 0.5, "temperature of soft labels"),
-    Flag("--use_DA", parse_bool, False, "align the predictions with the class shares of the labelled images"),
-    Flag("--thresh_warmup -w", parse_bool, True, "count images without a pseudo-label as one class more"),
+    Option("--ulb_loss_ratio", Float(0), 1.0, "weight of the loss on unlabelled images"),
+    Option("--p_cutoff", Float(0, 1), 0.95, "threshold of the class that is learned best"),
+    Option("--hard_label", Bool, True, "learn the most likely class; False: the softened probabilities"),
+    Option("--T", Float(1e-3), 0.5, "temperature of soft labels"),
+    Option("--use_DA", Bool, False, "align the predictions with the class fractions of the labelled images"),
+    Option("--thresh_warmup -w", Bool, True, "count images without a pseudo-label as one class more"),
 )
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line (None: this process's); UserError."""
-    return parse_options("flexmatch", __doc__, FLAGS, argv)
-
-
-def main() -> None:
-    options = parse()
-    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
-
-    train(options, FlexMatch)
+parse = partial(learner_options, "flexmatch", __doc__, FLAGS)
 
 
 class FlexMatch(Algorithm):
@@ -51,15 +36,15 @@ class FlexMatch(Algorithm):
     views = ("weak", "strong")
     state = ("status", "alignment")
 
-    def __init__(self, options: argparse.Namespace, setting: Setting) -> None:
+    def __init__(self, options: SimpleNamespace, setting: Setting) -> None:
         super().__init__(options, setting)
         self.status, self.alignment = ClassStatus(setting, options.thresh_warmup), DistributionAlignment(setting)
 
-    def loss(self, net: torch.nn.Module, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, net: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to descend and the numbers to log."""
         self.status.refresh()
         labeled, weak, strong = joint_logits(net, batch)
-        supervised = torch.nn.functional.cross_entropy(labeled, batch.labels)
+        supervised = F.cross_entropy(labeled, batch.labels)
 
         weak = weak.detach()
         probabilities = weak.softmax(1)
@@ -70,7 +55,7 @@ class FlexMatch(Algorithm):
         mask = (confidence >= thresholds[label]).float()
         target = label if self.options.hard_label else (weak / self.options.T).softmax(1)
         unsupervised = consistency(strong, target, mask)
-        # What counts as learned is measured by the fixed threshold.
+        # The fixed threshold decides what counts as learned.
         self.status.remember(batch.index, label, confidence >= self.options.p_cutoff)
 
         total = supervised + self.options.ulb_loss_ratio * unsupervised
@@ -79,4 +64,4 @@ class FlexMatch(Algorithm):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse(), FlexMatch))

@@ -6,25 +6,14 @@ Wang et al., "FreeMatch: Self-adaptive Thresholding for Semi-supervised Learning
 """
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from functools import partial
 
 from shared.cli import run_main
-from TorchSSL.core.options import parse_options
+from TorchSSL.core.options import learner_options
+from TorchSSL.core.trainer import train
 from TorchSSL.freematch import FLAGS, FreeMatch
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line (None: this process's); UserError."""
-    return parse_options("freematch_entropy", __doc__, FLAGS, argv, save_name="freematch", ent_loss_ratio=0.1)
-
-
-def main() -> None:
-    options = parse()
-    from TorchSSL.core.trainer import train
-
-    train(options, FreeMatch)
-
+parse = partial(learner_options, "freematch_entropy", __doc__, FLAGS, save_name="freematch", ent_loss_ratio=0.1)
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse(), FreeMatch))

@@ -5,49 +5,39 @@
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
-from shared.cli import parse_bool, run_main
-from shared.lazy import lazy
-from TorchSSL.core.algorithm import Algorithm, classify
-from TorchSSL.core.options import Flag, parse_options
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from TorchSSL.core.batches import Batch
-
-torch = lazy("torch")
+from shared.cli import Bool, Option, run_main
+from TorchSSL.core.algorithm import Algorithm, Batch, classify
+from TorchSSL.core.options import learner_options
+from TorchSSL.core.trainer import train
 
 FLAGS = (
-    Flag("--all_labels", parse_bool, True, "every training image is labelled, whatever --num_labels says (as "
-         "published); False: only --num_labels of them"),
+    Option("--all_labels", Bool, True, "every training image is labelled, for any --num_labels (as published); False: "
+           "only --num_labels of them"),
 )
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     """Return the options of a command line (None: this process's); UserError."""
-    options = parse_options("fullysupervised", __doc__, FLAGS, argv, seed=0, num_labels=4000, uratio=1)
+    options = learner_options("fullysupervised", __doc__, FLAGS, argv, seed=0, num_labels=4000, uratio=1)
     if options.all_labels:
         options.num_labels = 0
     return options
 
 
-def main() -> None:
-    options = parse()
-    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
-
-    train(options, FullySupervised)
-
-
 class FullySupervised(Algorithm):
     """The loss of supervised learning."""
 
-    def loss(self, net: torch.nn.Module, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, net: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross-entropy of the labelled images, and the numbers to log."""
-        supervised = torch.nn.functional.cross_entropy(classify(net, batch.labeled), batch.labels)
+        supervised = F.cross_entropy(classify(net, batch.labeled), batch.labels)
         return supervised, {"train/sup_loss": supervised, "train/total_loss": supervised}
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse(), FullySupervised))

@@ -8,58 +8,41 @@ counts and agreement with the true labels, which take no part in the prediction)
 """
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
+from types import SimpleNamespace
 
-from shared.cli import run_main
-from TorchSSL.core.options import COMMON, COUNT, Flag, build_parser
+import numpy as np
 
-PREDICTION_FLAGS = (
-    Flag("--load_path", str, "./saved_models/fixmatch/model_best.pth", "checkpoint of the classifier"),
-    Flag("--use_train_model", None, False, "the weights as trained, in place of their moving average"),
-    Flag("--batch_size", COUNT, 256, "images in a batch"),
-    Flag("--data_dir", str, "./data", "folder of the data sets"),
-    Flag("--dataset -ds", str, "cifar10", "name or path, as in the training"),
-    Flag("--num_classes -nc", COUNT, 10, "classes"),
-    Flag("--download", None, False, "fetch a published data set that is not in --data_dir"),
-    Flag("--device", str, None, "cpu, cuda, cuda:1 or mps (default: a GPU where there is one)"),
+from shared.cli import Flag, Option, Text, run_main
+from shared.cli import parse as parse_flags
+from shared.training.files import atomic, make_dir
+from TorchSSL.core.evaluation import predict_split
+from TorchSSL.core.labels import PSEUDO_LABEL_FILE, labeled_part, read_index
+from TorchSSL.core.options import NETWORK, PREDICTION
+
+OUTPUT = (
+    Option("--save_path", Text, "./saved_models/fixmatch", "folder for pseudo_label.npy"),
+    Option("--label_idx", Text, None, "give the images named in this .npy file (a run's sampled_label_idx.npy) their "
+           "true labels in place of predictions"),
+    Option("--overwrite", Flag, False, "replace pseudo-labels that other settings or another classifier gave"),
 )
-OUTPUT_FLAGS = (
-    Flag("--save_path", str, "./saved_models/fixmatch", "folder for pseudo_label.npy"),
-    Flag("--label_idx", str, None, "give the images named in this .npy file (a run's sampled_label_idx.npy) their true "
-         "labels in place of predictions"),
-)
-NETWORK_FLAGS = COMMON["network"]
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options; what is not given follows the training, where the checkpoint is one of ours."""
-    groups = {"prediction": PREDICTION_FLAGS, "output": OUTPUT_FLAGS, "network": NETWORK_FLAGS}
-    return build_parser("get_labels", __doc__, groups).parse_with_yaml(argv)
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    """Return the options; what is not given follows the training, if the checkpoint is one of ours."""
+    return parse_flags(__doc__, {"prediction": PREDICTION, "output": OUTPUT, "network": NETWORK}, argv, config="--c")
 
 
 def main() -> None:
     options = parse()
-    import numpy as np
-
-    from shared.data.datasets import has_split, load_dataset
-    from shared.training.files import atomic, make_dir
-    from TorchSSL.core.classifier import predict_split
-    from TorchSSL.core.data import read_index
-
     predicted, images = predict_split(options, "train")
     labels, known = predicted.argmax(1).numpy().astype(np.int64), images.labels >= 0
     given = np.zeros(len(labels), bool)
     if options.label_idx is not None:
-        # Indices count the images that labels are drawn from, which are the last ones of the pool.
-        start = 0
-        if has_split(options.dataset, "unlabeled"):
-            start = len(images) - len(load_dataset(options.dataset, "train", options.data_dir))
-        labeled = slice(start, None)
+        labeled = labeled_part(options.dataset, options.data_dir, len(images))
         given[labeled][read_index(options.label_idx, images.labels[labeled], "--label_idx")] = True
         labels[given] = images.labels[given]
-    folder = make_dir(options.save_path)
 
     agreement = float(np.mean(labels[known] == images.labels[known])) if known.any() else None
     counts = np.bincount(labels, minlength=predicted.shape[1])
@@ -70,12 +53,13 @@ def main() -> None:
               "true_label_counts": true_counts.tolist(), "true_labels_known": int(known.sum()),
               "true_labels_injected": int(given.sum()), "agreement": agreement, "agreement_by_class": by_class,
               "mean_confidence": float(predicted.softmax(1).amax(1).mean()), "load_path": options.load_path}
-    with atomic(folder / "pseudo_label.npy") as file:
+    folder = make_dir(options.save_path)
+    with atomic(folder / PSEUDO_LABEL_FILE) as file:
         np.save(file, labels)
     with atomic(folder / "pseudo_label.json", "w") as file:
         json.dump(report, file, indent=1)
 
-    print(f"{len(labels)} pseudo-labels: {folder / 'pseudo_label.npy'}")
+    print(f"{len(labels)} pseudo-labels: {folder / PSEUDO_LABEL_FILE}")
     print(f"first pseudo-labels {labels[:20].tolist()}\nfirst true labels   {images.labels[:20].tolist()}")
     print(f"pseudo-labels per class {counts.tolist()}\ntrue labels per class   {true_counts.tolist()}")
     print(f"Test Accuracy: {agreement}" if agreement is not None else "no true labels are known to compare with")

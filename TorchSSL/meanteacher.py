@@ -6,47 +6,33 @@ Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017 (arX
 """
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
-from shared.cli import run_main
-from shared.lazy import lazy
-from TorchSSL.core.algorithm import Algorithm, classify, frozen_batchnorm, ramp_up, squared_difference
-from TorchSSL.core.options import POSITIVE, SHARE, Flag, parse_options
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from TorchSSL.core.batches import Batch
-
-torch = lazy("torch")
+from shared.cli import Float, Option, run_main
+from TorchSSL.core.algorithm import Algorithm, Batch, classify, frozen_batchnorm, ramp_up, squared_difference
+from TorchSSL.core.options import learner_options
+from TorchSSL.core.trainer import train
 
 FLAGS = (
-    Flag("--ulb_loss_ratio", POSITIVE, 50.0, "weight of the loss on unlabelled images"),
-    Flag("--unsup_warm_up", SHARE, 0.4, "share of the training in which that weight rises from 0"),
+    Option("--ulb_loss_ratio", Float(0), 50.0, "weight of the loss on unlabelled images"),
+    Option("--unsup_warm_up", Float(0, 1), 0.4, "fraction of the training in which that weight rises from 0"),
 )
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line (None: this process's); UserError."""
-    return parse_options("meanteacher", __doc__, FLAGS, argv, save_name="meanTeacher", amp=True, seed=0, uratio=1,
-                         num_labels=4000, num_eval_iter=1000)
-
-
-def main() -> None:
-    options = parse()
-    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
-
-    train(options, MeanTeacher)
+parse = partial(learner_options, "meanteacher", __doc__, FLAGS, save_name="meanTeacher", amp=True, seed=0, uratio=1,
+                num_labels=4000, num_eval_iter=1000)
 
 
 class MeanTeacher(Algorithm):
-    """The loss of Mean Teacher. Its teacher is the average of weights that the trainer keeps anyway."""
+    """The loss of Mean Teacher. Its teacher is the average of weights that the trainer keeps."""
 
     views = ("weak", "weak")
 
-    def loss(self, net: torch.nn.Module, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, net: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to descend and the numbers to log."""
-        supervised = torch.nn.functional.cross_entropy(classify(net, batch.labeled), batch.labels)
+        supervised = F.cross_entropy(classify(net, batch.labeled), batch.labels)
         with torch.no_grad(), frozen_batchnorm(self.teacher):
             target = classify(self.teacher, batch.views[0]).softmax(1)
         with frozen_batchnorm(net):
@@ -59,4 +45,4 @@ class MeanTeacher(Algorithm):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse(), MeanTeacher))

@@ -6,62 +6,50 @@
 Reads <save_path>/pseudo_label.npy, which get_labels.py wrote. For CIFAR-10 writes the published form,
 <save_path>/cifar-10-batches-py/data_batch_1 to 5 and <save_path>/cifar-10-python.tar.gz; for any other data set
 <save_path>/<name of that folder>-pseudo.npz with `images`, `labels` and `classes`. dataset_tool.py reads both. The last
-line is the share of the known labels that the pseudo-labels agree with.
+line is the fraction of the known labels that the pseudo-labels agree with.
 """
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
-from shared.cli import Parser, UserError, run_main
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
+from shared.cli import Flag, Option, Text, UserError, parse, run_main
+from shared.data.cifar import CIFAR10, layout_of
+from shared.data.datasets import has_split, load_dataset
+from shared.data.images import ImageSet, with_classes
+from shared.data.writers import cifar_batches, write_npz
+from shared.training.files import atomic, make_dir
+from TorchSSL.core.labels import PSEUDO_LABEL_FILE, read_pseudo_labels
 
-    from shared.data.images import ImageSet
-
-LABEL_FILE = "pseudo_label.npy"
-# What the pseudo-labels of a data set may count, in file order; its size tells which.
-POOLS = {"svhn": (("train",), ("train", "extra"))}
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--data_path", help="the images: a folder of CIFAR-10 batches, or whatever else names a "
-                        "data set [./data/cifar-10-batches-py]")
-    parser.add_argument("--save_path", required=True, help=f"folder with {LABEL_FILE}, which gets the new data set")
-    parser.add_argument("--dataset", "-ds", default="cifar10", help="name of a data set in --data_dir, or a path "
-                        "[%(default)s]")
-    parser.add_argument("--data_dir", default="./data", help="folder of the data sets [%(default)s]")
-    options = parser.parse_args(argv)
-    if options.data_path is not None and options.dataset != "cifar10":
-        raise UserError("--data_path and --dataset both name the images: give one of them")
-    return options
+FLAGS = (
+    Option("--data_path", Text, None, "the images: a folder of CIFAR-10 batches, or any other data set (default: "
+           "./data/cifar-10-batches-py)"),
+    Option("--save_path", Text, required=True, help="folder with pseudo_label.npy, which gets the new data set"),
+    Option("--dataset -ds", Text, "cifar10", "name of a data set in --data_dir, or a path"),
+    Option("--data_dir", Text, "./data", "folder of the data sets"),
+    Option("--overwrite", Flag, False, "replace a data set that was made of other images or pseudo-labels"),
+)
 
 
 def main() -> None:
-    options = parse()
-    import numpy as np
-
-    from shared.data.cifar import CIFAR10, layout_of
-    from shared.data.images import ImageSet, with_classes
-    from shared.data.writers import write_npz
-    from shared.training.files import make_dir
-
-    folder = Path(options.save_path)
-    pseudo = read_labels(folder / LABEL_FILE)
-    images = matching_images(options, len(pseudo))
+    options = parse(__doc__, FLAGS)
+    if options.data_path is not None and options.dataset != "cifar10":
+        raise UserError("--data_path and --dataset both name the images: give one of them")
+    folder, source = Path(options.save_path), options.data_path or options.dataset
+    file = folder / PSEUDO_LABEL_FILE
+    pseudo = read_pseudo_labels(file, "--save_path")
+    images = matching_images(source, options, len(pseudo))
     known = images.labels >= 0
     num_classes = images.num_classes or int(pseudo.max()) + 1
     if pseudo.max() >= num_classes:
-        raise UserError(f"{folder / LABEL_FILE}: class {pseudo.max()} is none of the {num_classes} of {images.name}; "
-                        "it belongs to another data set")
+        raise UserError(f"{file}: class {pseudo.max()} is none of the {num_classes} of {images.name}; it belongs to "
+                        "another data set")
     images = with_classes(images, num_classes, images.name)
 
     make_dir(folder)
-    source = options.data_path or options.dataset
     if source == "cifar10" or layout_of(Path(source)) is CIFAR10:
         written = write_batches(images.images, pseudo, folder)
     else:
@@ -78,46 +66,25 @@ def main() -> None:
     print(float(np.mean(pseudo[known] == images.labels[known])) if known.any() else "no true label is known")
 
 
-def read_labels(file: Path) -> np.ndarray:
-    """Return the int64 pseudo-labels; raise UserError for a missing file or anything but class numbers."""
-    import numpy as np
-
-    from shared.data.pickles import load_array
-
-    if not file.exists():
-        raise UserError(f"{file} is missing; get_labels.py --save_path {file.parent} writes it")
-    labels = load_array(file)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels) or labels.min() < 0:
-        raise UserError(f"{file}: expected one class number per training image")
-    return labels.astype(np.int64)
-
-
-def matching_images(options: argparse.Namespace, count: int) -> ImageSet:
-    """Return the training images, which must be as many as the pseudo-labels."""
-    from shared.data.datasets import has_split, load_dataset
-
-    source = options.data_path or options.dataset
-    found = []
-    own = (("train",), ("unlabeled", "train")) if has_split(source, "unlabeled") else (("train",),)
-    for splits in POOLS.get(source, own):
-        first, *others = (load_dataset(source, split, options.data_dir) for split in splits)
-        if len(first) + sum(map(len, others)) == count:
-            for other in others:
-                first = first.concatenate(other)
-            return first
-        found.append(len(first) + sum(map(len, others)))
-    raise UserError(f"{options.save_path}/{LABEL_FILE} has {count} labels, {source} has "
-                    f"{' or '.join(map(str, found))} training images; it belongs to another data set")
+def matching_images(source: str, options: SimpleNamespace, count: int) -> ImageSet:
+    """Return the `count` training images of `source` that the pseudo-labels count, in file order; UserError."""
+    candidates = [("train",)]
+    if source == "svhn":
+        candidates = [("train",), ("train", "extra")]
+    elif has_split(source, "unlabeled"):
+        candidates = [("train",), ("unlabeled", "train")]
+    counts = []
+    for splits in candidates:
+        parts = [load_dataset(source, split, options.data_dir) for split in splits]
+        counts.append(sum(map(len, parts)))
+        if counts[-1] == count:
+            return parts[0] if len(parts) == 1 else parts[0].concatenate(parts[1])
+    raise UserError(f"{options.save_path}/{PSEUDO_LABEL_FILE} has {count} labels, {source} has "
+                    f"{' or '.join(map(str, counts))} training images; it belongs to another data set")
 
 
 def write_batches(images: np.ndarray, labels: np.ndarray, folder: Path) -> Path:
     """Write CIFAR-10's five training batches with these labels, and the archive of them; return the archive."""
-    import tarfile
-
-    from shared.data.cifar import CIFAR10
-    from shared.data.writers import cifar_batches
-    from shared.training.files import atomic, make_dir
-
     batches = make_dir(folder / CIFAR10.folder)
     for name, content in cifar_batches(images, labels, CIFAR10.train, CIFAR10):
         with atomic(batches / name) as file:

@@ -9,45 +9,39 @@ images, the gain is not due to the generation.
 """
 from __future__ import annotations
 
-import argparse
 import shutil
-from collections.abc import Sequence
+from pathlib import Path
 
-from shared.cli import Parser, UserError, run_main
+import numpy as np
 
+from shared.cli import Flag, Int, Option, Text, UserError, parse, run_main
+from shared.data.images import ImageSet
+from shared.data.splits import class_balanced_draw
+from shared.data.writers import write_folder
+from TorchSSL.core.data import load_pools
+from TorchSSL.core.labels import read_pseudo_labels
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--dataset", "-ds", default="cifar10", help="name of a data set, or a path [%(default)s]")
-    parser.add_argument("--data_dir", default="./data", help="folder of the data sets [%(default)s]")
-    parser.add_argument("--labels", required=True, help="the pseudo_label.npy of get_labels.py")
-    parser.add_argument("--dest", required=True, help="folder for real_all/ and real_balanced/")
-    parser.add_argument("--per_class", type=int, default=1001, help="images of every class in real_balanced "
-                        "[%(default)s]")
-    parser.add_argument("--seed", type=int, default=1, help="of the draw [%(default)s]")
-    return parser.parse_args(argv)
+FLAGS = (
+    Option("--dataset -ds", Text, "cifar10", "name of a data set, or a path"),
+    Option("--data_dir", Text, "./data", "folder of the data sets"),
+    Option("--labels", Text, required=True, help="the pseudo_label.npy of get_labels.py"),
+    Option("--dest", Text, required=True, help="folder for real_all/ and real_balanced/"),
+    Option("--per_class", Int(1), 1001, "images of every class in real_balanced"),
+    Option("--seed", Int(0), 1, "of the draw"),
+    Option("--overwrite", Flag, False, "replace folders that were made of other images or pseudo-labels"),
+)
 
 
 def main() -> None:
-    options = parse()
-    from pathlib import Path
-
-    import numpy as np
-
-    from shared.data.images import ImageSet
-    from shared.data.pickles import load_array
-    from shared.data.splits import class_balanced_draw
-    from shared.data.writers import write_folder
-    from TorchSSL.core.data import load_pools
-
+    options = parse(__doc__, FLAGS)
     images = load_pools(options.dataset, options.data_dir, download=False)[0]
-    labels = load_array(options.labels, f"--labels {options.labels}")
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise UserError(f"--labels: {options.labels} holds {labels.size} labels, {options.dataset} has {len(images)} "
+    labels = read_pseudo_labels(options.labels, "--labels")
+    if len(labels) != len(images):
+        raise UserError(f"--labels: {options.labels} holds {len(labels)} labels, {options.dataset} has {len(images)} "
                         "training images; give the pseudo_label.npy of that data set")
-    pseudo = ImageSet(images.images, labels.astype(np.int64), images.classes, images.name)
-    even = class_balanced_draw(labels, options.per_class, options.seed)
-    for name, chosen in (("real_all", pseudo), ("real_balanced", pseudo.subset(even))):
+    pseudo = ImageSet(images.images, labels, images.classes, images.name)
+    balanced = class_balanced_draw(labels, options.per_class, options.seed)
+    for name, chosen in (("real_all", pseudo), ("real_balanced", pseudo.subset(balanced))):
         folder = Path(options.dest) / name
         if folder.exists():
             shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Pseudo-Label: the confident predictions on unlabelled images are taken for their labels.
+"""Pseudo-Label: confident predictions on unlabelled images become their labels.
 
 Lee, "Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep Neural Networks", ICML Workshop
 on Challenges in Representation Learning 2013.
@@ -8,40 +8,26 @@ on Challenges in Representation Learning 2013.
 """
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from types import SimpleNamespace
 
-from shared.cli import parse_bool, run_main
-from shared.lazy import lazy
-from TorchSSL.core.algorithm import Algorithm, classify, frozen_batchnorm, ramp_up
-from TorchSSL.core.options import POSITIVE, SHARE, Flag, parse_options
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared.cli import Bool, Float, Option, run_main
+from TorchSSL.core.algorithm import Algorithm, Batch, Setting, classify, frozen_batchnorm, ramp_up
+from TorchSSL.core.options import learner_options
 from TorchSSL.core.pseudo_labels import ClassStatus, consistency, pseudo_label_metrics
-
-if TYPE_CHECKING:
-    from TorchSSL.core.batches import Batch
-    from TorchSSL.core.setting import Setting
-
-torch = lazy("torch")
+from TorchSSL.core.trainer import train
 
 FLAGS = (
-    Flag("--ulb_loss_ratio", POSITIVE, 1.0, "weight of the loss on unlabelled images"),
-    Flag("--p_cutoff", SHARE, 0.95, "least confidence of a pseudo-label"),
-    Flag("--unsup_warmup_pos", SHARE, 0.4, "share of the training in which that weight rises from 0"),
-    Flag("--use_flex", parse_bool, False, "thresholds of FlexMatch, with p_cutoff for the class learned best"),
+    Option("--ulb_loss_ratio", Float(0), 1.0, "weight of the loss on unlabelled images"),
+    Option("--p_cutoff", Float(0, 1), 0.95, "least confidence of a pseudo-label"),
+    Option("--unsup_warmup_pos", Float(0, 1), 0.4, "fraction of the training in which that weight rises from 0"),
+    Option("--use_flex", Bool, False, "thresholds of FlexMatch, with p_cutoff for the class learned best"),
 )
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line (None: this process's); UserError."""
-    return parse_options("pseudolabel", __doc__, FLAGS, argv, also="pseudolabel_flex", seed=0, uratio=1)
-
-
-def main() -> None:
-    options = parse()
-    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
-
-    train(options, PseudoLabel)
+parse = partial(learner_options, "pseudolabel", __doc__, FLAGS, also="pseudolabel_flex", seed=0, uratio=1)
 
 
 class PseudoLabel(Algorithm):
@@ -50,13 +36,13 @@ class PseudoLabel(Algorithm):
     views = ("weak",)
     state = ("status",)
 
-    def __init__(self, options: argparse.Namespace, setting: Setting) -> None:
+    def __init__(self, options: SimpleNamespace, setting: Setting) -> None:
         super().__init__(options, setting)
         self.status = ClassStatus(setting)
 
-    def loss(self, net: torch.nn.Module, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, net: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to descend and the numbers to log."""
-        supervised = torch.nn.functional.cross_entropy(classify(net, batch.labeled), batch.labels)
+        supervised = F.cross_entropy(classify(net, batch.labeled), batch.labels)
         with frozen_batchnorm(net):
             weak = classify(net, batch.views[0])
 
@@ -76,4 +62,4 @@ class PseudoLabel(Algorithm):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse(), PseudoLabel))

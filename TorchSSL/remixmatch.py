@@ -1,4 +1,4 @@
-"""ReMixMatch: MixMatch whose guesses come from the weak view, aligned, and are learned on strong views; with rotations.
+"""ReMixMatch: MixMatch with aligned guesses from the weak view, learned on strong views; with rotations.
 
 Berthelot et al., "ReMixMatch: Semi-Supervised Learning with Distribution Alignment and Augmentation Anchoring", ICLR
 2020 (arXiv 1911.09785).
@@ -7,47 +7,33 @@ Berthelot et al., "ReMixMatch: Semi-Supervised Learning with Distribution Alignm
 """
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from types import SimpleNamespace
 
-from shared.cli import parse_bool, run_main
-from shared.lazy import lazy
-from TorchSSL.core.algorithm import Algorithm, classify, frozen_batchnorm, ramp_up
-from TorchSSL.core.mixing import draw_mixing, forward_mixed
-from TorchSSL.core.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared.cli import Bool, Float, Option, run_main
+from TorchSSL.core.algorithm import Algorithm, Batch, Setting, classify, frozen_batchnorm, ramp_up
+from TorchSSL.core.options import learner_options
 from TorchSSL.core.pseudo_labels import DistributionAlignment, sharpen
-
-if TYPE_CHECKING:
-    from TorchSSL.core.batches import Batch
-    from TorchSSL.core.setting import Setting
-
-torch = lazy("torch")
+from TorchSSL.core.trainer import train
+from TorchSSL.mixmatch import draw_mixing, forward_mixed
 
 FLAGS = (
-    Flag("--w_match", POSITIVE, 1.5, "weight of the loss on mixed unlabelled images"),
-    Flag("--w_kl", POSITIVE, 0.5, "weight of the loss on the first strong view, unmixed"),
-    Flag("--w_rot", POSITIVE, 0.5, "weight of the loss of telling quarter turns"),
-    Flag("--warm_up", SHARE, 1 / 64, "share of the training in which the first two weights rise from 0"),
-    Flag("--alpha", TEMPERATURE, 0.75, "both parameters of the beta distribution of mixing shares"),
-    Flag("--T", TEMPERATURE, 0.5, "temperature that sharpens the guessed labels"),
-    Flag("--ulb_loss_ratio", POSITIVE, 1.0, "accepted, not used: the weights are those above"),
-    Flag("--use_dm", parse_bool, True, "accepted, not used: predictions are always aligned"),
-    Flag("--use_xe", parse_bool, True, "accepted, not used: the loss is always a cross-entropy"),
+    Option("--w_match", Float(0), 1.5, "weight of the loss on mixed unlabelled images"),
+    Option("--w_kl", Float(0), 0.5, "weight of the loss on the first strong view, unmixed"),
+    Option("--w_rot", Float(0), 0.5, "weight of the loss of predicting quarter turns"),
+    Option("--warm_up", Float(0, 1), 1 / 64, "fraction of the training in which the first two weights rise from 0"),
+    Option("--alpha", Float(1e-3), 0.75, "both parameters of the beta distribution of the mixing"),
+    Option("--T", Float(1e-3), 0.5, "temperature that sharpens the guessed labels"),
+    Option("--ulb_loss_ratio", Float(0), 1.0, "accepted, not used: the weights are those above"),
+    Option("--use_dm", Bool, True, "accepted, not used: predictions are always aligned"),
+    Option("--use_xe", Bool, True, "accepted, not used: the loss is always a cross-entropy"),
 )
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line (None: this process's); UserError."""
-    return parse_options("remixmatch", __doc__, FLAGS, argv, amp=True, seed=0, uratio=1, num_labels=4000,
-                         num_eval_iter=1000)
-
-
-def main() -> None:
-    options = parse()
-    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
-
-    train(options, ReMixMatch)
+parse = partial(learner_options, "remixmatch", __doc__, FLAGS, amp=True, seed=0, uratio=1, num_labels=4000,
+                num_eval_iter=1000)
 
 
 class ReMixMatch(Algorithm):
@@ -57,24 +43,24 @@ class ReMixMatch(Algorithm):
     state = ("alignment",)
     rotation_head = True
 
-    def __init__(self, options: argparse.Namespace, setting: Setting) -> None:
+    def __init__(self, options: SimpleNamespace, setting: Setting) -> None:
         super().__init__(options, setting)
         self.alignment = DistributionAlignment(setting)
 
-    def loss(self, net: torch.nn.Module, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, net: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to descend (equation 6) and the numbers to log."""
-        options, cross_entropy = self.options, torch.nn.functional.cross_entropy
+        options = self.options
         weak, strong, second_strong, rotated = batch.views
-        one_hot = torch.nn.functional.one_hot(batch.labels, self.setting.num_classes).float()
+        one_hot = F.one_hot(batch.labels, self.setting.num_classes).float()
         guess = self.guess(net, weak)
         inputs = [batch.labeled, strong, second_strong, weak]
-        share, permutation = draw_mixing(self.setting, options.alpha, inputs, step)
-        mixed = forward_mixed(net, self.setting, inputs, [one_hot, guess, guess, guess], share, permutation)
-        supervised, unsupervised = mixed.means(cross_entropy(mixed.logits, mixed.targets, reduction="none"))
+        beta, permutation = draw_mixing(self.setting, options.alpha, inputs, step)
+        mixed = forward_mixed(net, self.setting, inputs, [one_hot, guess, guess, guess], beta, permutation)
+        supervised, unsupervised = mixed.means(F.cross_entropy(mixed.logits, mixed.targets, reduction="none"))
 
         with frozen_batchnorm(net):
-            unmixed = cross_entropy(classify(net, strong), guess)
-            rotation = cross_entropy(net(rotated)[1].float(), batch.turns)
+            unmixed = F.cross_entropy(classify(net, strong), guess)
+            rotation = F.cross_entropy(net(rotated)[1].float(), batch.turns)
 
         ramp = ramp_up(step, options.warm_up, options.num_train_iter)
         total = (supervised + options.w_rot * rotation + options.w_kl * ramp * unmixed
@@ -82,12 +68,12 @@ class ReMixMatch(Algorithm):
         return total, {"train/sup_loss": supervised, "train/unsup_loss": unsupervised, "train/kl_loss": unmixed,
                        "train/rot_loss": rotation, "train/total_loss": total}
 
-    def guess(self, net: torch.nn.Module, weak: torch.Tensor) -> torch.Tensor:
-        """Return the labels guessed from the weak views [n, C]: aligned with the labelled class shares, sharpened."""
+    def guess(self, net: nn.Module, weak: Tensor) -> Tensor:
+        """Return the labels guessed from the weak views [n, C]: aligned with the labelled images, sharpened."""
         with torch.no_grad(), frozen_batchnorm(net):
             probabilities = classify(net, weak).softmax(1)
         return sharpen(self.alignment(probabilities), self.options.T)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse(), ReMixMatch))

@@ -202,7 +202,7 @@ def classifier_features(checkpoint: Path, options: argparse.Namespace, images: A
 
     from shared.data.pool import Pool
     from shared.distributed import start
-    from TorchSSL.core.classifier import load_classifier
+    from TorchSSL.core.evaluation import load_classifier
     from TorchSSL.get_labels import parse as prediction_options
 
     prediction = prediction_options([f"--dataset={options.dataset}", f"--load_path={checkpoint}"])

@@ -4,47 +4,32 @@ Nguyen, "SequenceMatch: Revisiting the design of weak-strong augmentations for s
 
     python sequencematch.py --dataset cifar10 --num_labels 40 --save_name sequencematch_cifar10_40_0
 
-A confident prediction on the weak view is the label of the other two, as in FixMatch. Where it is not confident, the
+A confident prediction on the weak view is the label of the other two, as in FixMatch. For the other images the
 predictions along the sequence weak, medium, strong are drawn together pair by pair, so that every image teaches
-something in every step. The method is that of the paper; the weights and what its medium view consists of (here one
-operation of RandAugment, no cutout) were not to be had and are ours.
+something in every step. The method is that of the paper. It publishes neither the weights nor the medium view: the
+weights here, and one operation of RandAugment without cutout, are ours.
 """
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
-from shared.cli import parse_bool, run_main
-from shared.lazy import lazy
-from TorchSSL.core.algorithm import Algorithm, joint_logits
-from TorchSSL.core.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shared.cli import Bool, Float, Option, run_main
+from TorchSSL.core.algorithm import Algorithm, Batch, joint_logits
+from TorchSSL.core.options import learner_options
 from TorchSSL.core.pseudo_labels import consistency, pseudo_label_metrics
-
-if TYPE_CHECKING:
-    from TorchSSL.core.batches import Batch
-
-torch = lazy("torch")
+from TorchSSL.core.trainer import train
 
 FLAGS = (
-    Flag("--ulb_loss_ratio", POSITIVE, 1.0, "weight of the loss on confident unlabelled images"),
-    Flag("--kl_loss_ratio", POSITIVE, 1.0, "weight of the divergence between the views of the others"),
-    Flag("--p_cutoff", SHARE, 0.95, "least confidence of a pseudo-label"),
-    Flag("--hard_label", parse_bool, True, "learn the most likely class; False: the softened probabilities"),
-    Flag("--T", TEMPERATURE, 0.5, "temperature of soft labels and of what the divergences aim at"),
+    Option("--ulb_loss_ratio", Float(0), 1.0, "weight of the loss on confident unlabelled images"),
+    Option("--kl_loss_ratio", Float(0), 1.0, "weight of the divergence between the views of the others"),
+    Option("--p_cutoff", Float(0, 1), 0.95, "least confidence of a pseudo-label"),
+    Option("--hard_label", Bool, True, "learn the most likely class; False: the softened probabilities"),
+    Option("--T", Float(1e-3), 0.5, "temperature of soft labels and of the targets of the divergences"),
 )
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line (None: this process's); UserError."""
-    return parse_options("sequencematch", __doc__, FLAGS, argv)
-
-
-def main() -> None:
-    options = parse()
-    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
-
-    train(options, SequenceMatch)
+parse = partial(learner_options, "sequencematch", __doc__, FLAGS)
 
 
 class SequenceMatch(Algorithm):
@@ -52,10 +37,10 @@ class SequenceMatch(Algorithm):
 
     views = ("weak", "medium", "strong")
 
-    def loss(self, net: torch.nn.Module, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, net: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to descend and the numbers to log."""
         labeled, weak, medium, strong = joint_logits(net, batch)
-        supervised = torch.nn.functional.cross_entropy(labeled, batch.labels)
+        supervised = F.cross_entropy(labeled, batch.labels)
 
         weak = weak.detach()
         confidence, label = weak.softmax(1).max(1)
@@ -63,7 +48,7 @@ class SequenceMatch(Algorithm):
         target = label if self.options.hard_label else (weak / self.options.T).softmax(1)
         unsupervised = consistency(medium, target, mask) + consistency(strong, target, mask)
 
-        pairs = ((weak, medium), (medium, strong), (weak, strong))  # (what leads, what follows)
+        pairs = ((weak, medium), (medium, strong), (weak, strong))  # leader and follower
         divergence = sum(self.divergence(leader, follower, 1 - mask) for leader, follower in pairs)
 
         total = supervised + self.options.ulb_loss_ratio * unsupervised + self.options.kl_loss_ratio * divergence
@@ -71,12 +56,12 @@ class SequenceMatch(Algorithm):
                        "train/divergence_loss": divergence, "train/total_loss": total,
                        **pseudo_label_metrics(mask, label, batch.truth)}
 
-    def divergence(self, leader: torch.Tensor, follower: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def divergence(self, leader: Tensor, follower: Tensor, mask: Tensor) -> Tensor:
         """Return the masked mean KL(sharpened leader || follower) of logits [n, C]; its gradient moves the follower."""
         target = (leader.detach() / self.options.T).softmax(1)
-        each = torch.nn.functional.kl_div(follower.log_softmax(1), target, reduction="none").sum(1)
+        each = F.kl_div(follower.log_softmax(1), target, reduction="none").sum(1)
         return (mask * each).mean()
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse(), SequenceMatch))

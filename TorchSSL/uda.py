@@ -7,43 +7,28 @@ Xie et al., "Unsupervised Data Augmentation for Consistency Training", NeurIPS 2
 """
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from types import SimpleNamespace
 
-from shared.cli import parse_bool, run_main
-from shared.lazy import lazy
-from TorchSSL.core.algorithm import Algorithm, joint_logits
-from TorchSSL.core.options import POSITIVE, SHARE, TEMPERATURE, Flag, parse_options
+import torch
+from torch import Tensor, nn
+
+from shared.cli import Bool, Choice, Float, Option, run_main
+from TorchSSL.core.algorithm import Algorithm, Batch, Setting, joint_logits
+from TorchSSL.core.options import learner_options
 from TorchSSL.core.pseudo_labels import ClassStatus, consistency, pseudo_label_metrics
-
-if TYPE_CHECKING:
-    from TorchSSL.core.batches import Batch
-    from TorchSSL.core.setting import Setting
-
-torch = lazy("torch")
+from TorchSSL.core.trainer import train
 
 FLAGS = (
-    Flag("--ulb_loss_ratio", POSITIVE, 1.0, "weight of the loss on unlabelled images"),
-    Flag("--p_cutoff", SHARE, 0.8, "least confidence of a prediction to learn from"),
-    Flag("--T", TEMPERATURE, 0.4, "temperature of the prediction to learn from"),
-    Flag("--TSA_schedule", ("none", "linear", "exp", "log"), "none", "training signal annealing: how the confidence "
-         "rises beyond which a labelled image is not learned any more"),
-    Flag("--use_flex", parse_bool, False, "thresholds of FlexMatch, with p_cutoff for the class learned best"),
+    Option("--ulb_loss_ratio", Float(0), 1.0, "weight of the loss on unlabelled images"),
+    Option("--p_cutoff", Float(0, 1), 0.8, "least confidence of a prediction to learn from"),
+    Option("--T", Float(1e-3), 0.4, "temperature of the prediction to learn from"),
+    Option("--TSA_schedule", Choice("none", "linear", "exp", "log"), "none", "training signal annealing: how the "
+           "confidence rises beyond which a labelled image is no longer learned"),
+    Option("--use_flex", Bool, False, "thresholds of FlexMatch, with p_cutoff for the class learned best"),
 )
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line (None: this process's); UserError."""
-    return parse_options("uda", __doc__, FLAGS, argv, also="uda_flex", amp=True, seed=0)
-
-
-def main() -> None:
-    options = parse()
-    from TorchSSL.core.trainer import train  # loads torch: only once the command line is known to be right
-
-    train(options, UDA)
+parse = partial(learner_options, "uda", __doc__, FLAGS, also="uda_flex", amp=True, seed=0)
 
 
 class UDA(Algorithm):
@@ -52,11 +37,11 @@ class UDA(Algorithm):
     views = ("weak", "strong")
     state = ("status",)
 
-    def __init__(self, options: argparse.Namespace, setting: Setting) -> None:
+    def __init__(self, options: SimpleNamespace, setting: Setting) -> None:
         super().__init__(options, setting)
         self.status = ClassStatus(setting)
 
-    def loss(self, net: torch.nn.Module, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, net: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to descend and the numbers to log."""
         labeled, weak, strong = joint_logits(net, batch)
         limit = annealed(self.options.TSA_schedule, step / self.options.num_train_iter, self.setting.num_classes)
@@ -77,21 +62,19 @@ class UDA(Algorithm):
                        **pseudo_label_metrics(mask, label, batch.truth, thresholds)}
 
 
-def annealed(schedule: str, share: float, num_classes: int) -> float:
-    """Return the confidence beyond which labelled images are not learned, after `share` of the training; 1: all are."""
+def annealed(schedule: str, fraction: float, num_classes: int) -> float:
+    """Return the confidence, up to 1, beyond which labelled images are not learned after `fraction` of the training."""
     if schedule == "none":
         return 1.0
-    alpha = {"linear": share, "exp": math.exp(5 * (share - 1)), "log": 1 - math.exp(-5 * share)}[schedule]
+    alpha = {"linear": fraction, "exp": math.exp(5 * (fraction - 1)), "log": 1 - math.exp(-5 * fraction)}[schedule]
     return alpha * (1 - 1 / num_classes) + 1 / num_classes
 
 
-def annealed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor,
-                           limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cross-entropy of images predicted with no more confidence than `limit`, as a mean over all images
-    [], and which they are [n]."""
+def annealed_cross_entropy(logits: Tensor, labels: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy [] of images with a confidence up to `limit`, as a mean over all, and their mask [n]."""
     mask = (logits.detach().softmax(1).max(1).values <= limit).to(logits.dtype)
     return consistency(logits, labels, mask), mask
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse(), UDA))

@@ -4,25 +4,14 @@
 """
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from functools import partial
 
 from shared.cli import run_main
-from TorchSSL.core.options import parse_options
+from TorchSSL.core.options import learner_options
+from TorchSSL.core.trainer import train
 from TorchSSL.uda import FLAGS, UDA
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line (None: this process's); UserError."""
-    return parse_options("uda_flex", __doc__, FLAGS, argv, amp=True, seed=0, use_flex=True)
-
-
-def main() -> None:
-    options = parse()
-    from TorchSSL.core.trainer import train
-
-    train(options, UDA)
-
+parse = partial(learner_options, "uda_flex", __doc__, FLAGS, amp=True, seed=0, use_flex=True)
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train(parse(), UDA))

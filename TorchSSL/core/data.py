@@ -1,23 +1,40 @@
-"""What a trainer learns from: labelled pool, unlabelled pool, test set, and the numbers that normalise them."""
+"""The data of a training: labelled and unlabelled pool, test set, normalisation, and the batch of a step.
+
+A batch is a function of (seed, step) alone, on any number of ranks.
+"""
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from shared.augment.randaugment import to_device
+from shared.augment.views import (
+    StrongDraws,
+    WeakPolicy,
+    draw_strong,
+    draw_weak,
+    randaugment,
+    rotate_quarter_turns,
+    strong,
+    weak,
+)
 from shared.cli import UserError
-from shared.data.datasets import NAMES, has_split, load_dataset
+from shared.data.datasets import has_split, load_dataset
 from shared.data.images import ImageSet, read_images, shape_text
-from shared.data.pickles import load_array
-from shared.data.splits import cifar10_one_label_split, class_balanced_split
+from shared.data.pool import Pool
+from shared.distributed import World
 from shared.training.files import atomic
 from shared.training.randomness import numpy_rng
-from TorchSSL.core.photographs import PhotographSet, extra_photographs, imagenet
+from TorchSSL.core.algorithm import Batch
+from TorchSSL.core.labels import INDEX_FILE, labeled_and_held_out, split_facts
+from TorchSSL.core.photographs import CROP, PhotographPool, PhotographSet, extra_photographs, imagenet, make_pool
 
 # Channel means and standard deviations on the unit scale, as published with the benchmarks.
 NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -28,17 +45,17 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "digits": ((0.305,), (0.376,)),
 }
-INDEX_FILE, FILES_FILE = "sampled_label_idx.npy", "labeled_files.json"
+FILES_FILE = "labeled_files.json"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything read before training.
+    """The images of a training.
 
     labeled: the labelled images (first `num_real` of them) followed by those of --aug_path. unlabeled: the whole
-    training set; its labels are known to the metrics alone. test: images with labels. labeled_index: int64 positions of
-    the labelled images in their pool. mean, std: per channel, unit scale. validation: training images with labels that
-    are in no other set (None without --val_fraction).
+    training set; only metrics read its labels. test: images with labels. labeled_index: int64 positions of the labelled
+    images in their pool. mean, std: per channel, unit scale. notes: lines for the log. validation: training images with
+    labels that are in no other set (None without --val_fraction).
     """
 
     labeled: ImageSet | PhotographSet
@@ -48,7 +65,7 @@ class TrainingData:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     validation: ImageSet | PhotographSet | None = None
 
     @property
@@ -56,14 +73,14 @@ class TrainingData:
         return len(self.labeled_index)
 
     @property
-    def class_shares(self) -> list[float]:
-        """The share of every class among the real labelled images."""
+    def class_fractions(self) -> list[float]:
+        """The fraction of every class among the real labelled images."""
         counts = np.bincount(self.labeled.labels[:self.num_real], minlength=self.num_classes)
         return (counts / counts.sum()).tolist()
 
 
-def load_training_data(options: argparse.Namespace, folder: Path) -> TrainingData:
-    """Read and check all that `options` ask for; nothing is written. folder: where an earlier split may lie."""
+def load_training_data(options: SimpleNamespace, folder: Path) -> TrainingData:
+    """Read and check the data sets of `options`; nothing is written. folder: of the run, with an earlier split."""
     pool, unlabeled = load_pools(options.dataset, options.data_dir, options.download)
     test = load_split(options.dataset, "test", options.data_dir, options.download)
     num_classes = count_classes(options, pool)
@@ -88,7 +105,7 @@ def load_training_data(options: argparse.Namespace, folder: Path) -> TrainingDat
 
 
 def load_split(dataset: str, split: str, data_dir: str, download: bool) -> ImageSet | PhotographSet:
-    """Return one split of a data set; that of ImageNet stays on the disk."""
+    """Return one split of a data set; the photographs of ImageNet stay on the disk."""
     return imagenet(data_dir, split) if dataset == "imagenet" else load_dataset(dataset, split, data_dir, download)
 
 
@@ -96,7 +113,7 @@ def load_pools(dataset: str, data_dir: str, download: bool) -> tuple[ImageSet | 
     """Return (images that labels are drawn from, unlabelled images) of a data set; the second contains the first.
 
     SVHN: both are the training set followed by the extra one. STL-10, and own images with an `unlabeled` part: labels
-    come from the training images; unlabelled are the unlabelled images followed by those.
+    come from the training images; the unlabelled pool is the unlabelled images followed by those.
     """
     train = load_split(dataset, "train", data_dir, download)
     if dataset == "svhn":
@@ -108,8 +125,8 @@ def load_pools(dataset: str, data_dir: str, download: bool) -> tuple[ImageSet | 
     return train, train
 
 
-def count_classes(options: argparse.Namespace, train: ImageSet | PhotographSet) -> int:
-    """Return the number of classes: the data set's own, which --num_classes must equal where it is given."""
+def count_classes(options: SimpleNamespace, train: ImageSet | PhotographSet) -> int:
+    """Return the number of classes of the data set; UserError if a given --num_classes differs."""
     if not train.has_labels:
         raise UserError(f"{options.dataset}: no training image has a label; put images into train/<class>/ folders or "
                         "list labels in dataset.json")
@@ -119,7 +136,7 @@ def count_classes(options: argparse.Namespace, train: ImageSet | PhotographSet) 
 
 
 def channel_statistics(dataset: str, images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return (mean, std) per channel on the unit scale: published where there are any, else measured on `images`."""
+    """Return (mean, std) per channel on the unit scale: published for the benchmarks, else measured on `images`."""
     if dataset in NORMALISATION:
         return NORMALISATION[dataset]
     counts = np.zeros((images.channels, 256))
@@ -132,105 +149,12 @@ def channel_statistics(dataset: str, images: ImageSet) -> tuple[tuple[float, ...
     return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
 
 
-# ------------------------------------------------------------------------------------------------ the labelled split
-
-def split_facts(options: argparse.Namespace, num_classes: int) -> dict[str, Any]:
-    """Return what decides a drawn split, as kept beside it."""
-    dataset = options.dataset if options.dataset in NAMES else str(Path(options.dataset).absolute())
-    return {"dataset": dataset, "num_labels": options.num_labels, "num_classes": num_classes, "seed": options.seed,
-            "label_table": options.label_table, "label_idx": options.label_idx is not None}
-
-
-def labeled_and_held_out(options: argparse.Namespace, labels: np.ndarray, num_classes: int,
-                         folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions in the pool, int64: of the labelled images, and of --val_fraction of all, drawn from the rest.
-
-    Where every image is labelled, the held-out ones are taken from these.
-    """
-    known = np.flatnonzero(labels >= 0)
-    count = round(options.val_fraction * len(labels))
-    rng = numpy_rng(options.seed, 0, "validation")
-    if options.num_labels == 0 and options.label_idx is None:
-        if count >= len(known):
-            raise UserError(f"--val_fraction {options.val_fraction}: {count} images to hold out of {len(known)} that "
-                            "have a label leave none to learn from")
-        held_out = np.sort(rng.choice(known, count, replace=False))
-        labels = labels.copy()
-        labels[held_out] = -1
-        return labeled_index(options, labels, num_classes, folder), held_out
-    index = labeled_index(options, labels, num_classes, folder)
-    rest = np.setdiff1d(known, index)
-    if count > len(rest):
-        raise UserError(f"--val_fraction {options.val_fraction}: {count} images to hold out, but only {len(rest)} "
-                        "have a label and are not among the labelled ones")
-    return index, np.sort(rng.choice(rest, count, replace=False)) if count else rest[:0]
-
-
-def labeled_index(options: argparse.Namespace, labels: np.ndarray, num_classes: int, folder: Path) -> np.ndarray:
-    """Return which images of the pool are labelled, int64: those of --label_idx, of an earlier start, or drawn."""
-    if options.label_idx is not None:
-        index = read_index(options.label_idx, labels, "--label_idx")
-    elif options.num_labels == 0:
-        index = np.flatnonzero(labels >= 0).astype(np.int64)
-    elif options.dataset == "cifar10" and options.num_labels == 10 and options.label_table:
-        index = cifar10_one_label_split(options.seed)
-    else:
-        index = class_balanced_split(labels, options.num_labels, num_classes, options.seed)
-    found = folder / INDEX_FILE
-    if found.exists():
-        index = kept_index(found, index, labels, split_facts(options, num_classes))
-    return index
-
-
-def kept_index(file: Path, drawn: np.ndarray, labels: np.ndarray, facts: dict[str, Any]) -> np.ndarray:
-    """Return the indices in `file`, which must be those of this command; UserError where they belong to another."""
-    kept = read_index(str(file), labels, "the run folder")
-    if np.array_equal(kept, drawn):
-        return kept
-    source = file.with_suffix(".json")
-    was = json.loads(source.read_text(encoding="utf-8")) if source.exists() else {}
-    changed = [f"{key} {was[key]} there, {facts[key]} here" for key in facts if key in was and was[key] != facts[key]]
-    reason = "; ".join(changed) or f"{len(kept)} other images than the {len(drawn)} of this command"
-    raise UserError(f"{file} holds the labelled images of another run ({reason}); choose another --save_name, remove "
-                    f"that folder, or keep those images with --label_idx {file}")
-
-
-def read_index(file: str, labels: np.ndarray, flag: str) -> np.ndarray:
-    """Read int64 indices of labelled images; UserError for a file that is none, or that does not fit the data set."""
-    index = load_array(file, f"{flag} {file}")
-    if index.ndim != 1 or index.dtype.kind not in "iu" or not len(index):
-        raise UserError(f"{flag}: {file} must hold a one-dimensional array of integers")
-    if index.min() < 0 or index.max() >= len(labels) or len(np.unique(index)) < len(index):
-        raise UserError(f"{flag}: {file} must hold different positions in 0..{len(labels) - 1}, the training images")
-    if (labels[index] < 0).any():
-        raise UserError(f"{flag}: {file} names {(labels[index] < 0).sum()} images without a known label")
-    return index.astype(np.int64)
-
-
-def write_split(data: TrainingData, options: argparse.Namespace, folder: Path) -> None:
-    """Write the labelled indices, what they were drawn from, and the labelled class distribution into `folder`."""
-    with atomic(folder / INDEX_FILE) as file:
-        np.save(file, data.labeled_index)
-    with atomic((folder / INDEX_FILE).with_suffix(".json"), "w") as file:
-        json.dump(split_facts(options, data.num_classes), file, indent=1)
-    if isinstance(data.labeled, PhotographSet):
-        with atomic(folder / FILES_FILE, "w") as file:
-            json.dump(data.labeled.subset(slice(data.num_real)).names_by_class(), file, indent=1)
-    statistics = folder / "data_statistics"
-    statistics.mkdir(exist_ok=True)
-    with atomic(statistics / f"{Path(options.dataset).stem}_{data.num_real}.json", "w") as file:
-        json.dump({"distribution": data.class_shares}, file)
-
-
-# ------------------------------------------------------------------------------------------------------ extra images
-
 def read_extra_images(path: str, train: ImageSet | PhotographSet, num_classes: int) -> ImageSet | PhotographSet:
-    """Read labelled images of --aug_path: one folder per class, named by its number or by the class's name.
+    """Read the labelled images of --aug_path: one folder per class, named by its number or by the class's name.
 
     Raises UserError for another layout, labels beyond the classes and images of another size than `train`'s.
     """
-    flag = f"--aug_path {path}"
-    folder = Path(path)
+    flag, folder = f"--aug_path {path}", Path(path)
     if not folder.exists():
         raise UserError(f"{flag}: no such folder; stage 2 writes it, as <class>/<image>.png")
     classes = None
@@ -254,3 +178,123 @@ def read_extra_images(path: str, train: ImageSet | PhotographSet, num_classes: i
         raise UserError(f"{flag}: its images are {shape_text(extra)}, those of {train.name} {shape_text(train)} "
                         "(channels x height x width)")
     return extra
+
+
+def write_split(data: TrainingData, options: SimpleNamespace, folder: Path) -> None:
+    """Write the labelled indices, what they were drawn from, and the labelled class distribution into `folder`."""
+    with atomic(folder / INDEX_FILE) as file:
+        np.save(file, data.labeled_index)
+    with atomic((folder / INDEX_FILE).with_suffix(".json"), "w") as file:
+        json.dump(split_facts(options, data.num_classes), file, indent=1)
+    if isinstance(data.labeled, PhotographSet):
+        with atomic(folder / FILES_FILE, "w") as file:
+            json.dump(data.labeled.subset(slice(data.num_real)).names_by_class(), file, indent=1)
+    statistics = folder / "data_statistics"
+    statistics.mkdir(exist_ok=True)
+    with atomic(statistics / f"{Path(options.dataset).stem}_{data.num_real}.json", "w") as file:
+        json.dump({"distribution": data.class_fractions}, file)
+
+
+class Batches:
+    """Makes the batch of any step.
+
+    views: of an unlabelled image, each "weak" (flip and shift), "medium" (one operation of RandAugment), "strong"
+    (RandAugment and cutout; both then have a flip and shift of their own) or "rotated" (the first strong view, turned;
+    after all others). labeled_views: weak or strong ones of a labelled image, besides its first weak one. size:
+    labelled images in the global batch; every rank has an equal part of it. Raises UserError for images that are too
+    small for the weak augmentation or cannot be rotated.
+    """
+
+    def __init__(self, data: TrainingData, options: SimpleNamespace, world: World, views: tuple[str, ...],
+                 size: int, labeled_views: tuple[str, ...] = ()) -> None:
+        self.data, self.options, self.world = data, options, world
+        self.rotated = "rotated" in views
+        self.views, self.labeled_views = tuple(view for view in views if view != "rotated"), labeled_views
+        height, width = data.unlabeled.size
+        if self.rotated and height != width:
+            raise UserError(f"images of {height}x{width} cannot be rotated by quarter turns; this algorithm needs "
+                            "square images")
+        self.labeled, self.unlabeled = (
+            make_pool(images, data.mean, data.std, world.device, options.num_workers, options.decoder)
+            for images in (data.labeled, data.unlabeled))
+        self.policy = WeakPolicy(options.weak_flip, options.weak_pad, options.weak_pad_mode, options.weak_subpixel,
+                                 CROP if isinstance(data.unlabeled, PhotographSet) else None)
+        draw_weak(1, np.random.default_rng(0), data.unlabeled.size, self.policy)  # refuses too small images now
+        self.memory_format = torch.contiguous_format if options.strict else torch.channels_last
+        # Drawn for the global batch, labelled images first, then view after view; this rank's part of each.
+        self.counts = [size] + [size * options.uratio] * len(self.views) + [size] * len(labeled_views)
+        self.parts = [world.slice(count) for count in self.counts]
+        self.rows = rows_of_rank([part.stop - part.start for part in self.parts], world)
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch of `step`."""
+        device = self.world.device
+        labeled = self.labeled_positions(step)[self.parts[0]]
+        images, index, turns = [self.labeled.take(labeled)], None, None
+        if self.views:
+            unlabeled = self.rng(step, "unlabeled").integers(len(self.unlabeled), size=self.counts[1])[self.parts[1]]
+            plain, index = self.unlabeled.take(unlabeled), to_device(unlabeled, device)
+        for number, view in enumerate(self.views):
+            draws = self.strong_draws(view, step, f"{view} {number}", 1)
+            images.append(augmented(self.unlabeled, unlabeled, plain, view, draws))
+        for number, view in enumerate(self.labeled_views):
+            draws = self.strong_draws(view, step, f"labeled {view} {number}", 0)
+            images.append(augmented(self.labeled, labeled, images[0], view, draws))
+
+        draws = draw_weak(sum(self.counts), self.rng(step, "weak"), self.data.unlabeled.size, self.policy)[self.rows]
+        joint = weak(torch.cat(images), draws, self.data.mean, self.data.std)
+        joint = joint.contiguous(memory_format=self.memory_format)
+        first, *views = joint.split([len(part) for part in images])
+        views, labeled_views = views[:len(self.views)], views[len(self.views):]
+        if self.rotated:
+            turns = self.rng(step, "turns").integers(4, size=self.counts[1])[self.parts[1]]
+            views.append(rotate_quarter_turns(views[self.views.index("strong")], turns))
+            turns = to_device(turns, device)
+        return Batch(first, self.labeled.labels[to_device(labeled, device)], tuple(views), index,
+                     None if index is None else self.unlabeled.labels[index], turns, tuple(labeled_views))
+
+    def labeled_positions(self, step: int) -> np.ndarray:
+        """Draw the global labelled batch, int64 [size], with replacement: uniformly, or with a fraction of real images.
+
+        A fraction that is no whole number of images is met on average.
+        """
+        rng, count = self.rng(step, "labeled"), self.counts[0]
+        real, fraction = self.data.num_real, self.options.real_fraction
+        if fraction is None:
+            return rng.integers(len(self.labeled), size=count)
+        from_real = int(count * fraction + rng.random())
+        return np.concatenate([rng.integers(real, size=from_real),
+                               rng.integers(real, len(self.labeled), size=count - from_real)])
+
+    def strong_draws(self, view: str, step: int, purpose: str, part: int) -> StrongDraws | None:
+        """Return this rank's draws for a medium or strong view of the labelled (part 0) or unlabelled images (1)."""
+        if view == "weak":
+            return None
+        operations = 1 if view == "medium" else self.options.strong_ops
+        rng, size = self.rng(step, purpose), self.data.unlabeled.size
+        return draw_strong(self.counts[part], rng, size, operations)[self.parts[part]]
+
+    def rng(self, step: int, purpose: str) -> np.random.Generator:
+        return numpy_rng(self.options.seed, step, purpose)
+
+
+def augmented(pool: Pool | PhotographPool, positions: np.ndarray, images: Tensor, view: str,
+              draws: StrongDraws | None) -> Tensor:
+    """Return uint8 images [n, C, H, W] as a view begins, before its flip and shift; images: at `positions` of pool."""
+    if draws is None:
+        return images
+    if isinstance(pool, PhotographPool):  # augmented at full size, then resized
+        return (pool.medium if view == "medium" else pool.strong)(positions, draws)
+    if view == "medium":
+        return randaugment.apply(images, draws.operations, draws.magnitudes)
+    return strong(images, draws)
+
+
+def rows_of_rank(sizes: list[int], world: World) -> np.ndarray:
+    """Return the places of this rank's rows, int64 [sum(sizes)], in the concatenated parts of the global batch.
+
+    sizes: of this rank's share of each part, equal on all ranks.
+    """
+    starts = np.cumsum([0, *sizes]) * world.size
+    return np.concatenate([start + world.rank * size + np.arange(size)
+                           for start, size in zip(starts, sizes, strict=False)])

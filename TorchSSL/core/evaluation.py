@@ -1,4 +1,4 @@
-"""Evaluation: predictions in eval mode, the published metrics and the confusion matrix.
+"""A trained classifier: its checkpoint (published, of the original code or ours), its predictions and their metrics.
 
 Metrics are fractions under their published names: `eval/loss` (mean cross-entropy in nats), `eval/top-1-acc`,
 `eval/top-5-acc`, `eval/precision`, `eval/recall` and `eval/F1` (means over the classes that occur), and `eval/AUC`
@@ -6,25 +6,45 @@ Metrics are fractions under their published names: `eval/loss` (mean cross-entro
 """
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from shared.cli import UserError
+from shared.data.images import ImageSet
 from shared.data.pool import Pool
-from shared.distributed import World, gather
+from shared.distributed import World, broadcast_value, gather, start
+from shared.training.checkpoint import read_checkpoint, weights_in
 from TorchSSL.core.algorithm import classify
-from TorchSSL.core.photographs import PhotographPool, evaluated
+from TorchSSL.core.data import NORMALISATION, TrainingData, load_pools, load_split
+from TorchSSL.core.networks import build_network, first_stride_for
+from TorchSSL.core.photographs import PhotographPool, PhotographSet, evaluated, make_pool
 
-# One-vs-one AUC looks at every pair of classes: beyond this many classes it is left to the last evaluation, and beyond
-# the second number left out (ImageNet has half a million pairs).
+# One-vs-one AUC looks at every pair of classes: with more classes than the first number only the last evaluation
+# computes it, with more than the second none (ImageNet has half a million pairs).
 AUC_EVERY_TIME, AUC_AT_ALL = 20, 200
-LOGGED_CLASSES = 100  # confusion matrices of more classes are not written into the log
+LOGGED_CLASSES = 100  # larger confusion matrices are not written into the log
+
+# The entries of a checkpoint that hold weights: ours and the published ones first, then those of older trainers.
+AVERAGED, TRAINED = ("ema_model", "eval_model"), ("model", "train_model")
+# USB, the successor of TorchSSL, has ImageNet's numbers on CIFAR-10, and its wide networks call `fc` `classifier`.
+USB_HEAD, USB_NORMALISATION = "classifier.", {"cifar10": NORMALISATION["imagenet"]}
+NETWORK_OPTIONS = ("net", "net_from_name", "depth", "widen_factor", "leaky_slope", "dropout", "bn_momentum")
+
+
+# ---------------------------------------------------------------- predictions and metrics
 
 
 @torch.no_grad()
-def predict(net: torch.nn.Module, pool: Pool | PhotographPool, batch_size: int = 1024,
+def predict(net: nn.Module, pool: Pool | PhotographPool, batch_size: int = 1024,
             world: World | None = None) -> torch.Tensor:
     """Return float32 logits [N, C] of all images of `pool` in order, on its device; each rank computes its part.
 
@@ -33,8 +53,6 @@ def predict(net: torch.nn.Module, pool: Pool | PhotographPool, batch_size: int =
     world = world or World()
     part = -(-len(pool) // world.size)  # the last parts repeat the last image, so that all ranks gather equal shapes
     indices = np.minimum(np.arange(world.rank * part, (world.rank + 1) * part), len(pool) - 1)
-    if not part:
-        raise ValueError("there is nothing to predict: the pool is empty")
     parts = [indices[start:start + batch_size] for start in range(0, part, batch_size)]
     logits = [classify(net, images) for images in evaluated(pool, parts)]
     return gather(torch.cat(logits), world)[:len(pool)]
@@ -43,22 +61,22 @@ def predict(net: torch.nn.Module, pool: Pool | PhotographPool, batch_size: int =
 def metrics(logits: torch.Tensor, labels: torch.Tensor, auc: bool | None = None) -> dict[str, float]:
     """Return the published metrics of float logits [N, C] for int64 labels [N] in 0..C-1.
 
-    auc: whether to compute `eval/AUC`; None: up to 20 classes. It is left out where a class is absent from `labels` or
-    a logit is not finite.
+    auc: whether to compute `eval/AUC`; None: up to 20 classes. It is left out if `labels` lack a class or a logit is
+    not finite.
     """
     labels = labels.to(logits.device)
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     truth, predicted = labels.cpu().numpy(), logits.argmax(1).cpu().numpy()
     counts = confusion_matrix(truth, predicted, logits.shape[1])
     right, true, guessed = counts.diagonal(), counts.sum(1), counts.sum(0)
-    seen = true + guessed > 0
+    occurs = true + guessed > 0
     values = {
         "eval/loss": F.cross_entropy(logits, labels).item(),
         "eval/top-1-acc": float(np.mean(predicted == truth)),
         "eval/top-5-acc": top.any(1).double().mean().item(),
-        "eval/precision": float(np.mean((right / np.maximum(guessed, 1))[seen])),
-        "eval/recall": float(np.mean((right / np.maximum(true, 1))[seen])),
-        "eval/F1": float(np.mean((2 * right / np.maximum(true + guessed, 1))[seen])),
+        "eval/precision": float(np.mean((right / np.maximum(guessed, 1))[occurs])),
+        "eval/recall": float(np.mean((right / np.maximum(true, 1))[occurs])),
+        "eval/F1": float(np.mean((2 * right / np.maximum(true + guessed, 1))[occurs])),
     }
     if auc is None:
         auc = logits.shape[1] <= AUC_EVERY_TIME
@@ -79,7 +97,7 @@ def _auc(truth: np.ndarray, scores: np.ndarray) -> float:
 
 
 def _area(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Return the share of pairs in which the positive score is the larger one; ties count half."""
+    """Return the fraction of pairs in which the positive score is the larger one; ties count half."""
     below = (np.searchsorted(np.sort(negative), positive, side) for side in ("left", "right"))
     return float(np.mean(sum(below)) / 2 / len(negative))
 
@@ -91,17 +109,146 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int
 
 
 def confusion_text(counts: np.ndarray) -> str:
-    """Return the row-normalised confusion matrix as the text that the log carries."""
+    """Return the row-normalised confusion matrix as text for the log."""
     rows = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     with np.printoptions(precision=2, suppress=True, threshold=10_000, linewidth=1000):
         return f"confusion matrix:\n{rows}"
 
 
-@contextlib.contextmanager
-def eval_mode(net: torch.nn.Module):
-    """Put `net` into eval mode for the block, then back into the mode it was in."""
-    was_training = net.training
-    try:
-        yield net.eval()
-    finally:
-        net.train(was_training)
+# ---------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network in eval mode, and the normalisation of its images (None: the data set's own)."""
+
+    net: nn.Module
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def make_network(options: Mapping[str, Any], num_classes: int, in_channels: int,
+                 rotation_head: bool = False) -> nn.Module:
+    """Return the untrained network of the options (keys NETWORK_OPTIONS and `dataset`); UserError."""
+    others = {name: options[name] for name in NETWORK_OPTIONS if name != "net"}
+    return build_network(options["net"], num_classes, first_stride=first_stride_for(options["dataset"]),
+                         rotation_head=rotation_head, in_channels=in_channels, **others)
+
+
+def load_classifier(path: str, options: SimpleNamespace, images: ImageSet,
+                    use_train_model: bool = False) -> Classifier:
+    """Load the averaged (or the trained) weights of a checkpoint into its network: ours, TorchSSL's, DPT's or USB's.
+
+    options: its network options and number of classes; a checkpoint of ours knows those that the command line does not
+    give. images: the set to classify. Raises UserError for another file, or the weights of another network.
+    """
+    content = read_checkpoint(path)
+    names = TRAINED if use_train_model else AVERAGED
+    key = next((name for name in names if name in content), None)
+    if key is None:
+        raise UserError(f"--load_path: {path} holds no {names[0]} (only {', '.join(map(str, list(content)[:8]))}); "
+                        "expected a checkpoint of a TorchSSL trainer")
+    trained = trained_options(content)
+    chosen = {name: given_or_trained(options, trained, name) for name in NETWORK_OPTIONS}
+    num_classes = given_or_trained(options, {"num_classes": images.num_classes, **trained}, "num_classes")
+    state = strip_prefix(weights_in(content, key, path))
+    mean, std = content.get("mean"), content.get("std")
+    if USB_HEAD + "weight" in state and not chosen["net_from_name"]:
+        state = {name.replace(USB_HEAD, "fc.", 1) if name.startswith(USB_HEAD) else name: value
+                 for name, value in state.items()}
+        mean, std = USB_NORMALISATION.get(options.dataset, (None, None))
+        if mean is None:
+            print(f"warning: {path} is a checkpoint of USB; its images of {options.dataset} are taken to be "
+                  "normalised as TorchSSL does", file=sys.stderr)
+    net = make_network({**chosen, "dataset": options.dataset}, num_classes, images.channels,
+                       rotation_head="rot_classifier.weight" in state)
+    check_fits(state, net, path)
+    net.load_state_dict(state)
+    return Classifier(net.eval(), mean, std)
+
+
+def trained_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options that a checkpoint of ours was trained with; {} for other checkpoints."""
+    options = content.get("options")
+    return options if isinstance(options, Mapping) else {}
+
+
+def given_or_trained(options: SimpleNamespace, trained: Mapping[str, Any], name: str) -> Any:
+    """Return an option of the command line, else of the training, else its default."""
+    return getattr(options, name) if name in options.given else trained.get(name, getattr(options, name))
+
+
+def strip_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict without the `module.` that data-parallel training puts before every name."""
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def check_fits(state: Mapping[str, torch.Tensor], net: nn.Module, path: str) -> None:
+    """Raise UserError, naming the first difference, unless the weights are those of this network."""
+    ours = net.state_dict()
+    different = next((f"{name} is {list(state[name].shape)} there, {list(ours[name].shape)} here" for name in ours
+                      if name in state and state[name].shape != ours[name].shape), None)
+    missing = sorted(set(ours) ^ set(state))
+    if different or missing:
+        reason = different or f"{missing[0]} is only in {'the network' if missing[0] in ours else 'the checkpoint'}"
+        raise UserError(f"{path}: the weights of another network ({reason}); give --net, --depth, --widen_factor, "
+                        "--num_classes and --dataset as in its training")
+
+
+# ---------------------------------------------------------------- what scripts do with a classifier
+
+
+def open_split(options: SimpleNamespace, split: str) -> tuple[nn.Module, Pool | PhotographPool,
+                                                              ImageSet | PhotographSet]:
+    """Return the classifier of --load_path on --device, and a split of the data set as its pool and as images.
+
+    split: "train" (the unlabelled pool: all training images, those of STL-10 after its unlabelled ones) or "test".
+    Data set and folder are those of the training unless given. Raises UserError.
+    """
+    device = start(options.device).device
+    trained = trained_options(read_checkpoint(options.load_path))
+    options.dataset = given_or_trained(options, trained, "dataset")
+    options.data_dir = given_or_trained(options, trained, "data_dir")
+    if split == "train":
+        images = load_pools(options.dataset, options.data_dir, options.download)[1]
+    else:
+        images = load_split(options.dataset, split, options.data_dir, options.download)
+    classifier = load_classifier(options.load_path, options, images, options.use_train_model)
+    mean, std = classifier.mean, classifier.std
+    if mean is None or std is None:
+        if options.dataset not in NORMALISATION:
+            raise UserError(f"--load_path: {options.load_path} does not say how the images of {options.dataset} were "
+                            "normalised; use a checkpoint of this project's trainer")
+        mean, std = NORMALISATION[options.dataset]
+    return classifier.net.to(device), make_pool(images, tuple(mean), tuple(std), device), images
+
+
+def predict_split(options: SimpleNamespace, split: str) -> tuple[torch.Tensor, ImageSet | PhotographSet]:
+    """Return (float32 logits [N, C] on the CPU, images) of a split of the data set; see `open_split`."""
+    net, pool, images = open_split(options, split)
+    return predict(net, pool, options.batch_size).cpu(), images
+
+
+def keep_confident(data: TrainingData, options: SimpleNamespace, world: World) -> TrainingData:
+    """Return the data without extra images to whose label the classifier --aug_filter gives too little probability.
+
+    All ranks keep the choice of rank 0. Raises UserError if none is left. Without --aug_filter: the data itself.
+    """
+    if options.aug_filter is None:
+        return data
+    extra = data.labeled.subset(slice(data.num_real, None))
+    judge_options = SimpleNamespace(**{**vars(options), "given": set()})  # its own network, not the one to train
+    judge = load_classifier(options.aug_filter, judge_options, extra)
+    pool = make_pool(extra, judge.mean or data.mean, judge.std or data.std, world.device)
+    probabilities = predict(judge.net.to(world.device), pool, options.eval_batch_size).softmax(1)
+    if probabilities.shape[1] != data.num_classes:
+        raise UserError(f"--aug_filter: {options.aug_filter} knows {probabilities.shape[1]} classes, {options.dataset} "
+                        f"has {data.num_classes}")
+    confidence = probabilities.gather(1, pool.labels[:, None])[:, 0]
+    kept = broadcast_value((confidence >= options.aug_confidence).nonzero()[:, 0].tolist(), world)
+    if not kept:
+        raise UserError(f"--aug_confidence {options.aug_confidence}: none of the {len(extra)} images of --aug_path "
+                        f"reaches it (the largest is {confidence.max().item():.3f})")
+    index = np.concatenate([np.arange(data.num_real), data.num_real + np.array(kept)])
+    note = f"{len(kept)} of {len(extra)} extra images have a confidence of at least {options.aug_confidence}"
+    return dataclasses.replace(data, labeled=data.labeled.subset(index), notes=(*data.notes, note))

@@ -15,21 +15,22 @@ from torch.nn import functional as F
 
 from shared.cli import UserError, nearest
 from shared.training.batchnorm import BatchNorm2d
+from shared.training.dropout import Dropout
 
 WIDE_BN_EPS = 0.001
 WIDE_BN_MOMENTUM = 0.001  # weight of the new batch: slow enough to stand in for an average over the EMA's horizon
 LEAKY_SLOPE = 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Wide residual networks
+# ---------------------------------------------------------------- wide residual networks
+
 
 class WideBlock(nn.Module):
     """Pre-activation residual block, [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride].
 
-    Where the width stays, the shortcut carries x itself. Where it changes, the shortcut is a 1x1 convolution: in the
-    first stage (`activate_shortcut`) of the activated input, in later stages of the raw input. There the residual
-    branch starts from the raw input as well, so that `bn1` has no use: it is kept for the checkpoints and skipped.
+    A block of one width has the identity as its shortcut. A change of width needs a 1x1 convolution: of the activated
+    input in the first stage (`activate_shortcut`), of the raw input in later stages. There the residual branch starts
+    from the raw input too, and `bn1` is skipped: it only exists for the checkpoints.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, activate_shortcut: bool, dropout: float,
@@ -42,20 +43,18 @@ class WideBlock(nn.Module):
         same_width = in_channels == out_channels
         self.convShortcut = None if same_width else nn.Conv2d(in_channels, out_channels, 1, stride=stride)
         self.pre_activate = same_width or activate_shortcut
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
         self.leaky_slope = leaky_slope
 
     def forward(self, x: Tensor) -> Tensor:
         branch = normalise_and_activate(self.bn1, x, self.leaky_slope) if self.pre_activate else x
         shortcut = x if self.convShortcut is None else self.convShortcut(branch)
         branch = normalise_and_activate(self.bn2, self.conv1(branch), self.leaky_slope)
-        if self.dropout > 0:
-            branch = F.dropout(branch, self.dropout, self.training)
-        return self.conv2(branch).add_(shortcut)
+        return self.conv2(self.dropout(branch)).add_(shortcut)
 
 
 class WideStage(nn.Module):
-    """A row of wide blocks of one width; the first of them takes the stride and the change of width."""
+    """Wide blocks of one width; the first of them takes the stride and the change of width."""
 
     def __init__(self, n_blocks: int, in_channels: int, out_channels: int, stride: int, **block_options) -> None:
         super().__init__()
@@ -75,7 +74,7 @@ class WideResNet(nn.Module):
         depth: 6 b + 4, with b blocks in every stage.
         widen_factor: k; at 1 the first stage has no shortcut convolution and so no stride.
         first_stride: stride of the first stage, 1 or 2 (2 for STL-10); the other stages have 2.
-        dropout: rate in 0..1 between the two convolutions of a block. It draws from torch's global generator.
+        dropout: rate in 0..1 between the two convolutions of a block.
         rotation_head: add `rot_classifier`, 4 more logits on the same feature; forward then returns both.
         in_channels: colour channels of the images.
         bn_momentum: weight of the new batch in the running statistics of batch norm.
@@ -83,7 +82,7 @@ class WideResNet(nn.Module):
         n_stages: 3, or 4 for WideResNetVar.
 
     Raises:
-        UserError: for a depth, stride or slope that makes no such network.
+        UserError: for a depth, width, stride or slope out of range.
     """
 
     def __init__(self, num_classes: int, depth: int = 28, widen_factor: int = 2, first_stride: int = 1,
@@ -126,7 +125,7 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits [N, num_classes]; with return_feature (logits, pooled feature); with a rotation head
         (logits, rotation logits [N, 4])."""
-        return classify(self, self.feature(x), return_feature)
+        return outputs(self, self.feature(x), return_feature)
 
 
 class WideResNetVar(WideResNet):
@@ -139,14 +138,14 @@ class WideResNetVar(WideResNet):
 def normalise_and_activate(bn: nn.Module, x: Tensor, leaky_slope: float) -> Tensor:
     """Return LeakyReLU(bn(x)) of the same shape.
 
-    The activation overwrites the normalised tensor: its gradient can be told from its result, and the one big tensor
-    less is a good part of a step's memory traffic.
+    The activation overwrites the normalised tensor: its gradient follows from its result, and one big tensor less saves
+    a good part of a step's memory traffic.
     """
     return F.leaky_relu(bn(x), leaky_slope, inplace=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ResNet50
+# ---------------------------------------------------------------- ResNet50
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 (takes the stride) and 1x1 convolution with batch norm, [N, in_channels, ...] -> [N, 4 width, ...]."""
@@ -203,13 +202,13 @@ class ResNet50(nn.Module):
 
     def forward(self, x: Tensor, return_feature: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """As WideResNet.forward."""
-        return classify(self, self.feature(x), return_feature)
+        return outputs(self, self.feature(x), return_feature)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What both share
+# ---------------------------------------------------------------- shared by both
 
-def classify(net: WideResNet | ResNet50, feature: Tensor, return_feature: bool) -> Tensor | tuple[Tensor, Tensor]:
+
+def outputs(net: WideResNet | ResNet50, feature: Tensor, return_feature: bool) -> Tensor | tuple[Tensor, Tensor]:
     """Return the logits of pooled features [N, D], alone or with the features or the rotation logits."""
     logits = net.fc(feature)
     if return_feature:
@@ -237,21 +236,23 @@ def set_bn_momentum(net: nn.Module, momentum: float) -> None:
 
 
 def unused_parameters(net: nn.Module) -> list[str]:
-    """Name the parameters that no output depends on: `bn1` of every wide block that starts from its raw input."""
+    """Return the names of parameters without effect: `bn1` of every wide block that starts from its raw input."""
     return [f"{name}.bn1.{parameter}" for name, block in net.named_modules()
             if isinstance(block, WideBlock) and not block.pre_activate for parameter in ("weight", "bias")]
 
 
 def leave_to_data_parallel(net: nn.Module) -> None:
-    """Tell DistributedDataParallel not to wait for gradients that never come, instead of searching the graph for them
-    at every step. It may wrap the network itself or the compiled one."""
+    """Let DistributedDataParallel ignore the parameters without gradients, in place of a search at every step.
+
+    It may wrap the network itself or the compiled one.
+    """
     names = unused_parameters(net)
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         net, [prefix + name for prefix in ("", "_orig_mod.") for name in names])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# By name, as the command line asks
+# ---------------------------------------------------------------- networks by name
+
 
 WIDE = {"WideResNet": WideResNet, "WideResNetVar": WideResNetVar}
 NAMES = (*WIDE, "ResNet50")
@@ -267,7 +268,7 @@ def build_network(name: str, num_classes: int, *, net_from_name: bool = False, d
     each network's own value.
 
     Raises:
-        UserError: for an unknown name, or where the network has no such variant.
+        UserError: for an unknown name or variant.
     """
     if net_from_name:
         return build_from_torchvision(name, num_classes, rotation_head, in_channels, bn_momentum)

@@ -1,199 +1,158 @@
-"""The command line that all TorchSSL trainers share: published flags with their published defaults, then ours.
+"""The flags that all TorchSSL trainers share: published names and defaults first, then ours.
 
-An algorithm adds the flags of its own loss. The command line beats the YAML file of `--c`, which beats the defaults.
-Nothing heavy is imported here, so that `--help` answers at once.
+A learner adds the flags of its own loss. The command line overrules the YAML file of `--c`, which overrules the
+defaults.
 """
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
-from shared.cli import Parser, UserError, parse_bool
-from shared.flag_types import number
+from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, parse
 
-
-class Flag(NamedTuple):
-    """One option: `names` as typed (the first long one gives the key in YAML files)."""
-
-    names: str
-    type: Callable[[str], Any] | tuple[str, ...] | None  # a tuple: one of these words; None: a switch
-    default: Any
-    help: str
-
-
-COUNT, WHOLE = number(int, 1), number(int, 0)
-POSITIVE, SHARE = number(float, 0), number(float, 0, 1)
-TEMPERATURE = number(float, 1e-3)  # what is divided by
-
-
-def epoch_count(text: str) -> int:
-    """Read --epoch: only 1 has a meaning, since one epoch is the whole run."""
-    if text.strip() != "1":
-        raise argparse.ArgumentTypeError(f"expected 1 (an epoch is a whole run; see --num_train_iter), got {text!r}")
-    return 1
-
-
-epoch_count.__name__ = "1"
-
+NETWORK = (
+    Option("--net", Text, "WideResNet", "WideResNet, WideResNetVar or ResNet50"),
+    Option("--net_from_name", Bool, False, "take --net as the name of a torchvision network"),
+    Option("--depth", Int(0), 28, "layers of a wide residual network"),
+    Option("--widen_factor", Int(0), 2, "its width"),
+    Option("--leaky_slope", Float(0), 0.1, "slope of its LeakyReLU"),
+    Option("--dropout", Float(0, 1), 0.0, "dropout rate inside its blocks"),
+    Option("--bn_momentum", Float(0, 1), None, "weight of a new batch in its batch-norm statistics (default: the "
+           "network's own, 0.001 in wide residual networks)"),
+)
 COMMON = {
     "output": (
-        Flag("--save_dir", str, "./saved_models", "folder of all runs"),
-        Flag("--save_name -sn", str, None, "folder of this run inside --save_dir"),
-        Flag("--resume", None, False, "continue from --load_path (the same command again continues without this)"),
-        Flag("--load_path", str, None, "checkpoint to continue from, with --resume"),
-        Flag("--overwrite -o", None, False, "where the run folder holds another configuration: move that aside and "
-             "start anew (without it: an error)"),
-        Flag("--use_tensorboard", None, False, "write TensorBoard event files (stats.jsonl is always written)"),
-        Flag("--num_save_iter", COUNT, 10000, "save latest_model.pth every so many iterations"),
-        Flag("--save_seconds", POSITIVE, 600, "and whenever so many seconds have passed"),
+        Option("--save_dir", Text, "./saved_models", "folder of all runs"),
+        Option("--save_name -sn", Text, None, "folder of this run inside --save_dir"),
+        Option("--resume", Flag, False, "continue from --load_path (the same command again continues without this)"),
+        Option("--load_path", Text, None, "checkpoint to continue from, with --resume"),
+        Option("--overwrite -o", Flag, False, "if the run folder holds another configuration: move that aside and "
+               "start anew (without it: an error)"),
+        Option("--use_tensorboard", Flag, False, "write TensorBoard event files (stats.jsonl is always written)"),
+        Option("--num_save_iter", Int(1), 10000, "save latest_model.pth after so many", unit="iterations"),
+        Option("--save_seconds", Float(0), 600, "and after so many", unit="seconds"),
     ),
     "length": (
-        Flag("--epoch", epoch_count, 1, "1"),
-        Flag("--num_train_iter", COUNT, 2 ** 20, "iterations"),
-        Flag("--num_eval_iter", COUNT, 5000, "iterations between evaluations (at most 1000 in the last fifth)"),
-        Flag("--seed", number(int, 0, 2 ** 32 - 1), 1, "of the labelled split, the initial weights and all draws"),
+        Option("--epoch", Int(1, 1), 1, "accepted: one epoch is the whole run; see --num_train_iter"),
+        Option("--num_train_iter", Int(1), 2 ** 20, "length of the training", unit="iterations"),
+        Option("--num_eval_iter", Int(1), 5000, "distance of evaluations (at most 1000 in the last fifth)",
+               unit="iterations"),
+        Option("--seed", Int(0, 2 ** 32 - 1), 1, "of the labelled split, the initial weights and all draws"),
     ),
     "data": (
-        Flag("--data_dir", str, "./data", "folder of the data sets"),
-        Flag("--dataset -ds", str, "cifar10", "digits, cifar10, cifar100, svhn, stl10, mnist, imagenet, or the path "
-             "of your own images: a folder with train/<class>/ and test/<class>/, or a zip with dataset.json"),
-        Flag("--num_classes -nc", number(int, 2), 10, "classes (your own images: counted when not given)"),
-        Flag("--num_labels -nl", WHOLE, 40, "labelled images, equally many of every class; 0: all that have a label"),
-        Flag("--batch_size -bsz", COUNT, 64, "labelled images in a batch, of all GPUs of a machine together"),
-        Flag("--uratio", COUNT, 7, "unlabelled images for every labelled one in a batch"),
-        Flag("--eval_batch_size", COUNT, 1024, "images in a batch of the evaluation"),
-        Flag("--aug_path", str, None, "folder of labelled extra images, <class>/<image>.png (stage 3 of DPT)"),
-        Flag("--real_fraction", SHARE, None, "share of real labelled images in the labelled batch when --aug_path is "
-             "given (default: all labelled images are equally likely)"),
-        Flag("--aug_filter", str, None, "checkpoint of a classifier that judges the images of --aug_path"),
-        Flag("--aug_confidence", SHARE, 0.9, "least probability that --aug_filter gives to an image's label"),
-        Flag("--val_fraction", SHARE, 0.0, "share of the training images held out, with their labels, only to choose "
-             "an iteration by (result.json: best_on_validation)"),
-        Flag("--label_idx", str, None, "take the labelled images from this .npy file of indices (for example another "
-             "run's sampled_label_idx.npy) in place of drawing them"),
-        Flag("--label_table", parse_bool, True, "CIFAR-10 with 10 labels: take the published sets (seeds 0 to 7)"),
-        Flag("--download", None, False, "fetch a published data set that is not in --data_dir"),
-        Flag("--train_sampler", ("RandomSampler",), "RandomSampler", "uniform draws with replacement"),
-        Flag("--num_workers", WHOLE, 1, "imagenet: four times as many threads decode; other batches are made on the "
-             "device, without workers"),
-        Flag("--decoder", ("auto", "dali", "torchvision"), "auto", "imagenet: what decodes; auto: NVIDIA DALI on GPUs "
-             "where it is installed"),
+        Option("--data_dir", Text, "./data", "folder of the data sets"),
+        Option("--dataset -ds", Text, "cifar10", "digits, cifar10, cifar100, svhn, stl10, mnist, imagenet, or the path "
+               "of your own images: a folder with train/<class>/ and test/<class>/, or a zip with dataset.json"),
+        Option("--num_classes -nc", Int(2), 10, "classes (your own images: counted when not given)"),
+        Option("--num_labels -nl", Int(0), 40, "labelled images, equally many of every class; 0: all that have a "
+               "label"),
+        Option("--batch_size -bsz", Int(1), 64, "labelled images in a batch, of all GPUs of a machine together"),
+        Option("--uratio", Int(1), 7, "unlabelled images for every labelled one in a batch"),
+        Option("--eval_batch_size", Int(1), 1024, "batch of the evaluation", unit="images"),
+        Option("--aug_path", Text, None, "folder of labelled extra images, <class>/<image>.png (stage 3 of DPT)"),
+        Option("--real_fraction", Float(0, 1), None, "fraction of real labelled images in the labelled batch when "
+               "--aug_path is given (default: all labelled images are equally likely)"),
+        Option("--aug_filter", Text, None, "checkpoint of a classifier that judges the images of --aug_path"),
+        Option("--aug_confidence", Float(0, 1), 0.9, "least probability that --aug_filter gives to an image's label"),
+        Option("--val_fraction", Float(0, 1, open="high"), 0.0, "fraction of the training images held out, with their "
+               "labels, only to choose an iteration by (result.json: best_on_validation)"),
+        Option("--label_idx", Text, None, "take the labelled images from this .npy file of indices (for example "
+               "another run's sampled_label_idx.npy) in place of drawing them"),
+        Option("--label_table", Bool, True, "CIFAR-10 with 10 labels: take the published sets (seeds 0 to 7)"),
+        Option("--download", Flag, False, "fetch a published data set that is not in --data_dir"),
+        Option("--train_sampler", Choice("RandomSampler"), "RandomSampler", "uniform draws with replacement"),
+        Option("--num_workers", Int(0), 1, "imagenet: four times as many threads decode; other batches are made on "
+               "the device, without workers"),
+        Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "imagenet: what decodes; auto: NVIDIA DALI "
+               "on GPUs where it is installed"),
     ),
     "augmentation": (
-        Flag("--weak_flip", parse_bool, True, "weak view: mirror half of the images"),
-        Flag("--weak_pad", WHOLE, 4, "weak view: shift by up to so many pixels"),
-        Flag("--weak_pad_mode", ("reflect", "zero"), "reflect", "weak view: what comes in from outside"),
-        Flag("--weak_subpixel", parse_bool, False, "weak view: shift by fractions of a pixel, bilinear"),
-        Flag("--strong_ops", WHOLE, 3, "strong view: RandAugment operations before cutout"),
+        Option("--weak_flip", Bool, True, "weak view: mirror half of the images"),
+        Option("--weak_pad", Int(0), 4, "weak view: largest shift", unit="pixels"),
+        Option("--weak_pad_mode", Choice("reflect", "zero"), "reflect", "weak view: what comes in from outside"),
+        Option("--weak_subpixel", Bool, False, "weak view: shift by fractions of a pixel, bilinear"),
+        Option("--strong_ops", Int(0), 3, "strong view: RandAugment operations before cutout"),
     ),
-    "network": (
-        Flag("--net", str, "WideResNet", "WideResNet, WideResNetVar or ResNet50"),
-        Flag("--net_from_name", parse_bool, False, "take --net as the name of a torchvision network"),
-        Flag("--depth", WHOLE, 28, "layers of a wide residual network"),
-        Flag("--widen_factor", WHOLE, 2, "its width"),
-        Flag("--leaky_slope", POSITIVE, 0.1, "slope of its LeakyReLU"),
-        Flag("--dropout", SHARE, 0.0, "dropout rate inside its blocks"),
-        Flag("--bn_momentum", SHARE, None, "weight of a new batch in its batch-norm statistics [the network's own, "
-             "0.001 in wide residual networks]"),
-    ),
+    "network": NETWORK,
     "optimisation": (
-        Flag("--optim", ("SGD", "AdamW"), "SGD", "SGD has Nesterov momentum"),
-        Flag("--lr", POSITIVE, 0.03, "learning rate at the start of the cosine"),
-        Flag("--momentum", SHARE, 0.9, "of SGD"),
-        Flag("--weight_decay", POSITIVE, 5e-4, "on all parameters but biases and batch norm"),
-        Flag("--num_warmup_iter", WHOLE, 0, "iterations over which the learning rate rises from 0"),
-        Flag("--ema_m", SHARE, 0.999, "momentum of the averaged weights that are evaluated"),
-        Flag("--clip", POSITIVE, 0.0, "largest norm of the gradient; 0: no limit"),
+        Option("--optim", Choice("SGD", "AdamW"), "SGD", "SGD has Nesterov momentum"),
+        Option("--lr", Float(0), 0.03, "learning rate at the start of the cosine"),
+        Option("--momentum", Float(0, 1), 0.9, "of SGD"),
+        Option("--weight_decay", Float(0), 5e-4, "on all parameters but biases and batch norm"),
+        Option("--num_warmup_iter", Int(0), 0, "linear rise of the learning rate from 0", unit="iterations"),
+        Option("--ema_m", Float(0, 1), 0.999, "momentum of the averaged weights that are evaluated"),
+        Option("--clip", Float(0), 0.0, "largest norm of the gradient; 0: no limit"),
     ),
     "speed": (
-        Flag("--amp", parse_bool, False, "fp16 with a loss scaler; False: fp32"),
-        Flag("--precision", ("auto", "fp32", "bf16", "fp16"), "auto", "overrules --amp; auto: what amp says where it "
-             "is given, else bf16 on GPUs that have it, else fp32"),
-        Flag("--compile", ("auto", "True", "False"), "auto", "torch.compile the network; auto: on GPUs"),
-        Flag("--strict", None, False, "the paper's arithmetic step for step: fp32 without TF32, deterministic "
-             "kernels, nothing compiled or fused"),
-        Flag("--device", str, None, "cpu, cuda, cuda:1 or mps (default: the GPUs where there are any)"),
+        Option("--amp", Bool, False, "fp16 with a loss scaler; False: fp32"),
+        Option("--precision", Choice("auto", "fp32", "bf16", "fp16"), "auto", "overrules --amp; auto: follow --amp if "
+               "it is given, else bf16 on GPUs that have it, else fp32"),
+        Option("--compile", Choice("auto", "True", "False"), "auto", "torch.compile the network; auto: on GPUs"),
+        Option("--strict", Flag, False, "the paper's arithmetic step for step: fp32 without TF32, deterministic "
+               "kernels, nothing compiled or fused"),
+        Option("--device", Text, None, "cpu, cuda, cuda:1 or mps (default: the GPUs, if there are any)"),
     ),
     "processes": (
-        Flag("--world-size --world_size", COUNT, 1, "machines"),
-        Flag("--rank", WHOLE, 0, "number of this machine"),
-        Flag("--dist-url --dist_url -du", str, "tcp://127.0.0.1:11111", "meeting point of several machines"),
-        Flag("--dist-backend --dist_backend", ("nccl", "gloo"), "nccl", "accepted; nccl is used on GPUs, gloo on CPUs"),
-        Flag("--gpu", WHOLE, None, "use this one GPU"),
-        Flag("--multiprocessing-distributed --multiprocessing_distributed", parse_bool, True,
-             "one process per visible GPU"),
+        Option("--world-size --world_size", Int(1), 1, "machines"),
+        Option("--rank", Int(0), 0, "number of this machine"),
+        Option("--dist-url --dist_url -du", Text, "tcp://127.0.0.1:11111", "meeting point of several machines"),
+        Option("--dist-backend --dist_backend", Choice("nccl", "gloo"), "nccl", "accepted; GPUs use nccl, CPUs gloo"),
+        Option("--gpu", Int(0), None, "use this one GPU"),
+        Option("--multiprocessing-distributed --multiprocessing_distributed", Bool, True, "one process per visible "
+               "GPU"),
     ),
 }
 
-# What may differ between a command and the run it continues: nothing here changes the numbers.
+# Of the scripts that use a trained classifier; options that are not given are those of its training.
+PREDICTION = (
+    Option("--load_path", Text, "./saved_models/fixmatch/model_best.pth", "checkpoint of the classifier"),
+    Option("--use_train_model", Flag, False, "the weights as trained, in place of their moving average"),
+    Option("--batch_size", Int(1), 256, "batch of the prediction", unit="images"),
+    Option("--data_dir", Text, "./data", "folder of the data sets"),
+    Option("--dataset -ds", Text, "cifar10", "name or path, as in the training"),
+    Option("--num_classes -nc", Int(1), 10, "classes"),
+    Option("--download", Flag, False, "fetch a published data set that is not in --data_dir"),
+    Option("--device", Text, None, "cpu, cuda, cuda:1 or mps (default: a GPU, if there is one)"),
+)
+
+# A command may continue a run with other values of these: none of them changes the numbers.
 NOT_THE_METHOD = frozenset({
     "c", "given", "save_dir", "save_name", "resume", "load_path", "overwrite", "use_tensorboard", "data_dir",
     "num_save_iter", "save_seconds", "eval_batch_size", "download", "num_workers", "decoder", "rank", "dist_url",
     "dist_backend", "gpu", "multiprocessing_distributed", "device", "epoch", "train_sampler", "label_idx"})
 
 
-def parse_options(algorithm: str, description: str, flags: Sequence[Flag], argv: Sequence[str] | None = None,
-                  also: str | None = None, **defaults: Any) -> argparse.Namespace:
-    """Read the command line of one trainer.
+def learner_options(algorithm: str, doc: str, flags: Sequence[Option], argv: Sequence[str] | None = None,
+                    also: str | None = None, **defaults: Any) -> SimpleNamespace:
+    """Read the command line of a learner (None: this process's).
 
     algorithm: its published name, the default of --save_name and, with `also`, the only value of the YAML key `alg`.
-    flags: those of its loss. defaults: where it departs from the common defaults. The result has one attribute per
-    flag, `given` (the names set by file or command line) and `alg`. Raises UserError.
+    flags: those of its loss. defaults: its departures from the common defaults. The result has an attribute for every
+    flag, `alg`, and `given`: the names set by file or command line. Raises UserError.
     """
-    groups = {algorithm: tuple(flags), **COMMON}
-    parser = build_parser(algorithm, description, groups, also, **{"save_name": algorithm, **defaults})
-    options = parser.parse_with_yaml(argv)
-    _check(options)
+    names = Choice(algorithm, also) if also else Choice(algorithm)
+    own = (*flags, Option("--alg", names, algorithm, "accepted: the name of the algorithm", hidden=True))
+    defaults = {"save_name": algorithm, **defaults}
+    groups = {title: [dataclasses.replace(option, default=defaults.get(option.key, option.default))
+                      for option in options]
+              for title, options in {algorithm: own, **COMMON}.items()}
+    options = parse(doc, groups, argv, config="--c")
+    _check_combinations(options)
     return options
 
 
-def build_parser(algorithm: str, description: str, groups: dict[str, Sequence[Flag]], also: str | None = None,
-                 **defaults: Any) -> Parser:
-    """Return the parser of `groups` of flags (title -> flags), with other `defaults` for some of them.
-
-    A file's key `alg` may be `algorithm` or `also`.
-    """
-    # `rich` text would reflow the first paragraph; the rest of a module's docstring is for its readers.
-    parser = Parser(description=description.strip().split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--c", metavar="FILE", default=None, help="YAML file with any of these options as keys")
-    names = (algorithm, also) if also else (algorithm,)
-    parser.add_argument("--alg", choices=names, default=algorithm, help=argparse.SUPPRESS)
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            _add(group, flag, defaults)
-    return parser
-
-
-def _add(group: argparse._ArgumentGroup, flag: Flag, defaults: dict[str, Any]) -> None:
-    names = flag.names.split()
-    key = names[0].lstrip("-").replace("-", "_")
-    default = defaults.get(key, flag.default)
-    if flag.type is None:
-        # `--resume`, as some of the published commands have it, and `--resume True`, as the others do
-        group.add_argument(*names, dest=key, nargs="?", const=True, type=parse_bool, default=default, metavar="True",
-                           help=flag.help)
-        return
-    shown = "" if default is None else f" [{default}]"
-    kind: dict[str, Any] = {"choices": flag.type} if isinstance(flag.type, tuple) else {"type": flag.type}
-    group.add_argument(*names, dest=key, default=default, metavar=None if "choices" in kind else "",
-                       help=flag.help.replace("%", "%%") + shown, **kind)
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Refuse combinations that no single flag shows; UserError."""
+def _check_combinations(options: SimpleNamespace) -> None:
     if not re.fullmatch(r"[^/\\\0]+", options.save_name) or options.save_name in (".", ".."):
         raise UserError(f"--save_name {options.save_name!r} must be the name of one folder (its parent is --save_dir)")
     if options.resume and options.load_path is None and "load_path" not in options.given:
         raise UserError("--resume needs --load_path FILE; without both, the same command continues by itself")
-    if options.load_path is not None and not os.path.isfile(options.load_path) and options.resume:
+    if options.resume and options.load_path is not None and not os.path.isfile(options.load_path):
         raise UserError(f"--load_path: there is no file {options.load_path}")
-    if options.val_fraction == 1:
-        raise UserError("--val_fraction 1 leaves nothing to train on; give a share below 1")
     for key in ("real_fraction", "aug_filter"):
         if getattr(options, key) is not None and options.aug_path is None:
             raise UserError(f"--{key} needs --aug_path: there are no extra images to mix or filter")
@@ -204,15 +163,15 @@ def _check(options: argparse.Namespace) -> None:
                         f"{options.num_train_iter}")
 
 
-def method_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that decide the numbers, as plain values: what a continued run must agree on."""
+def method_config(options: SimpleNamespace) -> dict[str, Any]:
+    """Return the options that decide the numbers, as plain values; a continued run must agree on them."""
     return {key: value for key, value in sorted(vars(options).items()) if key not in NOT_THE_METHOD}
 
 
-def relaunch(options: argparse.Namespace, gpus: int) -> None:
-    """Start one process per GPU with torchrun in place of this process, where that is asked for; return otherwise.
+def relaunch(options: SimpleNamespace, gpus: int) -> None:
+    """Replace this process by torchrun with one process per visible GPU, if there is more than one process to start.
 
-    gpus: visible GPUs. Nothing happens inside torchrun, with --gpu, on another --device, or with a single process.
+    Return instead inside torchrun, with --gpu, and on another --device.
     """
     if "RANK" in os.environ or options.gpu is not None or not options.multiprocessing_distributed:
         return

@@ -1,12 +1,12 @@
-"""The folder of a run: whose it is, what to continue from, and what is written into it besides checkpoints."""
+"""The folder of a run: its owner, the checkpoint to continue from, and the files besides checkpoints and log."""
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,24 +15,33 @@ from shared import distributed
 from shared.cli import UserError
 from shared.distributed import World
 from shared.training.checkpoint import load_newest, previous_path, read_checkpoint
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, lock, make_dir
 from shared.training.hardware import computed_on
-from shared.training.run import Run
-from TorchSSL.core.classifier import check_fits, strip_prefix
+from shared.training.run import Run, plain
 from TorchSSL.core.data import TrainingData, write_split
+from TorchSSL.core.evaluation import check_fits, strip_prefix
 
 LATEST, BEST, CONFIG, RESULT = "latest_model.pth", "model_best.pth", "config.json", "result.json"
 
 
-def open_folder(folder: Path, options: argparse.Namespace, config: Mapping[str, Any], data: TrainingData,
+def open_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any], data: TrainingData,
                 world: World) -> None:
-    """Make the folder this run's own, on rank 0; the others wait.
+    """Make the folder this run's own (rank 0 writes, all ranks call).
 
-    A folder of the same configuration is continued. One of another configuration, or of another program, is moved
-    aside as `<name>.replaced-1` with --overwrite, and left alone with a UserError without it.
+    A folder of the same configuration is continued. A folder of another configuration or program is an error, or with
+    --overwrite moved aside as `<name>.replaced-1`. Raises UserError.
     """
+    distributed.on_main(lambda: _take_folder(folder, options, config), world)
     if world.main:
-        reason = belongs_to_another(folder, options, config)
+        write_split(data, options, folder)
+        with atomic(folder / CONFIG, "w") as file:
+            json.dump({**_without_given(options), **plain(config)}, file, indent=1, sort_keys=True)
+    distributed.barrier(world)
+
+
+def _take_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any]) -> None:
+    with lock(folder):  # a run that is still going on there is not moved
+        reason = _foreign_owner(folder, options, config)
         if reason and not options.overwrite:
             raise UserError(f"{folder} holds another run ({reason}); choose another --save_name, or give --overwrite "
                             "to move it aside and start anew")
@@ -41,20 +50,11 @@ def open_folder(folder: Path, options: argparse.Namespace, config: Mapping[str, 
                          if not (path := folder.with_name(f"{folder.name}.replaced-{number}")).exists())
             os.replace(folder, aside)
             print(f"{folder} held another run ({reason}): moved to {aside}", flush=True)
-        make_dir(folder)
-        write_split(data, options, folder)
-        with atomic(folder / CONFIG, "w") as file:
-            json.dump({**plain(vars(options)), **plain(config)}, file, indent=1, sort_keys=True)
-    distributed.barrier(world)
+    make_dir(folder)
 
 
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values as JSON gives them back."""
-    return json.loads(json.dumps({key: value for key, value in values.items() if key != "given"}, default=str))
-
-
-def belongs_to_another(folder: Path, options: argparse.Namespace, config: Mapping[str, Any]) -> str:
-    """Return why the folder is not this run's, or ''."""
+def _foreign_owner(folder: Path, options: SimpleNamespace, config: Mapping[str, Any]) -> str:
+    """Return why the folder belongs to another run, or ''."""
     latest = folder / LATEST
     if not any(path.exists() for path in (latest, previous_path(latest), folder / BEST)):
         return ""  # nothing trained there yet
@@ -68,29 +68,29 @@ def belongs_to_another(folder: Path, options: argparse.Namespace, config: Mappin
     return "; ".join(changed[:4])
 
 
-def resume_from(folder: Path, options: argparse.Namespace) -> str:
-    """Return "auto" to continue what the folder holds, or the checkpoint that --resume --load_path names.
+def _without_given(options: SimpleNamespace) -> dict[str, Any]:
+    return plain({key: value for key, value in vars(options).items() if key != "given"})
 
-    The same command given again continues behind what its first start has reached since.
+
+def resume_from(folder: Path, options: SimpleNamespace) -> str:
+    """Return the `resume` of Run: "auto", or the checkpoint of --resume --load_path, "never" for one of the original.
+
+    The same command given again continues after the last step of its first start.
     """
     if not options.resume:
         return "auto"
-    found = load_newest(folder / LATEST)
+    newest = load_newest(folder / LATEST)
     asked = Path(options.load_path).absolute()
-    if found is not None and (asked == found[0].absolute() or found[1].get("state", {}).get("load_path") == str(asked)):
+    if newest and (asked == newest[0].absolute() or newest[1].get("state", {}).get("load_path") == str(asked)):
         return "auto"
-    return "never" if is_foreign(read_checkpoint(asked)) else str(asked)
+    is_original = "step" not in read_checkpoint(asked)
+    return "never" if is_original else str(asked)
 
 
-def is_foreign(content: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was written by the original code: it knows no `step` and no state of the algorithm."""
-    return "step" not in content
+def load_foreign(run: Run, trainer: Any, options: SimpleNamespace) -> None:
+    """Start the run from a checkpoint of the original code if --load_path names one; UserError if it does not fit.
 
-
-def load_foreign(run: Run, trainer: Any, options: argparse.Namespace) -> None:
-    """Start a run from a checkpoint of the original code, if --load_path names one; UserError where it does not fit.
-
-    Its iteration counter is that of the iteration just done. It holds no thresholds: they start anew.
+    Its counter `it` is the iteration just done. It holds no thresholds: they start anew.
     """
     if run.resumed_from is None and options.resume:
         path = options.load_path
@@ -108,8 +108,8 @@ def load_foreign(run: Run, trainer: Any, options: argparse.Namespace) -> None:
             raise UserError(f"--load_path: the optimizer of {path} does not fit this run: {error}") from None
         trainer.scheduler.load_state_dict(content["scheduler"])
         run.step = int(content["it"]) + 1 + trainer.algorithm.supervised_steps
-        run.log.print(f"continuing at iteration {content['it'] + 1}: {path}, a checkpoint without thresholds, which start "
-                  "anew")
+        run.log.print(f"continuing at iteration {content['it'] + 1}: {path}, a checkpoint without thresholds, which "
+                      "start anew")
     if options.resume:
         run.state.setdefault("load_path", str(Path(options.load_path).absolute()))
     trainer.iteration = max(0, run.step - trainer.algorithm.supervised_steps - 1)
@@ -125,32 +125,28 @@ def write_best(run: Run, trainer: Any, facts: Mapping[str, Any]) -> None:
                     "seconds": run.seconds, "state": run.state, "config": plain(run.config)}, file)
 
 
-def write_result(run: Run, data: TrainingData, options: argparse.Namespace, precision: str) -> None:
+def write_result(run: Run, data: TrainingData, options: SimpleNamespace, precision: str) -> None:
     """Write result.json and print the accuracies by every protocol; rank 0."""
     state = run.state
     if not run.world.main or "last" not in state:
         return
-    last = state["last"]["eval/top-1-acc"]
     chosen = state.get("best_validation", {})
+    accuracy = {"last": state["last"]["eval/top-1-acc"], "best_on_test": state.get("best_acc", 0.0),
+                "best_iteration": state.get("best_it", 0), "median_of_last_20": statistics.median(state["accuracies"]),
+                "evaluations_in_median": len(state["accuracies"]), "best_on_validation": chosen.get("test"),
+                "best_validation_iteration": chosen.get("iteration")}
     result = {
         "save_name": options.save_name, "dataset": options.dataset, "seed": options.seed,
         "num_labels": data.num_real, "labeled_images": len(data.labeled), "unlabeled_images": len(data.unlabeled),
         "test_images": len(data.test), "classes": list(data.unlabeled.classes), "iterations": options.num_train_iter,
-        "accuracy": {"last": last, "best_on_test": state.get("best_acc", 0.0),
-                     "best_iteration": state.get("best_it", 0),
-                     "median_of_last_20": statistics.median(state["accuracies"]),
-                     "evaluations_in_median": len(state["accuracies"]),
-                     "best_on_validation": chosen.get("test"),
-                     "best_validation_iteration": chosen.get("iteration")},
-        "validation_images": 0 if data.validation is None else len(data.validation),
+        "accuracy": accuracy, "validation_images": 0 if data.validation is None else len(data.validation),
         "last": state["last"], "confusion_matrix": state["confusion"],
         "accuracy_by_class": [row[label] / max(1, sum(row)) for label, row in enumerate(state["confusion"])],
         "pseudo_label_accuracy_in_last_batch": state.get("pseudo_label_acc"),
         "seconds": run.seconds, "precision": precision, "processes": run.world.size, **computed_on(run.world.device)}
     with atomic(run.outdir / RESULT, "w") as file:
         json.dump(result, file, indent=1)
-    accuracy = result["accuracy"]
     validated = f", best on {result['validation_images']} validation images {chosen['test']:.4f}" if chosen else ""
-    run.log.print(f"accuracy of the averaged weights: last {last:.4f}, median of the last "
-              f"{accuracy['evaluations_in_median']} evaluations {accuracy['median_of_last_20']:.4f}{validated}, best "
-              f"on the test set {accuracy['best_on_test']:.4f} (iteration {accuracy['best_iteration']})")
+    run.log.print(f"accuracy of the averaged weights: last {accuracy['last']:.4f}, median of the last "
+                  f"{accuracy['evaluations_in_median']} evaluations {accuracy['median_of_last_20']:.4f}{validated}, "
+                  f"best on the test set {accuracy['best_on_test']:.4f} (iteration {accuracy['best_iteration']})")

@@ -1,16 +1,16 @@
-"""The one training loop of TorchSSL, in reading order. An algorithm is a loss and its state (see algorithm.py)."""
+"""The training loop of TorchSSL, in reading order. A learner is a loss and its state (see algorithm.py)."""
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared import distributed
@@ -21,27 +21,34 @@ from shared.data.pool import Pool
 from shared.distributed import World
 from shared.training.batchnorm import sync_batchnorm
 from shared.training.checkpoint import keep_layout
+from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA
-from shared.training.precision import autocast, default_precision, set_arithmetic
 from shared.training.log import Log
+from shared.training.precision import autocast, default_precision, set_arithmetic
 from shared.training.run import Run
-from TorchSSL.core.algorithm import Algorithm
-from TorchSSL.core.batches import Batch, Batches
-from TorchSSL.core.classifier import keep_confident, make_network
-from TorchSSL.core.data import TrainingData, load_training_data
-from TorchSSL.core.evaluation import LOGGED_CLASSES, confusion_matrix, confusion_text, metrics, predict
+from TorchSSL.core.algorithm import Algorithm, Batch, Setting
+from TorchSSL.core.data import Batches, TrainingData, load_training_data, rows_of_rank
+from TorchSSL.core.evaluation import (
+    LOGGED_CLASSES,
+    confusion_matrix,
+    confusion_text,
+    keep_confident,
+    make_network,
+    metrics,
+    predict,
+)
 from TorchSSL.core.options import method_config, relaunch
 from TorchSSL.core.photographs import Ahead, PhotographPool, PhotographSet, make_pool
 from TorchSSL.core.run_folder import LATEST, load_foreign, open_folder, resume_from, write_best, write_result
-from TorchSSL.core.setting import Setting
 
 FREQUENT_EVAL = 1000      # evaluations come at least this often ...
 FREQUENT_FROM = 0.8       # ... in the last fifth of the training
-MEDIAN_OF = 20            # evaluations that the median accuracy is taken over
+MEDIAN_OF = 20            # evaluations behind the median accuracy
 
 
-def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, Setting], Algorithm]) -> None:
-    """Train one classifier as the options say; see the module's parts for each step. UserError."""
+def train(options: SimpleNamespace, algorithm: type[Algorithm]) -> None:
+    """Train one classifier with the learner `algorithm`. Raises UserError before the run folder is touched."""
+    # Processes, device and arithmetic.
     relaunch(options, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     world = distributed.start(f"cuda:{options.gpu}" if options.gpu is not None else options.device)
     if world.device.type == "cpu":
@@ -50,12 +57,16 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
     set_arithmetic(options.strict)
     batch_size = global_batch_size(options, world)
 
-    # Everything is read and checked before the run folder is touched.
+    # Data.
     folder = Path(options.save_dir) / options.save_name
-    data = load_training_data(options, folder)
-    data = keep_confident(data, options, world)
-    shares = tuple(data.class_shares)
-    learner = algorithm(options, Setting(data.num_classes, len(data.unlabeled), shares, world, options.seed))
+    data = keep_confident(load_training_data(options, folder), options, world)
+    test, validation = (
+        None if images is None else make_pool(images, data.mean, data.std, world.device, options.num_workers,
+                                              options.decoder) for images in (data.test, data.validation))
+
+    # Learner, network and batches.
+    setting = Setting(data.num_classes, len(data.unlabeled), tuple(data.class_fractions), world, options.seed)
+    learner = algorithm(options, setting)
     torch.manual_seed(options.seed)
     net = make_network(vars(options), data.num_classes, data.unlabeled.channels, learner.rotation_head)
     net = sync_batchnorm(net.to(world.device), world)
@@ -63,52 +74,51 @@ def train(options: argparse.Namespace, algorithm: Callable[[argparse.Namespace, 
         net = net.to(memory_format=torch.channels_last)
     trainer = Trainer(net, learner, options, world, precision)
     batches = Batches(data, options, world, learner.views, batch_size, learner.labeled_views)
+    warm_up = learner.supervised_steps
+    total = warm_up + options.num_train_iter
+    make_batch = Ahead(batches, total - 1) if isinstance(data.unlabeled, PhotographSet) else batches
+
+    # Run folder, log and checkpoint.
     config = {**method_config(options), "precision": precision, "num_classes": data.num_classes,
               "labeled_images": len(data.labeled), "unlabeled_images": len(data.unlabeled)}
-    open_folder(folder, options, config, data, world)
-
     facts = {"options": {**vars(options), "given": sorted(options.given), "num_classes": data.num_classes},
              "mean": data.mean, "std": data.std, "classes": data.unlabeled.classes}
+    open_folder(folder, options, config, data, world)
     log = Log(folder, world, every=min(100, options.num_eval_iter), image_batch=sum(batches.counts),
               tensorboard=options.use_tensorboard, desc=options.save_name)
     run = Run(folder, config, keep=trainer.parts(), world=world, log=log, checkpoint=LATEST,
               resume=resume_from(folder, options), extra=lambda: {**facts, "it": trainer.iteration},
               save_seconds=options.save_seconds, save_every=options.num_save_iter)
     load_foreign(run, trainer, options)
-    run.log.print(describe(data, options, world, precision))
+    log.print(describe(data, options, world, precision))
     if options.dataset not in NAMES and run.resumed_from is None and world.main:
-        run.log.print(report(data.unlabeled, data.test))
+        log.print(report(data.unlabeled, data.test))
 
-    warm_up = learner.supervised_steps
-    test, validation = (
-        None if images is None else make_pool(images, data.mean, data.std, world.device, options.num_workers,
-                                              options.decoder) for images in (data.test, data.validation))
-    total = warm_up + options.num_train_iter
-    made = Ahead(batches, total - 1) if isinstance(data.unlabeled, PhotographSet) else batches
+    # Training.
     for step in run.steps(total):
         started = time.perf_counter()
-        batch = made(step)
+        batch = make_batch(step)
         fetched = time.perf_counter()
         if step < warm_up:
-            run.log.add(**trainer.supervised_step(batch))
+            log.add(**trainer.supervised_step(batch, step))
             continue
         trainer.iteration = step - warm_up
         values = trainer.train_step(batch)
         values |= {"train/prefecth_time": fetched - started, "train/run_time": time.perf_counter() - fetched}
-        run.log.add(**values)
-        if is_evaluated(trainer.iteration, options):
-            evaluate(run, trainer, test, validation, values, facts, options)
+        log.add(**values)
+        if is_evaluated(trainer.iteration, options) and evaluate(run, trainer, test, validation, values, options):
+            write_best(run, trainer, facts)
     write_result(run, data, options, precision)
     distributed.stop()
 
 
 class Trainer:
-    """A network on its way: forward, loss, backward, optimiser, schedule, average of the weights.
+    """Network, loss, optimiser, schedule and average of the weights: one training step.
 
-    net: on the world's device; its weights must be equal on all ranks. `iteration` is the iteration at hand, from 0.
+    net: on the world's device, with equal weights on all ranks. `iteration`: the iteration at hand, from 0.
     """
 
-    def __init__(self, net: torch.nn.Module, algorithm: Algorithm, options: argparse.Namespace, world: World,
+    def __init__(self, net: nn.Module, algorithm: Algorithm, options: SimpleNamespace, world: World,
                  precision: str = "fp32") -> None:
         self.net, self.algorithm, self.options, self.world = net.train(), algorithm, options, world
         self.optimizer = make_optimizer(net, options)
@@ -120,10 +130,14 @@ class Trainer:
         self.precision = precision
         self.iteration = 0
         self.forward = distributed.data_parallel(compiled(net, options, world.device), world)
+        self.draw: tuple[int, list[int], int] = (0, [], 0)  # step, sizes of the batch's parts, forward passes so far
+        if options.dropout > 0:
+            for module in (self.forward, self.ema.module):
+                module.register_forward_pre_hook(self.choose_dropout)
 
-    def train_step(self, batch: Batch) -> dict[str, torch.Tensor | float]:
+    def train_step(self, batch: Batch) -> dict[str, Tensor | float]:
         """Do one iteration on one batch; return what the algorithm logs, and the learning rate after the step."""
-        seed_dropout(self.options, self.iteration, self.world)
+        self.begin(self.iteration + self.algorithm.supervised_steps, batch)
         with self.autocast():
             loss, values = self.algorithm.loss(self.forward, batch, self.iteration)
         self.descend(loss)
@@ -131,16 +145,32 @@ class Trainer:
         self.ema.update(self.net, self.options.ema_m)
         return {**{name: value.detach() for name, value in values.items()}, "lr": self.scheduler.get_last_lr()[0]}
 
-    def supervised_step(self, batch: Batch) -> dict[str, torch.Tensor | float]:
+    def supervised_step(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Learn from the labelled images alone, at the initial learning rate; the average starts from the result."""
+        self.begin(step, batch)
         with self.autocast():
             loss = F.cross_entropy(self.forward(batch.labeled).float(), batch.labels)
         self.descend(loss)
         self.ema.update(self.net, 0.0)
         return {"train/warm_up_loss": loss}
 
-    def descend(self, loss: torch.Tensor) -> None:
-        """Take one optimiser step down the gradient of `loss` [], clipped if the options say so."""
+    def begin(self, step: int, batch: Batch) -> None:
+        """Prepare dropout, the only draws of a network, so that they depend on the step alone."""
+        self.draw = step, [len(part) for part in (batch.labeled, *batch.views, *batch.labeled_views)], 0
+        if self.options.net_from_name:  # torchvision's networks draw from PyTorch's generator
+            torch.manual_seed((self.options.seed * 1_000_003 + step) * 4096 + self.world.rank)
+
+    def choose_dropout(self, net: nn.Module, inputs: tuple[Tensor]) -> None:
+        """Give a forward pass dropout masks of its own, the same on any number of ranks."""
+        if net.training:
+            step, sizes, passes = self.draw
+            count = len(inputs[0])
+            rows = rows_of_rank(sizes if count == sum(sizes) else [count], self.world)
+            set_dropout_keys(net, self.options.seed, step, (passes << 32) + rows)
+            self.draw = step, sizes, passes + 1
+
+    def descend(self, loss: Tensor) -> None:
+        """Take one optimiser step down the gradient of `loss` [], clipped to --clip."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if self.options.clip > 0:
@@ -158,8 +188,8 @@ class Trainer:
                 "algorithm": self.algorithm, "scaler": self.scaler}
 
 
-def make_optimizer(net: torch.nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """Return SGD with Nesterov momentum, or AdamW; weight decay on what is named neither `bn` nor `bias`."""
+def make_optimizer(net: nn.Module, options: SimpleNamespace) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum, or AdamW; weight decay on parameters named neither `bn` nor `bias`."""
     decayed = [value for name, value in net.named_parameters() if "bn" not in name and "bias" not in name]
     plain = [value for name, value in net.named_parameters() if "bn" in name or "bias" in name]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -173,14 +203,14 @@ def make_optimizer(net: torch.nn.Module, options: argparse.Namespace) -> torch.o
 
 
 def cosine(step: int, total: int, warm_up: int = 0) -> float:
-    """Return the factor on the learning rate at a step: cos(7 pi / 16 * share done), after a linear rise."""
+    """Return the factor on the learning rate at a step: cos(7 pi / 16 * fraction done), after a linear rise."""
     if step < warm_up:
         return step / warm_up
     return max(0.0, math.cos(math.pi * 7 / 16 * (step - warm_up) / max(1, total - warm_up)))
 
 
-def is_evaluated(iteration: int, options: argparse.Namespace) -> bool:
-    """Whether an evaluation follows this iteration: the first, the last, and every --num_eval_iter-th."""
+def is_evaluated(iteration: int, options: SimpleNamespace) -> bool:
+    """Return whether an evaluation follows this iteration: the first, the last, and every --num_eval_iter-th."""
     period = options.num_eval_iter
     if iteration > FREQUENT_FROM * options.num_train_iter:
         period = min(period, FREQUENT_EVAL)
@@ -188,19 +218,19 @@ def is_evaluated(iteration: int, options: argparse.Namespace) -> bool:
 
 
 def evaluate(run: Run, trainer: Trainer, test: Pool | PhotographPool, validation: Pool | PhotographPool | None,
-             values: dict[str, Any], facts: dict[str, Any], options: argparse.Namespace) -> None:
-    """Measure the averaged weights on the test set, log it, and keep them if they are the best so far.
+             values: dict[str, Any], options: SimpleNamespace) -> bool:
+    """Measure the averaged weights on the test set and log them; return whether they are the best so far.
 
-    The best on the test set is what the published tables report. Beside it are kept the last, the median, and that of
-    the iteration with the best accuracy on the validation images.
+    The best on the test set is what the published tables report. `run.state` also keeps the last one, the accuracies
+    for the median, and the one of the iteration with the best accuracy on the validation images.
     """
     is_last = trainer.iteration == options.num_train_iter - 1
     logits = predict(trainer.ema.module, test, options.eval_batch_size, run.world)
     found = metrics(logits, test.labels, auc=True if is_last else None)
     counts = confusion_matrix(test.labels.cpu().numpy(), logits.argmax(1).cpu().numpy(), logits.shape[1])
     accuracy, state = found["eval/top-1-acc"], run.state
-    improved = accuracy > state.get("best_acc", 0.0)
-    if improved:
+    is_best = accuracy > state.get("best_acc", 0.0)
+    if is_best:
         state |= {"best_acc": accuracy, "best_it": trainer.iteration}
     if validation is not None:
         logits = predict(trainer.ema.module, validation, options.eval_batch_size, run.world)
@@ -212,19 +242,19 @@ def evaluate(run: Run, trainer: Trainer, test: Pool | PhotographPool, validation
     state |= {"last": found, "confusion": counts.tolist()}
     if "train/pseudo_label_acc" in values:
         state["pseudo_label_acc"] = float(values["train/pseudo_label_acc"])
+
     values = {name: float(value) for name, value in values.items()} | found
     run.log.record(found, line={"step": run.step, **values})
     best = f"BEST_EVAL_ACC: {state.get('best_acc', 0.0)}, at {state.get('best_it', 0)} iters"
     matrix = [confusion_text(counts)] if len(counts) <= LOGGED_CLASSES else []
     lines = [*matrix, f"{trainer.iteration} iteration, USE_EMA: True, {values}, {best}"]
     run.log.print("\n".join(time.strftime("[%Y-%m-%d %H:%M:%S INFO] ") + line for line in lines),
-              console=f"{trainer.iteration} iteration, eval/top-1-acc: {accuracy:.4f}, "
-                      f"eval/loss: {found['eval/loss']:.4f}, {best}")
-    if improved:
-        write_best(run, trainer, facts)
+                  console=f"{trainer.iteration} iteration, eval/top-1-acc: {accuracy:.4f}, "
+                          f"eval/loss: {found['eval/loss']:.4f}, {best}")
+    return is_best
 
 
-def choose_precision(options: argparse.Namespace, device: torch.device) -> str:
+def choose_precision(options: SimpleNamespace, device: torch.device) -> str:
     """Return fp32, bf16 or fp16; UserError for fp16 without a GPU."""
     if options.strict:
         return "fp32"
@@ -237,10 +267,10 @@ def choose_precision(options: argparse.Namespace, device: torch.device) -> str:
     return options.precision
 
 
-def compiled(net: torch.nn.Module, options: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    """Return the network, compiled where that was asked for, and by itself on GPUs.
+def compiled(net: nn.Module, options: SimpleNamespace, device: torch.device) -> nn.Module:
+    """Return the network, compiled with --compile True and, by default, on GPUs.
 
-    Where nobody asked, a machine without the compilers goes on uncompiled, with a warning.
+    By default a machine without compilers continues uncompiled, with a warning.
     """
     automatic = options.compile == "auto" and device.type == "cuda" and not options.strict
     if not automatic and options.compile != "True":
@@ -250,7 +280,7 @@ def compiled(net: torch.nn.Module, options: argparse.Namespace, device: torch.de
     return torch.compile(net, dynamic=False)
 
 
-def global_batch_size(options: argparse.Namespace, world: World) -> int:
+def global_batch_size(options: SimpleNamespace, world: World) -> int:
     """Return the labelled batch over all machines; --batch_size is that of one machine."""
     machines = max(1, world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
     size = options.batch_size * machines
@@ -260,17 +290,8 @@ def global_batch_size(options: argparse.Namespace, world: World) -> int:
     return size
 
 
-def seed_dropout(options: argparse.Namespace, iteration: int, world: World) -> None:
-    """Let dropout, the only draw that networks make themselves, depend on the iteration and rank alone.
-
-    Some networks of torchvision have a dropout of their own, whatever --dropout says.
-    """
-    if options.dropout > 0 or options.net_from_name:
-        torch.manual_seed((options.seed * 1_000_003 + iteration) * 4096 + world.rank)
-
-
-def describe(data: TrainingData, options: argparse.Namespace, world: World, precision: str) -> str:
-    """Return the lines that open a log."""
+def describe(data: TrainingData, options: SimpleNamespace, world: World, precision: str) -> str:
+    """Return the first lines of a log."""
     lines = [*data.notes, f"len(lb_dset) {len(data.labeled)}"] if data.notes else []
     return "\n".join([*lines, (
         f"{options.save_name}: {data.num_real} labelled of {len(data.unlabeled)} images, {data.num_classes} classes, "

@@ -10,19 +10,6 @@ import numpy as np
 from shared.cli import UserError
 from shared.training.randomness import numpy_rng
 
-# CIFAR-10 with one label a class: the eight labelled sets that FixMatch and its successors report on, by seed
-# (Sohn et al. 2020, "barely supervised learning"). Indices into the 50,000 training images in published order.
-CIFAR10_ONE_LABEL_A_CLASS = (
-    (4255, 6446, 8580, 11759, 12598, 29349, 29433, 33759, 35345, 38639),
-    (1156, 11501, 19974, 21963, 32103, 42189, 46789, 47690, 48229, 48675),
-    (12830, 20293, 26835, 30517, 30898, 31061, 43693, 46501, 47310, 48517),
-    (6695, 14891, 19726, 22715, 23999, 34230, 46511, 47457, 49181, 49397),
-    (9915, 9978, 16631, 19915, 28008, 35314, 35801, 36149, 39215, 42557),
-    (7510, 13186, 14043, 21305, 22805, 31288, 34508, 40470, 41493, 45506),
-    (5022, 8193, 8902, 9601, 25226, 26223, 34089, 35186, 40595, 48024),
-    (7408, 8148, 9850, 10361, 33949, 36506, 37018, 45044, 46443, 47447),
-)
-
 
 def class_balanced_split(labels: np.ndarray, num_labels: int, num_classes: int, seed: int) -> np.ndarray:
     """Draw num_labels / num_classes images of every class; return int64 indices [num_labels], class after class.
@@ -52,14 +39,6 @@ def class_balanced_split(labels: np.ndarray, num_labels: int, num_classes: int, 
                             f"has {len(positions)} labelled images")
         chosen.append(positions[draw.permutation(len(positions))[:per_class]])
     return np.concatenate(chosen).astype(np.int64)
-
-
-def cifar10_one_label_split(seed: int) -> np.ndarray:
-    """Return the published ten labelled indices of CIFAR-10 for seed 0 to 7, int64 [10]; UserError for other seeds."""
-    if not 0 <= seed < len(CIFAR10_ONE_LABEL_A_CLASS):
-        raise UserError(f"--seed {seed}: the published sets of ten CIFAR-10 labels exist for seeds 0 to "
-                        f"{len(CIFAR10_ONE_LABEL_A_CLASS) - 1}; use one of them or --label_table False")
-    return np.array(CIFAR10_ONE_LABEL_A_CLASS[seed], dtype=np.int64)
 
 
 def class_balanced_draw(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:

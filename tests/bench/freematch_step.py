@@ -20,9 +20,8 @@ from torch.nn import functional as F
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World
 from tests.bench.unit import unit
-from TorchSSL.core.batches import Batch
+from TorchSSL.core.algorithm import Batch, Setting
 from TorchSSL.core.networks import WideResNet
-from TorchSSL.core.setting import Setting
 from TorchSSL.core.trainer import Trainer
 from TorchSSL.freematch import FreeMatch, parse
 

@@ -21,11 +21,11 @@ import torch
 from shared.data.images import ImageSet
 from shared.distributed import World
 from shared.training.log import Log
-from TorchSSL.core.batches import Batches
-from TorchSSL.core.data import NORMALISATION, TrainingData
+from tests.torchssl.tiny import learner_class
+from TorchSSL.core.algorithm import Setting
+from TorchSSL.core.data import NORMALISATION, Batches, TrainingData
 from TorchSSL.core.networks import WideResNet
-from TorchSSL.core.setting import Setting
-from TorchSSL.core.trainer import Trainer, train
+from TorchSSL.core.trainer import Trainer
 from TorchSSL.make_configs import LEARNERS
 
 BARS = {"cpu": 0.10, "cuda": 0.15}
@@ -51,19 +51,6 @@ class Stopwatch:
             finally:
                 self.seconds += self.now() - started
         return timed
-
-
-def learner_class(script: Any) -> Callable[..., Any]:
-    """Return the class that a script hands to `train`."""
-    found: list[Any] = []
-    source = importlib.import_module("TorchSSL.core.trainer")
-    source.train, parse = lambda options, algorithm: found.append(algorithm), script.parse
-    script.parse = lambda: parse([])
-    try:
-        script.main()
-    finally:
-        source.train, script.parse = train, parse
-    return found[0]
 
 
 def share_of(name: str, batch_size: int, repeats: int, device: torch.device) -> tuple[float, float]:

@@ -14,9 +14,8 @@ from shared.distributed import World
 from shared.training.ema import EMA
 from tests.golden.cases import arrays, fill, index
 from tests.golden.torchssl_networks import draw_inputs, expected
-from TorchSSL.core.batches import Batch
+from TorchSSL.core.algorithm import Batch, Setting
 from TorchSSL.core.evaluation import metrics
-from TorchSSL.core.setting import Setting
 from TorchSSL.core.trainer import Trainer, cosine
 from TorchSSL.freematch import FreeMatch, consistency, parse
 

@@ -14,10 +14,8 @@ from shared.distributed import World
 from tests.golden.cases import arrays, fill, index
 from tests.golden.torchssl_networks import draw_inputs, expected
 from TorchSSL import fixmatch, flexmatch, pseudolabel, softmatch, uda, vat
-from TorchSSL.core.algorithm import squared_difference
-from TorchSSL.core.batches import Batch
+from TorchSSL.core.algorithm import Batch, Setting, squared_difference
 from TorchSSL.core.networks import WideResNet
-from TorchSSL.core.setting import Setting
 
 CASES = [case for case in index("torchssl")["cases"] if case["file"] == "algos.npz"]
 TOLERANCE = dict(rtol=1e-4, atol=1e-5)

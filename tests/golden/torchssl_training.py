@@ -14,11 +14,9 @@ import torch
 from shared.distributed import World
 from tests.golden.cases import arrays, facts, fill, index
 from tests.golden.torchssl_networks import draw_inputs, expected
-from TorchSSL.core.batches import Batch
-from TorchSSL.core.classifier import strip_prefix
-from TorchSSL.core.evaluation import confusion_text, metrics
+from TorchSSL.core.algorithm import Batch, Setting
+from TorchSSL.core.evaluation import confusion_text, metrics, strip_prefix
 from TorchSSL.core.networks import WideResNet
-from TorchSSL.core.setting import Setting
 from TorchSSL.core.trainer import Trainer
 from TorchSSL.freematch import FreeMatch
 

@@ -24,10 +24,6 @@ def test_votes_are_summed_by_pseudo_label_and_rows_are_shares():
     assert estimate.distance(np.eye(4), np.full((4, 4), 0.25)) == pytest.approx(0.75)
 
 
-def test_counts_have_classes_in_rows():
-    assert estimate.confusion(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist() == [[1, 1], [0, 1]]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stage1")
@@ -70,29 +66,30 @@ def test_held_out_labels_bring_it_nearer_the_true_one(trained):
     assert few["held_out"] == 50
 
 
+def held_out(run: Path, count: int) -> np.ndarray:
+    options = estimate.parse(["--method=held_out", f"--held_out={count}", "--dataset=digits", f"--save_path={run}"])
+    return estimate.held_out_index(options, load_dataset("digits", "train").labels, 10)
+
+
 def test_the_training_labels_are_not_held_out(trained):
-    options = estimate.parse(["--method=held_out", "--held_out=200", "--dataset=digits"])
-    labels, used = load_dataset("digits", "train").labels, trained / "sampled_label_idx.npy"
-    index = estimate.held_out_index(options, labels, 10, used)
+    index, labels = held_out(trained, 200), load_dataset("digits", "train").labels
     assert np.bincount(labels[index]).tolist() == [20] * 10
-    assert not set(index.tolist()) & set(np.load(used).tolist())
+    assert not set(index.tolist()) & set(np.load(trained / "sampled_label_idx.npy").tolist())
 
 
 def test_true_labels_beyond_those_held_out_take_no_part(trained, monkeypatch):
     before = made(trained, "--method=held_out", "--held_out=20")["transition_matrix"]
-    kept = set(estimate.held_out_index(estimate.parse(["--method=held_out", "--held_out=20", "--dataset=digits"]),
-                                       load_dataset("digits", "train").labels, 10, trained / "sampled_label_idx.npy"))
-    confusion = estimate.confusion
+    kept, count = held_out(trained, 20), estimate.confusion_matrix
 
     def only_held_out(labels, pseudo, classes):
-        return confusion(labels, pseudo, classes) if len(labels) == len(kept) else np.ones((classes, classes))
+        return count(labels, pseudo, classes) if len(labels) == len(kept) else np.ones((classes, classes))
 
-    monkeypatch.setattr(estimate, "confusion", only_held_out)
+    monkeypatch.setattr(estimate, "confusion_matrix", only_held_out)
     assert made(trained, "--method=held_out", "--held_out=20")["transition_matrix"] == before
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--method=guess"], "expected predictions or held_out"),
+    (["--method=guess"], "not one of 'predictions', 'held_out'"),
     (["--method=held_out"], "needs one of --held_out N"),
     (["--held_out=20"], "needs one of --held_out N"),
     (["--method=held_out", "--held_out=15"], "not a multiple of the 10 classes"),
@@ -112,4 +109,4 @@ def test_mistakes_end_in_one_line(flags, message, trained, tmp_path, monkeypatch
 def test_pseudo_labels_of_another_set_are_refused(trained, tmp_path):
     np.save(tmp_path / "pseudo_label.npy", np.zeros(7, np.int64))
     with pytest.raises(UserError, match="expected 1297 labels from 0 to 9"):
-        estimate.read_labels(tmp_path / "pseudo_label.npy", 1297, 10)
+        call(estimate.main, f"--load_path={trained}/latest_model.pth", f"--save_path={tmp_path}")

@@ -55,16 +55,17 @@ def text(name: str, content: str) -> str:
 
 
 WRONG_FLAGS = {
-    "--lr=x": "--lr: expected a number of at least 0, got 'x'",
-    "--lr=nan": "--lr: expected",
-    "--batch_size=0": "--batch_size/-bsz: expected a whole number of at least 1",
+    "--lr=x": "Invalid value for '--lr': 'x' is not a valid float.",
+    "--lr=nan": "Invalid value for '--lr': nan is not a finite number.",
+    "--batch_size=0": "Invalid value for '--batch_size': 0 is not in the range x>=1.",
     "--hard_label=perhaps": "--hard_label",
-    "--optim=Adam": "invalid choice: 'Adam'",
+    "--optim=Adam": "Invalid value for '--optim': 'Adam' is not one of 'SGD', 'AdamW'",
     "--num_lables=40": 'did you mean "--num_labels"',
-    "--ema_m=1.5": "--ema_m: expected a number from 0 to 1",
+    "--ema_m=1.5": "Invalid value for '--ema_m': 1.5 is not in the range 0<=x<=1.",
+    "--val_fraction=1": "Invalid value for '--val_fraction'",
     "--save_name=a/b": "one folder",
     "--resume": "--load_path",
-    "--epoch=2": "expected 1",
+    "--epoch=2": "Invalid value for '--epoch': 2 is not in the range",
     "--real_fraction=0.5": "--real_fraction needs --aug_path",
     "--aug_filter=x.pth": "--aug_filter needs --aug_path",
     "--num_labels=25": "--num_labels 25 is not a positive multiple of the 10 classes",
@@ -97,13 +98,13 @@ def test_wrong_flag(flag: str) -> None:
 
 
 WRONG_YAML = {
-    "lr: fast": "lr: expected a number of at least 0, got 'fast'",
+    "lr: fast": "wrong.yaml: lr: 'fast' is not a valid float.",
     "num_lables: 40": 'unknown key "num_lables" (did you mean "num_labels"?)',
     "net: [1": "not plain YAML",
     "- 3": "one `key: value` per line",
     "x: !!python/object/apply:os.system ['touch hacked']": "not plain YAML",
-    "hard_label: perhaps": "hard_label: expected yes or no",
-    "alg: fixmatch": "alg: expected one of freematch",
+    "hard_label: perhaps": "hard_label: 'perhaps' is not a valid boolean",
+    "alg: fixmatch": "alg: 'fixmatch' is not one of 'freematch'",
 }
 
 

@@ -1,8 +1,8 @@
 """Learners as stages of DPT, and checkpoints that other programs wrote."""
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from shared.data.datasets import load_dataset
 from shared.data.images import ImageSet
 from TorchSSL import dpt
 from TorchSSL import eval as evaluation_script
-from TorchSSL.core.classifier import load_classifier
 from TorchSSL.core.data import NORMALISATION
+from TorchSSL.core.evaluation import load_classifier
 from TorchSSL.core.networks import ResNet50, WideResNet, WideResNetVar
 
 
@@ -87,7 +87,7 @@ def test_normalisation_of_a_usb_checkpoint(tmp_path: Path, capsys: pytest.Captur
     options = evaluation_script.parse(["--depth=10", "--widen_factor=1"])
     found = load_classifier(str(tmp_path / "theirs.pth"), options, rgb())
     assert (found.mean, found.std) == NORMALISATION["imagenet"] and not capsys.readouterr().err
-    elsewhere = argparse.Namespace(**{**vars(options), "dataset": "svhn"})
+    elsewhere = SimpleNamespace(**{**vars(options), "dataset": "svhn"})
     assert load_classifier(str(tmp_path / "theirs.pth"), elsewhere, rgb("svhn")).mean is None
     assert "USB" in capsys.readouterr().err
 

@@ -18,8 +18,7 @@ from shared.distributed import World
 from tests.shared.programs import assert_same
 from tests.torchssl import tiny
 from TorchSSL import freematch
-from TorchSSL.core.batches import Batches
-from TorchSSL.core.data import NORMALISATION, load_training_data, read_extra_images
+from TorchSSL.core.data import NORMALISATION, Batches, load_training_data, read_extra_images
 from TorchSSL.core.photographs import CROP, SIDE, Ahead, PhotographPool, imagenet
 
 CPU = torch.device("cpu")

@@ -12,8 +12,7 @@ from tests.shared.programs import run
 from tests.torchssl.tiny import TINY, checkpoint
 from TorchSSL import freematch
 from TorchSSL.core import options
-from TorchSSL.core.batches import Batches
-from TorchSSL.core.data import load_training_data
+from TorchSSL.core.data import Batches, load_training_data
 
 FLAGS = [*TINY, "--num_train_iter=6", "--num_eval_iter=3", "--ent_loss_ratio=0.1", "--lr=0.01"]
 

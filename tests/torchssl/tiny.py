@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from shared.cli import UserError
 from shared.training.checkpoint import read_checkpoint
 from tests.shared.clean import clean_process
 from TorchSSL import freematch
+from TorchSSL.core.algorithm import Algorithm
+from TorchSSL.core.trainer import train
 
 TINY = ("--dataset=digits --num_labels=20 --batch_size=4 --uratio=2 --num_train_iter=12 --num_eval_iter=4 "
         "--num_save_iter=3 --save_name=tiny --depth=10 --widen_factor=1 --bn_momentum=0.1 --ema_m=0.9 --ema_p=0.9 "
@@ -23,13 +26,15 @@ NOT_BITWISE = {"seconds", "stats_bytes", "log_sums"}
 
 
 def call(*extra: str) -> None:
-    """Run freematch.py's main in this process with the tiny settings and `extra` flags."""
-    before = sys.argv
-    sys.argv = ["freematch.py", *TINY, *extra]
-    try:
-        freematch.main()
-    finally:
-        sys.argv = before
+    """Train FreeMatch in this process with the tiny settings and `extra` flags."""
+    train(freematch.parse([*TINY, *extra]), freematch.FreeMatch)
+
+
+def learner_class(script: ModuleType) -> type[Algorithm]:
+    """Return the learner of a script."""
+    found, = (value for value in vars(script).values() if isinstance(value, type) and issubclass(value, Algorithm)
+              and value is not Algorithm)
+    return found
 
 
 def _child(folder: Path, extra: tuple[str, ...], sabotage: Callable[[], None] | None) -> None:
