@@ -1,10 +1,11 @@
 """Files that are complete or absent: written under a temporary name, flushed, renamed; and folders held by a lock."""
 from __future__ import annotations
 
+import errno
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +17,8 @@ except ImportError:  # Windows has no advisory locks; two runs in one folder the
     fcntl = None
 
 LOCK = ".lock"  # in the folder it stands for
+# What the system says of a path that no file can have.
+NO_SUCH_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -37,9 +40,13 @@ def atomic(path: str | os.PathLike, mode: str = "wb", previous: str | os.PathLik
             os.replace(path, previous)
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # a failed write does not say of what
-            error.filename = error.filename or str(path)
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        if error.errno in NO_SUCH_PLACE and error.filename == str(temporary):
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
+        error.filename = error.filename or str(path)  # a failed write does not say of what
         raise
     _flush_folder(path.parent)
 

@@ -83,8 +83,10 @@ class Run:
         stats_bytes = self._load(resume, restart)
         self._host_group = dist.new_group(backend="gloo") if world.size > 1 else None
         log.check = self._check_finite
-        with self._machine_errors():
+        try:
             log.open(self.step, stats_bytes)
+        except OSError as error:
+            raise UserError(f"cannot write {error.filename}: {error.strerror}; choose another output folder") from None
         if self.resumed_from is not None and not self.finished:
             log.print(f"continuing at step {self.step}: {self.resumed_from} ({duration(self.seconds)} so far)")
         if self._without_inputs:
@@ -212,7 +214,7 @@ class Run:
         clock = self.save_seconds is not None and time.monotonic() - self._last_save >= self.save_seconds
         counted = self.save_every is not None and self.step % self.save_every == 0
         stop, clock = self._agreed(clock)
-        if stop or clock or counted:
+        if stop or (clock or counted) and self.step < total:  # after the last step, `steps` saves
             self.save()
         if stop:
             self.log.print(f"stopped by {signal.Signals(stop).name} after step {self.step}; "

@@ -10,7 +10,9 @@ import torch
 from shared import distributed
 from shared.cli import Diverged, UserError
 from shared.distributed import _checksum
+from shared.training import files
 from shared.training.checkpoint import load_newest, previous_path, read_checkpoint, write_checkpoint
+from shared.training.files import atomic
 from tests.shared.programs import assert_same, one_line_error, run, start
 
 PROGRAM, MISHAP = "tests/shared/tiny_run.py", "tests/shared/mishap.py"
@@ -32,14 +34,14 @@ def whole(tmp_path_factory):
     return folder
 
 
-def kill_when(process, folder, steps, number=signal.SIGKILL):
-    """Send a signal once the program has done so many steps."""
+def kill_when(process, folder, steps, number=signal.SIGKILL, wait=True):
+    """Send a signal once the program has done so many steps; return what it said if it ends of that."""
     order, deadline = folder / "order.jsonl", time.monotonic() + 60
     while not order.exists() or order.read_text().count("\n") < steps:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(number)
-    return process.communicate(timeout=60)
+    return process.communicate(timeout=60) if wait else None
 
 
 def test_killed_twice_and_continued_is_bitwise_equal(whole, tmp_path):
@@ -133,6 +135,106 @@ def test_other_settings_are_refused_and_restart_starts_anew(whole, tmp_path):
     assert_same(final(whole), final(tmp_path))
 
 
+def test_a_finished_run_says_so(whole):
+    before = (whole / "checkpoint.pt").read_bytes()
+    assert run(PROGRAM, whole).stdout == f"complete: {whole}\n"
+    assert (whole / "checkpoint.pt").read_bytes() == before
+
+
+def test_another_input_is_named_and_restart_starts_anew(tmp_path):
+    file, folder = tmp_path / "input", tmp_path / "run"
+    file.write_text("1")
+    run(PROGRAM, folder, "--input", file, "--steps", "8")
+    file.rename(tmp_path / "moved")
+    assert "complete" in run(PROGRAM, folder, "--input", tmp_path / "moved", "--steps", "8").stdout
+    file.write_text("2")
+    before = (folder / "checkpoint.pt").read_bytes()
+    line = one_line_error(run(PROGRAM, folder, "--input", file, status=2))
+    assert "another content of --input" in line
+    assert "another content of --input" in one_line_error(run(PROGRAM, folder, status=2))
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    run(PROGRAM, folder, "--input", file, "--steps", "8", "--restart")
+    assert "complete" in run(PROGRAM, folder, "--input", file, "--steps", "8").stdout
+
+
+def test_a_checkpoint_without_fingerprints_is_continued_once(whole, tmp_path):
+    """What versions before fingerprints wrote, here of a run that is under way and of a finished one."""
+    file, folder = tmp_path / "input", tmp_path / "run"
+    file.write_text("1")
+    run(PROGRAM, folder, "--steps", "8")
+    for steps in ("40", "40"):
+        content = read_checkpoint(folder / "checkpoint.pt")
+        del content["inputs"]
+        torch.save(content, folder / "checkpoint.pt")
+        said = run(PROGRAM, folder, "--input", file, "--steps", steps).stdout
+        assert said.count("holds no fingerprints of --input") == 1
+        assert read_checkpoint(folder / "checkpoint.pt")["inputs"].keys() == {"--input"}
+        assert run(PROGRAM, folder, "--input", file, "--steps", steps).stdout == f"complete: {folder}\n"
+    assert_same(final(whole), final(folder))
+
+
+def test_an_input_that_is_absent_leaves_no_folder(tmp_path):
+    failed = run(PROGRAM, tmp_path / "run", "--input", tmp_path / "absent", status=2)
+    assert f"--input: cannot read {tmp_path}/absent" in one_line_error(failed)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_start_leaves_the_first_alone(tmp_path, ranks):
+    first = start(PROGRAM, tmp_path, "--pause", "0.1", "--steps", "100000")
+    try:
+        kill_when(first, tmp_path, 8, signal.SIGCONT, wait=False)
+        (tmp_path / ".checkpoint.pt.1.tmp").write_text("being written")
+        failed = run(PROGRAM, tmp_path, ranks=ranks, status=2 if ranks == 1 else 1)
+        assert failed.stderr.count("is in use by a run that is still going on") == 1
+        assert (tmp_path / ".checkpoint.pt.1.tmp").exists() and first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    run(PROGRAM, tmp_path, "--steps", "8")
+    assert not (tmp_path / ".checkpoint.pt.1.tmp").exists()
+
+
+def test_of_two_starts_at_once_one_wins(whole, tmp_path):
+    processes = [start(PROGRAM, tmp_path, "--pause", "0.05") for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) in ([0, 2], [0, 0])  # [0, 0]: one after the other
+    for process, errors in zip(processes, said, strict=True):
+        assert (process.returncode == 2) == ("is in use by a run" in errors)
+    assert_same(final(tmp_path), final(whole))
+
+
+def test_a_weight_that_is_not_finite_is_never_saved_as_finished(tmp_path):
+    line = one_line_error(run(MISHAP, "nan", "40", PROGRAM, tmp_path, status=1))
+    assert "a weight is not finite at step 39 on rank 0; the first non-finite tensor is net.0.weight" in line
+    saved = read_checkpoint(tmp_path / "checkpoint.pt")
+    assert saved["step"] == 35 and not saved["finished"] and not (tmp_path / "final.pt").exists()
+
+
+def test_a_file_that_grows_too_large_in_a_save(tmp_path):
+    run(PROGRAM, tmp_path, "--steps", "8")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    failed = run(PROGRAM, tmp_path, before=["prlimit", "--fsize=6000"], status=2)
+    assert f"File too large: {tmp_path}/checkpoint.pt; the last checkpoint is whole" in one_line_error(failed)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and not list(tmp_path.glob(".*.tmp"))
+    run(PROGRAM, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "stats.jsonl"])
+def test_a_log_that_cannot_be_written(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert f"cannot write {tmp_path}/{name}: Is a directory" in one_line_error(run(PROGRAM, tmp_path, status=2))
+
+
+@pytest.mark.parametrize("place", ["folder", "absent/name", "file/name", "x" * 300])
+def test_a_path_that_no_file_can_have(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*; choose another place"), atomic(tmp_path / place) as file:
+        file.write(b"1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot create the folder" in one_line_error(run(PROGRAM, tmp_path / "file" / "out", status=2))
@@ -156,6 +258,18 @@ def test_damaged_checkpoint_is_found_and_the_previous_one_used(tmp_path):
         # Either the damage was in a byte that carries nothing, or the previous file was taken.
         assert loaded["step"] == (2 if found == path else 1)
         assert_same(loaded["net"], content["net"])
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(whole, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    run(PROGRAM, tmp_path, "--steps", "21")  # saves 7, 14, 21
+    former = previous_path(path).read_bytes()
+    path.write_bytes(b"damaged")
+    kill_when(start(PROGRAM, tmp_path, "--pause", "0.05"), tmp_path, 24 + 8)
+    assert read_checkpoint(path)["step"] > 14 and previous_path(path).read_bytes() == former
+    path.write_bytes(b"damaged again")
+    assert "continuing at step 14" in run(PROGRAM, tmp_path).stdout
+    assert_same(final(whole), final(tmp_path))
 
 
 def is_damaged(path):
@@ -198,13 +312,8 @@ def test_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch):
 def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     write_checkpoint(path, {"step": 1})
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
-        write_checkpoint(path, {"step": 2})
+    monkeypatch.setattr(files, "open", lambda path, mode, **_: open(path, mode) and open("/dev/full", mode), raising=False)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_checkpoint(path, {"step": 2, "net": torch.zeros(10_000)})
     assert read_checkpoint(path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def full_disk(content, file):
-    file.write(b"half a file")
-    raise OSError(28, "No space left on device")

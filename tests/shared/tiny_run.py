@@ -7,22 +7,26 @@ import time
 import torch
 
 from shared import distributed
-from shared.cli import Parser, run_main
+from shared.cli import Flag, Float, Int, Option, parse, run_main
 from shared.training.ema import EMA
-from shared.training.randomness import torch_rng
 from shared.training.log import Log
+from shared.training.randomness import torch_rng
 from shared.training.run import Run
 
 
+FLAGS = (
+    Option("outdir", required=True),
+    Option("--steps", Int(1), 40),
+    Option("--lr", Float(0), 0.1),
+    Option("--save-every", Int(1), 7),
+    Option("--pause", Float(0), 0.0, unit="s"),
+    Option("--restart", Flag, False),
+    Option("--input", help="a file that the run depends on"),
+)
+
+
 def main() -> None:
-    parser = Parser()
-    parser.add_argument("outdir")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--save-every", type=int, default=7)
-    parser.add_argument("--pause", type=float, default=0.0)
-    parser.add_argument("--restart", action="store_true")
-    args = parser.parse_args()
+    args = parse(__doc__, FLAGS)
     world = distributed.start("cpu")
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
@@ -30,7 +34,8 @@ def main() -> None:
     model = distributed.data_parallel(net, world)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     run = Run(args.outdir, {"lr": args.lr}, dict(net=net, ema=ema, optimizer=optimizer), world, restart=args.restart,
-              save_every=args.save_every, log=Log(args.outdir, world, every=5, tensorboard=False))
+              save_every=args.save_every, log=Log(args.outdir, world, every=5, tensorboard=False),
+              inputs={"--input": args.input})
     part = world.slice(12)
     for step in run.steps(args.steps):
         rng = torch_rng(0, step, "batch")
