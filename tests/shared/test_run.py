@@ -312,7 +312,7 @@ def test_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, monkeypatch):
 def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     write_checkpoint(path, {"step": 1})
-    monkeypatch.setattr(files, "open", lambda path, mode, **_: open(path, mode) and open("/dev/full", mode), raising=False)
+    monkeypatch.setattr(files, "open", lambda path, mode, **_: path.touch() or open("/dev/full", mode), raising=False)
     with pytest.raises(OSError, match="No space left on device"):
         write_checkpoint(path, {"step": 2, "net": torch.zeros(10_000)})
     assert read_checkpoint(path)["step"] == 1

@@ -13,7 +13,6 @@ from shared.training.log import Log
 from shared.training.randomness import torch_rng
 from shared.training.run import Run
 
-
 FLAGS = (
     Option("outdir", required=True),
     Option("--steps", Int(1), 40),
