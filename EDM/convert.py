@@ -3,29 +3,31 @@
     python -m EDM.convert network-snapshot-200000.pkl network.safetensors
     python -m EDM.convert https://.../edm-cifar10-32x32-cond-vp.pkl network-snapshot-cifar10.pkl
 
-Nothing in the source file is run.
+Nothing in the source file is run. DEST ends in .safetensors or .pkl.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import click
+from EDM.training.snapshots import read_snapshot, write_snapshot
+from shared.cli import Flag, Option, UserError, parse, run_main
+from shared.training.files import make_dir
 
-from shared.cli import UserError, run_main
+FLAGS = (
+    Option("src", required=True, help="snapshot to read, a file or a URL"),
+    Option("dest", required=True, help="file to write"),
+    Option("--overwrite", Flag, False, "replace DEST if it exists"),
+)
 
 
-@click.command(help=__doc__.split("\n\n    python")[0].strip() + " DEST ends in .safetensors or .pkl.")
-@click.argument("src", metavar="SRC")
-@click.argument("dest", metavar="DEST")
-@click.option("--overwrite", is_flag=True, help="Replace DEST if it exists.")
-def main(src: str, dest: str, overwrite: bool) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parse(__doc__, FLAGS, argv)
+    src, dest = flags.src, flags.dest
     if Path(dest).suffix not in (".safetensors", ".pkl"):
         raise UserError(f"DEST: expected a name ending in .safetensors or .pkl, got {dest}")
-    if Path(dest).exists() and not overwrite:
+    if Path(dest).exists() and not flags.overwrite:
         raise UserError(f"{dest} exists already; choose another name or add --overwrite")
-    from EDM.training.snapshots import read_snapshot, write_snapshot
-    from shared.training.files import make_dir
-
     snapshot = read_snapshot(src)
     net = snapshot.build()  # proves that the copy will load
     make_dir(Path(dest).absolute().parent)

@@ -14,20 +14,36 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import click
+import numpy as np
 
-from shared.cli import UserError, nearest, run_main
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from EDM.metrics.detectors import Detector
-    from shared.data.images import ImageSet
-    from shared.distributed import World
+from EDM import generate
+from EDM.fid import distance_name, full_precision
+from EDM.metrics.detectors import Detector, load_detector
+from EDM.metrics.extraction import extract
+from EDM.metrics.frechet import frechet_distance
+from EDM.metrics.judge import (
+    RECIPES,
+    SetImages,
+    as_detector,
+    confusion,
+    default_network,
+    predict,
+    train_classifier,
+)
+from EDM.metrics.metrics import classwise_frechet_distance, manifold_metrics
+from EDM.tdsm.noise import with_clean_labels
+from shared.cli import Bool, Choice, Flag, Int, Option, UserError, nearest, parse, run_main
+from shared.data.datasets import NAMES, load_dataset
+from shared.data.images import ImageSet, read_images, shape_text, with_classes
+from shared.distributed import World, start
+from shared.report.plots import confusion_matrices, image_grid
+from shared.training.files import atomic, make_dir
+from shared.training.hardware import computed_on
 
 METRICS = {
     "accuracy": "share of the images that show the class they should, by the judge",
@@ -36,44 +52,50 @@ METRICS = {
     "cas": "classification accuracy score: train on generated images, test on real ones",
 }
 CLASSIFIERS = ("small", "cnn", "resnet50", "resnet50_pretrained")
-AT_LEAST_ONE = click.IntRange(min=1)
+COUNT = Int(1)
 INCEPTION_SIDE = 32  # images of fewer pixels say little to a network for photographs
 
+FLAGS = {
+    "images": (
+        Option("--outdir", required=True, metavar="DIR", help="where to write result.json, evaluation.md, pictures"),
+        Option("--data", required=True, metavar="PATH|NAME", help="real training images with labels, or a data set's "
+               "name; of a set with label noise the clean labels are taken"),
+        Option("--test", metavar="PATH|NAME", help="real test images", default_help="the test split of a named --data"),
+        Option("--data-dir", default="./data", metavar="DIR", help="folder of named data sets"),
+        Option("--images", metavar="PATH|ZIP|NPZ", help="generated images with their classes"),
+        Option("--network", metavar="PATH|URL", help="snapshot to generate them with, instead of --images"),
+        Option("--per-class", Int(2, 1_000_000), 1000, "images of --network a class"),
+        Option("--first-seed", Int(0), 0, "first of the seeds of --network"),
+        Option("--steps", COUNT, 18, "sampling steps of --network"),
+    ),
+    "metrics": (
+        Option("--metrics", default=",".join(METRICS), metavar="LIST",
+               help="comma-separated: " + "; ".join(f"{name}, {text}" for name, text in METRICS.items())),
+        Option("--detector", metavar="judge|inception|dinov2|FILE", help="network of the features",
+               default_help="inception; judge for gray images and below 32x32"),
+        Option("--download", Flag, False, "fetch Inception's weights if they are not there"),
+        Option("--k", COUNT, 5, "neighbours of density and coverage"),
+        Option("--pr-k", COUNT, 3, "neighbours of precision and recall"),
+    ),
+    "classifiers": (
+        Option("--classifier", Choice(*CLASSIFIERS), None, "network of the judge and of the classification accuracy "
+               "score", default_help="resnet50; cnn for gray images, small below 32x32"),
+        Option("--classifier-steps", COUNT, None, "their training steps", default_help="by the network"),
+        Option("--weights", metavar="FILE", help="torchvision weights of resnet50_pretrained"),
+        Option("--flip", Bool, None, "mirror half of their images", default_help="where images have colour"),
+        Option("--judge-dir", metavar="DIR", help="folder of the judge, to share it", default_help="OUTDIR/judge"),
+    ),
+    "running": (
+        Option("--overwrite", Flag, False, "replace the images and classifiers of another evaluation in --outdir"),
+        Option("--seed", Int(0), 0, "seed of the classifiers"),
+        Option("--batch", COUNT, 64, "images at once"),
+        generate.DEVICE,
+    ),
+}
 
-def option(*names: str, **settings: Any) -> Any:
-    return click.option(*names, **{"show_default": settings.get("default") is not None, **settings})
 
-
-@click.command(help="\n\n".join(part for part in __doc__.strip().split("\n\n") if not part.startswith("    ")))
-@option("--outdir", metavar="DIR", type=str, required=True, help="Where to write result.json, evaluation.md, pictures")
-@option("--data", metavar="PATH|NAME", type=str, required=True, help="Real training images with labels, or a data "
-        "set's name; of a set with label noise the clean labels are taken")
-@option("--test", metavar="PATH|NAME", type=str, help="Real test images  [default: the test split of a named --data]")
-@option("--data-dir", metavar="DIR", type=str, default="./data", help="Folder of named data sets")
-@option("--images", metavar="PATH|ZIP|NPZ", type=str, help="Generated images with their classes")
-@option("--network", metavar="PATH|URL", type=str, help="Snapshot to generate them with, instead of --images")
-@option("--per-class", metavar="INT", type=click.IntRange(min=2), default=1000, help="Images of --network a class")
-@option("--first-seed", metavar="INT", type=click.IntRange(min=0), default=0, help="First of the seeds of --network")
-@option("--steps", metavar="INT", type=AT_LEAST_ONE, default=18, help="Sampling steps of --network")
-@option("--metrics", metavar="LIST", type=str, default=",".join(METRICS),
-        help="Comma-separated: " + "; ".join(f"{name}, {text}" for name, text in METRICS.items()))
-@option("--detector", metavar="judge|inception|dinov2|FILE", type=str,
-        help="Network of the features  [default: inception; judge for gray images and below 32x32]")
-@option("--download", is_flag=True, help="Fetch Inception's weights if they are not there")
-@option("--k", metavar="INT", type=AT_LEAST_ONE, default=5, help="Neighbours of density and coverage")
-@option("--pr-k", metavar="INT", type=AT_LEAST_ONE, default=3, help="Neighbours of precision and recall")
-@option("--classifier", type=click.Choice(CLASSIFIERS), help="Network of the judge and of the classification accuracy "
-        "score  [default: resnet50; cnn for gray images, small below 32x32]")
-@option("--classifier-steps", metavar="INT", type=AT_LEAST_ONE, help="Their training steps  [default: by the network]")
-@option("--weights", metavar="FILE", type=str, help="torchvision weights of resnet50_pretrained")
-@option("--flip", metavar="BOOL", type=bool, help="Mirror half of their images  [default: where images have colour]")
-@option("--judge-dir", metavar="DIR", type=str, help="Folder of the judge, to share it  [default: OUTDIR/judge]")
-@option("--overwrite", is_flag=True, help="Replace the images and classifiers of another evaluation in --outdir")
-@option("--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of the classifiers")
-@option("--batch", metavar="INT", type=AT_LEAST_ONE, default=64, help="Images at once")
-@option("--device", metavar="NAME", type=str, help="cpu, cuda, cuda:N or mps  [default: a GPU if there is one]")
-def main(**given: Any) -> None:
-    flags = SimpleNamespace(**given)
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parse(__doc__, FLAGS, argv)
     flags.metrics = read_metrics(flags.metrics)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("evaluate.py runs in one process; generate the images beforehand with several (generate.py)")
@@ -98,11 +120,6 @@ def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
     started = time.monotonic()
     train, test = real_images(flags)
     outdir = Path(flags.outdir)
-
-    from shared.distributed import start
-    from shared.training.files import atomic, make_dir
-    from shared.training.hardware import computed_on
-
     world = start(flags.device)
     settle(flags, train)
     generated = generated_images(flags, train, make_dir(outdir))
@@ -142,10 +159,6 @@ def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
 
 def real_images(flags: SimpleNamespace) -> tuple[ImageSet, ImageSet]:
     """Return the real training and test images, all labelled; UserError where there are none or they do not fit."""
-    from EDM.tdsm.noise import with_clean_labels
-    from shared.data.datasets import NAMES, load_dataset
-    from shared.data.images import read_images, shape_text, with_classes
-
     if flags.test is None and flags.data not in NAMES:
         raise UserError(f"--test: name real test images with labels; --data={flags.data} is no named data set with a "
                         f"test split ({', '.join(NAMES)})")
@@ -164,17 +177,13 @@ def real_images(flags: SimpleNamespace) -> tuple[ImageSet, ImageSet]:
 
 def generated_images(flags: SimpleNamespace, train: ImageSet, outdir: Path) -> ImageSet:
     """Return the generated images with their classes, made first if --network says so."""
-    from shared.data.images import read_images, shape_text
-
     path = flags.images
     if flags.network is not None:
-        from EDM import generate
-
         path = str(outdir / "generated.zip")
         more = [f"--device={flags.device}"] * (flags.device is not None) + ["--overwrite"] * flags.overwrite
-        generate.main.main([f"--network={flags.network}", f"--outdir={path}",
-                            f"--seeds={flags.first_seed}-{flags.first_seed + flags.per_class - 1}", "--classes=all",
-                            f"--steps={flags.steps}", f"--batch={flags.batch}", *more], standalone_mode=False)
+        generate.main([f"--network={flags.network}", f"--outdir={path}",
+                       f"--seeds={flags.first_seed}-{flags.first_seed + flags.per_class - 1}", "--classes=all",
+                       f"--steps={flags.steps}", f"--batch={flags.batch}", *more])
     images = read_images(path, channels=train.channels, num_classes=train.num_classes)
     if images.images.shape[1:] != train.images.shape[1:]:
         raise UserError(f"{path} has images of {shape_text(images)}, --data of {shape_text(train)}")
@@ -186,8 +195,6 @@ def generated_images(flags: SimpleNamespace, train: ImageSet, outdir: Path) -> I
 
 def settle(flags: SimpleNamespace, train: ImageSet) -> None:
     """Set the defaults that depend on the images."""
-    from EDM.metrics.judge import RECIPES, default_network
-
     flags.classifier = flags.classifier or default_network(train)
     flags.classifier_steps = flags.classifier_steps or RECIPES[flags.classifier].steps
     photographs = train.channels == 3 and train.size[0] >= INCEPTION_SIDE
@@ -198,8 +205,6 @@ def settle(flags: SimpleNamespace, train: ImageSet) -> None:
 
 def check_counts(flags: SimpleNamespace, generated: ImageSet, train: ImageSet) -> None:
     """Raise UserError now, not after the training of a judge, where a class has too few images for the metrics."""
-    import numpy as np
-
     needs = {"cas": 1, "fid": 2, "prdc": max(flags.k, flags.pr_k) + 1}
     least = max(needs.get(name, 0) for name in flags.metrics)
     for images, what in ((generated, "generated images"), (train, "real images")):
@@ -217,25 +222,18 @@ def needs_judge(flags: SimpleNamespace) -> bool:
 
 
 def trained(flags: SimpleNamespace, folder: Path, images: ImageSet, world: World, desc: str) -> Any:
-    from EDM.metrics.judge import train_classifier
-
     return train_classifier(folder, flags.classifier, images, world, seed=flags.seed, steps=flags.classifier_steps,
                             flip=flags.flip, weights=flags.weights, restart=flags.overwrite, desc=desc)
 
 
 def accuracies(name: str, net: Any, images: ImageSet, world: World) -> tuple[dict[str, Any], list[list[int]]]:
     """Return {name: accuracy, name_by_class: ...} of the network on labelled images, and the confusion matrix."""
-    from EDM.metrics.judge import confusion, predict
-
     counts = confusion(images.labels, predict(net, images, world.device), images.num_classes)
     each = [int(row[label]) / max(1, int(row.sum())) for label, row in enumerate(counts)]
     return {name: float(counts.trace() / counts.sum()), f"{name}_by_class": each}, counts.tolist()
 
 
 def detector_of(flags: SimpleNamespace, judge: Any, folder: Path, train: ImageSet, world: World) -> Detector:
-    from EDM.metrics.detectors import load_detector
-    from EDM.metrics.judge import as_detector
-
     if flags.detector == "judge":
         return as_detector(judge, flags.classifier, train, folder, world.device)
     return load_detector(flags.detector, world.device, flags.download, world)
@@ -244,12 +242,6 @@ def detector_of(flags: SimpleNamespace, judge: Any, folder: Path, train: ImageSe
 def feature_metrics(flags: SimpleNamespace, detector: Detector, generated: ImageSet, train: ImageSet,
                     world: World) -> dict[str, Any]:
     """Return the Fréchet distance and the manifold metrics of all images, their means over classes and each class."""
-    from EDM.fid import distance_name, full_precision
-    from EDM.metrics.extraction import extract
-    from EDM.metrics.frechet import frechet_distance
-    from EDM.metrics.judge import SetImages
-    from EDM.metrics.metrics import classwise_frechet_distance, manifold_metrics
-
     full_precision()
     ours, real = (extract(SetImages(images, detector.channels), detector, flags.batch, world, keep_features=True)
                   for images in (generated, train))
@@ -309,10 +301,6 @@ def markdown(content: dict[str, Any], pictures: list[str]) -> str:
 
 def draw(content: dict[str, Any], generated: ImageSet, train: ImageSet, outdir: Path) -> list[str]:
     """Write confusion.png and samples.png; return the names of those that there are."""
-    import numpy as np
-
-    from shared.report.plots import confusion_matrices, image_grid
-
     rows: dict[str, np.ndarray] = {name: generated.images[np.flatnonzero(generated.labels == label)[:12]]
                                    for label, name in enumerate(train.classes[:20])}
     there = {name: row for name, row in rows.items() if len(row)}

@@ -5,16 +5,20 @@
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import click
+import torch
 
-from shared.cli import UserError, run_main
-
-if TYPE_CHECKING:
-    import torch
+from EDM.sampling.samplers import denoiser, edm_sampler
+from EDM.training.downloads import local_file
+from EDM.training.snapshots import load_network
+from shared.cli import Choice, Int, Option, UserError, parse, run_main
+from shared.data.pngs import write_png
+from shared.distributed import start
+from shared.training.files import make_dir
+from shared.training.progress import Progress
 
 SIDE = 8  # images in a row and in a column
 
@@ -27,31 +31,29 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@click.command(help=__doc__.split("\n\n    python")[0].strip())
-@click.option("--network", "networks", metavar="PATH|URL", type=str, multiple=True, required=True,
-              help="Network snapshot, ours or a published one; may be given several times")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings  [default: by the name of the file]")
-@click.option("--outdir", metavar="DIR", type=str, default=".", show_default=True, help="Where to save the PNGs")
-@click.option("--seed", metavar="INT", type=int, default=0, show_default=True, help="Random seed")
-@click.option("--steps", metavar="INT", type=click.IntRange(min=1), help="Sampling steps  [default: by the preset]")
-@click.option("--device", metavar="NAME", type=str, help="cpu, cuda, cuda:N or mps  [default: a GPU if there is one]")
-def main(networks: tuple[str, ...], preset: str | None, outdir: str, seed: int, steps: int | None,
-         device: str | None) -> None:
-    plans = {network: preset or preset_of(network) for network in networks}
+FLAGS = (
+    Option("--network", required=True, many=True, metavar="PATH|URL",
+           help="network snapshot, ours or a published one; may be given several times"),
+    Option("--preset", Choice(*PRESETS), None, "settings", default_help="by the name of the file"),
+    Option("--outdir", default=".", metavar="DIR", help="where to save the PNGs"),
+    Option("--seed", Int(0), 0, "random seed"),
+    Option("--steps", Int(1), None, "sampling steps", default_help="by the preset"),
+    Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps", default_help="a GPU if there is one"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parse(__doc__, FLAGS, argv)
+    plans = {network: flags.preset or preset_of(network) for network in flags.network}
     if len(set(plans.values())) < len(plans):
         raise UserError("--network: two networks of one preset would be drawn into the same file; give one at a time, "
                         "each with an --outdir of its own")
-
-    from EDM.training.downloads import local_file
-    from shared.distributed import start
-    from shared.training.files import make_dir
-
-    for network in networks:
+    for network in plans:
         local_file(network)  # what is missing is said before hours of sampling
-    folder, world = make_dir(outdir), start(device)
+    folder, world = make_dir(flags.outdir), start(flags.device)
     for network, name in plans.items():
-        settings = PRESETS[name] | ({} if steps is None else {"num_steps": steps})
-        draw_grid(network, name, folder, seed, world.device, settings)
+        settings = PRESETS[name] | ({} if flags.steps is None else {"num_steps": flags.steps})
+        draw_grid(network, name, folder, flags.seed, world.device, settings)
 
 
 def preset_of(network: str) -> str:
@@ -67,13 +69,6 @@ def preset_of(network: str) -> str:
 def draw_grid(network: str, name: str, folder: Path, seed: int, device: torch.device,
               settings: Mapping[str, Any]) -> None:
     """Write `folder`/{name}-{R}x{R}.png: SIDE x SIDE images of random classes, from one generator."""
-    import torch
-
-    from EDM.sampling.samplers import denoiser, edm_sampler
-    from EDM.training.snapshots import load_network
-    from shared.data.pngs import write_png
-    from shared.training.progress import Progress
-
     print(f"Loading network from \"{network}\"...")
     net = load_network(network, device)
     if net.img_channels not in (1, 3):

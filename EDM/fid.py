@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import click
+import torch
 
 from EDM import generate
-from shared.cli import UserError, nearest, run_main
-
-if TYPE_CHECKING:
-    from EDM.metrics.detectors import Detector
-    from EDM.metrics.extraction import Extraction
-    from EDM.metrics.reference import Reference
-    from EDM.metrics.sources import FileImages, GeneratedImages
-    from shared.distributed import World
+from EDM.metrics import metrics
+from EDM.metrics.detectors import Detector, load_detector
+from EDM.metrics.extraction import Extraction, extract
+from EDM.metrics.frechet import frechet_distance
+from EDM.metrics.metrics import check_neighbours, check_subset_size
+from EDM.metrics.reference import Reference, from_extraction, read_reference, write_reference
+from EDM.metrics.sources import FileImages, GeneratedImages
+from shared.cli import Flag, Int, Option, UserError, nearest, parse, run_main
+from shared.distributed import World, start, stop
+from shared.training.files import atomic, make_dir
 
 METRICS = {
     "fid": "Fréchet distance",
@@ -33,71 +37,60 @@ METRICS = {
 }
 SETTINGS = ("kid_subsets", "kid_subset_size", "pr_k", "dc_k", "isc_splits")
 NEED_FEATURES = {"kid", "prdc", "cwfid"}
-# How images are made from a snapshot: the flags of generate.py that say so.
-SAMPLING = ("class", "classes", "steps", "sigma_min", "sigma_max", "rho", *generate.CHURN_FLAGS,
-            *generate.ABLATION_FLAGS, "sampler", "network_2", "affine_weight", "guidance", "guide_network", "precision",
-            "strict", "compile")
 
-option = generate.option
-AT_LEAST_ONE = click.IntRange(min=1)
-batch_option = option("--batch", metavar="INT", type=AT_LEAST_ONE, default=64, help="Largest batch of a process")
-detector_option = option("--detector", metavar="inception|dinov2|FILE", default="inception",
-                         help="Network of the features: Inception or DINOv2 weights from assets/, or a file of either, "
-                              "or a TorchSSL checkpoint")
-download_option = option("--download", is_flag=True, help="Fetch Inception's weights if they are not there")
-device_option = option("--device", metavar="NAME", type=str, help="cpu, cuda, cuda:N or mps  [default: a GPU if any]")
-
-
-@click.group(help=__doc__.split("\n\n    python")[0].strip())
-def main() -> None:
-    pass
-
-
-@main.command(help="Score images against a reference.")
-@option("--images", metavar="PATH|ZIP|NPZ", type=str, help="Images to score")
-@option("--network", metavar="PATH|URL", type=str, help="Snapshot to make the images with, instead of --images")
-@option("--seeds", metavar="LIST", type=str, help="Seeds of --network  [default: 0 to num - 1]")
-@option("--ref", metavar="NPZ|URL|PATH", type=str, required=True,
-        help="Statistics made by `ref`, or a folder or ZIP of images")
-@option("--num", "--num-images", "num", metavar="INT", type=click.IntRange(min=2), default=50000,
-        help="Number of images to score (torchrun takes --num for an abbreviation of its own, but not --num-images)")
-@option("--seed", metavar="INT", type=int, default=0, help="Seed of the choice among more images than --num")
-@option("--metrics", metavar="LIST", type=str, default="fid",
-        help="Comma-separated: " + ", ".join(f"{name} ({text})" for name, text in METRICS.items()))
-@option("--kid-subsets", metavar="INT", type=AT_LEAST_ONE, default=100, help="Subsets of the kernel distance")
-@option("--kid-subset-size", metavar="INT", type=click.IntRange(min=2), default=1000, help="Images of each")
-@option("--pr-k", metavar="INT", type=AT_LEAST_ONE, default=3, help="Neighbours of precision and recall")
-@option("--dc-k", metavar="INT", type=AT_LEAST_ONE, default=5, help="Neighbours of density and coverage")
-@option("--isc-splits", metavar="INT", type=AT_LEAST_ONE, default=10, help="Splits of the inception score")
-@option("--json", "json_file", metavar="FILE", type=str, help="Also write the values and all they depend on")
-@batch_option
-@detector_option
-@download_option
-@device_option
-@click.pass_context
-def calc(context: click.Context, **given: Any) -> None:
-    flags = SimpleNamespace(**given)
-    flags.class_index = vars(flags).pop("class")
-    flags.metrics = read_metrics(flags.metrics)
-    set_here = {name for name in given
-                if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
-    check(flags, set_here)
-    score(flags)
+COUNT = Int(1)
+FEATURES = (
+    generate.BATCH,
+    Option("--detector", default="inception", metavar="inception|dinov2|FILE", help="network of the features: "
+           "Inception or DINOv2 weights from assets/, or a file of either, or a TorchSSL checkpoint"),
+    Option("--download", Flag, False, "fetch Inception's weights if they are not there"),
+    generate.DEVICE,
+)
+CALC_FLAGS = {
+    "what is scored": (
+        Option("--images", metavar="PATH|ZIP|NPZ", help="images to score"),
+        Option("--network", metavar="PATH|URL", help="snapshot to make the images with, instead of --images"),
+        Option("--seeds", generate.SEEDS, None, "seeds of --network", default_help="0 to num - 1"),
+        Option("--ref", required=True, metavar="NPZ|URL|PATH",
+               help="statistics made by `ref`, or a folder or ZIP of images"),
+        Option("--num --num-images", Int(2, 10_000_000), 50000, "number of images to score (torchrun takes --num for "
+               "an abbreviation of its own, but not --num-images)"),
+        Option("--seed", Int(0), 0, "seed of the choice among more images than --num"),
+    ),
+    "metrics": (
+        Option("--metrics", default="fid", metavar="LIST",
+               help="comma-separated: " + ", ".join(f"{name} ({text})" for name, text in METRICS.items())),
+        Option("--kid-subsets", COUNT, 100, "subsets of the kernel distance"),
+        Option("--kid-subset-size", Int(2), 1000, "images of each"),
+        Option("--pr-k", COUNT, 3, "neighbours of precision and recall"),
+        Option("--dc-k", COUNT, 5, "neighbours of density and coverage"),
+        Option("--isc-splits", COUNT, 10, "splits of the inception score"),
+        Option("--json", metavar="FILE", help="also write the values and all they depend on", key="json_file"),
+    ),
+    "features": FEATURES,
+    "sampling, with --network": generate.SAMPLING,
+}
+REF_FLAGS = (
+    Option("--data", required=True, metavar="PATH|ZIP|NPZ", help="reference images"),
+    Option("--dest", required=True, metavar="NPZ", help="where to write the statistics"),
+    Option("--features", Flag, False, "also keep every feature and class: for kid, prdc and cwfid"),
+    *FEATURES,
+)
 
 
-calc.params.extend(parameter for parameter in generate.main.params if parameter.name in SAMPLING)
-
-
-@main.command(help="Compute the statistics of reference images.")
-@option("--data", metavar="PATH|ZIP|NPZ", type=str, required=True, help="Reference images")
-@option("--dest", metavar="NPZ", type=str, required=True, help="Where to write the statistics")
-@option("--features", is_flag=True, help="Also keep every feature and class: for kid, prdc and cwfid")
-@batch_option
-@detector_option
-@download_option
-@device_option
-def ref(**given: Any) -> None:
-    make_reference(SimpleNamespace(**given))
+def main(argv: Sequence[str] | None = None) -> None:
+    command, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command == "calc":
+        flags = parse("Score images against a reference.", CALC_FLAGS, words)
+        flags.metrics = read_metrics(flags.metrics)
+        check(flags)
+        score(flags)
+    elif command == "ref":
+        make_reference(parse("Compute the statistics of reference images.", REF_FLAGS, words))
+    elif command in ("-h", "--help"):
+        print(f"{__doc__.strip()}\n\nfid.py calc --help and fid.py ref --help list the flags of either.")
+    else:
+        raise UserError(f"{command}: expected calc or ref; see --help")
 
 
 def read_metrics(text: str) -> list[str]:
@@ -109,30 +102,26 @@ def read_metrics(text: str) -> list[str]:
     return names
 
 
-def check(flags: SimpleNamespace, set_here: set[str]) -> None:
+def check(flags: SimpleNamespace) -> None:
     """Settle where the images come from; raise UserError for flags that contradict each other."""
     if (flags.images is None) == (flags.network is None):
         raise UserError("give either --images or --network")
     if flags.images is not None:
-        foreign = sorted(set_here & {*SAMPLING, "seeds"})
+        foreign = [name for name, key in (("--seeds", "seeds"), *((o.name, o.key) for o in generate.SAMPLING))
+                   if key in flags.given]
         if foreign:
-            raise UserError(f"--{foreign[0].replace('guide_n', 'guide-n')} says how --network makes images; those of "
-                            "--images are there already")
+            raise UserError(f"{foreign[0]} says how --network makes images; those of --images are there already")
         return
-    if "seed" in set_here:
+    if "seed" in flags.given:
         raise UserError("--seed chooses among --images; give the seeds of --network with --seeds")
-    if flags.seeds is not None and "num" in set_here:
+    if flags.seeds is not None and "num" in flags.given:
         raise UserError("--num and --seeds cannot be specified at the same time")
-    flags.seeds = generate.read_seeds(flags.seeds or f"0-{flags.num - 1}")
+    flags.seeds = list(range(flags.num)) if flags.seeds is None else generate.distinct(flags.seeds)
     generate.check(flags)
 
 
 def score(flags: SimpleNamespace) -> None:
     """Compute and print the metrics of checked flags, on all processes of the world."""
-    from EDM.metrics.detectors import load_detector
-    from EDM.metrics.extraction import extract
-    from shared.distributed import start, stop
-
     world = start(flags.device)
     full_precision()
     detector = load_detector(flags.detector, world.device, flags.download, world)
@@ -151,10 +140,6 @@ def score(flags: SimpleNamespace) -> None:
 
 def open_reference(flags: SimpleNamespace, detector: Detector, world: World) -> Reference | None:
     """Read the statistics of --ref (rank 0 alone), or compute them where it names images."""
-    from EDM.metrics.extraction import extract
-    from EDM.metrics.reference import from_extraction, read_reference
-    from EDM.metrics.sources import FileImages
-
     if Path(flags.ref).is_dir() or flags.ref.lower().endswith(".zip"):
         features = bool(NEED_FEATURES & set(flags.metrics))
         source = FileImages(flags.ref, detector.channels, labelled="cwfid" in flags.metrics)
@@ -167,8 +152,6 @@ def open_reference(flags: SimpleNamespace, detector: Detector, world: World) -> 
 
 def open_images(flags: SimpleNamespace, detector: Detector, world: World) -> FileImages | GeneratedImages:
     """Return the source of the images to score."""
-    from EDM.metrics.sources import FileImages, GeneratedImages
-
     if flags.network is not None:
         return GeneratedImages(flags, world, detector.channels)
     return FileImages(flags.images, detector.channels, flags.num, flags.seed, labelled="cwfid" in flags.metrics)
@@ -177,8 +160,6 @@ def open_images(flags: SimpleNamespace, detector: Detector, world: World) -> Fil
 def check_possible(flags: SimpleNamespace, detector: Detector, images: FileImages | GeneratedImages,
                    reference: Reference) -> None:
     """Raise UserError now, not after hours of sampling, where a metric lacks what it needs."""
-    from EDM.metrics.metrics import check_neighbours, check_subset_size
-
     asked = set(flags.metrics)
     if len(images) < 2:
         raise UserError(f"Found {len(images)} images, but need at least 2 to compute statistics")
@@ -202,9 +183,6 @@ def check_possible(flags: SimpleNamespace, detector: Detector, images: FileImage
 
 def compute(flags: SimpleNamespace, extraction: Extraction, reference: Reference, detector: Detector) -> dict[str, Any]:
     """Return the values by name, in the order of --metrics."""
-    from EDM.metrics import metrics
-    from EDM.metrics.frechet import frechet_distance
-
     values: dict[str, Any] = {}
     device = extraction.moments.sums.device
     distance = distance_name(detector)
@@ -261,8 +239,6 @@ def report(flags: SimpleNamespace, values: dict[str, Any], facts: dict[str, Any]
     print(f"detector: {detector['name']}, SHA-256 {detector['sha256']}, resize {detector['resize']}")
     numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
     if flags.json_file:
-        from shared.training.files import atomic, make_dir
-
         make_dir(Path(flags.json_file).absolute().parent)
         with atomic(flags.json_file, "w") as file:
             file.write(json.dumps({**values, **facts}, indent=2) + "\n")
@@ -272,13 +248,6 @@ def report(flags: SimpleNamespace, values: dict[str, Any], facts: dict[str, Any]
 
 def make_reference(flags: SimpleNamespace) -> None:
     """Write the statistics of checked flags, on all processes of the world."""
-    from EDM.metrics.detectors import load_detector
-    from EDM.metrics.extraction import extract
-    from EDM.metrics.reference import from_extraction, write_reference
-    from EDM.metrics.sources import FileImages
-    from shared.distributed import start, stop
-    from shared.training.files import make_dir
-
     world = start(flags.device)
     full_precision()
     if os.path.isdir(flags.dest):
@@ -298,8 +267,6 @@ def make_reference(flags: SimpleNamespace) -> None:
 
 def full_precision() -> None:
     """Compute features in fp32 proper: tensor cores' TF32 moves distances in the third digit."""
-    import torch
-
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 

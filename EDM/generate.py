@@ -8,91 +8,84 @@ The same command again makes only what is missing.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import click
+import torch
 
-from shared.cli import UserError, run_main
-
-if TYPE_CHECKING:
-    import torch
-
-    from EDM.sampling.sampling import SeedSampler
-    from shared.distributed import World
+from EDM.sampling import files
+from EDM.sampling.sampling import STOCHASTIC, SeedSampler
+from EDM.training.snapshots import digest, load_network
+from shared.cli import Choice, Flag, Float, Int, IntList, Option, UserError, parse, run_main
+from shared.data.pngs import PngWriter
+from shared.distributed import World, barrier, on_main, start, stop
+from shared.option_types import parse_int_list
+from shared.training.progress import Progress
+from shared.training.seeds import split_batches
 
 SAMPLERS = ("edm", "ablation", "dpmpp-2m", "deis-2", "deis-3")
 ABLATION_FLAGS = {"solver": "solver", "disc": "discretization", "schedule": "schedule", "scaling": "scaling"}
 CHURN_FLAGS = ("S_churn", "S_min", "S_max", "S_noise")
+COUNT, POSITIVE, NOT_NEGATIVE, SEEDS = Int(1), Float(0, open=True), Float(0), IntList()
+
+# How images are made from a snapshot.
+SAMPLING = (
+    Option("--class", Int(0), None, "class label", default_help="random", key="class_index"),
+    Option("--classes", metavar="all|LIST", help="every seed once per class, in OUTDIR/CLASS/"),
+    Option("--steps", COUNT, 18, "number of sampling steps"),
+    Option("--sigma_min", POSITIVE, None, "lowest noise level", default_help="varies"),
+    Option("--sigma_max", POSITIVE, None, "highest noise level", default_help="varies"),
+    Option("--rho", POSITIVE, 7.0, "time step exponent"),
+    Option("--S_churn", NOT_NEGATIVE, 0.0, "stochasticity strength"),
+    Option("--S_min", NOT_NEGATIVE, 0.0, "stochasticity min noise level"),
+    Option("--S_max", Float(0, non_finite=True), math.inf, "stochasticity max noise level"),
+    Option("--S_noise", Float(), 1.0, "stochasticity noise inflation"),
+    Option("--solver", Choice("euler", "heun"), None, "ablate the ODE solver"),
+    Option("--disc", Choice("vp", "ve", "iddpm", "edm"), None, "ablate the time steps"),
+    Option("--schedule", Choice("vp", "ve", "linear"), None, "ablate the noise schedule sigma(t)"),
+    Option("--scaling", Choice("vp", "none"), None, "ablate the signal scaling s(t)"),
+    Option("--network_2", metavar="PATH|URL", help="second network of the affine score, of noisy labels (TDSM)"),
+    Option("--affine_weight", NOT_NEGATIVE, 0.0, "weight a of the affine score: (1 + a) network - a network_2"),
+    # Beyond the published command line.
+    Option("--sampler", Choice(*SAMPLERS), None, "sampler", default_help="edm; ablation with any of the four above"),
+    Option("--guidance", NOT_NEGATIVE, None, "guidance scale w: guide + w (network - guide)", default_help="1, none"),
+    Option("--guide-network", metavar="PATH|URL", help="guide of --guidance",
+           default_help="the network itself without class"),
+    Option("--precision", Choice("fp32", "bf16", "fp16"), None, "arithmetic of the network",
+           default_help="bf16 on a GPU that has it, else fp32"),
+    Option("--strict", Flag, False, "the published arithmetic: fp32 and no fast path"),
+    Option("--compile", Flag, False, "compile the network: slow to start, then faster"),
+)
+BATCH = Option("--batch", COUNT, 64, "largest batch of a process", unit="images")
+DEVICE = Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps", default_help="a GPU if there is one")
+FLAGS = {
+    "main options": (
+        Option("--network", required=True, metavar="PATH|URL", help="network snapshot"),
+        Option("--outdir", required=True, metavar="DIR|ZIP|NPZ", help="where to save: folder, .zip or .npz"),
+        Option("--seeds", SEEDS, list(range(64)), "random seeds (e.g. 1,2,5-10)", default_help="0-63"),
+        Option("--subdirs", Flag, False, "create a sub-folder for every 1000 seeds"),
+        BATCH,
+        Option("--save_each_sample", Flag, False, "no grid-*.png beside the images of a TDSM network"),
+        DEVICE,
+        Option("--overwrite", Flag, False, "make images anew that are there already"),
+        Option("--grid", metavar="PNG", help="also write a contact sheet, one row per class"),
+    ),
+    "sampling": SAMPLING,
+}
 
 
-def option(*names: str, **settings: Any) -> Any:
-    return click.option(*names, **{"show_default": settings.get("default") is not None, **settings})
-
-
-POSITIVE = click.FloatRange(min=0, min_open=True)
-NOT_NEGATIVE = click.FloatRange(min=0)
-AT_LEAST_ONE = click.IntRange(min=1)
-
-
-@click.command(help=__doc__.split("\n\n    python")[0].strip())
-@option("--network", metavar="PATH|URL", type=str, required=True, help="Network snapshot")
-@option("--outdir", metavar="DIR|ZIP|NPZ", type=str, required=True, help="Where to save: folder, .zip or .npz")
-@option("--seeds", metavar="LIST", type=str, default="0-63", help="Random seeds (e.g. 1,2,5-10)")
-@option("--subdirs", is_flag=True, help="Create a sub-folder for every 1000 seeds")
-@option("--class", metavar="INT", type=click.IntRange(min=0), help="Class label  [default: random]")
-@option("--batch", metavar="INT", type=AT_LEAST_ONE, default=64, help="Largest batch of a process")
-@option("--steps", metavar="INT", type=AT_LEAST_ONE, default=18, help="Number of sampling steps")
-@option("--sigma_min", metavar="FLOAT", type=POSITIVE, help="Lowest noise level  [default: varies]")
-@option("--sigma_max", metavar="FLOAT", type=POSITIVE, help="Highest noise level  [default: varies]")
-@option("--rho", metavar="FLOAT", type=POSITIVE, default=7.0, help="Time step exponent")
-@option("--S_churn", "S_churn", metavar="FLOAT", type=NOT_NEGATIVE, default=0.0, help="Stochasticity strength")
-@option("--S_min", "S_min", metavar="FLOAT", type=NOT_NEGATIVE, default=0.0, help="Stochasticity min noise level")
-@option("--S_max", "S_max", metavar="FLOAT", type=NOT_NEGATIVE, default=math.inf, help="Stochasticity max noise level")
-@option("--S_noise", "S_noise", metavar="FLOAT", type=float, default=1.0, help="Stochasticity noise inflation")
-@option("--solver", type=click.Choice(["euler", "heun"]), help="Ablate the ODE solver")
-@option("--disc", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Ablate the time steps")
-@option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Ablate the noise schedule sigma(t)")
-@option("--scaling", type=click.Choice(["vp", "none"]), help="Ablate the signal scaling s(t)")
-@option("--network_2", metavar="PATH|URL", type=str, help="Second network of the affine score, of noisy labels (TDSM)")
-@option("--affine_weight", metavar="FLOAT", type=NOT_NEGATIVE, default=0.0,
-        help="Weight a of the affine score: (1 + a) network - a network_2")
-@option("--save_each_sample", is_flag=True, help="No grid-*.png beside the images of a TDSM network")
-# Beyond the published command line.
-@option("--sampler", type=click.Choice(SAMPLERS), help="Sampler  [default: edm; ablation with any of the four above]")
-@option("--classes", metavar="all|LIST", type=str, help="Every seed once per class, in OUTDIR/CLASS/")
-@option("--guidance", metavar="FLOAT", type=NOT_NEGATIVE,
-        help="Guidance scale w: guide + w (network - guide)  [default: 1, none]")
-@option("--guide-network", metavar="PATH|URL", type=str,
-        help="Guide of --guidance  [default: the network itself without class]")
-@option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]),
-        help="Arithmetic of the network  [default: bf16 on a GPU that has it, else fp32]")
-@option("--strict", is_flag=True, help="The published arithmetic: fp32 and no fast path")
-@option("--compile", is_flag=True, help="Compile the network: slow to start, then faster")
-@option("--device", metavar="NAME", type=str, help="cpu, cuda, cuda:N or mps  [default: a GPU if there is one]")
-@option("--overwrite", is_flag=True, help="Make images anew that are there already")
-@option("--grid", metavar="PNG", type=str, help="Also write a contact sheet, one row per class")
-def main(**given: Any) -> None:
-    flags = SimpleNamespace(**given)
-    flags.class_index = vars(flags).pop("class")
-    flags.seeds = read_seeds(flags.seeds)
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parse(__doc__, FLAGS, argv)
+    flags.seeds = distinct(flags.seeds)
     check(flags)
     generate(flags)
 
 
-def read_seeds(text: str) -> list[int]:
-    """Read --seeds; warn about seeds that are given twice, raise UserError for none at all."""
-    import warnings
-
-    from EDM.training.config import parse_int_list
-
-    try:
-        seeds = parse_int_list(text)
-    except ValueError:
-        raise UserError(f"--seeds: {text!r} is not a list like 1,2,5-10") from None
-    if not seeds:
-        raise UserError(f"--seeds: {text!r} is empty; a range goes from the smaller to the larger number")
+def distinct(seeds: list[int]) -> list[int]:
+    """Return each of --seeds once; warn about those that are given twice."""
     if len(set(seeds)) < len(seeds):
         warnings.warn(f"--seeds: {len(seeds) - len(set(seeds))} seeds are given more than once; each makes one image",
                       stacklevel=1)
@@ -125,12 +118,6 @@ def check(flags: SimpleNamespace) -> None:
 
 def generate(flags: SimpleNamespace) -> None:
     """Make the images of checked flags, on all processes of the world."""
-    from EDM.sampling import files
-    from shared.data.pngs import PngWriter
-    from shared.distributed import barrier, on_main, start, stop
-    from shared.training.progress import Progress
-    from shared.training.seeds import split_batches
-
     world = start(flags.device)
     sampler, settings = load(flags, world)
     outdir, label_dim = Path(flags.outdir), sampler.net.label_dim
@@ -189,10 +176,6 @@ def generate(flags: SimpleNamespace) -> None:
 
 def load(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, Any]]:
     """Load the networks; return the sampler of the flags and the settings that a folder of images records."""
-    from EDM.sampling.sampling import STOCHASTIC, SeedSampler
-    from EDM.training.snapshots import digest, load_network
-    from shared.distributed import on_main
-
     def network(path: str) -> torch.nn.Module:
         if world.main:
             print(f"Loading network from \"{path}\"...")
@@ -238,8 +221,6 @@ def published_sheet(flags: SimpleNamespace, sampler: SeedSampler, samples: list,
 
 def chosen_classes(flags: SimpleNamespace, label_dim: int) -> list[int | None]:
     """Return the classes to generate; [None] where each seed draws its own. Raises UserError for those not there."""
-    from EDM.training.config import parse_int_list
-
     name = "class" if flags.classes is None else "classes"
     if flags.class_index is None and flags.classes is None:
         return [None]

@@ -7,28 +7,33 @@ The same command again continues a run that was interrupted.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
-
-import click
+from typing import Any
 
 from EDM.training import flags as shared_flags
+from EDM.training.config import option_dictionary
+from EDM.training.dataset import TrainingSet
 from EDM.training.launch import Script, open_data, run
-from shared.cli import run_main
+from EDM.training.training_loop import denoising
+from shared.cli import Choice, parse, run_main
 
-if TYPE_CHECKING:
-    from EDM.training.dataset import TrainingSet
+FLAGS = {
+    "main options": shared_flags.main_options(
+        Choice("ddpmpp", "ncsnpp", "adm", further=["ddpmpp_mnist"]), ["vp", "ve", "edm"],
+        "train a class-conditional model"),
+    "hyperparameters": shared_flags.HYPERPARAMETERS,
+    "performance": shared_flags.PERFORMANCE,
+    "files": shared_flags.FILES,
+    "running": shared_flags.RUNNING,
+    "schedules": shared_flags.SCHEDULES,
+    "U-Net": shared_flags.UNET,
+    "noise levels": shared_flags.LEVELS,
+}
 
 
-@click.command(help=__doc__.split("\n\n    python")[0].strip())
-@shared_flags.with_options(
-    shared_flags.main_options(shared_flags.ArchChoice(["ddpmpp", "ncsnpp", "adm"], ["ddpmpp_mnist"]),
-                              ["vp", "ve", "edm"], "Train a class-conditional model"),
-    shared_flags.HYPERPARAMETERS, shared_flags.PERFORMANCE, shared_flags.FILES, shared_flags.RUNNING,
-    shared_flags.SCHEDULES, shared_flags.UNET, shared_flags.LEVELS, [shared_flags.RESUME_SUB])
-@click.pass_context
-def main(context: click.Context, **given: Any) -> None:
-    run(Script(open_set, options_of, make_task), SimpleNamespace(**given), context)
+def main(argv: Sequence[str] | None = None) -> None:
+    run(Script(open_set, options_of, lambda: denoising), parse(__doc__, FLAGS, argv))
 
 
 def open_set(flags: SimpleNamespace) -> TrainingSet:
@@ -36,15 +41,7 @@ def open_set(flags: SimpleNamespace) -> TrainingSet:
 
 
 def options_of(flags: SimpleNamespace, dataset: TrainingSet, seed: int) -> dict[str, Any]:
-    from EDM.training.config import option_dictionary
-
     return option_dictionary(flags, dataset.resolution, len(dataset), seed)
-
-
-def make_task() -> Any:
-    from EDM.training.training_loop import denoising
-
-    return denoising
 
 
 if __name__ == "__main__":

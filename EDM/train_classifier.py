@@ -10,47 +10,55 @@ same command again continues a run that was interrupted.
 """
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import click
-
+from EDM.tdsm.noisy_set import Noise, kind_of, noise_of_data, noise_of_flags, open_eval_set, open_noisy_set
+from EDM.tdsm.tasks import classifying
+from EDM.tdsm.transition import check_labels
 from EDM.training import flags as shared_flags
-from EDM.training.flags import AT_LEAST_ONE, IntList, option
+from EDM.training.config import classifier_dictionary
+from EDM.training.dataset import TrainingSet
+from EDM.training.flags import COUNT
 from EDM.training.launch import Script, run
-from shared.cli import UserError, run_main
+from shared.cli import Bool, Choice, IntList, Option, UserError, parse, run_main
 
-if TYPE_CHECKING:
-    from EDM.tdsm.noisy_set import Noise
-    from EDM.training.dataset import TrainingSet
-
-OWN = [
-    *shared_flags.LABEL_NOISE,
-    option("--optimizer", type=click.Choice(["adam", "sgd"]), default="adam", help="Adam, or SGD with momentum 0.9"),
-    # Beyond the published command line.
-    option("--classifier", type=click.Choice(["cnn", "resnet18", "resnet34", "resnet34_64"]),
-           help="Network in the image  [default: by the data set]"),
-    option("--averaged", metavar="BOOL", type=bool, help="Keep the average of --ema in the snapshot  [default: no]"),
-    option("--vm-schedule", type=IntList(), help="VolMinNet: thousand images after which the rate falls, falls again, "
-           "and the matrix is fixed  [1500,3000,7500]"),
-    option("--accuracy-images", type=AT_LEAST_ONE, help="Images to measure the accuracy on, at every tick  [500]"),
-    option("--eval-data", metavar="ZIP|DIR", type=str,
-           help="Clean-labelled images to measure it on  [default: of the training set]")]
+FLAGS = {
+    "main options": shared_flags.main_options(
+        Choice("ddpmpp", "ncsnpp", "adm"), ["vp", "ve", "edm", "edm_tv", "edm_vm"],
+        "must be 1: labels are what is learned"),
+    "hyperparameters": shared_flags.HYPERPARAMETERS,
+    "performance": shared_flags.PERFORMANCE,
+    "files": shared_flags.FILES,
+    "label noise": shared_flags.LABEL_NOISE,
+    "classifier": (
+        Option("--optimizer", Choice("adam", "sgd"), "adam", "Adam, or SGD with momentum 0.9"),
+        # Beyond the published command line.
+        Option("--classifier", Choice("cnn", "resnet18", "resnet34", "resnet34_64"), None,
+               "network in the image", default_help="by the data set"),
+        Option("--averaged", Bool, None, "keep the average of --ema in the snapshot", default_help="no"),
+        Option("--vm-schedule", IntList(0), None, "VolMinNet: images after which the rate falls, falls again, and the "
+               "matrix is fixed", default_help="1500,3000,7500", unit="thousand images"),
+        Option("--accuracy-images", COUNT, None, "images to measure the accuracy on, at every tick",
+               default_help="500"),
+        Option("--eval-data", metavar="ZIP|DIR",
+               help="clean-labelled images to measure it on", default_help="of the training set"),
+    ),
+    "running": shared_flags.RUNNING,
+    "schedules": shared_flags.SCHEDULES,
+    "noise levels": shared_flags.LEVELS,
+}
 # Of the networks of train.py; classifiers have no use for them.
 ABSENT = ("label_dropout", "num_blocks", "attn_resolutions", "channel_mult_emb")
 
 
-@click.command(help=__doc__.replace("\n    torchrun", "\n    \b\n    torchrun"))
-@shared_flags.with_options(
-    shared_flags.main_options(click.Choice(["ddpmpp", "ncsnpp", "adm"]), ["vp", "ve", "edm", "edm_tv", "edm_vm"],
-                              "Must be 1: labels are what is learned"),
-    shared_flags.HYPERPARAMETERS, shared_flags.PERFORMANCE, shared_flags.FILES, OWN, shared_flags.RUNNING,
-    shared_flags.SCHEDULES, shared_flags.LEVELS)
-@click.pass_context
-def main(context: click.Context, **given: Any) -> None:
-    flags = SimpleNamespace(**dict.fromkeys(ABSENT), **given)
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parse(__doc__, FLAGS, argv)
+    vars(flags).update(dict.fromkeys(ABSENT))
     check(flags)
-    run(Script(open_set, options_of, lambda: task_of(flags)), flags, context)
+    run(Script(open_noisy_set, options_of, lambda: task_of(flags)), flags)
 
 
 def check(flags: SimpleNamespace) -> None:
@@ -74,23 +82,11 @@ def check(flags: SimpleNamespace) -> None:
         raise UserError("--vm-schedule belongs to --precond=edm_vm")
 
 
-def open_set(flags: SimpleNamespace) -> TrainingSet:
-    from EDM.tdsm.noisy_set import open_noisy_set
-
-    return open_noisy_set(flags)
-
-
 def noise_of(flags: SimpleNamespace, dataset: TrainingSet) -> Noise:
-    from EDM.tdsm.noisy_set import noise_of_data, noise_of_flags
-
     return noise_of_flags(flags, dataset.label_dim) or noise_of_data(flags, dataset.label_dim)
 
 
 def options_of(flags: SimpleNamespace, dataset: TrainingSet, seed: int) -> dict[str, Any]:
-    from EDM.tdsm.noisy_set import kind_of, open_eval_set
-    from EDM.tdsm.transition import check_labels
-    from EDM.training.config import classifier_dictionary
-
     noise, kind = noise_of(flags, dataset), kind_of(flags)
     if noise.matrix is not None:
         check_labels(noise.matrix, dataset.raw_labels, flags.data)
@@ -119,14 +115,10 @@ def encoder_of(kind: str | None, dataset: TrainingSet) -> str:
 
 
 def digest_of(matrix: Any) -> str:
-    import hashlib
-
     return hashlib.sha256(matrix.round(6).tobytes()).hexdigest()[:16]
 
 
 def task_of(flags: SimpleNamespace) -> Any:
-    from EDM.tdsm.tasks import classifying
-
     return lambda options, dataset, world: classifying(options, dataset, world, flags, noise_of(flags, dataset))
 
 

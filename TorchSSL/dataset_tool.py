@@ -1,5 +1,5 @@
 """Convert images to the ZIP or folder that EDM trains on; `--help` tells how."""
-from EDM.dataset_tool_cli import main
+from EDM.dataset_tool import main
 from shared.cli import run_main
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ __all__ = ["Bool", "Choice", "Diverged", "Flag", "Float", "Int", "IntList", "Int
            "run_main"]
 
 # What the machine refuses, as opposed to what the program did wrong: reported in one line, without a traceback.
-MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class UserError(Exception):
@@ -152,8 +152,9 @@ class Option:
 
     names: as typed, separated by spaces; a name without dashes is a positional argument. type: Int(1), Text, ....
     default: what the value is if the option is not given; its own type is not checked. help: one phrase, to which the
-    help text adds `unit`, range and default. many: a list of values; a flag may be repeated or take several words.
-    key: name of the attribute and of the YAML key; by default the first long name.
+    help text adds `unit`, range and default, or `default_help` in place of a default that depends on something. many: a
+    list of values; a flag may be repeated or take several words. key: name of the attribute and of the YAML key; by
+    default the first long name.
     """
 
     names: str
@@ -162,6 +163,7 @@ class Option:
     help: str = ""
     _: KW_ONLY
     unit: str = ""
+    default_help: str = ""
     required: bool = False
     metavar: str = ""
     hidden: bool = False
@@ -185,10 +187,10 @@ class Option:
         return self.names.startswith("-")
 
     @property
-    def shown(self) -> str:
+    def placeholder(self) -> str:
         """What stands for the value in the help text."""
-        shown = self.metavar or (self.type.metavar if self.is_flag else self.key.upper())
-        return f"{shown} ..." if self.many else shown
+        word = self.metavar or (self.type.metavar if self.is_flag else self.key.upper())
+        return f"{word} ..." if self.many else word
 
 
 Options = Sequence[Option] | Mapping[str, Sequence[Option]]
@@ -214,7 +216,7 @@ def parse(doc: str, flags: Options, argv: Sequence[str] | None = None, config: s
         values = {**_from_file(values[file.key], options, file), **values}
     for option in options.values():
         if option.required and values.get(option.key) in (None, "", []):
-            kind = f"option '{option.name}'" if option.is_flag else f"argument '{option.shown}'"
+            kind = f"option '{option.name}'" if option.is_flag else f"argument '{option.placeholder}'"
             raise UserError(f"Missing {kind}; see --help")
     defaults = {key: list(option.default or ()) if option.many else option.default for key, option in options.items()}
     return SimpleNamespace(**{**defaults, **values}, given=set(values))
@@ -279,7 +281,7 @@ def _complete_switches(words: Sequence[str], options: Iterable[Option]) -> list[
 
 
 def _build_parser(doc: str, groups: Mapping[str, Sequence[Option]]) -> _Parser:
-    arguments = [option.shown for options in groups.values() for option in options if not option.is_flag]
+    arguments = [option.placeholder for options in groups.values() for option in options if not option.is_flag]
     parser = _Parser(usage=" ".join(["%(prog)s [OPTIONS]", *arguments]), description=doc.strip(),
                      formatter_class=partial(_HelpFormatter, max_help_position=32), allow_abbrev=False,
                      argument_default=argparse.SUPPRESS)
@@ -294,9 +296,9 @@ def _build_parser(doc: str, groups: Mapping[str, Sequence[Option]]) -> _Parser:
             elif not needed:
                 how["nargs"] = "?"
             if option.is_flag:
-                group.add_argument(*option.names.split(), dest=option.key, metavar=option.shown, **how)
+                group.add_argument(*option.names.split(), dest=option.key, metavar=option.placeholder, **how)
             else:
-                group.add_argument(option.key, metavar=option.shown, **how)
+                group.add_argument(option.key, metavar=option.placeholder, **how)
     return parser
 
 
@@ -324,8 +326,9 @@ def _help(option: Option) -> str:
     default = option.default
     if isinstance(default, (list, tuple)):
         default = ",".join(map(str, default))
-    is_shown = option.default is not None and default != "" and not isinstance(option.type, Flag)
-    facts = [option.unit, option.type.range, f"default: {default}" if is_shown else "",
+    if option.default_help or default is None or default == "" or isinstance(option.type, Flag):
+        default = option.default_help
+    facts = [option.unit, option.type.range, f"default: {default}" if default != "" else "",
              "required" if option.required else ""]
     shown = "; ".join(fact for fact in facts if fact)
     return f"{option.help}{f' [{shown}]' if shown else ''}".strip().replace("%", "%%")

@@ -72,10 +72,11 @@ class Float:
 
 def _describe(low: float | None, high: float | None, open: str) -> str:
     """Return a range as in x>=1 or 0<=x<1; '' without bounds."""
+    least, most = (f"{bound:g}" if isinstance(bound, float) else bound for bound in (low, high))
     left, right = "<" if "low" in open else "<=", "<" if "high" in open else "<="
     if low is None:
-        return "" if high is None else f"x{right}{high}"
-    return f"x{left.replace('<', '>')}{low}" if high is None else f"{low}{left}x{right}{high}"
+        return "" if high is None else f"x{right}{most}"
+    return f"x{left.replace('<', '>')}{least}" if high is None else f"{least}{left}x{right}{most}"
 
 
 class Bool:
@@ -125,7 +126,7 @@ class Choice:
         raise ValueError(f"{text!r} is not one of {', '.join(map(repr, self.words))}{close}.")
 
 
-def parse_int_list(text: str, most: int = 1_000_000) -> list[int]:
+def parse_int_list(text: str, most: int = 10_000_000) -> list[int]:
     """Read comma-separated integers and inclusive ranges: "1,2,5-10"; ValueError for anything else, or above `most`.
 
     A range from a larger to a smaller number is empty.
@@ -148,7 +149,7 @@ class IntList:
 
     metavar = "LIST"
 
-    def __init__(self, low: int | None = None, high: int | None = None, most: int = 1_000_000) -> None:
+    def __init__(self, low: int | None = None, high: int | None = None, most: int = 10_000_000) -> None:
         self.member, self.most = Int(low, high), most
         self.range = self.member.range
 

@@ -270,15 +270,6 @@ def is_finished(folder: str | os.PathLike) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- arithmetic
 
-def parse_int_list(text: str) -> list[int]:
-    """Read comma-separated integers and inclusive ranges: "1,2,5-10"; raise ValueError for anything else."""
-    numbers: list[int] = []
-    for item in text.split(","):
-        match = re.fullmatch(r"(\d+)-(\d+)", item)
-        numbers.extend(range(int(match[1]), int(match[2]) + 1) if match else [int(item)])
-    return numbers
-
-
 def batch_rounds(batch: int, batch_gpu: int | None, world_size: int) -> tuple[int, int]:
     """Return (images per forward of one process, accumulation rounds) such that their product is its share of `batch`.
 

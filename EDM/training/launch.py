@@ -12,8 +12,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-import click
-
 from shared.cli import UserError
 
 if TYPE_CHECKING:
@@ -35,14 +33,13 @@ class Script(NamedTuple):
     make_task: Callable[[], Callable[..., Any]]
 
 
-def run(script: Script, flags: SimpleNamespace, context: click.Context) -> None:
+def run(script: Script, flags: SimpleNamespace) -> None:
     """Train as the flags say, or print what they mean (--dry-run). Raises UserError."""
     check(flags)
     if flags.precision == "fp16":
         flags.fp16, flags.precision = True, None
     # --fp16=0 in so many words asks for fp32, where saying nothing leaves the choice to the device.
-    says_fp16 = context.get_parameter_source("fp16").name != "DEFAULT"
-    flags.arithmetic = flags.precision or ("fp16" if flags.fp16 else "fp32" if says_fp16 else None)
+    flags.arithmetic = flags.precision or ("fp16" if flags.fp16 else "fp32" if "fp16" in flags.given else None)
     if flags.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:
             world_size = int(os.environ.get("WORLD_SIZE", 1))

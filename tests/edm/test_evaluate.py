@@ -46,7 +46,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(*arguments: object) -> dict:
     words = [str(argument) for argument in arguments]
-    evaluate.main.main(words, standalone_mode=False)
+    evaluate.main(words)
     outdir = next(word.partition("=")[2] for word in words if word.startswith("--outdir="))
     return json.loads((Path(outdir) / "result.json").read_text())
 
@@ -94,8 +94,8 @@ def test_features_are_those_of_the_judge(real, tmp_path):
 
 
 def test_the_clean_labels_of_a_noisy_set_are_the_truth(real, tmp_path):
-    dataset_tool.main.main([f"--source={real}/train.zip", f"--dest={tmp_path}/noisy.zip", "--noise_type=sym",
-                            "--noise_rate=0.5"], standalone_mode=False)
+    dataset_tool.main([f"--source={real}/train.zip", f"--dest={tmp_path}/noisy.zip", "--noise_type=sym",
+                            "--noise_rate=0.5"])
     found = call(f"--data={tmp_path}/noisy.zip", *flags_of(real, tmp_path / "out")[1:], "--metrics=accuracy")
     assert found["class_accuracy"] > 0.97
     assert (tmp_path / "out" / "result.json").exists() and found["data"].endswith("noisy.zip")
@@ -156,8 +156,7 @@ def test_mistakes_end_in_one_line(changes, message, real, tmp_path, monkeypatch)
     write_zip(ImageSet(np.zeros((6, 3, 4, 4), np.uint8), colour.labels, colour.classes, ""), tmp_path / "large.zip")
     flags = dict(flag.split("=") for flag in flags_of(real, tmp_path / "out")) | changes
     with pytest.raises(UserError) as raised:
-        evaluate.main.main([f"{name}={value}" for name, value in flags.items() if value is not None],
-                           standalone_mode=False)
+        evaluate.main([f"{name}={value}" for name, value in flags.items() if value is not None])
     assert message in str(raised.value).replace("1 x 4 x 4", "3 x 4 x 4") and "\n" not in str(raised.value)
     assert not (tmp_path / "out" / "result.json").exists()
 

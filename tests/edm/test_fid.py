@@ -39,7 +39,7 @@ def call(command: str, folder, *flags: str) -> None:
               for flag in flags]
     if not any(flag.startswith("--detector") for flag in flags):
         placed.append(f"--detector={folder / 'detector.pth'}")
-    fid.main.main([command, *placed, "--device=cpu"], standalone_mode=False)
+    fid.main([command, *placed, "--device=cpu"])
 
 
 def calc(folder, *flags: str) -> dict:
@@ -178,7 +178,7 @@ class TestSnapshot:
                                          ("--classes=all", "--S_churn=3", "--steps=2")], ids=str)
     def test_scores_what_generate_writes(self, place, tmp_path, classes):
         given = (f"--network={place / 'network.pkl'}", "--seeds=3-12", "--batch=4", *classes)
-        generate.main.main([*given, f"--outdir={tmp_path / 'out'}", "--device=cpu"], standalone_mode=False)
+        generate.main([*given, f"--outdir={tmp_path / 'out'}", "--device=cpu"])
         count = 30 if "--classes=all" in classes else 10
         flags = ("--ref=real.npz", "--metrics=fid,kid,prdc,isc", "--kid-subset-size=5", "--kid-subsets=3")
         direct = calc(place, *given, *flags)
@@ -193,7 +193,7 @@ class TestSnapshot:
         flags = ("--ref=real.npz", "--metrics=fid,cwfid")
         direct = calc(place, *given, *flags)
         for name in ("out.zip", "out.npz"):
-            generate.main.main([*given, f"--outdir={tmp_path / name}", "--device=cpu"], standalone_mode=False)
+            generate.main([*given, f"--outdir={tmp_path / name}", "--device=cpu"])
             written = calc(place, f"--images={tmp_path / name}", "--num=30", *flags)
             assert values(written) == pytest.approx(values(direct))
             assert written["source"]["seeds"] == direct["source"]["seeds"] == "3-12"
@@ -201,7 +201,7 @@ class TestSnapshot:
 
     def test_class_wise_by_the_classes_it_was_given(self, place, tmp_path):
         given = (f"--network={place / 'network.pkl'}", "--seeds=0-9", "--classes=all", "--steps=2")
-        generate.main.main([*given, f"--outdir={tmp_path / 'out'}", "--device=cpu"], standalone_mode=False)
+        generate.main([*given, f"--outdir={tmp_path / 'out'}", "--device=cpu"])
         direct = calc(place, *given, "--ref=real.npz", "--metrics=cwfid")
         written = calc(place, f"--images={tmp_path / 'out'}", "--ref=real.npz", "--num=30", "--metrics=cwfid")
         assert values(direct) == values(written)

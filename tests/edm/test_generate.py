@@ -10,7 +10,6 @@ import time
 import warnings
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,7 @@ from PIL import Image
 from EDM.generate import main
 from EDM.sampling.files import class_folder
 from EDM.sampling.sampling import SeedSampler
-from EDM.training.preconditioning import EDMPrecond, iDDPMPrecond
+from EDM.training.networks import EDMPrecond, iDDPMPrecond
 from EDM.training.snapshots import load_network, save_snapshot
 from shared.cli import UserError
 from shared.data.images import read_images
@@ -57,8 +56,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def generate(network: Path, outdir: Path, *flags: str) -> dict[str, bytes]:
     """Run generate.py in this process; return the PNGs that are there afterwards."""
-    main.main([f"--network={network}", f"--outdir={outdir}", "--device=cpu", "--steps=4", *flags],
-              standalone_mode=False)
+    main([f"--network={network}", f"--outdir={outdir}", "--device=cpu", "--steps=4", *flags])
     return pngs(outdir)
 
 
@@ -206,8 +204,8 @@ def test_killed_and_repeated_gives_the_same_bytes(networks: dict[str, Path], tmp
     (outdir / ".000001.png.999999.tmp").write_bytes(b"left by the kill")
     next(iter(outdir.glob("*.png"))).unlink()
 
-    main.main([f"--outdir={outdir}", *flags], standalone_mode=False)
-    main.main([f"--outdir={tmp_path / 'whole'}", *flags], standalone_mode=False)
+    main([f"--outdir={outdir}", *flags])
+    main([f"--outdir={tmp_path / 'whole'}", *flags])
     assert pngs(outdir) == pngs(tmp_path / "whole") and len(pngs(outdir)) == 64
     assert {path.name for path in outdir.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
     unchanged = sum(mtime == (outdir / name).stat().st_mtime_ns for name, mtime in kept.items())
@@ -281,8 +279,8 @@ MISTAKES = {
     "class list": ("cond", ["--classes=0,x"], "neither all nor a list"),
     "class outside the list": ("cond", ["--classes=0,5"], "--classes=5"),
     "two ways to say class": ("cond", ["--class=0", "--classes=all"], "--class and --classes"),
-    "empty seeds": ("cond", ["--seeds=3-1"], "--seeds: '3-1' is empty"),
-    "seed grammar": ("cond", ["--seeds=1,,2"], "--seeds: '1,,2' is not a list"),
+    "empty seeds": ("cond", ["--seeds=3-1"], "'--seeds': '3-1' is empty"),
+    "seed grammar": ("cond", ["--seeds=1,,2"], "'--seeds': '1,,2' is not a list"),
     "ablation of another sampler": ("cond", ["--sampler=deis-2", "--disc=vp"], "--disc belongs"),
     "churn of another sampler": ("cond", ["--sampler=deis-2", "--S_churn=3"], "--S_churn needs"),
     "guide without scale": ("cond", ["--guide-network=x.pkl"], "needs --guidance"),
@@ -301,9 +299,9 @@ MISTAKES = {
 def test_mistake(networks: dict[str, Path], tmp_path: Path, name: str) -> None:
     network, flags, expected = MISTAKES[name]
     flags = [flag.replace("=gray", f"={networks['gray']}") for flag in flags]
-    with pytest.raises((UserError, click.ClickException)) as error:
+    with pytest.raises(UserError) as error:
         generate(networks[network], tmp_path / "out", "--seeds=0", *flags)
-    message = error.value.format_message() if isinstance(error.value, click.ClickException) else str(error.value)
+    message = str(error.value)
     assert expected in message and "\n" not in message
     assert not list((tmp_path / "out").rglob("*.png"))
     assert name == "not finite" or not (tmp_path / "out").exists()
@@ -322,13 +320,6 @@ def test_exit_status_and_folder_that_cannot_be_written(networks: dict[str, Path]
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     done = run("--network=absent.pkl", f"--outdir={tmp_path / 'x'}")
     assert done.returncode == 2 and done.stderr == "error: absent.pkl: no such file\n"
-
-
-def test_help_is_quick_and_imports_no_torch() -> None:
-    code = "import sys, runpy; sys.argv = ['generate.py', '--help']\ntry:\n    runpy.run_module('EDM.generate', " \
-           "run_name='__main__')\nexcept SystemExit: pass\nprint('torch' in sys.modules, 'numpy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert "--S_churn" in done.stdout and done.stdout.endswith("False False\n"), done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["3", "out", "net.pkl"], ["x", "out", "net.pkl", "1"],

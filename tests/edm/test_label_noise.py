@@ -30,7 +30,7 @@ def source(folder: Path, count: int = 600, classes: int = 6, unlabelled: int = 0
 
 
 def convert(*arguments: object) -> None:
-    main.main([str(argument) for argument in arguments], standalone_mode=False)
+    main([str(argument) for argument in arguments])
 
 
 def content(path: Path) -> dict:
@@ -110,9 +110,9 @@ def test_without_noise_nothing_is_added(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (("--noise_type=sym",), "--noise_rate"),
-    (("--noise_type=sym", "--noise_rate=1"), "below 1, got 1.0"),
-    (("--noise_type=sym", "--noise_rate=-0.1"), "got -0.1"),
-    (("--noise_type=sym", "--noise_rate=nan"), "got nan"),
+    (("--noise_type=sym", "--noise_rate=1"), "1.0 is not in the range 0<=x<1"),
+    (("--noise_type=sym", "--noise_rate=-0.1"), "-0.1 is not in the range 0<=x<1"),
+    (("--noise_type=sym", "--noise_rate=nan"), "nan is not a finite number"),
     (("--noise_rate=0.4",), "add --noise_type"),
     (("--seed=3",), "add --noise_type"),
     (("--noise_type=asym", "--noise_rate=0.4"), "transition matrix as a file"),

@@ -20,7 +20,7 @@ import torch
 
 from EDM.convert import main as convert
 from EDM.training import downloads
-from EDM.training.preconditioning import EDMPrecond
+from EDM.training.networks import EDMPrecond
 from EDM.training.published import Record, describe
 from EDM.training.snapshots import (
     Snapshot,
@@ -83,13 +83,13 @@ def test_published_form_gives_the_same_output(net: EDMPrecond, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["copy.safetensors", "copy.pkl"])
 def test_convert(net: EDMPrecond, tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
     write_published(tmp_path / "old.pkl", net, NETWORK)
-    convert.main([str(tmp_path / "old.pkl"), str(tmp_path / name)], standalone_mode=False)
+    convert([str(tmp_path / "old.pkl"), str(tmp_path / name)])
     assert "4 classes" in capsys.readouterr().out
     assert torch.equal(output(load_network(tmp_path / name)), output(net))
     with pytest.raises(UserError, match="exists already"):
-        convert.main([str(tmp_path / "old.pkl"), str(tmp_path / name)], standalone_mode=False)
+        convert([str(tmp_path / "old.pkl"), str(tmp_path / name)])
     with pytest.raises(UserError, match="safetensors"):
-        convert.main([str(tmp_path / "old.pkl"), str(tmp_path / "x.onnx")], standalone_mode=False)
+        convert([str(tmp_path / "old.pkl"), str(tmp_path / "x.onnx")])
 
 
 # ---------------------------------------------------------------- files that must not be believed

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from EDM.train import main
-from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.networks import PRECONDITIONERS
 from EDM.training.snapshots import load_network, read_snapshot
 from shared.cli import UserError
 from tests.edm.published_form import write_published, write_published_state
@@ -26,7 +26,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(outdir: Path, data: Path, *more: str) -> Path:
-    main.main([f"--outdir={outdir}", f"--data={data}", "--nosubdir", *TINY, *more], standalone_mode=False)
+    main([f"--outdir={outdir}", f"--data={data}", "--nosubdir", *TINY, *more])
     return outdir
 
 

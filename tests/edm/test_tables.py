@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from EDM import fid, tables, train
+from shared.cli import parse
 from shared.report.tables import Cell, main
 from tests.shared.programs import one_line_error, run
 
@@ -73,8 +74,8 @@ def test_images_of_64_pixels_are_made_and_scored_as_published():
     assert {"--steps=256", "--S_churn=40", "--ref=/data/imagenet-64x64.zip"} <= set(found["ImageNet"]["score2"])
     assert "--steps=40" in found["FFHQ"]["score0"]
     for stages in found.values():
-        train.main.make_context("", stages["train"][1:])
-        assert fid.calc.make_context("", stages["score1"][2:]).params["seeds"] == "50000-99999"
+        parse("", train.FLAGS, stages["train"][1:])
+        assert parse("", fid.CALC_FLAGS, stages["score1"][2:]).seeds == list(range(50_000, 100_000))
 
 
 def test_results_are_read_in_the_units_of_the_table(tmp_path):

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from tests.shared.programs import ROOT
+from tests.shared.programs import ROOT, help_flags
 
 TEXT = (ROOT / "EDM/TDSM.md").read_text()
 SCRIPTS = ("dataset_tool", "train_classifier", "train_noise", "train", "generate", "evaluate")
@@ -30,6 +30,6 @@ def test_there_are_commands_of_every_script() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_named_after_a_script_are_its_flags(script: str) -> None:
-    known = {flag for parameter in importlib.import_module(f"EDM.{script}").main.params for flag in parameter.opts}
+    known = help_flags(importlib.import_module(f"EDM.{script}").main)
     named = re.findall(rf"`{script}\.py (--[\w-]+)", TEXT)
     assert set(named) <= known

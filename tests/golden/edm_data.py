@@ -7,12 +7,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 from PIL import Image
 
-from EDM.dataset_tool_cli import main
+from EDM.dataset_tool import main
 from EDM.training.dataset import open_training_set
 from shared.cli import UserError
 from tests.golden.cases import arrays, facts, index
@@ -65,11 +64,9 @@ def convert(args: list[str]) -> str | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
-            main.main(args, standalone_mode=False)
+            main(args)
         except UserError as error:
             return str(error)
-        except click.ClickException as error:
-            return error.format_message()
     return None
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 import EDM
 from EDM.generate import main
-from EDM.training.config import parse_int_list
 from EDM.training.downloads import cache_prefix
-from EDM.training.preconditioning import PRECONDITIONERS
+from EDM.training.networks import PRECONDITIONERS
 from EDM.training.snapshots import save_snapshot
+from shared.option_types import parse_int_list
 from shared.training.seeds import SeedGenerators, split_batches
 from tests.golden.cases import arrays, facts, fill, index
 
@@ -68,7 +68,7 @@ def test_generated_images(case: dict, tmp_path: Path) -> None:
     network = snapshot_of(case["network"], tmp_path / "network-snapshot-000000.pkl")
     for name, run in case["runs"].items():
         outdir = tmp_path / name
-        main.main([f"--network={network}", f"--outdir={outdir}", "--device=cpu", *run["args"]], standalone_mode=False)
+        main([f"--network={network}", f"--outdir={outdir}", "--device=cpu", *run["args"]])
         assert sorted(str(path.relative_to(outdir)) for path in outdir.rglob("*.png")) == sorted(run["files"])
         made = np.stack([pixels(outdir / file) for file in sorted(run["files"])]).astype(int)
         difference = np.abs(made - arrays("edm", case["file"])[name])
@@ -120,7 +120,7 @@ def test_generate_sh(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / save_dir).iterdir()} == {str(run["class_idx"]) for run in runs}
 
     last = runs[-1]  # one run a class, as published, gives the same files
-    main.main([f"--outdir={tmp_path / 'single'}", f"--seeds={last['seeds']}", f"--class={last['class_idx']}",
-               f"--network={tmp_path / last['network']}", "--device=cpu"], standalone_mode=False)
+    main([f"--outdir={tmp_path / 'single'}", f"--seeds={last['seeds']}", f"--class={last['class_idx']}",
+               f"--network={tmp_path / last['network']}", "--device=cpu"])
     for path in (tmp_path / "single").glob("*.png"):
         assert np.array_equal(pixels(path), pixels(tmp_path / last["outdir"] / path.name))

@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from EDM.train import main
-from EDM.training.batches import Batches
-from EDM.training.dataset import TrainingSet
+from EDM.training.dataset import Batches, InfiniteOrder, TrainingSet
 from EDM.training.loss import EDMLoss
-from EDM.training.order import InfiniteOrder
-from EDM.training.preconditioning import PRECONDITIONERS, EDMPrecond
+from EDM.training.networks import PRECONDITIONERS, EDMPrecond
 from EDM.training.stats import TickSchedule, format_time
 from EDM.training.training_loop import Draws, learning_rate, training_step
 from shared.distributed import World
@@ -159,11 +157,10 @@ def test_files_and_lines_of_a_run(case, tmp_path, monkeypatch):
     config = expected["config"]
     data = write_set(tmp_path / "set.zip", count=30, size=8, channels=3)
     resume = [f"--resume={former_run(tmp_path / 'former', start_kimg(config))}"] if start_kimg(config) else []
-    main.main([f"--outdir={tmp_path}/run", "--nosubdir", f"--data={data}", "--seed=0", "--device=cpu", *TINY,
+    main([f"--outdir={tmp_path}/run", "--nosubdir", f"--data={data}", "--seed=0", "--device=cpu", *TINY,
                f"--batch={config['batch_size']}",
                f"--tick={config['kimg_per_tick']}", f"--snap={config['snapshot_ticks']}",
-               f"--dump={config['state_dump_ticks']}", f"--duration={config['total_kimg'] / 1000}", *resume],
-              standalone_mode=False)
+               f"--dump={config['state_dump_ticks']}", f"--duration={config['total_kimg'] / 1000}", *resume])
     lines = stats(tmp_path / "run")
     assert all(list(line) == expected["stats_keys"] for line in lines)
     assert all(list(line[key]) == expected["entry_keys"] for line in lines for key in line if key != "timestamp")

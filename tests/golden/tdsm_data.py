@@ -39,7 +39,7 @@ def stored(case: dict[str, Any], key: str) -> np.ndarray:
 def convert(*args: object) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        main.main([str(argument) for argument in args], standalone_mode=False)
+        main([str(argument) for argument in args])
 
 
 @each("label_flips.npz")

@@ -117,7 +117,7 @@ def test_every_type_refuses_what_lies_outside(option):
      "net20."),
     (Option("--res", IntList(most=10)), "1,5-14", "Invalid value for '--res': '1,5-14' holds more than 10 numbers."),
     (Option("--res", IntList()), "0-999999999999",
-     "Invalid value for '--res': '0-999999999999' holds more than 1,000,000 numbers."),
+     "Invalid value for '--res': '0-999999999999' holds more than 10,000,000 numbers."),
     (Option("--res", IntList()), "5-1",
      "Invalid value for '--res': '5-1' is empty; a range goes from the smaller to the larger number."),
     (Option("--res", IntList()), "1,x", "Invalid value for '--res': '1,x' is not a list like 1,2,5-10."),
