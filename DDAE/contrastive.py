@@ -9,52 +9,63 @@ over batches, and uniformity depends on their size. The same command again compu
 """
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
-from DDAE.ddae.encoder import Encoder, encoder_parser, load_encoder, load_split
-from shared.cli import UserError, run_main
-from shared.lazy import lazy
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from DDAE.ddae.config import Config
-    from shared.data.images import ImageSet
-    from shared.distributed import World
-
-torch = lazy("torch")
+from DDAE.ddae.checkpoints import find_checkpoint, saved_epochs
+from DDAE.ddae.config import COMMON, GPUS, Config, read_config
+from DDAE.ddae.data import TestItems
+from DDAE.ddae.probe import Encoder, load_encoder, load_split
+from shared import cli, distributed
+from shared.cli import Int, IntList, Option, Text, run_main
+from shared.data.images import ImageSet
+from shared.distributed import World
+from shared.report.plots import curves
+from shared.training.files import atomic, make_dir
+from shared.training.hardware import computed_on
+from shared.training.progress import progress
 
 BATCH = 128     # per process
-ALPHA, T = 2, 2
+FLAGS = (
+    *COMMON, GPUS,
+    Option("--epoch_interval", Int(1), 400, "checkpoints of every so many epochs and the last"),
+    Option("--epochs", IntList(-1), None, "these checkpoints instead", metavar="N,N,..."),
+    Option("--images", Int(2), None, "use the first N training images  [all]", metavar="N"),
+    Option("--outdir", Text, None, "results  [{save_dir}/contrastive]", metavar="DIR"),
+)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = encoder_parser(__doc__, epoch=False)
-    parser.add_argument("--epoch_interval", type=int, default=400, help="checkpoints of every so many epochs and the "
-                        "last [400]")
-    parser.add_argument("--epochs", default=None, metavar="N,N,...", help="these checkpoints instead")
-    parser.add_argument("--images", type=int, default=None, metavar="N", help="use the first N training images [all]")
-    parser.add_argument("--outdir", default=None, metavar="DIR", help="results [{save_dir}/contrastive]")
-    options = parser.parse_args(argv)
-    if options.epoch_interval < 1 or (options.images is not None and options.images < 2):
-        raise UserError("--epoch_interval must be at least 1, --images at least 2")
-    try:
-        options.chosen = None if options.epochs is None else [int(part) for part in options.epochs.split(",")]
-    except ValueError:
-        raise UserError(f"--epochs {options.epochs}: expected whole numbers separated by commas") from None
-    return options
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    return cli.parse(__doc__, FLAGS, argv)
+
+
+def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
+    """Return the mean of ||x_i - y_i||^alpha over positive pairs. x, y: [..., N, D], l2-normalised -> [...]."""
+    return (x - y).norm(dim=-1).pow(alpha).mean(-1)
+
+
+def uniformity(x: Tensor, t: float = 2.0) -> Tensor:
+    """Return log mean exp(-t ||x_i - x_j||^2) over all pairs i < j. x: [..., N, D], N >= 2 -> [...].
+
+    Squared distances come from one Gram matrix: the work is a matrix product on whatever device x is on.
+    """
+    count = x.shape[-2]
+    square = x.square().sum(-1)
+    distance = (square[..., :, None] + square[..., None, :] - 2 * x @ x.mT).clamp(min=0)
+    rows, columns = torch.triu_indices(count, count, offset=1, device=x.device)
+    return (-t * distance[..., rows, columns]).logsumexp(-1) - math.log(len(rows))
 
 
 def main() -> None:
     options = parse()
-    from DDAE.ddae.config import read_config
-    from shared import distributed
-    from shared.training.files import make_dir
-    from shared.training.hardware import computed_on
-
     config = read_config(options.config, options.set)
     epochs = checkpoints(config, options)
     world = distributed.start(options.device)
@@ -68,34 +79,34 @@ def main() -> None:
         images = images.subset(slice(options.images)) if options.images else images
         level = encoder.probe.timestep
         about = {"level": level, "batch": min(size, len(images)), "images": len(images), "seed": options.seed,
-                 "precision": encoder.precision, "weights": encoder.facts()}
+                 "precision": encoder.precision, "inputs": encoder.inputs(images, world)}
         known = done.get(str(epoch), {})
         if known.get("about") != about:
             known = {"about": about, **measure(encoder, images, level, size, options.seed, world, f"epoch {epoch}")}
             done[str(epoch)] = known
             if world.main:
-                write_results(out, done, computed_on(world.device))
+                with atomic(out / "result.json", "w") as file:
+                    json.dump({"epochs": done, **computed_on(world.device)}, file, indent=1)
         results[epoch] = known
     if world.main:
-        report(config, results, out, size)
+        report(results, out, size)
     distributed.stop()
 
 
-def checkpoints(config: Config, options: argparse.Namespace) -> list[int]:
-    """Return the epochs to measure. UserError where one that was named, or all of the interval, are missing."""
-    from DDAE.ddae.checkpoints import find_checkpoint, saved_epochs
-
-    if options.chosen is not None:
-        return [find_checkpoint(config, epoch)[1] for epoch in options.chosen]
+def checkpoints(config: Config, options: SimpleNamespace) -> list[int]:
+    """Return the epochs to measure. UserError if a named one, or all of the interval, are missing."""
+    if options.epochs is not None:
+        return [find_checkpoint(config, epoch)[1] for epoch in options.epochs]
     wanted = list(range(options.epoch_interval, config.n_epoch, options.epoch_interval))
     wanted = list(dict.fromkeys([*wanted, config.n_epoch - 1]))
-    there = [epoch for epoch in wanted if epoch in saved_epochs(config)]
-    if not there:
+    saved = saved_epochs(config)
+    missing = [epoch for epoch in wanted if epoch not in saved]
+    if missing == wanted:
         find_checkpoint(config, wanted[0])  # says which there are
-    if missing := [epoch for epoch in wanted if epoch not in there]:
+    if missing:
         warnings.warn(f"there are no checkpoints of the epochs {', '.join(map(str, missing))}; they are left out",
                       stacklevel=2)
-    return there
+    return [epoch for epoch in wanted if epoch in saved]
 
 
 def measure(encoder: Encoder, images: ImageSet, level: int, size: int, seed: int, world: World, desc: str
@@ -104,12 +115,6 @@ def measure(encoder: Encoder, images: ImageSet, level: int, size: int, seed: int
 
     Batches of `size` are dealt to the ranks whole, so the numbers do not depend on how many ranks there are.
     """
-    from DDAE.ddae.batches import TestItems
-    from DDAE.ddae.metrics import alignment, uniformity
-    from shared import distributed
-    from shared.distributed import World
-    from shared.training.progress import progress
-
     names = list(encoder.widths)
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
     # Every rank looks at the whole set as if alone, and takes its batches out.
@@ -117,7 +122,7 @@ def measure(encoder: Encoder, images: ImageSet, level: int, size: int, seed: int
     for number, batch in progress(enumerate(items), desc, len(items.starts), "batches", shown=world.main):
         if number % world.size != world.rank:
             continue
-        pairs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        pairs: dict[str, list[Tensor]] = {name: [] for name in names}
         for start in range(0, len(batch.items), BATCH):
             part = batch.slice(start, start + BATCH)
             noise = torch.cat([items.noise(part, f"pair {draw}") for draw in (0, 1)])
@@ -126,11 +131,10 @@ def measure(encoder: Encoder, images: ImageSet, level: int, size: int, seed: int
                 pairs[name].append(value.view(2, len(part.items), -1))
         for place, name in enumerate(names):
             both = torch.cat(pairs[name], dim=1)
-            spread = uniformity(both, T).mean() if both.shape[1] > 1 else both.new_zeros(())
-            sums[place] += len(batch.items) * torch.stack([alignment(*both, ALPHA), spread]).double()
-    means = (distributed.sum_(sums, world) / len(images)).tolist()
-    return {"align": dict(zip(names, (row[0] for row in means), strict=True)),
-            "uniform": dict(zip(names, (row[1] for row in means), strict=True))}
+            uniform = uniformity(both).mean() if both.shape[1] > 1 else both.new_zeros(())
+            sums[place] += len(batch.items) * torch.stack([alignment(*both), uniform]).double()
+    align, uniform = (distributed.sum_(sums, world) / len(images)).T.tolist()
+    return {"align": dict(zip(names, align, strict=True)), "uniform": dict(zip(names, uniform, strict=True))}
 
 
 def read_results(out: Path) -> dict[str, Any]:
@@ -141,33 +145,27 @@ def read_results(out: Path) -> dict[str, Any]:
         return {}
 
 
-def write_results(out: Path, done: dict[str, Any], machine: dict[str, Any]) -> None:
-    from shared.training.files import atomic
-
-    with atomic(out / "result.json", "w") as file:
-        json.dump({"epochs": done, **machine}, file, indent=1)
-
-
-def report(config: Config, results: dict[int, dict[str, Any]], out: Path, size: int) -> None:
+def report(results: dict[int, dict[str, Any]], out: Path, size: int) -> None:
     """Print the lists over checkpoints block by block, and draw them."""
-    from DDAE.ddae.heads import formatted
-    from shared.report.plots import curves
-
     epochs, panels = list(results), {}
     print(f"checkpoints {epochs}, batches of {size}")
-    for title, key in (("align metric:", "align"), ("uniform metric:", "uniform")):
-        print(title)
-        blocks = results[epochs[0]][key]
-        for name in blocks:
-            print(f"'{name}': [{', '.join(formatted([results[epoch][key][name] for epoch in epochs]))}]")
-        panels[title.removesuffix(":")] = {name: (epochs, [results[e][key][name] for e in epochs]) for name in blocks}
-    first, last = results[epochs[0]], results[epochs[-1]]
+    for title, key in (("align metric", "align"), ("uniform metric", "uniform")):
+        print(f"{title}:")
+        panels[title] = {name: (epochs, [results[epoch][key][name] for epoch in epochs])
+                         for name in results[epochs[0]][key]}
+        for name, (_, values) in panels[title].items():
+            print(f"'{name}': [{', '.join(formatted(values))}]")
     panels["first and last checkpoint"] = {
-        f"epoch {epoch}": (list(part["align"].values()), list(part["uniform"].values()))
-        for epoch, part in ((epochs[0], first), (epochs[-1], last))}
+        f"epoch {epoch}": (list(results[epoch]["align"].values()), list(results[epoch]["uniform"].values()))
+        for epoch in (epochs[0], epochs[-1])}
     curves(panels, out / "curves.png", {"align metric": "epoch", "uniform metric": "epoch",
                                         "first and last checkpoint": "align metric (uniform metric: upwards)"})
     print(f"result.json and curves.png are in {out}")
+
+
+def formatted(values: Sequence[float]) -> list[str]:
+    """Return the numbers with four decimals, the published form."""
+    return [f"{value:.4f}" for value in values]
 
 
 if __name__ == "__main__":

@@ -6,38 +6,39 @@ writes data/cifar10-pngs/00000.png ... 49999.png. EDM/fid.py and fid.py need no 
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
-from shared.cli import Parser, UserError, run_main
+import numpy as np
+
+from shared import cli
+from shared.cli import Flag, Option, Text, UserError, run_main
+from shared.data.datasets import load_dataset
+from shared.data.pngs import PngWriter
+from shared.training.files import make_dir
+from shared.training.progress import progress
 
 EACH = 5000  # images of a class in the published set
+FLAGS = (
+    Option("--data_dir", Text, "./data", "where CIFAR-10 is", metavar="DIR"),
+    Option("--dest", Text, None, "where the PNG files go  [cifar10-pngs in --data_dir]", metavar="DIR"),
+    Option("--download", Flag, False, "fetch CIFAR-10 if it is not there"),
+)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_dir", default="./data", metavar="DIR", help="where CIFAR-10 is [./data]")
-    parser.add_argument("--dest", metavar="DIR", help="where the PNG files go [cifar10-pngs in --data_dir]")
-    parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
-    return parser.parse_args(argv)
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    return cli.parse(__doc__, FLAGS, argv)
 
 
 def main() -> None:
-    args = parse()
-    import numpy as np
-
-    from shared.data.datasets import load_dataset
-    from shared.data.pngs import PngWriter
-    from shared.training.files import make_dir
-    from shared.training.progress import progress
-
-    images = load_dataset("cifar10", "train", args.data_dir, download=args.download)
+    options = parse()
+    images = load_dataset("cifar10", "train", options.data_dir, download=options.download)
     counts = np.bincount(images.labels, minlength=10)
     if set(counts.tolist()) != {EACH}:
-        raise UserError(f"{args.data_dir}: expected {EACH} images of each class, found {counts.min()} to "
+        raise UserError(f"{options.data_dir}: expected {EACH} images of each class, found {counts.min()} to "
                         f"{counts.max()}; it is not the whole training set")
-    folder = make_dir(args.dest or Path(args.data_dir) / "cifar10-pngs")
+    folder = make_dir(options.dest or Path(options.data_dir) / "cifar10-pngs")
     with PngWriter() as writer:
         for start in progress(range(0, len(images), 500), "writing", unit="x 500 images"):
             numbers = range(start, min(start + 500, len(images)))

@@ -7,38 +7,67 @@ The images are those that sample.py writes with the same flags.
 """
 from __future__ import annotations
 
-import argparse
+import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import SimpleNamespace
 
-from DDAE.ddae.options import ddae_parser
-from DDAE.sample import add_sampler_flags, check, make_sampler
-from shared.cli import UserError, run_main
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
+from DDAE.ddae.config import read_config
+from DDAE.ddae.sampling import ImageSampler, to_uint8
+from DDAE.sample import SAMPLER, make_sampler
+from EDM.metrics.detectors import load_detector
+from EDM.metrics.extraction import extract
+from EDM.metrics.frechet import frechet_distance
+from EDM.metrics.reference import read_reference
+from shared import cli, distributed
+from shared.cli import Flag, Int, Option, Text, run_main
+from shared.training.files import atomic, make_dir
 
-    from DDAE.ddae.sampling import ImageSampler
+FLAGS = (
+    *SAMPLER,
+    Option("--ref", Text, required=True, help="statistics made by EDM/fid.py ref", metavar="NPZ"),
+    Option("--images", Int(2), 50000, "number of images"),
+    Option("--detector", Text, "inception", "network of the features: Inception's weights from assets/, or a file",
+           metavar="inception|FILE"),
+    Option("--download", Flag, False, "fetch Inception's weights if they are not there"),
+    Option("--json", Text, None, "also write the value and all it depends on", metavar="FILE"),
+)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = ddae_parser(__doc__)
-    add_sampler_flags(parser)
-    parser.add_argument("--ref", metavar="NPZ", required=True, help="statistics made by EDM/fid.py ref")
-    parser.add_argument("--images", type=int, default=50000, help="number of images [50000]")
-    parser.add_argument("--detector", default="inception", metavar="inception|FILE",
-                        help="network of the features: Inception's weights from assets/, or a file [inception]")
-    parser.add_argument("--download", action="store_true", help="fetch Inception's weights if they are not there")
-    parser.add_argument("--json", dest="json_file", metavar="FILE", help="also write the value and all it depends on")
-    args = parser.parse_args(argv)
-    check(args)
-    if args.images < 2:
-        raise UserError(f"--images: expected at least 2, got {args.images}")
-    return args
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    return cli.parse(__doc__, FLAGS, argv)
+
+
+def main() -> None:
+    options = parse()
+    config = read_config(options.config, options.set)
+    world = distributed.start(options.device)
+    sampler, epoch, settings = make_sampler(config, options, world)
+    detector = load_detector(options.detector, world.device, options.download, world)
+    reference = []
+    distributed.on_main(lambda: reference.append(read_reference(options.ref, detector)), world)
+    source = SampledImages(sampler, options.images, options.batch, detector.channels)
+    extraction = extract(source, detector, options.batch, world)
+    distributed.stop()
+    if not world.main:
+        return
+    mu, sigma = extraction.moments.mean_and_covariance()
+    real = [part.to(mu.device) for part in (reference[0].mu, reference[0].sigma)]
+    value = frechet_distance(mu, sigma, *real)
+    if options.json:
+        facts = {"fid": value, "images": options.images, "reference": options.ref, "detector": detector.name,
+                 "sha256": detector.sha256, "sampling": settings}
+        make_dir(Path(options.json).absolute().parent)
+        with atomic(options.json, "w") as file:
+            file.write(json.dumps(facts, indent=2) + "\n")
+    print(f"epoch {epoch}, {options.images} images, detector {detector.name}: FID {value:g}")
 
 
 class SampledImages:
-    """Images 0..count-1 of a sampler, made when they are asked for."""
+    """Images 0..count-1 of a sampler, made when they are asked for: a source for EDM's metrics."""
 
     def __init__(self, sampler: ImageSampler, count: int, batch: int, channels: int) -> None:
         self.sampler, self.count, self.channels = sampler, count, channels
@@ -47,57 +76,14 @@ class SampledImages:
     def __len__(self) -> int:
         return self.count
 
-    def batches(self, parts: Sequence[Sequence[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (uint8 [n, channels, H, W], int64 labels [n], all -1) of lists of numbers."""
-        import torch
-
-        from DDAE.ddae.pictures import to_uint8
-
         for part in parts:
             if not part:
                 yield torch.zeros(0, self.channels, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
                 continue
             images = to_uint8(self.sampler.images(part, self.rows))
             yield images.repeat(1, self.channels // images.shape[1], 1, 1), torch.full((len(part),), -1)
-
-
-def main() -> None:
-    args = parse()
-    from DDAE.ddae.config import read_config
-
-    config = read_config(args.config, args.set)
-
-    from EDM.metrics.detectors import load_detector
-    from EDM.metrics.extraction import extract
-    from EDM.metrics.frechet import frechet_distance
-    from EDM.metrics.reference import read_reference
-    from shared import distributed
-
-    world = distributed.start(args.device)
-    sampler, epoch, settings = make_sampler(config, args, world)
-    detector = load_detector(args.detector, world.device, args.download, world)
-    reference = []
-    distributed.on_main(lambda: reference.append(read_reference(args.ref, detector)), world)
-    source = SampledImages(sampler, args.images, args.batch, detector.channels)
-    extraction = extract(source, detector, args.batch, world)
-    distributed.stop()
-    if not world.main:
-        return
-    mu, sigma = extraction.moments.mean_and_covariance()
-    real = [part.to(mu.device) for part in (reference[0].mu, reference[0].sigma)]
-    value = frechet_distance(mu, sigma, *real)
-    facts = {"fid": value, "images": args.images, "reference": args.ref, "detector": detector.name,
-             "sha256": detector.sha256, "sampling": settings}
-    if args.json_file:
-        import json
-        from pathlib import Path
-
-        from shared.training.files import atomic, make_dir
-
-        make_dir(Path(args.json_file).absolute().parent)
-        with atomic(args.json_file, "w") as file:
-            file.write(json.dumps(facts, indent=2) + "\n")
-    print(f"epoch {epoch}, {args.images} images, detector {detector.name}: FID {value:g}")
 
 
 if __name__ == "__main__":

@@ -10,95 +10,119 @@ paper's is not published in detail. The same command again continues.
 """
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
 
-from DDAE.ddae.encoder import Encoder, encoder_parser, load_encoder, load_split
-from shared.cli import UserError, run_main
-from shared.lazy import lazy
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from DDAE.ddae.data import Batch, TestItems, TrainBatches
+from DDAE.ddae.model import check_names
+from DDAE.ddae.probe import ENCODER, Encoder, load_encoder, load_split, write_result
+from shared import cli, distributed
+from shared.augment.views import draw_strong, strong
+from shared.cli import Choice, Flag, Float, Int, Option, Text, run_main
+from shared.report.plots import curves
+from shared.training.dropout import set_dropout_keys
+from shared.training.log import Log
 from shared.training.precision import autocast
+from shared.training.randomness import numpy_rng, torch_rng
+from shared.training.run import Run
 
-if TYPE_CHECKING:
-    from DDAE.ddae.batches import Batch, TestItems, TrainBatches
-    from DDAE.ddae.classifier import Classifier
-    from shared.training.run import Run
+FLAGS = (
+    *ENCODER,
+    Option("--block", Text, None, "last block  [the config's linear.blockname]", metavar="NAME"),
+    Option("--time", Int(0), None, "noise level  [linear.timestep]"),
+    Option("--no_noise", Flag, False, "the network is told the level, but no noise is added"),
+    Option("--encoder", Choice("trained", "untrained"), "trained", "start from the checkpoint, or from fresh weights"),
+    Option("--epochs", Int(1), 100, "of fine-tuning"),
+    Option("--warm_epoch", Float(0), 5.0, "epochs over which the rate rises"),
+    Option("--batch_size", Int(1), 128, unit="images per process"),
+    Option("--lr", Float(0, open=True), 1e-4, "of the body, per 256 images of the global batch"),
+    Option("--head_lr", Float(0, open=True), 10.0, "the head's rate, times the body's"),
+    Option("--weight_decay", Float(0), 0.05, "of weights, not of biases and norms"),
+    Option("--randaugment", Flag, False, "two operations of RandAugment and a cutout"),
+    Option("--mixup", Float(0), 0.0, "mix images and labels, Beta(ALPHA, ALPHA); 0: do not", metavar="ALPHA"),
+    Option("--eval_every", Int(1), 10, "epochs between two tests"),
+    Option("--outdir", Text, None, "results  [{save_dir}/finetune/...]", metavar="DIR"),
+)
 
-np, torch = lazy("numpy"), lazy("torch")
 
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = encoder_parser(__doc__)
-    parser.add_argument("--block", default=None, metavar="NAME", help="last block [the config's linear.blockname]")
-    parser.add_argument("--time", type=int, default=None, metavar="N", help="noise level [linear.timestep]")
-    parser.add_argument("--no_noise", action="store_true", help="the network is told the level, but no noise is added")
-    parser.add_argument("--encoder", choices=("trained", "untrained"), default="trained", help="start from the "
-                        "checkpoint, or from fresh weights to compare with [trained]")
-    parser.add_argument("--epochs", type=int, default=100, help="of fine-tuning [100]")
-    parser.add_argument("--warm_epoch", type=float, default=5, help="epochs over which the rate rises [5]")
-    parser.add_argument("--batch_size", type=int, default=128, help="per process [128]")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of the body, per 256 images of the global batch [1e-4]")
-    parser.add_argument("--head_lr", type=float, default=10.0, help="the head's rate, times the body's [10]")
-    parser.add_argument("--weight_decay", type=float, default=0.05, help="of weights, not of biases and norms [0.05]")
-    parser.add_argument("--randaugment", action="store_true", help="two operations of RandAugment and a cutout")
-    parser.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="mix images and labels, "
-                        "Beta(ALPHA, ALPHA) [0: do not]")
-    parser.add_argument("--eval_every", type=int, default=10, metavar="N", help="epochs between two tests [10]")
-    parser.add_argument("--outdir", default=None, metavar="DIR", help="results [{save_dir}/finetune/...]")
-    options = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "eval_every"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if min(options.lr, options.head_lr) <= 0 or min(options.warm_epoch, options.weight_decay, options.mixup) < 0:
-        raise UserError("--lr and --head_lr must be above 0; --warm_epoch, --weight_decay and --mixup not negative")
-    return options
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    return cli.parse(__doc__, FLAGS, argv)
 
 
 def main() -> None:
     options = parse()
-    from DDAE.ddae.batches import TestItems, TrainBatches
-    from DDAE.ddae.classifier import Classifier
-    from shared import distributed
-
     world = distributed.start(options.device)
     encoder = load_encoder(options, world.device)
     probe = encoder.probe
     block, level = options.block or probe.blockname, probe.timestep if options.time is None else options.time
-    encoder.check_names([block])
+    check_names([block], encoder.widths)
     encoder.check_levels([level])
     train, test = load_split(encoder, "train", options), load_split(encoder, "test", options)
+    inputs = encoder.inputs(train, world)
     net = Classifier(encoder, block, level, not options.no_noise, options.seed).to(world.device)
-    batches = TrainBatches(train, options.batch_size * (options.gpus or world.size), world, options.seed, probe.flip,
-                           probe.pad)
-    fit(net, encoder, batches, TestItems(test, options.batch_size, world, options.seed), options)
+    size = options.batch_size * (options.gpus or world.size)
+    batches = TrainBatches(train, size, world, options.seed, probe.flip, probe.pad)
+    fit(net, encoder, batches, TestItems(test, options.batch_size, world, options.seed), inputs, options)
     distributed.stop()
 
 
-def fit(net: Classifier, encoder: Encoder, batches: TrainBatches, test: TestItems, options: argparse.Namespace) -> None:
-    """Train and test, and leave result.json, curve.png and the weights in the output folder."""
-    from shared import distributed
-    from shared.training.dropout import set_dropout_keys
-    from shared.training.log import Log
-    from shared.training.run import Run
+class Classifier(nn.Module):
+    """(images [N, C, H, W] in [0, 1], standard normal noise of that shape) -> logits [N, classes].
 
-    world, per_epoch, seed = batches.world, batches.per_epoch, options.seed
+    The encoder's network becomes `body` and is trained; what lies behind the block does not run and stays frozen.
+    noisy: whether noise of the level is added, or the image is only scaled as at that level.
+    """
+
+    def __init__(self, encoder: Encoder, block: str, level: int, noisy: bool, seed: int) -> None:
+        super().__init__()
+        self.block, self.level, self.noisy, self.classes = block, level, noisy, encoder.config.classes
+        self.body, self.diffusion = encoder.net, encoder.diffusion
+        width = encoder.widths[block]
+        self.head = nn.Linear(width, self.classes)
+        rng, bound = torch_rng(seed, 0, "head"), 1 / math.sqrt(width)
+        with torch.no_grad():
+            for parameter in self.head.parameters():
+                parameter.uniform_(-bound, bound, generator=rng)
+        # Parameters that the feature does not depend on are frozen.
+        self.body.requires_grad_(True)
+        self.feature(torch.zeros(1, *self.body.image_shape)).sum().backward()
+        for parameter in self.body.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+
+    def feature(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the block's output averaged over pixels: float32 [N, width]."""
+        images = images.to(next(self.body.parameters()).device)
+        noise = torch.zeros_like(images) if noise is None or not self.noisy else noise
+        return self.diffusion.features(self.body, images, self.level, noise, [self.block])[self.block]
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        return self.head(self.feature(images, noise))
+
+
+def fit(net: Classifier, encoder: Encoder, batches: TrainBatches, test: TestItems, inputs: dict[str, str],
+        options: SimpleNamespace) -> None:
+    """Train and test, and leave result.json, curve.png and the weights in the output folder."""
+    world, per_epoch, seed, probe = batches.world, batches.per_epoch, options.seed, encoder.probe
     optimizer = make_optimizer(net, batches.size, options)
     rates = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(world.device.type, enabled=encoder.precision == "fp16")
-    probe = encoder.probe
     config = {name: getattr(options, name) for name in (
         "no_noise", "epochs", "warm_epoch", "lr", "head_lr", "weight_decay", "randaugment", "mixup", "seed")} | {
         "block": net.block, "level": net.level, "dataset": encoder.config.dataset, "encoder": encoder.name,
-        "weights": encoder.facts(), "batch": batches.size, "flip": probe.flip, "pad": probe.pad,
-        "precision": encoder.precision}
+        "batch": batches.size, "flip": probe.flip, "pad": probe.pad, "precision": encoder.precision}
     outdir = options.outdir or (Path(encoder.config.save_dir) / "finetune" / f"{encoder.name}_{net.level}_{net.block}")
     log = Log(outdir, world, image_batch=batches.size, desc="fine-tune")
-    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log, restart=True)
+    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log, restart=True,
+              inputs=inputs, ignore=("weights",))
     model = distributed.data_parallel(net, world)
-    run.state.setdefault("tests", [])
+    tests = run.state.setdefault("tests", [])
     for step in run.steps(options.epochs * per_epoch):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step / per_epoch, options.warm_epoch, options.epochs)
@@ -107,22 +131,28 @@ def fit(net: Classifier, encoder: Encoder, batches: TrainBatches, test: TestItem
         net.train()
         set_dropout_keys(net, seed, step, range(batch.part.start, batch.part.stop))
         with autocast(world.device, encoder.precision):
-            loss = torch.nn.functional.cross_entropy(model(images, batch.noise(seed, step, "noise")).float(), target)
+            loss = F.cross_entropy(model(images, batch.noise(seed, step, "noise")).float(), target)
         optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over ranks, whose parts of the batch may differ in size.
-        scaler.scale(loss * (batch.share * world.size)).backward()
+        scaler.scale(loss * (batch.fraction * world.size)).backward()
         scaler.step(optimizer)
         scaler.update()
-        run.log.add(loss=loss.detach())
+        log.add(loss=loss.detach())
         epoch, place = divmod(step, per_epoch)
         if place == per_epoch - 1 and ((epoch + 1) % options.eval_every == 0 or epoch == options.epochs - 1):
             accuracy = test_accuracy(net, test, encoder)
-            run.state["tests"] = [*run.state["tests"], [epoch, accuracy]]
-            run.log.print(f"[epoch {epoch}] Test acc: {accuracy:.2f}")
-    report(run, encoder)
+            tests.append([epoch, accuracy])
+            log.print(f"[epoch {epoch}] Test acc: {accuracy:.2f}")
+    log.print(f"Test acc: {tests[-1][1]:.2f}")  # of the last epoch, which is the result
+    if world.main:
+        write_result(run, {"last": tests[-1][1] / 100, "best_on_test": max(test[1] for test in tests) / 100},
+                     tests=tests)
+        epochs, accuracies = zip(*tests, strict=True)
+        curves({"fine-tuning": {encoder.name: (epochs, accuracies)}}, run.outdir / "curve.png",
+               {"fine-tuning": "epoch"})
 
 
-def make_optimizer(net: Classifier, batch: int, options: argparse.Namespace) -> torch.optim.AdamW:
+def make_optimizer(net: Classifier, batch: int, options: SimpleNamespace) -> torch.optim.AdamW:
     """Return AdamW; weight decay on tensors of two dimensions and more, the head at its own rate."""
     lr = options.lr * batch / 256
     groups = []
@@ -140,65 +170,37 @@ def schedule(epoch: float, warm_epoch: float, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (epoch - warm_epoch) / max(1e-8, epochs - warm_epoch)))
 
 
-def augmented(batch: Batch, batches: TrainBatches, classes: int, step: int, options: argparse.Namespace
-              ) -> tuple[torch.Tensor, torch.Tensor]:
+def augmented(batch: Batch, batches: TrainBatches, classes: int, step: int, options: SimpleNamespace
+              ) -> tuple[Tensor, Tensor]:
     """Return the images [n, C, H, W] in [0, 1] and their targets: int64 [n], or float32 [n, classes] with mixup."""
-    from shared.training.randomness import numpy_rng
-
-    images = randaugment(batch, step, options) if options.randaugment else batch.images
+    images = randaugment(batch, step, options.seed) if options.randaugment else batch.images
     if not options.mixup:
         return images, batch.labels
-    # Each image is mixed with the one at the mirrored place of the global batch, all with one share.
+    # Each image is mixed with the one at the mirrored place of the global batch, all in one ratio.
     other = batches.mirrored(step)
-    partners = randaugment(other, step, options) if options.randaugment else other.images
-    share = float(numpy_rng(options.seed, step, "mixup").beta(options.mixup, options.mixup))
-    one_hot = torch.nn.functional.one_hot
-    target = share * one_hot(batch.labels, classes) + (1 - share) * one_hot(other.labels, classes)
-    return share * images + (1 - share) * partners, target
+    partners = randaugment(other, step, options.seed) if options.randaugment else other.images
+    ratio = float(numpy_rng(options.seed, step, "mixup").beta(options.mixup, options.mixup))
+    target = ratio * F.one_hot(batch.labels, classes) + (1 - ratio) * F.one_hot(other.labels, classes)
+    return ratio * images + (1 - ratio) * partners, target
 
 
-def randaugment(batch: Batch, step: int, options: argparse.Namespace) -> torch.Tensor:
+def randaugment(batch: Batch, step: int, seed: int) -> Tensor:
     """Return the images after two operations of RandAugment and a cutout, which follow from step and place."""
-    from shared.augment.views import draw_strong, strong
-    from shared.training.randomness import numpy_rng
-
-    rng = numpy_rng(options.seed, step, "randaugment")
-    draws = draw_strong(batch.count, rng, tuple(batch.images.shape[2:]), 2)[batch.part]
+    draws = draw_strong(batch.count, numpy_rng(seed, step, "randaugment"), tuple(batch.images.shape[2:]), 2)[batch.part]
     return strong((255 * batch.images).round().to(torch.uint8), draws).float().div_(255)
 
 
+@torch.no_grad()
 def test_accuracy(net: Classifier, items: TestItems, encoder: Encoder) -> float:
     """Return the accuracy in percent over the items of all ranks; an image's noise depends on the image alone."""
-    from shared import distributed
-
     world = items.world
     net.eval()
     correct = torch.zeros((), dtype=torch.int64, device=world.device)
-    with torch.no_grad():
-        for batch in items:
-            with autocast(world.device, encoder.precision):
-                logits = net(batch.images, items.noise(batch, "test noise 0"))
-            correct += (logits.argmax(1) == batch.labels).sum()
+    for batch in items:
+        with autocast(world.device, encoder.precision):
+            logits = net(batch.images, items.noise(batch, "test noise 0"))
+        correct += (logits.argmax(1) == batch.labels).sum()
     return 100 * int(distributed.sum_(correct, world)) / len(items)
-
-
-def report(run: Run, encoder: Encoder) -> None:
-    """Print the last accuracy, which is the result; write result.json and curve.png."""
-    from shared.report.plots import curves
-    from shared.training.files import atomic
-    from shared.training.hardware import computed_on
-
-    tests: list[Any] = run.state["tests"]
-    run.log.print(f"Test acc: {tests[-1][1]:.2f}")
-    if not run.world.main:
-        return
-    with atomic(run.outdir / "result.json", "w") as file:
-        json.dump({"accuracy": {"last": tests[-1][1] / 100, "best_on_test": max(test[1] for test in tests) / 100},
-                   "tests": tests, "seed": run.config["seed"], "iterations": run.step, "precision": encoder.precision,
-                   "seconds": round(run.seconds, 1), **computed_on(run.world.device), "config": run.config}, file,
-                  indent=1)
-    curves({"fine-tuning": {encoder.name: ([epoch for epoch, _ in tests], [accuracy for _, accuracy in tests])}},
-           run.outdir / "curve.png", {"fine-tuning": "epoch"})
 
 
 if __name__ == "__main__":

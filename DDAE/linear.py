@@ -11,57 +11,58 @@ same command again continues.
 """
 from __future__ import annotations
 
-import argparse
+import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
-from DDAE.ddae.encoder import ENCODERS, Encoder, encoder_parser, load_encoder, load_split
-from shared.cli import UserError, run_main
-from shared.lazy import lazy
+import numpy as np
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from DDAE.ddae.batches import TestItems, TrainBatches
-    from shared.training.run import Run
+from DDAE.ddae.data import TestItems, TrainBatches
+from DDAE.ddae.features import FeatureFiles
+from DDAE.ddae.model import check_names
+from DDAE.ddae.probe import (
+    ENCODER,
+    PIXELS,
+    Encoder,
+    LinearHeads,
+    load_encoder,
+    load_split,
+    test_heads,
+    train_heads,
+    write_probes,
+)
+from shared import cli, distributed
+from shared.cli import Choice, Flag, Int, IntList, Option, Text, run_main
+from shared.report.plots import curves, heat_map
+from shared.training.files import atomic
+from shared.training.log import Log
+from shared.training.progress import progress
+from shared.training.run import Run
 
-torch = lazy("torch")
+FLAGS = (
+    *ENCODER,
+    Option("--grid", Flag, False, "all blocks; levels 1, 11, 21 (DDPM) or 3, 4, 5 (EDM)"),
+    Option("--times", IntList(0), None, "noise levels, in place of the usual ones", metavar="N,N,..."),
+    Option("--blocks", Text, None, "blocks, in place of the usual ones", metavar="NAME,..."),
+    Option("--copies", Int(0), 0, "train on the features of so many augmented and noised copies of the training set, "
+           "computed once and kept on disk; 0: fresh ones in every epoch, as published"),
+    Option("--test_draws", Int(1), 1, "average the logits of so many noise draws per test image"),
+    Option("--encoder", Choice("trained", "untrained", PIXELS), "trained", "compare with fresh weights, or with the "
+           "pixels themselves"),
+    Option("--outdir", Text, None, "results  [{save_dir}/linear/...]", metavar="DIR"),
+    Option("--steps", Int(1), None, "end after so many steps, without a test, to see how long they take"),
+)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = encoder_parser(__doc__)
-    parser.add_argument("--grid", action="store_true", help="all blocks; levels 1, 11, 21 (DDPM) or 3, 4, 5 (EDM)")
-    parser.add_argument("--times", default=None, metavar="N,N,...", help="noise levels, in place of the usual ones")
-    parser.add_argument("--blocks", default=None, metavar="NAME,...", help="blocks, in place of the usual ones")
-    parser.add_argument("--copies", type=int, default=0, metavar="N", help="compute the features of N augmented and "
-                        "noised copies of the training set once, keep them on disk, and train on those; 0: fresh ones "
-                        "in every epoch, as published [0]")
-    parser.add_argument("--test_draws", type=int, default=1, metavar="N", help="average the logits of so many noise "
-                        "draws per test image [1]")
-    parser.add_argument("--encoder", choices=ENCODERS, default="trained", help="compare with fresh weights, or with "
-                        "the pixels themselves [trained]")
-    parser.add_argument("--outdir", default=None, metavar="DIR", help="results [{save_dir}/linear/...]")
-    parser.add_argument("--steps", type=int, default=None, metavar="N", help="end after so many steps, without a test, "
-                        "to see how long they take")
-    options = parser.parse_args(argv)
-    if options.copies < 0 or options.test_draws < 1 or (options.steps or 1) < 1:
-        raise UserError("--copies must not be negative, --test_draws and --steps at least 1")
-    try:
-        options.levels = None if options.times is None else [int(part) for part in options.times.split(",")]
-    except ValueError:
-        raise UserError(f"--times {options.times}: expected whole numbers separated by commas") from None
-    options.names = None if options.blocks is None else options.blocks.split(",")
-    return options
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    return cli.parse(__doc__, FLAGS, argv)
 
 
 def main() -> None:
     options = parse()
-    from DDAE.ddae.batches import TestItems, TrainBatches
-    from DDAE.ddae.heads import LinearHeads
-    from DDAE.ddae.probe import test_heads, train_heads
-    from shared import distributed
-    from shared.training.log import Log
-    from shared.training.run import Run
-
     world = distributed.start(options.device)
     encoder = load_encoder(options, world.device)
     levels, names = chosen(options, encoder)
@@ -74,43 +75,39 @@ def main() -> None:
     gpus = options.gpus or world.size
     size, lr = probe.batch_size * gpus, probe.lrate * gpus
     batches = TrainBatches(train, size, world, seed, probe.flip, probe.pad)
-    items = TestItems(test, probe.batch_size, world, seed)
+    inputs = encoder.inputs(train, world)
     if options.copies:
-        from DDAE.ddae.features import FeatureFiles
-
-        files = FeatureFiles(encoder, options, world)
-        examples = files.examples(batches, levels, names)
+        examples = FeatureFiles(encoder, batches, options.copies, inputs["dataset"]).examples(levels, names)
     else:
         examples = FreshExamples(encoder, batches, levels, names)
 
     config = {"probes": list(keys), "dataset": encoder.config.dataset, "encoder": encoder.name, "batch": size, "lr": lr,
               "epochs": probe.n_epoch, "flip": probe.flip, "pad": probe.pad, "seed": seed, "copies": options.copies,
-              "precision": encoder.precision, "weights": encoder.facts()}
-    kind = "grid" if options.grid or len(keys) > 1 else "_".join([str(levels[0]), names[0]])
+              "precision": encoder.precision}
+    kind = "grid" if options.grid or len(keys) > 1 else f"{levels[0]}_{names[0]}"
     outdir = Path(options.outdir or Path(encoder.config.save_dir) / "linear" / f"{encoder.name}_{kind}")
     log = Log(outdir, world, image_batch=size, desc="linear probe")
-    run = Run(outdir, config, dict(heads=heads, optimizer=optimizer), world, log=log, restart=True)
+    run = Run(outdir, config, dict(heads=heads, optimizer=optimizer), world, log=log, restart=True, inputs=inputs,
+              ignore=("weights",))
     if not run.finished:
-        run.log.print(f"{encoder.name}: {len(keys)} heads ({', '.join(map(str, levels))} x {', '.join(names)}) on "
+        log.print(f"{encoder.name}: {len(keys)} heads ({', '.join(map(str, levels))} x {', '.join(names)}) on "
                   f"{len(train)} images of {train.name}; {world.size} process(es) on {world.device.type}")
     train_heads(run, heads, optimizer, examples, probe.n_epoch, batches.per_epoch, lr, options.steps)
-    if options.steps is not None:
-        return distributed.stop()
-    accuracies = test_heads(heads, test_features(encoder, items, levels, names, options.test_draws), world)
-    accuracies = {key: accuracies[key] for key in keys}
-    report(run, encoder, accuracies, levels, names, options)
+    if options.steps is None:
+        items = TestItems(test, probe.batch_size, world, seed)
+        accuracies = test_heads(heads, test_features(encoder, items, levels, names, options.test_draws), world)
+        report(run, encoder, {key: accuracies[key] for key in keys}, levels, names, options.test_draws)
     distributed.stop()
 
 
-def chosen(options: argparse.Namespace, encoder: Encoder) -> tuple[list[int], list[str]]:
-    """Return the levels and blocks to probe; UserError for ones that there are not."""
-    from DDAE.ddae.diffusion import GRID_LEVELS
-
-    kind, probe = encoder.diffusion.kind, encoder.probe
-    levels = options.levels or (list(GRID_LEVELS[kind]) if options.grid else [probe.timestep])
-    names = options.names or (list(encoder.widths) if options.grid or encoder.pixels else [probe.blockname])
+def chosen(options: SimpleNamespace, encoder: Encoder) -> tuple[list[int], list[str]]:
+    """Return the levels and blocks to probe; UserError for unknown ones."""
+    probe = encoder.probe
+    levels = options.times or (encoder.diffusion.grid_levels if options.grid else [probe.timestep])
+    names = list(encoder.widths) if options.grid or encoder.net is None else [probe.blockname]
+    names = options.blocks.split(",") if options.blocks else names
     encoder.check_levels(levels)
-    encoder.check_names(names)
+    check_names(names, encoder.widths)
     return list(dict.fromkeys(levels)), list(dict.fromkeys(names))
 
 
@@ -120,22 +117,20 @@ class FreshExamples:
     def __init__(self, encoder: Encoder, batches: TrainBatches, levels: Sequence[int], names: Sequence[str]) -> None:
         self.encoder, self.batches, self.levels, self.names = encoder, batches, levels, names
 
-    def __call__(self, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, float]:
+    def __call__(self, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
         batch, features = self.batches(step), {}
         for level in self.levels:
             noise = batch.noise(self.batches.seed, step, f"noise {level}")
             found = self.encoder.features(batch.images, level, noise, self.names)
             features |= {f"{level}/{name}": value for name, value in found.items()}
-        return features, batch.labels, batch.share
+        return features, batch.labels, batch.fraction
 
 
 def test_features(encoder: Encoder, items: TestItems, levels: Sequence[int], names: Sequence[str], draws: int
-                  ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+                  ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Yield (key -> [draws, n, width], labels [n]) for this rank's test images; noise depends on image and draw."""
-    from shared.training.progress import progress
-
     for batch in progress(items, "test", len(items.starts), "batches", shown=items.world.main):
-        found: dict[str, list[torch.Tensor]] = {}
+        found: dict[str, list[Tensor]] = {}
         for draw in range(draws):
             noise = items.noise(batch, f"test noise {draw}")
             for level in levels:
@@ -145,44 +140,33 @@ def test_features(encoder: Encoder, items: TestItems, levels: Sequence[int], nam
 
 
 def report(run: Run, encoder: Encoder, accuracies: dict[str, float], levels: Sequence[int], names: Sequence[str],
-           options: argparse.Namespace) -> None:
+           test_draws: int) -> None:
     """Print the accuracies; write result.json and the heads, for several also table.csv, table.md and two pictures."""
-    from DDAE.ddae.probe import write_result
-
     for key, accuracy in accuracies.items():
         run.log.print(f"[key {key}]: Test acc: {100 * accuracy:.2f}")
     if not run.world.main:
         return
     asked = f"{encoder.probe.timestep}/{encoder.probe.blockname}"
-    write_result(run, run.keep["heads"], accuracies, asked if asked in accuracies else next(iter(accuracies)),
-                 test_draws=options.test_draws)
+    write_probes(run, run.keep["heads"], accuracies, asked if asked in accuracies else next(iter(accuracies)),
+                 test_draws=test_draws)
     if len(accuracies) > 1:
         write_grid(run.outdir, encoder, accuracies, levels, names)
         best = max(accuracies, key=accuracies.get)
-        run.log.print(f"best: {best}, {100 * accuracies[best]:.2f}; table.md, table.csv, grid.png and curves.png are in "
-                  f"{run.outdir}")
+        run.log.print(f"best: {best}, {100 * accuracies[best]:.2f}; table.md, table.csv, grid.png and curves.png are "
+                      f"in {run.outdir}")
 
 
 def write_grid(out: Path, encoder: Encoder, accuracies: dict[str, float], levels: Sequence[int], names: Sequence[str]
                ) -> None:
     """Write the accuracies over noise levels and blocks as a table, a heat map and curves, in percent."""
-    import csv
-
-    import numpy as np
-
-    from shared.report.plots import curves, heat_map
-    from shared.training.files import atomic
-
     table = [[100 * accuracies[f"{level}/{name}"] for name in names] for level in levels]
+    rows = [["time", *names], *([str(level), *(f"{value:.2f}" for value in row)]
+                                for level, row in zip(levels, table, strict=True))]
     with atomic(out / "table.csv", "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["time", *names])
-        writer.writerows([level, *(f"{value:.2f}" for value in row)] for level, row in zip(levels, table, strict=True))
-    lines = [f"| time | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    lines += [f"| {level} | {' | '.join(f'{value:.2f}' for value in row)} |"
-              for level, row in zip(levels, table, strict=True)]
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     with atomic(out / "table.md", "w") as file:
-        file.write("\n".join(lines) + "\n")
+        file.write("\n".join([lines[0], "|---|" + "---|" * len(names), *lines[1:]]) + "\n")
     title = f"{Path(encoder.config.source).stem} {encoder.name}: linear probe, test accuracy in %"
     heat_map(np.array(table), list(map(str, levels)), list(names), out / "grid.png", title=title,
              xlabel="decoder block", ylabel="noise level")

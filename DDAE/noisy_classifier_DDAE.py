@@ -8,80 +8,75 @@ Features are those of the config's block. The same command again continues.
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
-from DDAE.ddae.encoder import Encoder, encoder_parser, load_encoder, load_split
-from shared.cli import run_main
-from shared.lazy import lazy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from DDAE.ddae.batches import TrainBatches
-    from DDAE.ddae.heads import NoiseHead
-    from shared.training.run import Run
+from DDAE.ddae.data import TestItems, TrainBatches
+from DDAE.ddae.model import check_names
+from DDAE.ddae.noise_classifier import COMPARE, accuracy_by_level, read_curve, report_by_level
+from DDAE.ddae.probe import ENCODER, Encoder, NoiseHead, cosine_rate, load_encoder, load_split
+from shared import cli, distributed
+from shared.cli import Option, Text, run_main
+from shared.training.log import Log
+from shared.training.randomness import numpy_rng
+from shared.training.run import Run
 
-torch = lazy("torch")
+FLAGS = (
+    *ENCODER,
+    Option("--block", Text, None, "block  [the config's linear.blockname]", metavar="NAME"),
+    COMPARE,
+    Option("--outdir", Text, None, "results  [{save_dir}/noisy_classifier/...]", metavar="DIR"),
+)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = encoder_parser(__doc__)
-    parser.add_argument("--block", default=None, metavar="NAME", help="block [the config's linear.blockname]")
-    parser.add_argument("--compare", nargs="*", default=[], metavar="JSON", help="draw the curves of these result.json "
-                        "files as well")
-    parser.add_argument("--outdir", default=None, metavar="DIR", help="results [{save_dir}/noisy_classifier/...]")
-    return parser.parse_args(argv)
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    return cli.parse(__doc__, FLAGS, argv)
 
 
 def main() -> None:
     options = parse()
-    from DDAE.ddae.batches import TestItems, TrainBatches
-    from DDAE.ddae.heads import NoiseHead
-    from DDAE.ddae.noise_classifier import accuracy_by_level, read_curve, report_by_level
-    from shared import distributed
-
     for path in options.compare:
         read_curve(path)
     world = distributed.start(options.device)
     encoder = load_encoder(options, world.device)
     probe, block = encoder.probe, options.block or encoder.probe.blockname
-    encoder.check_names([block])
+    check_names([block], encoder.widths)
     train, test = load_split(encoder, "train", options), load_split(encoder, "test", options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         head = NoiseHead(encoder.widths[block], encoder.config.classes).to(world.device)
     batches = TrainBatches(train, probe.batch_size * (options.gpus or world.size), world, options.seed, probe.flip,
                            probe.pad)
-    run = fit(head, encoder, block, batches, options)
+    run = fit(head, encoder, block, batches, encoder.inputs(train, world), options)
 
-    def classify(images: torch.Tensor, level: int, noise: torch.Tensor) -> torch.Tensor:
+    def classify(images: Tensor, level: int, noise: Tensor) -> Tensor:
         feature = encoder.features(images, level, noise, [block])[block]
         return head(feature, torch.full((len(images),), level, device=images.device))
 
     items = TestItems(test, probe.batch_size, world, options.seed)
-    accuracies = accuracy_by_level(classify, items, encoder.diffusion.test_levels(), world)
+    accuracies = accuracy_by_level(classify, items, encoder.diffusion.test_levels())
     report_by_level(run, f"DDAE {encoder.config.model_type} {encoder.name} {block}", accuracies, options.compare)
     distributed.stop()
 
 
-def fit(head: NoiseHead, encoder: Encoder, block: str, batches: TrainBatches, options: argparse.Namespace) -> Run:
+def fit(head: NoiseHead, encoder: Encoder, block: str, batches: TrainBatches, inputs: dict[str, str],
+        options: SimpleNamespace) -> Run:
     """Train the head on features of images at random noise levels: Adam, a cosine step per epoch."""
-    from DDAE.ddae.heads import cosine_rate
-    from shared import distributed
-    from shared.training.randomness import numpy_rng
-    from shared.training.log import Log
-    from shared.training.run import Run
-
     world, seed, probe = batches.world, options.seed, encoder.probe
     lr, highest = probe.lrate * (options.gpus or world.size), encoder.diffusion.levels()[-1]
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
-    config = {"block": block, "dataset": encoder.config.dataset, "encoder": encoder.name, "weights": encoder.facts(),
-              "batch": batches.size, "lr": lr, "epochs": probe.n_epoch, "flip": probe.flip, "pad": probe.pad,
-              "seed": seed, "precision": encoder.precision}
+    config = {"block": block, "dataset": encoder.config.dataset, "encoder": encoder.name, "batch": batches.size,
+              "lr": lr, "epochs": probe.n_epoch, "flip": probe.flip, "pad": probe.pad, "seed": seed,
+              "precision": encoder.precision}
     outdir = options.outdir or Path(encoder.config.save_dir) / "noisy_classifier" / f"{encoder.name}_{block}"
     log = Log(outdir, world, image_batch=batches.size, desc="noisy classifier")
-    run = Run(outdir, config, dict(head=head, optimizer=optimizer), world, log=log, restart=True)
+    run = Run(outdir, config, dict(head=head, optimizer=optimizer), world, log=log, restart=True, inputs=inputs,
+              ignore=("weights",))
     model = distributed.data_parallel(head, world)
     for step in run.steps(probe.n_epoch * batches.per_epoch):
         optimizer.param_groups[0]["lr"] = cosine_rate(step // batches.per_epoch, lr, probe.n_epoch)
@@ -90,12 +85,12 @@ def fit(head: NoiseHead, encoder: Encoder, block: str, batches: TrainBatches, op
         level = torch.from_numpy(drawn).to(world.device)
         feature = encoder.features(batch.images, level, batch.noise(seed, step, "noise"), [block])[block]
         logits = model(feature, level)
-        loss = torch.nn.functional.cross_entropy(logits, batch.labels)
+        loss = F.cross_entropy(logits, batch.labels)
         optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over ranks, whose parts of the batch may differ in size.
-        (loss * (batch.share * world.size)).backward()
+        (loss * (batch.fraction * world.size)).backward()
         optimizer.step()
-        run.log.add(loss=loss.detach(), acc=(logits.detach().argmax(1) == batch.labels).float().mean())
+        log.add(loss=loss.detach(), acc=(logits.detach().argmax(1) == batch.labels).float().mean())
     return run
 
 

@@ -8,64 +8,60 @@ The same command again continues. The result is a curve of accuracy over noise l
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
-from DDAE.ddae.options import choose_precision, ddae_parser
-from shared.cli import UserError, run_main
-from shared.lazy import lazy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from DDAE.ddae.config import DATA, GPUS, MACHINE, choose_precision
+from DDAE.ddae.data import TestItems, TrainBatches, load_images
+from DDAE.ddae.diffusion import DDPM, EDM
+from DDAE.ddae.noise_classifier import (
+    COMPARE,
+    WideResNet,
+    accuracy_by_level,
+    learning_rate,
+    read_curve,
+    report_by_level,
+    test_view,
+    training_view,
+)
+from shared import cli, distributed
+from shared.cli import Choice, Flag, Float, Int, Option, Text, run_main
+from shared.cpu.allocator import keep_freed_memory
+from shared.training.fingerprint import fingerprints
+from shared.training.log import Log
 from shared.training.precision import autocast, set_arithmetic
-
-if TYPE_CHECKING:
-    from DDAE.ddae.batches import TrainBatches
-    from DDAE.ddae.diffusion import DDPM, EDM
-    from DDAE.ddae.wideresnet import WideResNet
-    from shared.training.run import Run
-
-torch = lazy("torch")
+from shared.training.randomness import torch_rng
+from shared.training.run import Run
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 BETAS, STEPS = (1e-4, 0.02), 1000
+FLAGS = (
+    *MACHINE, *DATA, GPUS, COMPARE,
+    Option("--mode", Choice("DDPM", "EDM"), "DDPM", "VP or VE noise"),
+    Option("--batch_size", Int(1), 128, unit="images per process"),
+    Option("--lr", Float(0, open=True), 0.1, "whatever the number of processes"),
+    Option("--epoch", Int(1), 200, "epochs of training"),
+    Option("--warm_epoch", Int(0), 5, "epochs over which the rate rises"),
+    Option("--dataset", Text, "cifar", "cifar, cifar100, tiny, digits, or images by path"),
+    Option("--no_flip", Flag, False, "do not mirror training images"),
+    Option("--pad", Int(0), 4, "crop from images padded by so many black pixels", unit="pixels"),
+    Option("--blocks_per_group", Int(1), 4, "residual blocks, depth is 6 B + 4"),
+    Option("--channel_multiplier", Int(1), 10, "width"),
+    Option("--save_dir", Text, None, "results  [./output_WRN_{mode}]", metavar="DIR"),
+)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = ddae_parser(__doc__, config=False)
-    parser.add_argument("--mode", choices=("DDPM", "EDM"), default="DDPM", help="VP or VE noise [DDPM]")
-    parser.add_argument("--batch_size", type=int, default=128, help="per process [128]")
-    parser.add_argument("--lr", type=float, default=0.1, help="whatever the number of processes [0.1]")
-    parser.add_argument("--epoch", type=int, default=200, help="epochs of training [200]")
-    parser.add_argument("--warm_epoch", type=int, default=5, help="epochs over which the rate rises [5]")
-    parser.add_argument("--gpus", type=int, default=None, help="processes that --batch_size is meant for [as many as "
-                        "there are]")
-    parser.add_argument("--dataset", default="cifar", help="cifar, cifar100, tiny, digits, or images by path [cifar]")
-    parser.add_argument("--no_flip", action="store_true", help="do not mirror training images")
-    parser.add_argument("--pad", type=int, default=4, help="crop from images padded by so many pixels [4]")
-    parser.add_argument("--blocks_per_group", type=int, default=4, help="residual blocks, depth is 6 B + 4 [4]")
-    parser.add_argument("--channel_multiplier", type=int, default=10, help="width [10]")
-    parser.add_argument("--save_dir", default=None, metavar="DIR", help="results [./output_WRN_{mode}]")
-    parser.add_argument("--compare", nargs="*", default=[], metavar="JSON", help="draw the curves of these result.json "
-                        "files as well")
-    options = parser.parse_args(argv)
-    for name in ("batch_size", "epoch", "blocks_per_group", "channel_multiplier"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if options.warm_epoch < 0 or options.pad < 0 or options.lr <= 0:
-        raise UserError("--warm_epoch and --pad must not be negative, --lr above 0")
-    return options
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    return cli.parse(__doc__, FLAGS, argv)
 
 
 def main() -> None:
     options = parse()
-    from DDAE.ddae.batches import TestItems, TrainBatches
-    from DDAE.ddae.data import load_images
-    from DDAE.ddae.diffusion import DDPM, EDM
-    from DDAE.ddae.noise_classifier import accuracy_by_level, read_curve, report_by_level
-    from DDAE.ddae.perturbation import test_view
-    from shared import distributed
-    from shared.cpu.allocator import keep_freed_memory
-
     for path in options.compare:
         read_curve(path)
     world = distributed.start(options.device)
@@ -75,46 +71,35 @@ def main() -> None:
         keep_freed_memory()
     train, test = (load_images(options.dataset, split, options.data_dir) for split in ("train", "test"))
     diffusion = DDPM(BETAS, STEPS) if options.mode == "DDPM" else EDM()
-    net = make_network(options, train.channels, train.num_classes).to(world.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        net = WideResNet(options.blocks_per_group, options.channel_multiplier, train.channels, train.num_classes)
+    net.to(world.device)
     if world.device.type == "cuda":
-        net = net.to(memory_format=torch.channels_last)
+        net.to(memory_format=torch.channels_last)
     if world.main:
         layers = sum(isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) for m in net.modules())
         print(f"WRN-{6 * options.blocks_per_group + 4}-{options.channel_multiplier}: "
               f"{sum(p.numel() for p in net.parameters()):,} parameters, {layers} layers", flush=True)
     size = options.batch_size * (options.gpus or world.size)
     batches = TrainBatches(train, size, world, options.seed, not options.no_flip, options.pad)
-    run = fit(net, diffusion, batches, precision, options)
+    inputs = distributed.on_main(lambda: fingerprints({"--dataset": train}), world)
+    run = fit(net, diffusion, batches, precision, inputs, options)
 
-    def classify(images: torch.Tensor, level: int, noise: torch.Tensor) -> torch.Tensor:
+    def classify(images: Tensor, level: int, noise: Tensor) -> Tensor:
         with autocast(world.device, precision):
             return net(*test_view(diffusion, images, level, noise)).float()
 
     net.eval()
     items = TestItems(test, options.batch_size, world, options.seed)
-    report_by_level(run, f"WRN {options.mode}", accuracy_by_level(classify, items, diffusion.test_levels(), world),
-                    options.compare)
+    accuracies = accuracy_by_level(classify, items, diffusion.test_levels())
+    report_by_level(run, f"WRN {options.mode}", accuracies, options.compare)
     distributed.stop()
 
 
-def make_network(options: argparse.Namespace, channels: int, classes: int) -> WideResNet:
-    from DDAE.ddae.wideresnet import WideResNet
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        return WideResNet(options.blocks_per_group, options.channel_multiplier, channels, classes)
-
-
-def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision: str, options: argparse.Namespace
-        ) -> Run:
+def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision: str, inputs: dict[str, str],
+        options: SimpleNamespace) -> Run:
     """Train, each image at a noise level of its own: SGD, linear warm-up, cosine."""
-    from DDAE.ddae.perturbation import training_view
-    from DDAE.ddae.wideresnet import learning_rate
-    from shared import distributed
-    from shared.training.randomness import torch_rng
-    from shared.training.log import Log
-    from shared.training.run import Run
-
     world, seed = batches.world, options.seed
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=options.lr, momentum=MOMENTUM,
                                 weight_decay=WEIGHT_DECAY)
@@ -124,7 +109,7 @@ def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision
         "seed")} | {"batch": batches.size, "precision": precision}
     outdir = Path(options.save_dir or f"./output_WRN_{options.mode}")
     log = Log(outdir, world, image_batch=batches.size, desc="WRN")
-    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log)
+    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log, inputs=inputs)
     model = distributed.data_parallel(net, world)
     net.train()
     for step in run.steps(options.epoch * batches.per_epoch):
@@ -135,16 +120,16 @@ def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision
         noisy, time = training_view(diffusion, batch.images, drawn, batch.noise(seed, step, "noise"))
         with autocast(world.device, precision):
             logits = model(noisy, time)
-            loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels)
+            loss = F.cross_entropy(logits.float(), batch.labels)
         optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over ranks, whose parts of the batch may differ in size.
-        scaler.scale(loss * (batch.share * world.size)).backward()
+        scaler.scale(loss * (batch.fraction * world.size)).backward()
         scaler.step(optimizer)
         scaler.update()
         accuracy = (logits.detach().argmax(1) == batch.labels).float().mean()
-        run.log.add(loss=loss.detach(), acc=accuracy)
+        log.add(loss=loss.detach(), acc=accuracy)
         if place % 100 == 0:
-            run.log.print(f"[epoch {epoch} / iter {place}]: lr {lr:.4f} loss: {loss:.4f}, acc: {accuracy:.3f}")
+            log.print(f"[epoch {epoch} / iter {place}]: lr {lr:.4f} loss: {loss:.4f}, acc: {accuracy:.3f}")
     return run
 
 

@@ -10,11 +10,25 @@ import re
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from shared.cli import UserError
+from DDAE.ddae.config import MACHINE
+from shared.cli import Int, Option, Text, UserError
 from shared.data.pickles import load_array
+
+DIT = (
+    *MACHINE,
+    Option("--dataset", Text, "cifar", "cifar, tiny, or images by name or path"),
+    Option("--codes", Text, "latent_codes", "folder of the latents", metavar="DIR"),
+    Option("--seed", Int(), 0),
+)
+
+
+def code_folder(options: SimpleNamespace) -> Path:
+    """Return the folder of the data set's latents."""
+    return Path(options.codes) / Path(options.dataset).name
 
 
 def code_path(folder: Path, split: str, copy: int) -> Path:
@@ -36,8 +50,8 @@ class Latents:
         return np.stack([self.copies[c][item] for c, item in zip(copy, items, strict=True)])
 
 
-def read_latents(folder: Path, split: str) -> Latents:
-    """Return all the copies that a split has. Raises UserError for missing, unequal or damaged files."""
+def read_latents(folder: Path, split: str, most: int | None = None) -> Latents:
+    """Return the copies that a split has, at most so many. Raises UserError for missing, unequal or damaged files."""
     found = sorted((int(match[1]), path) for path in folder.glob(f"{split}_code_*.npy")
                    if (match := re.fullmatch(rf"{split}_code_(\d+)\.npy", path.name)))
     labels = folder / f"{split}_label.npy"
@@ -54,4 +68,4 @@ def read_latents(folder: Path, split: str) -> Latents:
     if len(shapes) != 1 or len(copies[0].shape) != 4 or copies[0].shape[:1] != numbers.shape:
         raise UserError(f"{folder}: the {split} files do not belong together: codes {sorted(shapes)}, labels "
                         f"{numbers.shape}")
-    return Latents(copies, numbers.astype(np.int64))
+    return Latents(copies[:most], numbers.astype(np.int64))

@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from DDAE.DiT.gaussian import SpacedDiffusion
 from shared.cli import UserError, nearest
+from shared.training.checkpoint import read_checkpoint
 
 # name -> depth, width, heads
 SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
@@ -229,3 +232,32 @@ def make_dit(name: str, input_size: int = 32) -> DiT:
     size, _, patch = name.removeprefix("DiT-").partition("/")
     depth, width, heads = SIZES[size]
     return DiT(input_size=input_size, patch_size=int(patch), hidden_size=width, depth=depth, num_heads=heads)
+
+
+def load_dit(path: str, name: str, input_size: int, device: torch.device) -> DiT:
+    """Return the network with the weights of `path`, without gradients; UserError if they are missing or others'."""
+    if not Path(path).is_file():
+        raise UserError(f"--ckpt {path}: no such file; put the published DiT-XL-2-256x256.pt there, or name yours")
+    state = read_checkpoint(path)
+    state = state["ema"] if isinstance(state.get("ema"), dict) else state
+    with torch.device("meta"):  # 2.7 GB of initial weights would only be replaced
+        net = make_dit(name, input_size)
+    own = net.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise UserError(f"--ckpt {path}: not the weights of {name} for latents of {input_size} x {input_size}: "
+                        f"{wrong[0]} is missing, superfluous or of another shape ({len(wrong)} such tensors)")
+    net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    return net.to(device).eval().requires_grad_(False)
+
+
+def latent_features(net: DiT, codes: Tensor, level: int, names: Sequence[str], noise: Tensor) -> dict[str, Tensor]:
+    """Return block name -> float32 [N, width], the mean over tokens, of latents [N, C, S, S] noised to step `level`
+    (0..999), without class.
+
+    noise: standard normal, of the shape of `codes`. The blocks behind the last named one do not run.
+    """
+    t = torch.full((len(codes),), level, device=codes.device)
+    noisy = SpacedDiffusion().q_sample(codes, t, noise)
+    no_class = torch.full_like(t, net.num_classes)
+    return {name: tokens.float().mean(1) for name, tokens in net.features(noisy, t, no_class, names).items()}

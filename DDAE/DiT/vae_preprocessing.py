@@ -9,70 +9,84 @@ flipped and cropped anew; the test set once, as it is. The same command again ma
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
-from DDAE.ddae.options import choose_precision
-from DDAE.DiT.options import code_folder, dit_parser
-from shared.cli import UserError, run_main
-from shared.lazy import lazy
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from DDAE.ddae.config import choose_precision
+from DDAE.ddae.data import item_noise, load_images
+from DDAE.ddae.features import fill_arrays
+from DDAE.ddae.sampling import to_uint8
+from DDAE.DiT.latents import DIT, code_folder, code_path
+from shared import cli, distributed
+from shared.augment.views import WeakPolicy, draw_weak, shift_whole
+from shared.cli import Flag, Int, Option, Text, UserError, run_main
+from shared.data.images import ImageSet
+from shared.distributed import World
+from shared.report.plots import image_grid
+from shared.training.files import atomic, make_dir
+from shared.training.fingerprint import fingerprint_arrays
 from shared.training.precision import autocast
+from shared.training.randomness import numpy_rng
+from shared.training.record import Record
 
-if TYPE_CHECKING:
-    from shared.data.images import ImageSet
-    from shared.distributed import World
-
-np, torch = lazy("numpy"), lazy("torch")
-
-SCALE = 0.18215         # of Stable Diffusion's latents, whose deviation it brings to about 1
+SCALE = 0.18215         # of Stable Diffusion's latents, whose standard deviation it brings to about 1
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"
 DEBUG_IMAGES = 16       # of each copy's first images are shown beside their reconstruction
+FLAGS = (
+    *DIT,
+    Option("--num_copies", Int(1), 10, "augmented copies of the training set"),
+    Option("--batch_size", Int(1), 32, "at a time", unit="images per process"),
+    Option("--vae", Text, PUBLISHED_VAE, "folder of a diffusers AutoencoderKL, or its name on the Hugging Face hub",
+           metavar="DIR|NAME"),
+    Option("--resolution", Int(1), 256, "images are enlarged to this side", unit="pixels"),
+    Option("--data_dir", Text, "../data", "folder of the data sets", metavar="DIR"),
+    Option("--overwrite", Flag, False, "replace latents of other images, another VAE or other settings"),
+)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = dit_parser(__doc__)
-    parser.add_argument("--num_copies", type=int, default=10, help="augmented copies of the training set [10]")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time on each process [32]")
-    parser.add_argument("--vae", default=PUBLISHED_VAE, metavar="DIR|NAME", help="folder of a diffusers AutoencoderKL, "
-                        f"or its name on the Hugging Face hub [{PUBLISHED_VAE}]")
-    parser.add_argument("--resolution", type=int, default=256, help="images are enlarged to this side [256]")
-    parser.add_argument("--data_dir", default="../data", metavar="DIR", help="folder of the data sets [../data]")
-    options = parser.parse_args(argv)
-    for name in ("num_copies", "batch_size", "resolution"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    return options
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    return cli.parse(__doc__, FLAGS, argv)
 
 
 def main() -> None:
     options = parse()
-    from DDAE.ddae.data import load_images
-    from shared import distributed
-
     world = distributed.start(options.device)
+    options.precision = choose_precision(options, world.device)
     vae = load_vae(options.vae).to(world.device)
     if vae.config.latent_channels != 4:
         raise UserError(f"--vae {options.vae}: latents of {vae.config.latent_channels} channels; DiT takes 4")
     folder = code_folder(options)
-    for split, copies in (("train", options.num_copies), ("test", 1)):
-        images = load_images(options.dataset, split, options.data_dir)
+    sets = {split: load_images(options.dataset, split, options.data_dir) for split in ("train", "test")}
+    record = Record(folder, {name: getattr(options, name) for name in ("resolution", "seed", "precision")}, {
+        "--dataset (train)": sets["train"], "--dataset (test)": sets["test"],
+        "--vae": fingerprint_arrays(*(tensor.cpu().numpy() for tensor in vae.state_dict().values()))})
+    wanted = [("train", copy) for copy in range(options.num_copies)] + [("test", 0)]
+    if distributed.on_main(lambda: begin(record, sets, wanted, options.overwrite), world):
+        for split, copy in wanted:
+            encode_copy(vae, sets[split], folder, split, copy, options, world)
         if world.main:
-            save_labels(folder, split, images)
-        for copy in range(copies):
-            encode_copy(vae, images, folder, split, copy, options, world)
+            record.write()
     distributed.stop()
 
 
-def load_vae(name: str) -> torch.nn.Module:
-    """Return diffusers' AutoencoderKL in eval mode, from a folder or by its name; UserError where it cannot be had."""
+def autoencoder() -> type:
+    """Return diffusers' AutoencoderKL; UserError without the package, which is optional."""
     try:
         from diffusers import AutoencoderKL
     except ImportError:
         raise UserError("the VAE needs the package diffusers: pip install 'fewlabel[dit]'") from None
+    return AutoencoderKL
+
+
+def load_vae(name: str) -> nn.Module:
+    """Return an AutoencoderKL in eval mode, from a folder or by its name; UserError if it cannot be had."""
     try:
-        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False,
+        vae = autoencoder().from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False,
                                             local_files_only=Path(name).is_dir())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -81,54 +95,49 @@ def load_vae(name: str) -> torch.nn.Module:
     return vae.eval().requires_grad_(False)
 
 
-def save_labels(folder: Path, split: str, images: ImageSet) -> None:
-    from shared.training.files import atomic, make_dir
+def begin(record: Record, sets: dict[str, ImageSet], wanted: list[tuple[str, int]], overwrite: bool) -> bool:
+    """Make the folder the place of these latents, and write the labels; False if all is there already.
 
-    with atomic(make_dir(folder) / f"{split}_label.npy") as file:
-        np.save(file, images.labels.astype(np.int64))
+    Raises UserError if it is the place of others, unless `overwrite`; then these are deleted.
+    """
+    folder, had_record = record.output, record.path.exists()
+    if record.is_complete(overwrite) and all(code_path(folder, split, copy).exists() for split, copy in wanted):
+        return False
+    if had_record and not record.path.exists():
+        for path in folder.glob("*_code_*.npy"):
+            path.unlink()
+    make_dir(folder)
+    record.begin()
+    for split, images in sets.items():
+        with atomic(folder / f"{split}_label.npy") as file:
+            np.save(file, images.labels.astype(np.int64))
+    return True
 
 
-def encode_copy(vae: torch.nn.Module, images: ImageSet, folder: Path, split: str, copy: int,
-                options: argparse.Namespace, world: World) -> None:
+def encode_copy(vae: nn.Module, images: ImageSet, folder: Path, split: str, copy: int, options: SimpleNamespace,
+                world: World) -> None:
     """Write <split>_code_<copy>.npy, each process its part of the images; what is there already stays."""
-    from DDAE.ddae.batches import share_out
-    from DDAE.ddae.partial import PartialArray
-    from DDAE.DiT.latents import code_path
-    from shared import distributed
-    from shared.training.progress import Progress
-
-    codes_file = PartialArray(code_path(folder, split, copy))
-    if codes_file.path.exists():
+    path = code_path(folder, split, copy)
+    if path.exists():
         if world.main:
-            print(f"complete: {codes_file.path}", flush=True)
+            print(f"complete: {path}", flush=True)
         return
     side = options.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    if world.main:
-        codes_file.create((len(images), 4, side, side))
-    distributed.barrier(world)
-    codes, items = codes_file.open(), codes_file.missing(share_out(len(images), world))
-    bar = Progress(f"{split} copy {copy}", len(items), "images", shown=world.main)
-    for start in range(0, len(items), options.batch_size):
-        chosen = items[start:start + options.batch_size]
-        enlarged = prepared(images, chosen, split, copy, options, world.device)
-        codes[chosen] = encode(vae, enlarged, chosen, f"{split} {copy}", options)
-        if start == 0 and world.main:
-            show(vae, enlarged, codes[chosen], folder, split, copy)
-        bar.advance(len(chosen))
-    bar.close()
-    codes.flush()
-    distributed.barrier(world)
-    if world.main:
-        codes_file.finish()
-    distributed.barrier(world)
+
+    def make(items: np.ndarray) -> dict[str, np.ndarray]:
+        enlarged = prepared(images, items, split, copy, options, world.device)
+        codes = encode(vae, enlarged, items, f"{split} {copy}", options)
+        if items[0] == 0:
+            show(vae, enlarged, codes, folder, split, copy)
+        return {"codes": codes}
+
+    fill_arrays({"codes": path}, {"codes": (len(images), 4, side, side)}, make, options.batch_size, world,
+                f"{split} copy {copy}")
 
 
-def prepared(images: ImageSet, items: np.ndarray, split: str, copy: int, options: argparse.Namespace,
-             device: torch.device) -> torch.Tensor:
+def prepared(images: ImageSet, items: np.ndarray, split: str, copy: int, options: SimpleNamespace,
+             device: torch.device) -> Tensor:
     """Return float32 [n, 3, S, S] in [0, 1]: flipped and cropped (training set), then enlarged bilinearly."""
-    from shared.augment.views import WeakPolicy, draw_weak, shift_whole
-    from shared.training.randomness import numpy_rng
-
     chosen = torch.from_numpy(images.images[items])
     if split == "train":
         # Drawn for the whole copy, so that an image's view depends on nothing but the copy.
@@ -136,33 +145,28 @@ def prepared(images: ImageSet, items: np.ndarray, split: str, copy: int, options
                           WeakPolicy(pad_mode="zero"))
         chosen = shift_whole(chosen, draws[items])
     # On bytes, on the CPU: the arithmetic of Pillow's bilinear filter.
-    enlarged = torch.nn.functional.interpolate(chosen, size=(options.resolution, options.resolution), mode="bilinear",
-                                               antialias=True)
+    enlarged = nn.functional.interpolate(chosen, size=(options.resolution, options.resolution), mode="bilinear",
+                                         antialias=True)
     return enlarged.to(device).float().div_(255).expand(-1, 3, -1, -1)  # gray images get three equal channels
 
 
-def encode(vae: torch.nn.Module, images: torch.Tensor, items: np.ndarray, purpose: str,
-           options: argparse.Namespace) -> np.ndarray:
+def encode(vae: nn.Module, images: Tensor, items: np.ndarray, purpose: str, options: SimpleNamespace) -> np.ndarray:
     """Return the codes float32 [n, 4, s, s]; the posterior's noise is a function of (seed, item, purpose)."""
-    from DDAE.ddae.batches import item_noise
-
     device = images.device
-    with torch.no_grad(), autocast(device, choose_precision(options, device)):
+    with torch.no_grad(), autocast(device, options.precision):
         posterior = vae.encode(2 * images - 1).latent_dist
-    mean, deviation = posterior.mean.float(), posterior.std.float()
+    mean, std = posterior.mean.float(), posterior.std.float()
     noise = item_noise(options.seed, items, mean.shape[1:], f"posterior {purpose}").to(device)
-    return (SCALE * (mean + deviation * noise)).cpu().numpy()
+    return (SCALE * (mean + std * noise)).cpu().numpy()
 
 
-def show(vae: torch.nn.Module, images: torch.Tensor, codes: np.ndarray, folder: Path, split: str, copy: int) -> None:
+def show(vae: nn.Module, images: Tensor, codes: np.ndarray, folder: Path, split: str, copy: int) -> None:
     """Write the first images and what the VAE makes of their codes, to look at."""
-    from shared.report.plots import image_grid
-
     images = images[:DEBUG_IMAGES]
     with torch.no_grad():
         decoded = vae.decode(torch.from_numpy(codes[:DEBUG_IMAGES]).to(images.device) / SCALE).sample / 2 + 0.5
     for kind, shown in (("original", images), ("reconstruct", decoded)):
-        pixels = (255 * shown.float() + 0.5).clamp(0, 255).to(torch.uint8).cpu().numpy()
+        pixels = to_uint8(shown.float()).cpu().numpy()
         image_grid({f"{split} {row // 8}": pixels[row:row + 8] for row in range(0, len(pixels), 8)},
                    folder / f"{split}_debug_{kind}_{copy}.png", scale=1)
 

@@ -1,155 +1,169 @@
-"""The YAML files of config/: read safely, every key checked, turned into a network and a diffusion model."""
+"""The YAML files of config/, every key checked, and the flags that DDAE's scripts have in common."""
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
-from shared.cli import UserError, nearest, read_yaml
+import torch
+import yaml
 
-if TYPE_CHECKING:
-    from DDAE.ddae.diffusion import DDPM, EDM
-    from DDAE.ddae.model import UNet
+from DDAE.ddae.diffusion import DDPM, EDM
+from DDAE.ddae.model import UNet
+from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, nearest, read_value, read_yaml
+from shared.training.precision import has_bf16
 
-# Published names of data sets; others are names of shared/data/datasets.py or paths.
-MODEL_TYPES = ("DDPM", "EDM")
-SOURCE_FOLDER = Path(__file__).parents[1] / "config"
+CONFIGS = Path(__file__).parents[1] / "config"
+DIFFUSIONS = {"DDPM": DDPM, "EDM": EDM}
+SECTIONS = ("diffusion", "network", "linear", "optim_args")
+
+# ---------------------------------------------------------------- keys of a configuration
+
+KEYS = (
+    Option("dataset", Text, required=True, help="cifar, cifar100, tiny, digits, or images by path"),
+    Option("classes", Int(1), required=True, help="classes of the data set"),
+    Option("model_type", Choice(*DIFFUSIONS), required=True),
+    Option("net_type", Choice("UNet"), required=True),
+    Option("n_epoch", Int(1), required=True, help="epochs of training"),
+    Option("batch_size", Int(1), required=True, unit="images per process"),
+    Option("lrate", Float(0, open=True), required=True, help="learning rate, times the number of processes"),
+    Option("warm_epoch", Int(1), required=True, help="epochs over which the learning rate rises"),
+    Option("flip", Bool, required=True, help="mirror half of the training images"),
+    Option("ema", Float(0, 1, open="high"), required=True, help="largest decay of the average"),
+    Option("save_dir", Text, "./output"),
+    Option("load_epoch", Int(-1), -1, "checkpoint to go on from; -1: none"),
+    Option("n_sample", Int(1), 30, "images in the preview"),
+    Option("save_model", Bool, True, "write the checkpoints of epochs"),
+    Option("optim", Choice("AdamW"), None, "in place of Adam"),
+    Option("optim_args.lr", Float(0, open=True), 1e-3, "replaced by the rate of the epoch"),
+    Option("optim_args.betas", Float(0, 1, open="high"), (0.9, 0.999), many=True),
+    Option("optim_args.eps", Float(0), 1e-8),
+    Option("optim_args.weight_decay", Float(0), 0.01),
+    Option("optim_args.amsgrad", Bool, False),
+    Option("network.image_shape", Int(1), (3, 32, 32), "channels, height, width", many=True),
+    Option("network.n_channels", Int(32), 128, "a multiple of 32"),
+    Option("network.ch_mults", Int(1), (1, 2, 2, 2), "width per resolution, times n_channels", many=True),
+    Option("network.is_attn", Bool, (False, True, False, False), "attention per resolution", many=True),
+    Option("network.attn_channels_per_head", Int(1), None, "default: one head"),
+    Option("network.dropout", Float(0, 1, open="high"), 0.1, "probability"),
+    Option("network.n_blocks", Int(1), 2, "residual blocks per resolution"),
+    Option("network.use_res_for_updown", Bool, False, "resample by residual blocks (DDPM++)"),
+    Option("network.augment_dim", Int(0), 0, "length of the augmentation labels"),
+    Option("network.self_condition", Text, None, "block whose feature conditions the rest of the decoder (DDAE++)"),
+    Option("linear.n_epoch", Int(1), required=True, help="epochs of the linear probe"),
+    Option("linear.batch_size", Int(1), required=True, unit="images per process"),
+    Option("linear.lrate", Float(0, open=True), required=True, help="learning rate, times the number of processes"),
+    Option("linear.timestep", Int(0), required=True, help="noise level of the features"),
+    Option("linear.blockname", Text, required=True, help="decoder block of the features"),
+    Option("linear.flip", Bool, True, "mirror half of the training images"),
+    Option("linear.pad", Int(0), 4, "crop from images padded by so many black pixels", unit="pixels"),
+)
+DIFFUSION_KEYS = {
+    "DDPM": (
+        Option("diffusion.betas", Float(0, 1, open=True), required=True, help="first and last variance", many=True),
+        Option("diffusion.n_T", Int(2), required=True, help="number of times"),
+    ),
+    "EDM": (
+        Option("diffusion.sigma_data", Float(0, open=True), 0.5, "standard deviation of the images"),
+        Option("diffusion.p_mean", Float(), -1.2, "mean of ln sigma in training"),
+        Option("diffusion.p_std", Float(0), 1.2, "standard deviation of ln sigma in training"),
+        Option("diffusion.sigma_min", Float(0, open=True), 0.002, "lowest noise level of sampling"),
+        Option("diffusion.sigma_max", Float(0, open=True), 80.0, "highest noise level of sampling"),
+        Option("diffusion.rho", Float(0, open=True), 7.0, "exponent of the schedule"),
+        Option("diffusion.S_min", Float(0), 0.01, "lowest noise level at which a stochastic sampler adds noise"),
+        Option("diffusion.S_max", Float(0, non_finite=True), 1.0, "highest such level"),
+        Option("diffusion.S_noise", Float(0), 1.007, "scale of that noise"),
+        Option("diffusion.augment_prob", Float(0, 1), 0.0, "probability of each augmentation"),
+    ),
+}
 
 
-@dataclass(frozen=True)
-class LinearConfig:
-    """Linear probe: epochs, images per process and step, learning rate per process, and where the features are taken:
-    a time of the diffusion model and a decoder block. flip, pad: the training images are mirrored half of the time, and
-    cropped from a frame of so many black pixels."""
+class Config(SimpleNamespace):
+    """One experiment, as a file of config/ describes it: the keys above as attributes.
 
-    n_epoch: int
-    batch_size: int
-    lrate: float
-    timestep: int
-    blockname: str
-    flip: bool = True
-    pad: int = 4
-
-
-@dataclass(frozen=True)
-class Config:
-    """One experiment, as a file of config/ describes it.
-
-    batch_size: images per process and step; lrate: learning rate per process (the rate of a run is lrate times the
-    number of processes), reached after warm_epoch epochs. ema: largest decay of the average. load_epoch: checkpoint to
-    go on from, -1 for none. n_sample: images in the preview. optim, optim_args: AdamW and its arguments; None: Adam.
+    network, diffusion, optim_args: dicts of the keys that are given. linear: all keys of the section, or None. source:
+    the file it was read from.
     """
 
-    dataset: str
-    classes: int
-    model_type: str
-    net_type: str
-    diffusion: Mapping[str, Any]
-    network: Mapping[str, Any]
-    n_epoch: int
-    batch_size: int
-    lrate: float
-    warm_epoch: int
-    flip: bool
-    ema: float
-    save_dir: str = "./output"
-    load_epoch: int = -1
-    n_sample: int = 30
-    save_model: bool = True
-    optim: str | None = None
-    optim_args: Mapping[str, Any] = field(default_factory=dict)
-    linear: LinearConfig | None = None
-    source: str = ""  # file it was read from; not a key
-
-    def probe(self) -> LinearConfig:
+    def probe(self) -> SimpleNamespace:
         """Return the settings of the linear probe; UserError if the file has none."""
         if self.linear is None:
-            raise UserError(f"{self.source}: needs a section `linear` with {', '.join(_names(LinearConfig))}")
+            names = [option.key.removeprefix("linear.") for option in KEYS if option.key.startswith("linear.")]
+            raise UserError(f"{self.source}: needs a section `linear` with {', '.join(names)}")
         return self.linear
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys and values as plain containers."""
-        plain = dataclasses.asdict(self)
-        del plain["source"]
-        return plain
+        linear = None if self.linear is None else dict(vars(self.linear))
+        return {key: value for key, value in vars(self).items() if key != "source"} | {"linear": linear}
 
 
-def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file; `overrides` KEY=VALUE overrule it, a key of a section being written section.key.
 
     Raises UserError for a file that is missing or malformed, or a key that is unknown or wrong.
     """
-    if path is None:
-        raise UserError("--config: needs a YAML file, for instance config/DDPM_ddpm.yaml")
     path = Path(path)
     if not path.exists():
-        known = sorted(file.name for file in SOURCE_FOLDER.glob("*.yaml"))
+        known = sorted(file.name for file in CONFIGS.glob("*.yaml"))
         raise UserError(f"--config: {path}: no such file{nearest(path.name, known)}; those that come with it, in "
                         f"config/: {', '.join(known)}")
-    content = read_yaml(path, "--config")
-    if isinstance(content, dict):
-        for override in overrides:
-            _overrule(content, override)
-    return make_config(content, str(path))
+    return make_config(read_yaml(path, "--config"), str(path), overrides)
 
 
-def _overrule(content: dict[str, Any], override: str) -> None:
-    import yaml
-
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"--set: expected KEY=VALUE, got {override!r}")
-    *sections, name = key.split(".")
-    for section in sections:
-        content = content.setdefault(section, {})
-        if not isinstance(content, dict):
-            raise UserError(f"--set {override}: {section} is not a section of the config")
-    try:
-        content[name] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: {text!r} is not a plain YAML value") from None
-
-
-def make_config(content: Any, source: str) -> Config:
-    """Return the checked config of a dictionary; UserError names `source` and the key."""
+def make_config(content: Any, source: str, overrides: Sequence[str] = ()) -> Config:
+    """Return the checked config of a dictionary; UserError names the key, and `source` or --set."""
     if not isinstance(content, dict):
         raise UserError(f"{source}: must hold one `key: value` per line")
-    values = _checked(Config, {k: v for k, v in content.items() if k != "linear"}, source, "",
-                      extra=("linear",))
-    if content.get("linear") is not None:
-        if not isinstance(content["linear"], dict):
-            raise UserError(f"{source}: linear: expected keys {', '.join(_names(LinearConfig))}")
-        values["linear"] = LinearConfig(**_checked(LinearConfig, content["linear"], source, "linear."))
-    config = Config(**values, source=source)
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(f"{source}: model_type: expected {' or '.join(MODEL_TYPES)}, got {config.model_type!r}"
-                        f"{nearest(config.model_type, MODEL_TYPES)}")
-    if config.net_type != "UNet":
-        raise UserError(f"{source}: net_type: expected UNet, got {config.net_type!r}")
-    if config.optim not in (None, "AdamW"):
-        raise UserError(f"{source}: optim: expected AdamW, or leave it out for Adam; got {config.optim!r}")
-    for name, least in (("n_epoch", 1), ("batch_size", 1), ("warm_epoch", 1), ("n_sample", 1), ("classes", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"{source}: {name}: expected at least {least}, got {getattr(config, name)}")
-    if config.lrate <= 0 or not 0 <= config.ema < 1:
-        raise UserError(f"{source}: expected lrate above 0 and ema from 0 to below 1, got {config.lrate} and "
-                        f"{config.ema}")
-    return config
+    raw: dict[str, Any] = {}
+    for key, value in content.items():
+        if key in SECTIONS and isinstance(value, dict):
+            raw |= {f"{key}.{name}": inner for name, inner in value.items()}
+        elif key not in SECTIONS or value is not None:
+            raw[str(key)] = value
+    origin = dict.fromkeys(raw, source)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set: expected KEY=VALUE, got {override!r}")
+        try:
+            raw[key], origin[key] = yaml.safe_load(text), "--set"
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: {text!r} is not a plain YAML value") from None
+    return _read(raw, origin, source)
+
+
+def _read(raw: Mapping[str, Any], origin: Mapping[str, str], source: str) -> Config:
+    """Read every key as it is declared; `origin` says where each was given."""
+    known = {option.key: option for option in (*KEYS, *DIFFUSION_KEYS.get(raw.get("model_type"), ()))}
+    if "model_type" in raw:  # first: the keys of the section diffusion depend on it
+        read_value(known["model_type"], raw["model_type"], origin["model_type"])
+    for key in raw:
+        if key not in known:
+            inside = [name for name in known if key.partition(".")[0] == name.partition(".")[0]]
+            listed = f"; known are {', '.join(inside)}" if len(inside) > 1 else ""
+            raise UserError(f'{origin[key]}: unknown key "{key}"{nearest(key, known)}{listed}')
+    values = {key: read_value(known[key], value, origin[key]) for key, value in raw.items()}
+    has_probe = any(key.startswith("linear.") for key in values)
+    for key, option in known.items():
+        if option.required and values.get(key) is None and (has_probe or not key.startswith("linear.")):
+            raise UserError(f"{source}: lacks the key {key}")
+    top = {key: values.get(key, option.default) for key, option in known.items() if "." not in key}
+    sections = {section: {key.removeprefix(f"{section}."): value for key, value in values.items()
+                          if key.startswith(f"{section}.")} for section in SECTIONS}
+    if has_probe:
+        defaults = {key.removeprefix("linear."): option.default for key, option in known.items()
+                    if key.startswith("linear.")}
+        sections["linear"] = SimpleNamespace(**{**defaults, **sections["linear"]})
+    return Config(**{**top, **sections, "linear": sections["linear"] or None}, source=source)
 
 
 def make_network(config: Config) -> UNet:
     """Return the network of a config with fresh weights (torch's generator); UserError for wrong arguments."""
-    from DDAE.ddae.model import UNet
-
-    _check_arguments(UNet, config.network, config.source, "network.")
     try:
         net = UNet(**config.network)
     except UserError as error:
-        raise UserError(f"{config.source}: network: {error}") from None
-    except TypeError as error:
         raise UserError(f"{config.source}: network: {error}") from None
     if config.linear is not None and config.linear.blockname not in net.widths:
         raise UserError(f"{config.source}: linear.blockname: this network has no block {config.linear.blockname!r}; it "
@@ -159,63 +173,48 @@ def make_network(config: Config) -> UNet:
 
 def make_diffusion(config: Config, **options: Any) -> DDPM | EDM:
     """Return the diffusion model of a config; `options` as for DDPM or EDM (clip, exact_end)."""
-    from DDAE.ddae.diffusion import DIFFUSIONS
-
-    kind = DIFFUSIONS[config.model_type]
-    _check_arguments(kind, config.diffusion, config.source, "diffusion.", hidden=("clip", "exact_end"))
     try:
-        return kind(**config.diffusion, **options)
+        return DIFFUSIONS[config.model_type](**config.diffusion, **options)
     except UserError as error:
         raise UserError(f"{config.source}: {error}") from None
-    except TypeError as error:
-        raise UserError(f"{config.source}: diffusion: {error}") from None
 
 
-def _names(kind: type) -> list[str]:
-    return [entry.name for entry in dataclasses.fields(kind)]
+# ---------------------------------------------------------------- flags
+
+MACHINE = (
+    # Launchers pass one or the other spelling, or only environment variables, which are what counts.
+    Option("--local_rank --local-rank", Int(), -1, hidden=True),
+    Option("--use_amp", Flag, False, "mixed precision: bf16 if the device has it, else fp16"),
+    Option("--precision", Choice("fp32", "bf16", "fp16"), None, "of the network; overrules --use_amp  [fp32]"),
+    Option("--device", Text, None, "cpu, cuda, cuda:N or mps  [a GPU if there is one]", metavar="NAME"),
+)
+DATA = (
+    Option("--data_dir", Text, "./data", "folder of the data sets", metavar="DIR"),
+    Option("--seed", Int(), 1337, "of every random number"),
+)
+COMMON = (
+    Option("--config", Text, required=True, help="configuration, for instance config/DDPM_ddpm.yaml", metavar="YAML"),
+    Option("--set", Text, many=True, metavar="KEY=VALUE", help="a key of the config in place of the file's, for "
+           "instance --set n_epoch=10 --set linear.timestep=21"),
+    *MACHINE, *DATA,
+)
+GPUS = Option("--gpus", Int(1), None, "processes that batch_size and lrate are meant for  [as many as there are]")
+FAST = (
+    Option("--compile", Flag, False, "compile the network: slow to start, then faster"),
+    Option("--strict", Flag, False, "the published arithmetic: fp32 and no fast path"),
+)
 
 
-def _checked(kind: type, content: Mapping[str, Any], source: str, prefix: str, extra: Iterable[str] = ()
-             ) -> dict[str, Any]:
-    """Return the values of a section in the types that the fields of `kind` say."""
-    fields = {entry.name: entry for entry in dataclasses.fields(kind) if entry.name not in ("source", "linear")}
-    for key in content:
-        if key not in fields:
-            raise UserError(f'{source}: unknown key "{prefix}{key}"{nearest(str(key), [*fields, *extra])}')
-    needed = [name for name, entry in fields.items()
-              if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING]
-    if missing := [name for name in needed if content.get(name) is None]:
-        raise UserError(f"{source}: lacks the key {prefix}{missing[0]}")
-    return {key: _typed(fields[key].type, value, f"{source}: {prefix}{key}") for key, value in content.items()
-            if value is not None}
-
-
-def _typed(kind: str, value: Any, what: str) -> Any:
-    if kind.startswith("Mapping"):
-        if not isinstance(value, dict):
-            raise UserError(f"{what}: expected indented keys, got {value!r}")
-        return dict(value)
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise UserError(f"{what}: expected true or false, got {value!r}")
-        return value
-    if kind.startswith("str"):
-        return str(value)
-    convert = int if kind == "int" else float
-    try:  # through text: YAML reads 1e-4 as a string
-        if isinstance(value, bool):
-            raise ValueError
-        return convert(str(value))
-    except ValueError:
-        raise UserError(f"{what}: expected {'an integer' if convert is int else 'a number'}, got {value!r}") from None
-
-
-def _check_arguments(kind: type, given: Mapping[str, Any], source: str, prefix: str, hidden: Iterable[str] = ()
-                     ) -> None:
-    known = {name: p for name, p in inspect.signature(kind).parameters.items() if name not in hidden}
-    for key in given:
-        if key not in known:
-            raise UserError(f'{source}: unknown key "{prefix}{key}"{nearest(str(key), known)}; known are '
-                            f"{', '.join(known)}")
-    if missing := [name for name, p in known.items() if p.default is p.empty and name not in given]:
-        raise UserError(f"{source}: lacks the key {prefix}{missing[0]}")
+def choose_precision(options: SimpleNamespace, device: torch.device) -> str:
+    """Return fp32, bf16 or fp16: what --precision says, else what --use_amp means on this device. UserError where the
+    device has none such, or --strict says otherwise."""
+    strict = getattr(options, "strict", False)
+    if strict and (options.use_amp or options.compile or options.precision not in (None, "fp32")):
+        raise UserError("--strict means fp32 and no compilation; leave out --use_amp, --precision and --compile")
+    if options.precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; on a CPU half precision is bf16")
+    if options.precision is not None:
+        return options.precision
+    if not options.use_amp:
+        return "fp32"
+    return "bf16" if has_bf16(device) else "fp16"

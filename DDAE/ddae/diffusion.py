@@ -17,15 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from EDM.training.augment import AugmentPipe
 from shared.cli import UserError
 
-Tensor = torch.Tensor
 Noise = Callable[[int], Tensor]  # the standard normal numbers of a sampler's step, counted from 0; asked in order
 
-GRID_LEVELS = {"DDPM": (1, 11, 21), "EDM": (3, 4, 5)}
-SAMPLER_STEPS = {"DDPM": 100, "EDM": 18}
 FEATURE_STEPS = 18  # of the EDM schedule in which feature levels are counted
 AUGMENTATIONS = dict(xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
 
@@ -45,6 +43,7 @@ class DDPM:
     """
 
     kind = "DDPM"
+    grid_levels = (1, 11, 21)
     augment: AugmentPipe | None = None
 
     def __init__(self, betas: Sequence[float], n_T: int, clip: bool = True, exact_end: bool = False) -> None:
@@ -56,8 +55,6 @@ class DDPM:
         self.train_tables = schedule_tables(np.concatenate([[0.0], np.linspace(*betas, n_T)]))
         self.ddim_tables = self.train_tables if exact_end else schedule_tables(np.linspace(*betas, n_T + 1))
 
-    # ------------------------------------------------------------------------------------------------------ training
-
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw the times of `count` training images: int64 [count] in 1..n_T, on the generator's device."""
         return torch.randint(1, self.n_T + 1, [count], generator=generator, device=generator.device)
@@ -65,15 +62,13 @@ class DDPM:
     def perturb(self, x: Tensor, t: int | Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return √ᾱ_t x + √(1-ᾱ_t) noise and the network's time; t: one for all, or int64 [N]."""
         t = torch.as_tensor(t, device=x.device).reshape(-1)
-        keep, spread = (self._table(name, x.device)[t][:, None, None, None] for name in ("sqrtab", "sqrtmab"))
-        return keep * x + spread * noise, t / self.n_T
+        scale, std = (self._table(name, x.device)[t][:, None, None, None] for name in ("sqrtab", "sqrtmab"))
+        return scale * x + std * noise, t / self.n_T
 
     def loss(self, net: torch.nn.Module, x: Tensor, level: Tensor, noise: Tensor, aug: Tensor | None = None) -> Tensor:
         """Return the mean over all elements of (noise - prediction)². level: [N] from `draw`. aug is not used."""
         noised, t = self.perturb(x, level, noise)
         return F.mse_loss(net(noised, t).float(), noise)
-
-    # ------------------------------------------------------------------------------------------------------ features
 
     def levels(self) -> range:
         """Return the times at which features can be asked for."""
@@ -88,19 +83,19 @@ class DDPM:
         """Return pooled outputs (see `pool`) of the blocks `names` (None: all) for images noised to time t."""
         return pool(net.features(*self.perturb(2 * x01 - 1, t, noise), names), norm)
 
-    # ------------------------------------------------------------------------------------------------------ sampling
-
     def default_steps(self) -> int:
         """Return 100, the published number of DDIM steps, or n_T if that is less."""
-        return min(SAMPLER_STEPS[self.kind], self.n_T)
+        return min(100, self.n_T)
 
     def evaluations(self, mode: str, steps: int) -> int:
         """Return how often a sampler calls the network."""
         return self.n_T if mode == "DDPM" else len(self.ddim_times(steps)) - 1
 
     def ddim_times(self, steps: int) -> list[int]:
-        """Return the times of DDIM, falling, the last one 0. The stride is n_T // steps, so that there may be more than
-        `steps`. Raises UserError for more steps than n_T."""
+        """Return the times of DDIM, falling, the last one 0. The stride is n_T // steps: they may be more than `steps`.
+
+        Raises UserError for more steps than n_T.
+        """
         if not 1 <= steps <= self.n_T:
             raise UserError(f"--steps: expected 1 to {self.n_T} (n_T of the config), got {steps}")
         return [*(time + 1 for time in reversed(range(0, self.n_T, self.n_T // steps))), 0]
@@ -110,8 +105,8 @@ class DDPM:
                eta: float = 0.0) -> Tensor:
         """Return images [N, C, H, W], float32 in about [0, 1] (not clamped), from standard normal `latents`.
 
-        mode "DDPM": all n_T steps, and steps and eta are ignored; "DDIM": see `ddim_times`; eta in [0, 1] is the share
-        of DDPM's randomness.
+        mode "DDPM": all n_T steps, and steps and eta are ignored; "DDIM": see `ddim_times`; eta in [0, 1] is the
+        fraction of DDPM's randomness.
         """
         if mode == "DDPM":
             return (self._sample_ddpm(net, latents, noise) + 1) / 2
@@ -143,12 +138,12 @@ class DDPM:
                  ) -> tuple[Tensor, Tensor]:
         """Return the predicted image, clipped, and the noise that follows from it."""
         eps = net(x, torch.full([1], t / self.n_T, device=x.device)).float()
-        keep, spread = tables["sqrtab"][t], tables["sqrtmab"][t]
-        x0 = (x - spread * eps) / keep
+        scale, std = tables["sqrtab"][t], tables["sqrtmab"][t]
+        x0 = (x - std * eps) / scale
         if not self.clip:
             return x0, eps
         x0 = x0.clamp(-1, 1)
-        return x0, (x - keep * x0) / spread
+        return x0, (x - scale * x0) / std
 
     def _table(self, name: str, device: torch.device) -> Tensor:
         if self.train_tables[name].device != device:  # moved once
@@ -173,22 +168,20 @@ def schedule_tables(betas: np.ndarray) -> dict[str, Tensor]:
 class EDM:
     """Continuous noise levels σ. The denoiser is c_skip x + c_out F(c_in x; ln σ / 4) with the coefficients of EDM.
 
-    sigma_data: deviation of the images. p_mean, p_std: of ln σ in training. sigma_min, sigma_max, rho: of the sampling
-    schedule. S_min, S_max: levels between which a stochastic sampler adds noise, S_noise: its deviation.
-    augment_prob: of each of the augmentations in training; 0 is none. clip: the sampler clips the denoised image to
-    [-1, 1], which EDM's own does not.
+    sigma_data: standard deviation of the images. p_mean, p_std: of ln σ in training. sigma_min, sigma_max, rho: of the
+    sampling schedule. S_min, S_max: levels between which a stochastic sampler adds noise, S_noise: its scale.
+    augment_prob: of each augmentation in training; 0 is none. clip: the sampler clips the denoised image to [-1, 1],
+    which EDM's own does not.
     """
 
     kind = "EDM"
+    grid_levels = (3, 4, 5)
 
     def __init__(self, sigma_data: float = 0.5, p_mean: float = -1.2, p_std: float = 1.2, sigma_min: float = 0.002,
                  sigma_max: float = 80, rho: float = 7, S_min: float = 0.01, S_max: float = 1, S_noise: float = 1.007,
                  augment_prob: float = 0, clip: bool = True) -> None:
-        if not 0 < sigma_min < sigma_max or sigma_data <= 0 or rho <= 0:
-            raise UserError(f"diffusion: expected 0 < sigma_min < sigma_max, sigma_data > 0 and rho > 0, got "
-                            f"{sigma_min}, {sigma_max}, {sigma_data} and {rho}")
-        if not 0 <= augment_prob <= 1:
-            raise UserError(f"diffusion.augment_prob: expected a number from 0 to 1, got {augment_prob}")
+        if not 0 < sigma_min < sigma_max:
+            raise UserError(f"diffusion: expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
         self.sigma_data, self.p_mean, self.p_std = sigma_data, p_mean, p_std
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
         self.S_min, self.S_max, self.S_noise, self.clip = S_min, S_max, S_noise, clip
@@ -197,8 +190,6 @@ class EDM:
     def schedule(self, steps: int) -> np.ndarray:
         """Return the noise levels of a sampler, float64 [steps + 1], falling from sigma_max over sigma_min to 0."""
         return karras_schedule(steps, self.sigma_min, self.sigma_max, self.rho)
-
-    # ------------------------------------------------------------------------------------------------------ training
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw standard normal numbers float32 [count], from which the noise levels of training images follow."""
@@ -233,15 +224,13 @@ class EDM:
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         return (weight * (x - self.denoise(net, x + sigma * noise, sigma, aug)) ** 2).mean()
 
-    # ------------------------------------------------------------------------------------------------------ features
-
-    def levels(self, steps: int = FEATURE_STEPS) -> range:
+    def levels(self) -> range:
         """Return the places in the rising schedule at which features can be asked for."""
-        return range(1, steps + 1)
+        return range(1, FEATURE_STEPS + 1)
 
     def test_levels(self, count: int = FEATURE_STEPS) -> list[int]:
         """Return the places at which noise-conditional classifiers are tested: 1..18."""
-        return list(self.levels(count))
+        return list(range(1, count + 1))
 
     def features(self, net: Any, x01: Tensor, t: int | Tensor, noise: Tensor, names: Sequence[str] | None = None,
                  norm: bool = False, steps: int = FEATURE_STEPS) -> dict[str, Tensor]:
@@ -250,11 +239,9 @@ class EDM:
         scaled = noised / (sigma**2 + self.sigma_data**2).sqrt()
         return pool(net.features(scaled, sigma.log().flatten() / 4, names), norm)
 
-    # ------------------------------------------------------------------------------------------------------ sampling
-
     def default_steps(self) -> int:
         """Return 18, the published number."""
-        return SAMPLER_STEPS[self.kind]
+        return 18
 
     def evaluations(self, mode: str, steps: int) -> int:
         """Return how often the sampler calls the network."""

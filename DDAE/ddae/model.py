@@ -1,28 +1,26 @@
 """The U-Net of "Denoising Diffusion Autoencoders are Unified Self-supervised Learners" (arXiv 2303.09769): that of DDPM
 (35.7M parameters on CIFAR-10) and, with residual resampling, DDPM++ (56.5M). Its decoder blocks are the features.
+
+Names of parameters and the order in which they are registered are the published ones: published weights and optimizer
+states load. Images are [N, C, H, W] in either memory order; layers compute in the dtype of their input, weights stay
+fp32.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from DDAE.ddae.blocks import (
-    AttentionBlock,
-    Downsample,
-    GroupNorm,
-    LevelBlock,
-    MiddleBlock,
-    ResampleBlock,
-    ResidualBlock,
-    TimeEmbedding,
-    Upsample,
-)
 from shared.cli import UserError, nearest
+from shared.cpu.kernels import ChannelsLastGroupNorm, attention, repeat_then_convolve
+from shared.cpu.winograd import convolve
+from shared.training.dropout import Dropout
 
-FINAL_GROUPS = 8
+GROUPS, FINAL_GROUPS = 32, 8
 
 
 class UNet(nn.Module):
@@ -84,7 +82,7 @@ class UNet(nn.Module):
         self.widths = {f"out_{number}": width for number, width in enumerate(widths, start=1)}
         self.self_condition = self_condition
         if self_condition is not None:
-            self.check_names([self_condition])
+            check_names([self_condition], self.widths)
             self.condition = SemanticCondition(self.widths[self_condition], emb_channels)
 
     @property
@@ -92,38 +90,28 @@ class UNet(nn.Module):
         """The decoder blocks, in computing order."""
         return list(self.widths)
 
-    def check_names(self, names: Sequence[str]) -> None:
-        """Raise UserError for a block that does not exist, naming those that do."""
-        for name in names:
-            if name not in self.widths:
-                raise UserError(f"this network has no block {name!r}{nearest(str(name), self.widths)}; it has "
-                                f"{', '.join(self.widths)}")
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, aug: torch.Tensor | None = None,
-                ret_activation: bool = False) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(self, x: Tensor, t: Tensor, aug: Tensor | None = None, ret_activation: bool = False
+                ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the output; with `ret_activation` also the outputs of all decoder blocks.
 
         aug: augmentation labels [N, augment_dim] or None, which is the same as zeros.
         """
-        kept: dict[str, torch.Tensor] | None = {} if ret_activation else None
-        x = self._decode(x, t, aug, kept, None)
+        x, blocks = self._decode(x, t, aug, self.block_names if ret_activation else [], whole=True)
         out = self.final(F.silu(self.norm(x)))
-        return (out, kept) if ret_activation else out
+        return (out, blocks) if ret_activation else out
 
-    def features(self, x: torch.Tensor, t: torch.Tensor, names: Sequence[str] | None = None,
-                 aug: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Return the outputs [N, C', H', W'] of the decoder blocks `names` (None: all), computing no block behind the
-        last of them. Raises UserError for a name that does not exist."""
+    def features(self, x: Tensor, t: Tensor, names: Sequence[str] | None = None, aug: Tensor | None = None
+                 ) -> dict[str, Tensor]:
+        """Return the outputs [N, C', H', W'] of the decoder blocks `names` (None: all). The pass ends with the last of
+        them. Raises UserError for a name that does not exist."""
         names = self.block_names if names is None else list(names)
-        self.check_names(names)
-        kept: dict[str, torch.Tensor] = {}
-        self._decode(x, t, aug, kept, set(names))
-        return {name: kept[name] for name in names}
+        check_names(names, self.widths)
+        _, blocks = self._decode(x, t, aug, names, whole=False)
+        return {name: blocks[name] for name in names}
 
-    def _decode(self, x: torch.Tensor, t: torch.Tensor, aug: torch.Tensor | None, kept: dict[str, torch.Tensor] | None,
-                wanted: set[str] | None) -> torch.Tensor:
-        """Return the input of the head. `kept` receives block outputs: all, or if not None those `wanted`, and then the
-        pass ends with the last of them."""
+    def _decode(self, x: Tensor, t: Tensor, aug: Tensor | None, names: list[str], whole: bool
+                ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the last output computed and those of the blocks `names`; unless `whole`, stop at the last of them."""
         emb = self.time_emb(t, aug)
         x = self.image_proj(x)
         skips = [x]
@@ -131,7 +119,7 @@ class UNet(nn.Module):
             x = block(x, emb)
             skips.append(x)
         x = self.middle(x, emb)
-        number, left = 0, len(wanted) if wanted is not None else -1
+        number, kept = 0, {}
         for block in self.up:
             if not isinstance(block, LevelBlock):
                 x = block(x, emb)
@@ -139,14 +127,21 @@ class UNet(nn.Module):
             number += 1
             name = f"out_{number}"
             x = block(torch.cat([x, skips.pop()], dim=1), emb)
-            if kept is not None and (wanted is None or name in wanted):
+            if name in names:
                 kept[name] = x
-                left -= 1
-                if left == 0:
-                    return x
+                if not whole and len(kept) == len(set(names)):
+                    break
             if name == self.self_condition:
                 emb = emb + self.condition(x)
-        return x
+        return x, kept
+
+
+def check_names(names: Sequence[str], known: Mapping[str, int]) -> None:
+    """Raise UserError for a block that does not exist, naming the known ones."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"this network has no block {name!r}{nearest(str(name), known)}; it has "
+                            f"{', '.join(known)}")
 
 
 class SemanticCondition(nn.Module):
@@ -165,7 +160,7 @@ class SemanticCondition(nn.Module):
         nn.init.zeros_(self.lin2.weight)
         nn.init.zeros_(self.lin2.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.lin2(F.silu(self.lin1(self.norm(x.mean(dim=(2, 3), dtype=torch.float32)))))
 
 
@@ -187,11 +182,6 @@ def store_bf16_weights(net: UNet) -> None:
             module.weight.data = module.weight.data.to(torch.bfloat16)
 
 
-def attention_heads(net: nn.Module) -> list[tuple[int, int]]:
-    """Return (heads, channels per head) of every attention layer, in registration order."""
-    return [(module.heads, module.d_k) for module in net.modules() if isinstance(module, AttentionBlock)]
-
-
 def _check(image_shape: Sequence[int], n_channels: int, ch_mults: Sequence[int], is_attn: Sequence[bool],
            n_blocks: int) -> None:
     if len(image_shape) != 3:
@@ -207,3 +197,187 @@ def _check(image_shape: Sequence[int], n_channels: int, ch_mults: Sequence[int],
     if image_shape[1] % factor or image_shape[2] % factor:
         raise UserError(f"image_shape: height and width must be multiples of {factor} for {len(ch_mults)} ch_mults, "
                         f"got {image_shape[1]} x {image_shape[2]}")
+
+
+class GroupNorm(nn.Module):
+    """Normalisation over `groups` groups of channels, eps 1e-5. Raises UserError if they do not divide evenly."""
+
+    def __init__(self, groups: int, channels: int) -> None:
+        super().__init__()
+        if channels % groups:
+            raise UserError(f"a layer of {channels} channels cannot be normalised in {groups} groups; "
+                            f"n_channels times each of ch_mults must be a multiple of {groups}")
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if ChannelsLastGroupNorm.pays(x):
+            return ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.groups, 1e-5)
+        # Under autocast PyTorch would make float32 tensors of half-precision ones; the kernel sums in float32 anyway.
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(x.device.type, enabled=False) if half else contextlib.nullcontext():
+            return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
+
+
+class TimeEmbedding(nn.Module):
+    """t [N] (or [1], for all images) and if wanted augmentation labels [N, augment_dim] -> [N, n_channels].
+
+    Sines, then cosines of t·10000^(-k/(n_channels/8 - 1)), to which the projected labels are added, then two layers.
+    t is used as it is: t/n_T or ln(σ)/4, never scaled.
+    """
+
+    def __init__(self, n_channels: int, augment_dim: int = 0) -> None:
+        super().__init__()
+        self.half = n_channels // 8
+        if augment_dim:
+            self.aug_emb = nn.Linear(augment_dim, n_channels // 4, bias=False)
+        self.lin1 = nn.Linear(n_channels // 4, n_channels)
+        self.lin2 = nn.Linear(n_channels, n_channels)
+
+    def forward(self, t: Tensor, aug: Tensor | None = None) -> Tensor:
+        exponents = torch.arange(self.half, dtype=torch.float32, device=t.device) * (-math.log(10000) / (self.half - 1))
+        angles = t.to(torch.float32)[:, None] * exponents.exp()
+        emb = torch.cat([angles.sin(), angles.cos()], dim=1)
+        if aug is not None and hasattr(self, "aug_emb"):
+            emb = emb + self.aug_emb(aug)
+        return self.lin2(F.silu(self.lin1(emb)))
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps height and width."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve(x, self.weight, self.bias)
+
+
+class ResidualBlock(nn.Module):
+    """x [N, in_channels, H, W], emb [N or 1, time_channels] -> [N, out_channels, H', W'].
+
+    With `up` (repetition) or `down` (2x2 mean) the normalised input and the skip connection are both resampled.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, dropout: float = 0.1, up: bool = False,
+                 down: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = up, down
+        self.norm1 = GroupNorm(GROUPS, in_channels)
+        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.norm2 = GroupNorm(GROUPS, out_channels)
+        self.conv2 = nn.Sequential(Dropout(dropout), Conv3x3(out_channels, out_channels))
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, out_channels))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if self.up:
+            x, h = repeat(x), repeat_and_convolve(self.conv1, h)
+        elif self.down:
+            x, h = F.avg_pool2d(x, 2), self.conv1(F.avg_pool2d(h, 2))
+        else:
+            h = self.conv1(h)
+        h = h + self.time_emb(emb)[:, :, None, None].to(h.dtype)
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + self.shortcut(x)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of x [N, n_channels, H, W], added to x; heads of `d_k` channels (None: one head).
+
+    Raises UserError if the channels are no multiple of d_k.
+    """
+
+    def __init__(self, n_channels: int, d_k: int | None = None) -> None:
+        super().__init__()
+        self.d_k = n_channels if d_k is None else d_k
+        self.heads = n_channels // self.d_k
+        if self.heads * self.d_k != n_channels:
+            raise UserError(f"attn_channels_per_head: {n_channels} channels cannot be shared by heads of {self.d_k}")
+        self.norm = GroupNorm(GROUPS, n_channels)
+        self.projection = nn.Linear(n_channels, 3 * self.heads * self.d_k)
+        self.output = nn.Linear(self.heads * self.d_k, n_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        # The two layers as 1x1 convolutions, which oneDNN computes faster on a CPU than MKL a product of matrices.
+        qkv = F.conv2d(self.norm(x), self.projection.weight[:, :, None, None], self.projection.bias)
+        qkv = qkv.permute(0, 2, 3, 1).reshape(n, height * width, self.heads, 3 * self.d_k).transpose(1, 2)
+        out = attention(*qkv.chunk(3, dim=3))  # [N, heads, pixels, d_k]
+        out = out.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
+        out = F.conv2d(out, self.output.weight[:, :, None, None], self.output.bias)
+        # Attention leaves it pixel by pixel in memory, which would spread through a network that stores channels apart.
+        return (out.contiguous() if x.is_contiguous() else out) + x
+
+
+class Upsample(nn.Module):
+    """Double height and width by repetition, then if `use_conv` convolve 3x3."""
+
+    def __init__(self, n_channels: int, use_conv: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(n_channels, n_channels, 3, padding=1) if use_conv else None
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        return repeat(x) if self.conv is None else repeat_and_convolve(self.conv, x)
+
+
+class Downsample(nn.Module):
+    """Halve height and width: a 3x3 convolution of stride 2 (rounding up), without `use_conv` a 2x2 mean."""
+
+    def __init__(self, n_channels: int, use_conv: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(n_channels, n_channels, 3, stride=2, padding=1) if use_conv else None
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        return F.avg_pool2d(x, 2) if self.conv is None else self.conv(x)
+
+
+class ResampleBlock(nn.Module):
+    """A residual block that doubles or halves height and width."""
+
+    def __init__(self, n_channels: int, time_channels: int, dropout: float, up: bool = False, down: bool = False
+                 ) -> None:
+        super().__init__()
+        self.op = ResidualBlock(n_channels, n_channels, time_channels, dropout, up=up, down=down)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.op(x, emb)
+
+
+class LevelBlock(nn.Module):
+    """A residual block, followed by attention if `attn`."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, attn: bool, d_k: int | None,
+                 dropout: float) -> None:
+        super().__init__()
+        self.res = ResidualBlock(in_channels, out_channels, time_channels, dropout)
+        self.attn = AttentionBlock(out_channels, d_k) if attn else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = self.res(x, emb)
+        return x if self.attn is None else self.attn(x)
+
+
+class MiddleBlock(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    def __init__(self, n_channels: int, time_channels: int, d_k: int | None, dropout: float) -> None:
+        super().__init__()
+        self.res1 = ResidualBlock(n_channels, n_channels, time_channels, dropout)
+        self.attn = AttentionBlock(n_channels, d_k)
+        self.res2 = ResidualBlock(n_channels, n_channels, time_channels, dropout)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.res2(self.attn(self.res1(x, emb)), emb)
+
+
+def repeat(x: Tensor) -> Tensor:
+    """Double height and width of x [N, C, H, W] by repeating every pixel."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def repeat_and_convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return conv(repeat(x)) for a 3x3 convolution, at 4/9 of its multiplications."""
+    return F.conv_transpose2d(x, repeat_then_convolve(conv.weight), conv.bias, stride=2, padding=1)

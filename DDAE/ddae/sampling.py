@@ -1,20 +1,33 @@
-"""Images by number: image i is the same whatever the batch it is made in and the number of processes."""
+"""Images by number: image i is the same whatever the batch it is made in and the number of processes. Its files."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torchvision.utils import make_grid
 
 from DDAE.ddae.diffusion import DDPM, EDM
 from DDAE.ddae.model import UNet, store_bf16_weights, use_channels_last
+from EDM.sampling.files import read_record
 from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
+from shared.data.images import ImageSet
+from shared.data.pngs import read_pngs, write_png
+from shared.data.writers import write_npz
+from shared.training.files import atomic, make_dir
 from shared.training.precision import autocast
 from shared.training.randomness import torch_rng
 
 # On a CPU, results differ in the last bit between batches of a few images (other matrix kernels) but not from here on,
 # so smaller batches are filled up.
 SMALLEST_CPU_BATCH = 16
+BATCH = 400         # images of a sheet, and of the published `--batches`
+SHEET_COLUMNS = 20
 
 
 class ImageNoise:
@@ -27,8 +40,8 @@ class ImageNoise:
         self.generators = [torch_rng(seed, item, "sample") for item in items]
         self.shape, self.device = tuple(shape), device
 
-    def draw(self) -> torch.Tensor:
-        """Return the next numbers, float32 [len(items), *shape] on the device."""
+    def latents(self) -> Tensor:
+        """Return float32 [len(items), *shape] on the device."""
         rows = torch.empty(len(self.generators), *self.shape)
         for row, generator in zip(rows, self.generators, strict=True):
             row.normal_(generator=generator)
@@ -36,12 +49,9 @@ class ImageNoise:
             rows = rows.pin_memory()
         return rows.to(self.device, non_blocking=True)
 
-    def latents(self) -> torch.Tensor:
-        return self.draw()
-
-    def step(self, number: int) -> torch.Tensor:
+    def step(self, number: int) -> Tensor:
         """Return the numbers of a sampler's step; steps are asked for in order."""
-        return self.draw()
+        return self.latents()
 
 
 class ImageSampler:
@@ -70,13 +80,16 @@ class ImageSampler:
         return max(batch, SMALLEST_CPU_BATCH) if self.device.type == "cpu" and count > 1 else batch
 
     @torch.inference_mode()
-    def images(self, items: Sequence[int], rows: int | None = None) -> torch.Tensor:
-        """Return float images [len(items), C, H, W] in about [0, 1], not clamped. rows: see `rows`; missing ones are
-        filled up. Raises UserError for an image that is not finite."""
+    def images(self, items: Sequence[int], rows: int | None = None) -> Tensor:
+        """Return float images [len(items), C, H, W] in about [0, 1], not clamped.
+
+        rows: batch size that the network sees; missing images are filled up. Raises UserError for an image that is not
+        finite.
+        """
         noise = ImageNoise(self.seed, items, self.net.image_shape, self.device)
         fill = max((rows or len(items)) - len(items), 0)
 
-        def filled(numbers: torch.Tensor) -> torch.Tensor:
+        def filled(numbers: Tensor) -> Tensor:
             return torch.cat([numbers, numbers.new_zeros(fill, *numbers.shape[1:])]) if fill else numbers
 
         with autocast(self.device, self.precision):
@@ -87,3 +100,79 @@ class ImageSampler:
             raise UserError(f"image {items[finite.long().argmin().item()]} is not finite; try --precision fp32, "
                             "another sampler or another checkpoint")
         return made
+
+
+# ---------------------------------------------------------------- pictures
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Return pixel values uint8 of numbers in [0, 1] (others are clamped): rounded, halves up."""
+    return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def sheet(images: Tensor, per_row: int) -> Tensor:
+    """Arrange images [N, C, H, W] in rows, two black pixels between them: [C, H', W']; one image stays as it is."""
+    return make_grid(images, nrow=per_row)[:images.shape[1]]
+
+
+def write_sheet(path: Path, images: Tensor, per_row: int) -> None:
+    """Write images [N, 1 or 3, H, W], numbers in [0, 1] or uint8, as one PNG. The folder is made if needed."""
+    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    make_dir(path.parent)
+    write_png(path, np.asarray(sheet(pixels, per_row).cpu()))
+
+
+# ---------------------------------------------------------------- the folder of generated images
+
+def folder_name(epoch: int, kind: str, mode: str, steps: int, eta: float) -> str:
+    """Return the published name, e.g. EMAgenerated_ep400_ddim_steps100_eta0.0."""
+    if kind == "EDM":
+        return f"EMAgenerated_ep{epoch}_edm_steps{steps}_eta{eta}"
+    return f"EMAgenerated_ep{epoch}_ddpm" if mode == "DDPM" else f"EMAgenerated_ep{epoch}_ddim_steps{steps}_eta{eta}"
+
+
+def png_path(folder: Path, number: int) -> Path:
+    return folder / "pngs" / f"{number}.png"
+
+
+def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Make `folder` the place of images with these settings, which are recorded in `<folder>.json` beside it.
+
+    Images that are there stay if they were made with the same settings. Otherwise raises UserError, or with `overwrite`
+    deletes them.
+    """
+    record = folder.with_name(folder.name + ".json")
+    settings, old = json.loads(json.dumps(settings)), read_record(record)
+    present = [*folder.glob("pngs/*.png"), *folder.glob("grid_*.png")]
+    if present and overwrite:
+        for path in present:
+            path.unlink()
+    elif present and old is None:
+        raise UserError(f"{folder} holds images of unknown origin; move it away or add --overwrite")
+    elif present and old != settings:
+        key = next(key for key in [*settings, *old] if old.get(key) != settings.get(key))
+        raise UserError(f"{folder} holds images of other settings ({key} {str(old.get(key))[:40]} there, "
+                        f"{str(settings.get(key))[:40]} here); move it away or add --overwrite")
+    make_dir(folder / "pngs")
+    with atomic(record, "w") as file:
+        file.write(json.dumps(settings, indent=2) + "\n")
+
+
+def read_images(folder: Path, numbers: Sequence[int]) -> np.ndarray:
+    """Return uint8 [N, C, H, W] of images that were written."""
+    return read_pngs([png_path(folder, number) for number in numbers])
+
+
+def write_sheets(folder: Path, count: int) -> None:
+    """Write grid_<batch>.png for every 400 of the `count` images, 20 in a row; sheets that are there stay."""
+    for batch, start in enumerate(range(0, count, BATCH)):
+        path = folder / f"grid_{batch}.png"
+        if not path.exists():
+            pixels = read_images(folder, range(start, min(start + BATCH, count)))
+            write_sheet(path, torch.from_numpy(pixels), SHEET_COLUMNS)
+
+
+def write_archive(folder: Path, count: int) -> Path:
+    """Write all images into `<folder>.npz` (array `images`, uint8 [N, C, H, W]) and return its path."""
+    path = folder.with_name(folder.name + ".npz")
+    write_npz(ImageSet(read_images(folder, range(count)), np.full(count, -1, np.int64), (), folder.name), path)
+    return path

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from DDAE.ddae.batches import TrainBatches
+from DDAE.ddae.data import TrainBatches
 from DDAE.ddae.diffusion import DDPM
-from DDAE.ddae.heads import LinearHeads, heads_loss
 from DDAE.ddae.model import UNet, use_channels_last
+from DDAE.ddae.probe import LinearHeads, heads_loss
 from shared.data.images import ImageSet
 from shared.distributed import World
 

@@ -19,8 +19,7 @@ import torch
 
 from DDAE.ddae.config import make_diffusion, make_network, read_config
 from DDAE.ddae.model import UNet
-from DDAE.ddae.pictures import to_uint8
-from DDAE.ddae.sampling import ImageNoise, ImageSampler
+from DDAE.ddae.sampling import ImageNoise, ImageSampler, to_uint8
 from tests.bench import eager_ddae
 
 CONFIG = Path(__file__).parents[2] / "DDAE" / "config" / "EDM_ddpmpp.yaml"

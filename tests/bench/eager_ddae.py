@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from DDAE.ddae.blocks import AttentionBlock, Downsample, GroupNorm, LevelBlock, ResampleBlock, ResidualBlock, Upsample
-from DDAE.ddae.model import UNet
+from DDAE.ddae.model import (
+    AttentionBlock,
+    Downsample,
+    GroupNorm,
+    LevelBlock,
+    ResampleBlock,
+    ResidualBlock,
+    UNet,
+    Upsample,
+)
 
 
 def group_norm(layer: GroupNorm, x: Tensor) -> Tensor:

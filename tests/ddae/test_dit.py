@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from DDAE.ddae.data import load_images
 from DDAE.DiT import linear, vae_preprocessing
@@ -17,8 +19,7 @@ from DDAE.DiT.network import DiT
 from DDAE.DiT.small import write_small
 from shared.cli import UserError
 from shared.training.checkpoint import read_checkpoint
-from tests.ddae.probed import killed, result
-from tests.ddae.tiny import call
+from tests.ddae.tiny import call, killed, result
 from tests.shared.programs import assert_same, one_line_error, run
 
 VAE = ("--device=cpu", "--dataset=images", "--vae=vae", "--resolution=32", "--num_copies=2", "--batch_size=5")
@@ -52,7 +53,7 @@ def test_latents_have_the_published_names_and_form(folder: Path) -> None:
     kinds = [f"{split}_debug_{kind}_{copy}.png" for split, copy in (("train", 0), ("train", 1), ("test", 0))
              for kind in ("original", "reconstruct")]
     assert files == {"train_code_0.npy", "train_code_1.npy", "test_code_0.npy", "train_label.npy", "test_label.npy",
-                     *kinds}
+                     ".record.json", *kinds}
     train = codes(folder, "train_code_0.npy")
     assert train.dtype == np.float32 and train.shape == (22, 4, 4, 4) and np.isfinite(train).all()
     assert not np.array_equal(train, codes(folder, "train_code_1.npy"))
@@ -85,6 +86,34 @@ def test_latents_by_two_processes_and_after_a_kill(folder: Path, tmp_path: Path)
     again = np.load(path)
     assert (again[0] == 7).all() and np.allclose(again[1:], codes(folder, "train_code_1.npy")[1:], atol=1e-5)
     assert not list(path.parent.glob("*.part.npy"))
+
+
+def test_latents_of_other_images_vae_or_size_are_not_mixed(folder: Path, tmp_path: Path,
+                                                           capsys: pytest.CaptureFixture) -> None:
+    for name in ("images", "vae", "latent_codes"):
+        shutil.copytree(folder / name, tmp_path / name)
+    call(vae_preprocessing, *VAE, folder=tmp_path)
+    assert "complete: latent_codes/images" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "images", tmp_path / "own" / "images")
+    train = tmp_path / "own" / "images" / "train"
+    for old, new in (("0", "x"), ("1", "0"), ("x", "1")):  # the same pixels, classes exchanged
+        (train / old).rename(train / new)
+    weights = next((tmp_path / "vae").glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors["quant_conv.bias"] += 1
+    (tmp_path / "vae2").mkdir()
+    save_file(tensors, tmp_path / "vae2" / weights.name)
+    shutil.copy(tmp_path / "vae" / "config.json", tmp_path / "vae2")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "latent_codes").rglob("*")}
+    for flag, message in (("--dataset=own/images", "the content of --dataset .train. has changed"),
+                          ("--vae=vae2", "the content of --vae has changed"),
+                          ("--resolution=64", "resolution was 32, is 64")):
+        with pytest.raises(UserError, match=message):
+            call(vae_preprocessing, *VAE, flag, folder=tmp_path)
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "latent_codes").rglob("*")} == before
+    call(vae_preprocessing, *VAE, "--dataset=own/images", "--num_copies=1", "--overwrite", folder=tmp_path)
+    assert codes(tmp_path, "train_label.npy").tolist() == [0] * 10 + [1] * 12
+    assert not (tmp_path / "latent_codes" / "images" / "train_code_1.npy").exists()
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +169,7 @@ def test_default_levels_and_blocks() -> None:
     (("--model=DiT-S/4",), "not the weights of DiT-S/4"),
     (("--model=DiT-M/2",), "no network 'DiT-M/2'"),
     (("--dataset=tiny",), "no train_code_0.npy and train_label.npy there; make them with vae_preprocessing.py"),
-    (("--time=1000",), "--time 1000: expected 0 to 999"),
+    (("--time=1000",), "Invalid value for '--time': 1000 is not in the range x<=999"),
 ])
 def test_mistakes(folder: Path, flags: tuple[str, ...], message: str) -> None:
     before = sorted(folder.rglob("*"))

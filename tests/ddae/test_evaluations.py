@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 from DDAE import contrastive, finetune, noisy_classifier_DDAE, noisy_classifier_WRN
-from DDAE.ddae.metrics import alignment, uniformity
+from DDAE.contrastive import alignment, uniformity
 from shared.cli import UserError
 from shared.training.checkpoint import read_checkpoint
-from tests.ddae.probed import TEST, TRAIN, call_in, killed, make_folder, result
-from tests.ddae.tiny import DDPM, call
+from tests.ddae.tiny import DDPM, TEST, TRAIN, call, call_in, killed, make_folder, result
 from tests.shared.programs import assert_same, run
 
 WRN = ("--device=cpu", "--dataset=digits.npz.d", "--epoch=2", "--warm_epoch=1", "--batch_size=20", "--no_flip",
@@ -195,9 +194,9 @@ def test_finetune_without_noise_and_from_scratch(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("module", "flags", "message"), [
-    (finetune, ("--epoch=2", "--block=up_3"), "no block 'up_3'.*this network has out_1"),
+    (finetune, ("--epoch=2", "--block=up_3"), "no block 'up_3'.*it has out_1"),
     (finetune, ("--epoch=2", "--time=0"), "noise level 0: EDM features are taken at 1 to 18"),
-    (finetune, ("--epoch=2", "--mixup=-1"), "--mixup"),
+    (finetune, ("--epoch=2", "--mixup=-1"), "'--mixup': -1.0 is not in the range x>=0"),
     (noisy_classifier_DDAE, ("--epoch=5",), "there are the epochs 1, 2"),
     (contrastive, ("--epochs=1,9",), "model_9.pth; there are the epochs 1, 2"),
     (contrastive, ("--epoch_interval=7", "--set=n_epoch=9"), "there are the epochs 1, 2"),

@@ -13,8 +13,7 @@ from PIL import Image
 from DDAE import finetune, linear, noisy_classifier_DDAE
 from shared.cli import UserError
 from shared.training.checkpoint import read_checkpoint
-from tests.ddae.probed import LINEAR, TEST, call_in, killed, make_folder, result
-from tests.ddae.tiny import DDPM
+from tests.ddae.tiny import DDPM, LINEAR, TEST, call_in, killed, make_folder, result
 from tests.shared.programs import assert_same, one_line_error, run
 
 GRID = ("--grid", "--times=3,4")
@@ -103,6 +102,24 @@ def test_stored_features_are_computed_once(folder: Path, tmp_path: Path, monkeyp
     torch.testing.assert_close(alone, among, atol=1e-5, rtol=1e-5)
 
 
+def test_stored_features_are_those_of_the_images_there_are(tmp_path: Path) -> None:
+    make_folder(tmp_path / "digits", epochs=(2,))
+    folder = tmp_path / "digits"
+    call_in(folder, linear, "--epoch=2", "--copies=1")
+    heads = read_checkpoint(folder / "out" / "linear" / "ep2_4_out_2" / "heads.pth")
+    path = folder / "digits.npz.d" / "train.npz"
+    content = dict(np.load(path))
+    np.savez(path, **{**content, "labels": 9 - content["labels"]})  # the same images, classes exchanged
+    call_in(folder, linear, "--epoch=2", "--copies=1")
+    assert len(list((folder / "out" / "features").iterdir())) == 2
+    again = read_checkpoint(folder / "out" / "linear" / "ep2_4_out_2" / "heads.pth")
+    assert not torch.equal(again["4/out_2"]["weight"], heads["4/out_2"]["weight"])
+    # Moved, the same images are the same.
+    (folder / "digits.npz.d").rename(folder / "moved.npz.d")
+    call_in(folder, linear, "--epoch=2", "--copies=1", "--set=dataset=moved.npz.d")
+    assert len(list((folder / "out" / "features").iterdir())) == 2
+
+
 def test_features_half_stored_are_completed(folder: Path, tmp_path: Path) -> None:
     flags = ("--epoch=2", "--copies=1", "--seed=5")
     call_in(folder, linear, *flags, f"--outdir={tmp_path / 'whole'}")
@@ -140,10 +157,10 @@ def test_ddpm_and_half_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (("--epoch=2", "--blocks=out_2,out_9"), "no block 'out_9'.*this network has out_1, out_2, out_3, out_4"),
+    (("--epoch=2", "--blocks=out_2,out_9"), "no block 'out_9'.*it has out_1, out_2, out_3, out_4"),
     (("--epoch=7",), "no checkpoint .*model_7.pth; there are the epochs 1, 2"),
     (("--epoch=2", "--times=4,19"), "noise level 19: EDM features are taken at 1 to 18"),
-    (("--epoch=2", "--times=a"), "--times a: expected whole numbers"),
+    (("--epoch=2", "--times=a"), "'--times': 'a' is not a list like 1,2,5-10"),
     (("--epoch=2", "--set=network.n_blocks=2"), "made with another config"),
     (("--epoch=2", "--set=dataset=nothing"), "dataset 'nothing': expected cifar, cifar100, tiny, digits"),
     (("--network=nothing.pkl",), "nothing.pkl"),
@@ -162,7 +179,7 @@ def test_a_mistake_is_one_line(folder: Path) -> None:
 
 
 def test_a_snapshot_is_probed_by_the_same_commands(folder: Path, tmp_path: Path) -> None:
-    from EDM.training.preconditioning import EDMPrecond
+    from EDM.training.networks import EDMPrecond
     from EDM.training.snapshots import save_snapshot
 
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from DDAE import extract_cifar10_pngs, sample
+from DDAE import extract_cifar10_pngs
 from DDAE.ddae.checkpoints import load_model
 from DDAE.ddae.config import read_config
 from DDAE.ddae.sampling import ImageSampler
@@ -124,15 +124,17 @@ def test_exact_end_leaves_no_noise(tmp_path: Path) -> None:
     assert float(exact.max()) == 1.0 and float(published.max()) != 1.0
 
 
-def test_flags_in_contradiction() -> None:
-    for flags in (["--strict", "--compile"], ["--strict", "--precision=bf16"], ["--images=0"], ["--batch=0"]):
-        with pytest.raises(UserError):
-            sample.parse(flags)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--strict", "--compile"], "--strict means fp32"), (["--strict", "--precision=bf16"], "--strict means fp32"),
+    (["--images=0"], "'--images': 0"), (["--batch=0"], "'--batch': 0"), (["--eta=nan"], "'--eta': nan")])
+def test_flags_out_of_range_or_in_contradiction(place: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sample_in(place, *flags)
+    assert not list((place / "out").glob("EMAgenerated*"))
 
 
 def test_fid_of_the_images_that_would_be_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from DDAE import fid
-    from EDM.metrics import detectors
     from EDM.metrics.detectors import Detector
     from EDM.metrics.extraction import extract
     from EDM.metrics.frechet import frechet_distance
@@ -145,7 +147,7 @@ def test_fid_of_the_images_that_would_be_written(place: Path, monkeypatch: pytes
 
     detector = Detector(kind="stand-in", name="means", file="none", sha256="0", channels=3, num_features=4,
                         num_logits=0, resize="none", device=torch.device("cpu"), network=network)
-    monkeypatch.setattr(detectors, "load_detector", lambda *_: detector)
+    monkeypatch.setattr(fid, "load_detector", lambda *_: detector)
     sample_in(place, *FLAGS)
     pngs = str(place / "out" / EDM_FOLDER / "pngs")
     other = extract(FileImages(str(place / "digits.npz")), detector, 10, World())

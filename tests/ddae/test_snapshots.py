@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from DDAE.ddae.snapshots import load_snapshot
-from EDM.training.preconditioning import PRECONDITIONERS
+from DDAE.ddae.checkpoints import load_snapshot
+from EDM.training.networks import PRECONDITIONERS
 from EDM.training.snapshots import save_snapshot
 from shared.cli import UserError
 

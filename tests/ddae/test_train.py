@@ -13,7 +13,7 @@ from DDAE.ddae.checkpoints import load_model
 from DDAE.ddae.config import make_network, read_config
 from DDAE.ddae.model import UNet
 from shared.cli import UserError
-from tests.ddae.tiny import DDPM, STEPS, TINY, checkpoint, killed_training, model, train_in, write_config
+from tests.ddae.tiny import DDPM, STEPS, TINY, checkpoint, killed, model, train_in, write_config
 from tests.shared.programs import assert_same, one_line_error, run
 
 
@@ -51,10 +51,10 @@ def test_leaves_the_published_files(whole: Path) -> None:
     assert not net.training and not any(p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize("at, when", [(4, "training_step"), (2, "write_sheet")])
-def test_killed_and_continued_is_bitwise_the_same(whole: Path, tmp_path: Path, at: int, when: str) -> None:
+@pytest.mark.parametrize("when", [{"at": 4}, {"in_preview": True}])
+def test_killed_and_continued_is_bitwise_the_same(whole: Path, tmp_path: Path, when: dict) -> None:
     write_config(tmp_path)
-    killed_training(tmp_path, "--checkpoint_seconds=1e-6", at=at, when=when)
+    killed(tmp_path, "DDAE.train", "--config=tiny.yaml", "--device=cpu", "--checkpoint_seconds=1e-6", **when)
     train_in(tmp_path, "--checkpoint_seconds=1e-6")
     assert_same(checkpoint(tmp_path), checkpoint(whole))
     assert_same(model(tmp_path, 2), model(whole, 2))
@@ -155,18 +155,22 @@ def test_self_conditioning_starts_as_the_published_network_and_learns(tmp_path: 
 
 @pytest.mark.parametrize("changes, message", [
     ({"n_epochs": 5}, 'unknown key "n_epochs" .did you mean "n_epoch"'),
-    ({"diffusion": {"sigma_dat": 0.5}}, 'unknown key "diffusion.sigma_dat" .did you mean "sigma_data"'),
-    ({"network": {**TINY["network"], "n_block": 1}}, 'unknown key "network.n_block" .did you mean "n_blocks"'),
+    ({"diffusion": {"sigma_dat": 0.5}}, 'unknown key "diffusion.sigma_dat" .did you mean "diffusion.sigma_data"'),
+    ({"network": {**TINY["network"], "n_block": 1}}, 'unknown key "network.n_block" .did you mean "network.n_blocks"'),
     ({"network": {**TINY["network"], "n_channels": 40}}, "n_channels: expected a multiple of 32, got 40"),
     ({"network": {**TINY["network"], "self_condition": "out_9"}}, "no block 'out_9'.* it has out_1, out_2,"),
     ({"network": {**TINY["network"], "image_shape": [3, 32, 32]}}, "of 1 x 8 x 8, .* image_shape is 3 x 32 x 32"),
     ({"linear": {**TINY["linear"], "blockname": "out_7"}}, "no block 'out_7'; it has out_1, out_2, out_3, out_4"),
     ({"linear": {**TINY["linear"], "epochs": 1}}, 'unknown key "linear.epochs"'),
-    ({"model_type": "edm"}, "model_type: expected DDPM or EDM, got 'edm'"),
-    ({"optim": "SGD"}, "optim: expected AdamW"),
-    ({"optim": "AdamW", "optim_args": {"momentum": 1}}, "optim_args: .*momentum"),
-    ({"batch_size": "many"}, "batch_size: expected an integer, got 'many'"),
-    ({"lrate": -1.0}, "expected lrate above 0"),
+    ({"model_type": "edm"}, "model_type: 'edm' is not one of 'DDPM', 'EDM'"),
+    ({"optim": "SGD"}, "optim: 'SGD' is not one of 'AdamW'"),
+    ({"optim": "AdamW", "optim_args": {"momentum": 1}}, 'unknown key "optim_args.momentum"'),
+    ({"batch_size": "many"}, "batch_size: 'many' is not a valid integer"),
+    ({"lrate": -1.0}, "lrate: -1.0 is not in the range x>0"),
+    ({"lrate": ".nan"}, "lrate: '.nan' is not a valid float"),
+    ({"diffusion": {"sigma_max": float("inf")}}, "diffusion.sigma_max: inf is not a finite number"),
+    ({"diffusion": {"augment_prob": 2}}, "diffusion.augment_prob: 2.0 is not in the range 0<=x<=1"),
+    ({"network": {**TINY["network"], "dropout": 2}}, "network.dropout: 2.0 is not in the range 0<=x<1"),
     ({"dataset": "cifra"}, "dataset 'cifra': expected"),
     ({"classes": 5}, "10 classes, but the configuration has classes: 5"),
 ])
@@ -199,11 +203,12 @@ def test_another_config_does_not_continue_a_run(whole: Path, tmp_path: Path) -> 
 def test_mistakes_on_the_command_line_end_in_one_line(tmp_path: Path) -> None:
     for flags, message in ((["--confg=x"], "unknown argument --confg=x (did you mean"),
                            (["--config=EDM_ddpm.yml"], "no such file (did you mean"),
-                           ([], "--config: needs a YAML file")):
+                           ([], "Missing option '--config'")):
         result = run("DDAE/train.py", *flags, cwd=tmp_path, status=2)
         assert message in one_line_error(result)
     write_config(tmp_path)
-    for flags in (["--gpus=0"], ["--strict", "--use_amp"], ["--precision=fp16"], ["--set=n_epoch"]):
+    for flags in (["--gpus=0"], ["--strict", "--use_amp"], ["--precision=fp16"], ["--set=n_epoch"],
+                  ["--set=network.dropout=nan"]):
         with pytest.raises(UserError):
             train_in(tmp_path, *flags)
 

@@ -6,9 +6,8 @@ import itertools
 import pytest
 import torch
 
-from DDAE.ddae.blocks import AttentionBlock
 from DDAE.ddae.diffusion import DDPM, EDM
-from DDAE.ddae.model import UNet, store_bf16_weights, use_channels_last
+from DDAE.ddae.model import AttentionBlock, UNet, store_bf16_weights, use_channels_last
 from shared.cli import UserError
 
 SMALL = {"image_shape": (3, 8, 4), "n_channels": 64, "ch_mults": (1, 2), "is_attn": (False, True), "n_blocks": 1,
@@ -104,7 +103,7 @@ def test_ddim_visits_every_stride_and_ends_at_zero() -> None:
 
 
 @pytest.mark.parametrize("make_model", [lambda: DDPM((0.02, 1e-4), 10), lambda: DDPM((1e-4, 0.02), 1),
-                                        lambda: EDM(sigma_min=1, sigma_max=0.5), lambda: EDM(augment_prob=2),
+                                        lambda: EDM(sigma_min=1, sigma_max=0.5),
                                         lambda: EDM().schedule(1)])
 def test_noise_levels_that_make_no_sense(make_model) -> None:
     with pytest.raises(UserError):

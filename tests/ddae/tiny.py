@@ -1,10 +1,11 @@
-"""A DDAE on the digits that trains in a second, and calls of the scripts as a user makes them."""
+"""A DDAE on the digits that trains in a second, checkpoints to evaluate, and calls of the scripts."""
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,10 @@ from sklearn.datasets import load_digits
 
 from DDAE import sample, train
 from DDAE.ddae import training
+from DDAE.ddae.checkpoints import checkpoint_path, write_model
+from DDAE.ddae.config import make_network, read_config
 from shared.training.checkpoint import read_checkpoint
+from shared.training.run import Run
 from tests.shared.clean import clean_process
 
 # Of 100 images, so that an epoch has 3 steps, the last one shorter.
@@ -31,19 +35,41 @@ TINY = {
 }
 DDPM = {"model_type": "DDPM", "diffusion": {"n_T": 50, "betas": [1.0e-3, 0.2]},
         "network": {**TINY["network"], "augment_dim": 0, "use_res_for_updown": False}}
+LINEAR = {"n_epoch": 2, "batch_size": 20, "lrate": 1.0e-2, "timestep": 4, "blockname": "out_2", "flip": False, "pad": 1}
 STEPS = 9
+TRAIN, TEST = 50, 23    # images to evaluate on: neither number is shared evenly by two processes or by whole batches
 # What a run measures of the machine and not of the method.
 NOT_BITWISE = {"seconds", "stats_bytes", "log_sums"}
 
 
-def write_config(folder: Path, name: str = "tiny.yaml", **changes: Any) -> Path:
-    """Write the tiny config with `changes` and its images into `folder` and return its path."""
+def digits(part: slice) -> dict[str, np.ndarray]:
     pixels, labels = load_digits(return_X_y=True)
-    np.savez(folder / "digits.npz", images=np.rint(pixels[:100].reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8),
-             labels=labels[:100])
-    path = folder / name
-    path.write_text(yaml.safe_dump({**TINY, **changes}))
-    return path
+    images = np.rint(pixels[part] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    return {"images": images, "labels": labels[part].astype(np.int64)}
+
+
+def write_config(folder: Path, **changes: Any) -> None:
+    """Write the tiny config with `changes` and its images into `folder`."""
+    np.savez(folder / "digits.npz", **digits(slice(100)))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **changes}))
+
+
+def make_folder(folder: Path, epochs: tuple[int, ...] = (1, 2), **changes: Any) -> Path:
+    """Write tiny.yaml, the images `digits.npz.d/` and checkpoints of fresh weights into `folder`, and return it."""
+    folder.mkdir(exist_ok=True)
+    write_config(folder, **{"dataset": "digits.npz.d", "linear": LINEAR, **changes})
+    parts = folder / "digits.npz.d"
+    parts.mkdir(exist_ok=True)
+    for split, part in (("train", slice(TRAIN)), ("test", slice(TRAIN, TRAIN + TEST))):
+        np.savez(parts / f"{split}.npz", **digits(part), classes=[str(c) for c in range(10)])
+    config = read_config(folder / "tiny.yaml", [f"save_dir={folder / 'out'}"])
+    for epoch in epochs:
+        torch.manual_seed(epoch)
+        net = make_network(config)
+        path = checkpoint_path(config, epoch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_model(path, net, net, 1, torch.optim.Adam(net.parameters()), config, epoch)
+    return folder
 
 
 def call(module: ModuleType, *flags: str, folder: Path | None = None) -> None:
@@ -58,12 +84,17 @@ def call(module: ModuleType, *flags: str, folder: Path | None = None) -> None:
         os.chdir(place)
 
 
+def call_in(folder: Path, module: ModuleType, *flags: str) -> None:
+    """Run a script's main in this process on the CPU with the tiny config."""
+    call(module, "--config=tiny.yaml", "--device=cpu", *flags, folder=folder)
+
+
 def train_in(folder: Path, *flags: str) -> None:
-    call(train, "--config=tiny.yaml", "--device=cpu", *flags, folder=folder)
+    call_in(folder, train, *flags)
 
 
 def sample_in(folder: Path, *flags: str) -> None:
-    call(sample, "--config=tiny.yaml", "--device=cpu", *flags, folder=folder)
+    call_in(folder, sample, *flags)
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
@@ -76,24 +107,38 @@ def model(folder: Path, epoch: int) -> dict[str, Any]:
     return read_checkpoint(folder / "out" / "ckpts" / f"model_{epoch}.pth")
 
 
-def _child(folder: Path, flags: tuple[str, ...], die_at: int, when: str) -> None:
-    torch.set_num_threads(1)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-
-    def fatal(function: Callable) -> Callable:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("step", die_at) == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-        return wrapped
-
-    setattr(training, when, fatal(getattr(training, when)))
-    train_in(folder, *flags)
+def result(path: Path) -> dict[str, Any]:
+    """Return a result.json without what depends on the clock."""
+    content = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    content.pop("seconds", None)
+    return content
 
 
-def killed_training(folder: Path, *flags: str, at: int, when: str = "training_step") -> None:
-    """Train in a process of its own, which is killed when it comes to step `at`, or to the call `when`."""
-    process = clean_process(_child, folder, flags, at, when)
+def killed(folder: Path, script: str, *flags: str, at: int = 0, in_preview: bool = False) -> None:
+    """Run a script in a process of its own that saves after every step and is killed after step `at`, or in_preview:
+    while it writes the picture of an epoch."""
+    process = clean_process(_child, folder, script, flags, at, in_preview)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
+
+
+def _child(folder: Path, script: str, flags: tuple[str, ...], at: int, in_preview: bool) -> None:
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    after = Run._after_step
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fatal(run: Run, total: int) -> None:
+        if run.step > at:
+            die()
+        run.save_seconds = 0.0
+        after(run, total)
+
+    if in_preview:
+        training.write_sheet = die
+    else:
+        Run._after_step = fatal
+    call(importlib.import_module(script), *flags, folder=folder)

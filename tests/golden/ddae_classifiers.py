@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from DDAE.ddae.diffusion import DDPM, EDM
-from DDAE.ddae.heads import NoiseHead
-from DDAE.ddae.perturbation import test_view as at_level
-from DDAE.ddae.perturbation import training_view
-from DDAE.ddae.wideresnet import WideResNet, learning_rate
+from DDAE.ddae.noise_classifier import WideResNet, learning_rate, training_view
+from DDAE.ddae.noise_classifier import test_view as at_level
+from DDAE.ddae.probe import NoiseHead
 from tests.golden.cases import facts, fill, index
 from tests.golden.ddae_compare import assert_close, cases, given, served, tensors
 

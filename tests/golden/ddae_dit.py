@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from DDAE.DiT.gaussian import SpacedDiffusion
-from DDAE.DiT.network import SIZES, DiT, make_dit, position_table, sinusoid
-from DDAE.DiT.probe import latent_features
+from DDAE.DiT.network import SIZES, DiT, latent_features, make_dit, position_table, sinusoid
 from tests.golden.cases import facts, fill, index
 from tests.golden.ddae_compare import assert_close, cases, given, served, tensors
 

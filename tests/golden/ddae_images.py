@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from DDAE.ddae.pictures import sheet, to_uint8
+from DDAE.ddae.sampling import sheet, to_uint8
 from DDAE.DiT.vae_preprocessing import prepared
 from shared.data.images import ImageSet
 from tests.golden.ddae_compare import assert_close, cases, served, tensors

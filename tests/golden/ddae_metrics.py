@@ -4,8 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from DDAE.ddae.heads import formatted
-from DDAE.ddae.metrics import alignment, uniformity
+from DDAE.contrastive import alignment, formatted, uniformity
 from tests.golden.ddae_compare import assert_close, cases, served, tensors
 
 ALL = cases("metrics.npz")

@@ -6,8 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from DDAE.ddae.blocks import AttentionBlock, Downsample, LevelBlock, ResidualBlock, TimeEmbedding, Upsample
-from DDAE.ddae.model import UNet, use_channels_last
+from DDAE.ddae.model import (
+    AttentionBlock,
+    Downsample,
+    LevelBlock,
+    ResidualBlock,
+    TimeEmbedding,
+    UNet,
+    Upsample,
+    use_channels_last,
+)
 from tests.golden.cases import facts, fill
 from tests.golden.ddae_compare import assert_close, cases, served, tensors
 

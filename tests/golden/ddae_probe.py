@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from DDAE.ddae.heads import LinearHeads, cosine_rate, heads_loss
+from DDAE.ddae.probe import LinearHeads, cosine_rate, heads_loss
 from tests.golden.cases import fill
 from tests.golden.ddae_compare import assert_close, cases, given, served, tensors
 

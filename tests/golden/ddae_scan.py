@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from DDAE.ddae.tiny_imagenet import scan
+from DDAE.ddae.data import scan
 from tests.golden.cases import facts
 
 FILE = "tiny_imagenet_scan.json"

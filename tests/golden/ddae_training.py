@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from DDAE.ddae.batches import Batch
 from DDAE.ddae.checkpoints import AVERAGED, ONLINE, load_model
 from DDAE.ddae.config import make_config, make_network
-from DDAE.ddae.training import Draws, Settings, average_decay, train
+from DDAE.ddae.data import Batch
+from DDAE.ddae.training import Draws, average_decay, train
 from shared.distributed import World
 from shared.training.ema import EMA
 from tests.golden.cases import fill
@@ -64,8 +64,7 @@ def run_training(case: dict[str, Any], folder: Path, load_epoch: int = -1) -> li
     def draw(diffusion: Any, batch: Batch, seed: int, step: int) -> Draws:
         return Draws(levels[step], stored["noise"][step])
 
-    train(config, fill(make_network(config)), FixedBatches(stored["X"]), World(), Settings(gpus=gpus, log_every=1),
-          draw)
+    train(config, fill(make_network(config)), FixedBatches(stored["X"]), World(), draw=draw, gpus=gpus, log_every=1)
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
 
 
