@@ -25,14 +25,18 @@ CONFIG = str(ROOT / "DASO" / "configs" / "cifar10" / "fixmatch_daso.yaml")
     (["DATASET.CIFAR10.NUM_LABELED_HEAD", "500", "DATASET.CIFAR10.NUM_UNLABELED", "HEAD", "4000"],
      "write DATASET.CIFAR10.NUM_UNLABELED_HEAD VALUE"),
     (["ALGORITHM.DASO.DIST_TMP", "1.5"], 'did you mean "ALGORITHM.DASO.DIST_TEMP"'),
-    (["SOLVER.MAX_ITER", "0.5"], "SOLVER.MAX_ITER: expected an integer, got 0.5"),
-    (["SOLVER.MAX_ITER", "0"], "expected at least 1"),
+    (["SOLVER.MAX_ITER", "0.5"], "SOLVER.MAX_ITER: '0.5' is not a valid integer"),
+    (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER: 0 is not in the range x>=1"),
+    (["DATASET.CIFAR10.IMB_FACTOR_L", "-10"], "is not in the range x>=1"),
+    (["DATASET.STL10.IMB_FACTOR_UL", "0"], "is not in the range x>=1 or -1"),
+    (["MODEL.EMA_DECAY", "2"], "MODEL.EMA_DECAY: 2.0 is not in the range 0<=x<=1"),
+    (["SOLVER.BASE_LR", "nan"], "SOLVER.BASE_LR: nan is not a finite number"),
     (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER: a value is missing"),
     (["SOLVER", "5"], "SOLVER is a section"),
-    (["DATASET.REVERSE_UL_DISTRIBUTION", "yes"], "expected True or False"),
-    (["SOLVER.STEPS", "(1, 'a')"], "SOLVER.STEPS: expected integers"),
+    (["DATASET.REVERSE_UL_DISTRIBUTION", "maybe"], "is not a valid boolean"),
+    (["SOLVER.STEPS", "(1, 'a')"], "SOLVER.STEPS: "),
     (["MODEL.LOSS.UNLABELED_LOSS", "CrossEntropy"], 'did you mean "CrossEntropyLoss"'),
-    (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"], "SOLVER.LR_SCHEDULER_NAME: expected"),
+    (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"], "SOLVER.LR_SCHEDULER_NAME: 'WarmupCosineLR' is not one of"),
     (["PERIODS.EVAL", "100"], "PERIODS.LOG"),
     (["DATASET.NAME", "cifar100"], "DATASET.BUILDER"),
     (["--eval-onyl", "True"], "--eval-only"),
@@ -49,6 +53,7 @@ def test_values_are_read_as_meant() -> None:
     assert cfg.ALGORITHM.DASO.DIST_TEMP == 1.0 and isinstance(cfg.ALGORITHM.DASO.DIST_TEMP, float)
     assert cfg.SOLVER.STEPS == (10, 20) and cfg.MEMO == "12" and cfg.SOLVER.ADAM.EPS == 1e-6 and not eval_only
     assert parse(["--config-file", CONFIG, "--eval-only", "SEED", "1"])[1]
+    assert parse(["--config-file", CONFIG, "SEED", "-1", "--eval-only"])[1]
 
 
 def test_every_default_may_be_written_and_read_again(tmp_path: Path) -> None:
@@ -60,7 +65,7 @@ def test_every_default_may_be_written_and_read_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("content", "named"), [
     ("MODEL:\n  WIDHT: 2\n", 'did you mean "MODEL.WIDTH"'),
-    ("MODEL:\n  WIDTH: wide\n", "MODEL.WIDTH: expected an integer, got 'wide'"),
+    ("MODEL:\n  WIDTH: wide\n", "MODEL.WIDTH: 'wide' is not a valid integer"),
     ("MODEL: [", "not plain YAML"),
     ("- 1\n", "must hold sections"),
     ("MODEL: !!python/object/apply:os.getcwd []\n", "not plain YAML"),

@@ -1,15 +1,14 @@
 """The configuration: defaults, overruled by a YAML file, overruled by `KEY VALUE` pairs; every value checked."""
 from __future__ import annotations
 
-import argparse
-import ast
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from DASO.lib.config.defaults import AT_LEAST, CHOICES, DEFAULTS
-from shared.cli import Parser, UserError, nearest
+from DASO.lib.config.defaults import DEFAULTS, KEYS
+from shared.cli import Flag, Option, Text, UserError, nearest, read_value
+from shared.cli import parse as parse_flags
 from shared.cli import read_yaml as load_yaml
 
 # Upper-case sections that published files may name though they hold nothing.
@@ -60,42 +59,10 @@ def _child(node: SimpleNamespace, section: str) -> SimpleNamespace:
 
 
 def checked(key: str, value: Any, source: str = "") -> Any:
-    """Return `value` as the key's type; UserError for an unknown key, another type or a value out of its range.
-
-    A float key takes integers; a tuple key takes lists.
-    """
-    if key not in DEFAULTS:
-        raise UserError(f"{source}unknown key {key}{nearest(key, DEFAULTS)}")
-    kind = type(DEFAULTS[key])
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is tuple and isinstance(value, list):
-        value = tuple(value)
-    if kind is float and isinstance(value, str):
-        value = _number(value)  # YAML takes 1e-8 for text
-    if type(value) is not kind:
-        raise UserError(f"{source}{key}: expected {_kind(kind)}, got {value!r}")
-    if kind is tuple and not all(type(part) is int for part in value):
-        raise UserError(f"{source}{key}: expected integers, got {value!r}")
-    if key in CHOICES and value not in CHOICES[key]:
-        allowed = ", ".join(map(repr, CHOICES[key]))
-        close = nearest(str(value), map(str, CHOICES[key]))
-        raise UserError(f"{source}{key}: expected {allowed}, got {value!r}{close}")
-    if key in AT_LEAST and value < AT_LEAST[key]:
-        raise UserError(f"{source}{key}: expected at least {AT_LEAST[key]:g}, got {value!r}")
-    return value
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _kind(kind: type) -> str:
-    return {bool: "True or False", int: "an integer", float: "a number", str: "text",
-            tuple: "integers in brackets, as (1000, 2000)"}[kind]
+    """Return `value` (as in YAML, or text) as the key declares it; UserError for an unknown key or a wrong value."""
+    if key not in KEYS:
+        raise UserError(f"{source}unknown key {key}{nearest(key, KEYS)}")
+    return read_value(KEYS[key], value, source.removesuffix(": "))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -105,27 +72,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"--config-file: {path} must hold sections and keys, as `MODEL:`")
-    return {key: checked(key, _literal(value), f"{path}: ") for key, value in _leaves(content, "")
+    return {key: checked(key, value, f"{path}: ") for key, value in _leaves(content, "")
             if not (key in EMPTY_SECTIONS and not value)}
 
 
 def _leaves(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in content.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in DEFAULTS and (value or key not in EMPTY_SECTIONS):
+        if isinstance(value, dict) and key not in KEYS and (value or key not in EMPTY_SECTIONS):
             yield from _leaves(value, f"{key}.")
         else:
             yield key, value
-
-
-def _literal(text: Any) -> Any:
-    """Return what a text means as a Python literal: numbers, True, None, (1, 2); other text stays text."""
-    if not isinstance(text, str):
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 def from_pairs(pairs: Sequence[str]) -> dict[str, Any]:
@@ -133,13 +90,11 @@ def from_pairs(pairs: Sequence[str]) -> dict[str, Any]:
     values, position = {}, 0
     while position < len(pairs):
         key = pairs[position]
-        if key not in DEFAULTS:
+        if key not in KEYS:
             raise UserError(_unknown(key, pairs[position + 1] if position + 1 < len(pairs) else ""))
         if position + 1 == len(pairs):
             raise UserError(f"{key}: a value is missing; give KEY VALUE pairs")
-        text = pairs[position + 1]
-        value = text if isinstance(DEFAULTS[key], str) else _literal(text)
-        values[key] = checked(key, value)
+        values[key] = checked(key, pairs[position + 1])
         position += 2
     return values
 
@@ -147,24 +102,27 @@ def from_pairs(pairs: Sequence[str]) -> dict[str, Any]:
 def _unknown(key: str, follower: str) -> str:
     """Return the message for an unknown key; a key broken in two by a space is put together again."""
     joined = f"{key}_{follower}"
-    if joined in DEFAULTS:
+    if joined in KEYS:
         return f"unknown key {key} {follower!r}: it was broken in two; write {joined} VALUE"
-    parents = [name for name in DEFAULTS if name.startswith(f"{key}.")]
+    parents = [name for name in KEYS if name.startswith(f"{key}.")]
     if parents:
         return f"{key} is a section, not a key; it holds {', '.join(parents[:4])}"
     if key.startswith("-"):
         return f"unknown argument {key}{nearest(key, ('--config-file', '--eval-only'))}; see --help"
-    return f"unknown key {key}{nearest(key, DEFAULTS)}"
+    return f"unknown key {key}{nearest(key, KEYS)}"
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
+FLAGS = (
+    Option("--config-file", Text, "", "a file of configs/", metavar="FILE"),
+    Option("--eval-only", Flag, False, "measure the checkpoint of RESUME and stop"),
+    Option("pairs", Text, help="keys of lib/config/defaults.py and their values, as SOLVER.MAX_ITER 1000", many=True,
+           metavar="KEY VALUE"),
+)
+
+
+def parse(argv: Sequence[str] | None = None, doc: str = "Train or evaluate a learner.") -> tuple[Config, bool]:
     """Return (configuration, whether --eval-only) of a command line (None: this process's); UserError."""
-    parser = Parser(description="Train or evaluate a learner on long-tailed data.", allow_abbrev=False)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="a file of configs/")
-    parser.add_argument("--eval-only", action="store_true", help="measure the checkpoint of RESUME and stop")
-    parser.add_argument("pairs", nargs=argparse.REMAINDER, metavar="KEY VALUE",
-                        help="keys of lib/config/defaults.py and their values, as SOLVER.MAX_ITER 1000")
-    given = parser.parse_args(argv)
+    given = parse_flags(doc, FLAGS, argv)
     file = read_yaml(given.config_file) if given.config_file else {}
     cfg = Config({**file, **from_pairs(given.pairs)})
     check(cfg)
@@ -180,8 +138,6 @@ def check(cfg: Config) -> None:
         raise UserError(f"PERIODS.EVAL {cfg.PERIODS.EVAL} and PERIODS.LOG {cfg.PERIODS.LOG} must be equal")
     if cfg.SOLVER.OPTIM_NAME == "SGD" and cfg.SOLVER.SGD.NESTEROV and not cfg.SOLVER.SGD.MOMENTUM > 0:
         raise UserError("SOLVER.SGD.NESTEROV True needs SOLVER.SGD.MOMENTUM above 0")
-    if cfg.SEED >= 2 ** 32:
-        raise UserError(f"SEED {cfg.SEED}: expected at most {2 ** 32 - 1}")
 
 
 def experiment_name(cfg: Config, seed: int) -> str:

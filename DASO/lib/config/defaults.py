@@ -1,188 +1,185 @@
-"""Every configuration key with its default; the default's type is the key's type (a float also takes integers)."""
+"""Every configuration key: type, bounds, default and meaning. Keys of files and `KEY VALUE` pairs are read by these."""
 from __future__ import annotations
 
 from typing import Any
 
-# The published keys, of which some were never read; those are marked and kept so that published files load.
-PUBLISHED: dict[str, Any] = {
-    "MISC.LOG_CLASSWISE": True,              # per-class accuracies at evaluation
-    "MODEL.NAME": "WRN",                     # or ResNet34
-    "MODEL.WIDTH": 2,                        # of the WRN-28
-    "MODEL.NUM_CLASSES": 10,
-    "MODEL.EMA_DECAY": 0.999,
-    "MODEL.EMA_WEIGHT_DECAY": 0.0,
-    "MODEL.WITH_ROTATION_HEAD": False,
-    "MODEL.DIST_ALIGN.APPLY": False,
-    "MODEL.DIST_ALIGN.TEMPERATURE": 1.0,
-    "MODEL.QUEUE.MAX_SIZE": 256,             # features a class
-    "MODEL.QUEUE.FEAT_DIM": 128,             # derived from the network; a warning if it differs
-    "MODEL.LOSS.LABELED_LOSS": "CrossEntropyLoss",
-    "MODEL.LOSS.WITH_LABELED_COST_SENSITIVE": False,
-    "MODEL.LOSS.UNLABELED_LOSS": "MSELoss",  # or CrossEntropyLoss
-    "MODEL.LOSS.UNLABELED_LOSS_WEIGHT": 1.0,
-    "MODEL.LOSS.WITH_SUPPRESSED_CONSISTENCY": False,  # never read
-    "MODEL.LOSS.WARMUP_ITERS": 200000,       # plain cross-entropy before the cost-sensitive loss
-    "MODEL.LOSS.COST_SENSITIVE.LOSS_OVERRIDE": "",  # or LDAM
-    "MODEL.LOSS.COST_SENSITIVE.BETA": 0.999,
-    "MODEL.LOSS.CROSSENTROPY.USE_SIGMOID": False,   # one-vs-all
-    "ALGORITHM.NAME": "Supervised",
-    "ALGORITHM.CONFIDENCE_THRESHOLD": 0.95,
-    "ALGORITHM.CONS_RAMPUP_SCHEDULE": "exp",  # or linear
-    "ALGORITHM.CONS_RAMPUP_ITERS_RATIO": 0.4,
-    "ALGORITHM.MEANTEACHER.APPLY_DASO": False,
-    "ALGORITHM.MIXMATCH.NUM_AUG": 2,
-    "ALGORITHM.MIXMATCH.TEMPERATURE": 0.5,
-    "ALGORITHM.MIXMATCH.MIXUP_ALPHA": 0.75,
-    "ALGORITHM.MIXMATCH.APPLY_DASO": False,
-    "ALGORITHM.REMIXMATCH.NUM_AUG": 2,
-    "ALGORITHM.REMIXMATCH.TEMPERATURE": 0.5,
-    "ALGORITHM.REMIXMATCH.MIXUP_ALPHA": 0.75,
-    "ALGORITHM.REMIXMATCH.WEIGHT_KL": 1.0,
-    "ALGORITHM.REMIXMATCH.WEIGHT_ROT": 1.0,
-    "ALGORITHM.REMIXMATCH.WITH_DISTRIBUTION_MATCHING": True,  # never read
-    "ALGORITHM.REMIXMATCH.LABELED_STRONG_AUG": False,
-    "ALGORITHM.DASO.PRETRAIN_STEPS": 5000,
-    "ALGORITHM.DASO.PROTO_TEMP": 0.05,
-    "ALGORITHM.DASO.PL_DIST_UPDATE_PERIOD": 100,
-    "ALGORITHM.DASO.WITH_DIST_AWARE": True,
-    "ALGORITHM.DASO.DIST_TEMP": 1.0,
-    "ALGORITHM.DASO.INTERP_ALPHA": 0.5,
-    "ALGORITHM.DASO.QUEUE_SIZE": 256,        # never read: MODEL.QUEUE.MAX_SIZE
-    "ALGORITHM.DASO.PSA_LOSS_WEIGHT": 1.0,
-    "ALGORITHM.CREST.GEN_PERIOD_STEPS": 50000,
-    "ALGORITHM.CREST.ALPHA": 3.0,
-    "ALGORITHM.CREST.TMIN": 0.5,
-    "ALGORITHM.CREST.PROGRESSIVE_ALIGN": False,
-    "ALGORITHM.ABC.APPLY": False,            # read by DASO only
-    "ALGORITHM.ABC.DASO_PSEUDO_LABEL": True,
-    "ALGORITHM.USADTM.PRETRAIN_STEPS": 500,
-    "ALGORITHM.USADTM.WARMUP_CLUSTER_LOSS": 5000,  # without effect
-    "ALGORITHM.USADTM.DTM_THRES": 0.85,
-    "ALGORITHM.USADTM.UC_LOSS_WEIGHT": 0.1,
-    "ALGORITHM.CRT.TARGET_DIR": "",          # folder with model_final.pth.tar
-    "ALGORITHM.LOGIT_ADJUST.APPLY": False,
-    "ALGORITHM.LOGIT_ADJUST.TAU": 1.0,
-    "ALGORITHM.DARP.APPLY": False,
-    "ALGORITHM.DARP.WARMUP_RATIO": 0.4,
-    "ALGORITHM.DARP.PER_ITERS": 10,
-    "ALGORITHM.DARP.EST": "darp_estim",      # folder of estimates
-    "ALGORITHM.DARP.ALPHA": 2.0,
-    "ALGORITHM.DARP.NUM_DARP_ITERS": 10,
-    "ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES": 10,
-    "ALGORITHM.DARP_ESTIM.THRESH_COND": 100,
-    "DATASET.BUILDER": "build_cifar10_dataset",
-    "DATASET.NAME": "cifar10",
-    "DATASET.ROOT": "./data",
-    "DATASET.SAMPLER_NAME": "RandomSampler",  # or ClassAwareSampler, of labelled images
-    "DATASET.SAMPLER_BETA": 0.999,
-    "DATASET.RESOLUTION": 32,
-    "DATASET.NUM_VALID": 5000,
-    "DATASET.NUM_WORKERS": 8,                # never needed here: data lie on the device
-    "DATASET.REVERSE_UL_DISTRIBUTION": False,
-    "DATASET.CIFAR10.NUM_LABELED_HEAD": 1500,
-    "DATASET.CIFAR10.IMB_FACTOR_L": 100,
-    "DATASET.CIFAR10.NUM_UNLABELED_HEAD": 3000,
-    "DATASET.CIFAR10.IMB_FACTOR_UL": 100,
-    "DATASET.CIFAR100.NUM_LABELED_HEAD": 150,
-    "DATASET.CIFAR100.IMB_FACTOR_L": 10,
-    "DATASET.CIFAR100.NUM_UNLABELED_HEAD": 300,
-    "DATASET.CIFAR100.IMB_FACTOR_UL": 10,
-    "DATASET.STL10.NUM_LABELED_HEAD": 450,
-    "DATASET.STL10.IMB_FACTOR_L": 10,
-    "DATASET.STL10.NUM_UNLABELED_HEAD": -1,  # -1: unknown
-    "DATASET.STL10.IMB_FACTOR_UL": -1,
-    "DATASET.TRANSFORM.STRONG_AUG": False,
-    "SOLVER.IMS_PER_BATCH": 64,
-    "SOLVER.UNLABELED_BATCH_RATIO": 1,
-    "SOLVER.MAX_ITER": 250000,
-    "SOLVER.BASE_LR": 0.03,
-    "SOLVER.OPTIM_NAME": "SGD",              # or Adam
-    "SOLVER.APPLY_SCHEDULER": False,
-    "SOLVER.SGD.MOMENTUM": 0.9,
-    "SOLVER.SGD.WEIGHT_DECAY": 0.0005,
-    "SOLVER.SGD.NESTEROV": True,
-    "SOLVER.ADAM.BETA1": 0.9,
-    "SOLVER.ADAM.BETA2": 0.999,
-    "SOLVER.ADAM.EPS": 1e-08,
-    "SOLVER.ADAM.WEIGHT_DECAY": 0.0,
-    "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLRFixMatch",  # or WarmupMultiStepLR
-    "SOLVER.COS_LR_RATIO": 7,
-    "SOLVER.STEPS": (400000,),
-    "SOLVER.GAMMA": 0.2,
-    "SOLVER.RAMPDOWN_ITERS": 0,              # never read
-    "SOLVER.WARMUP_FACTOR": 0.0,
-    "SOLVER.WARMUP_ITERS": 0,
-    "SOLVER.WARMUP_METHOD": "linear",        # or constant
-    "PERIODS.EVAL": 500,
-    "PERIODS.CHECKPOINT": 5000,
-    "PERIODS.LOG": 500,
-    "OUTPUT_DIR": "outputs",
-    "RESUME": "",                            # a checkpoint to start from
-    "EVAL_ON_TEST_SET": True,
-    "GPU_ID": 0,                             # -1: the CPU; 0 where there is no GPU: also
-    "MEMO": "",
-    "SEED": -1,                              # below 0: drawn
-    "CUDNN_DETERMINISTIC": True,
-    "CUDNN_BENCHMARK": False,
-}
+from shared.cli import Bool, Choice, Float, Int, IntTuple, Option, Text
+
+FRACTION = Float(0, 1)
+COUNT = Int(1)
+WHOLE = Int(0)
+NONNEGATIVE = Float(0)
+ABOVE_ZERO = Float(0, open=True)
+
+
+class IntOrUnknown(Int):
+    """A whole number of at least 1, or -1 for an unknown one."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.range += " or -1"
+
+    def convert(self, text: str) -> int:
+        return -1 if text.strip() == "-1" else super().convert(text)
+
+
+def long_tail(name: str, labeled: int, labeled_factor: int, unlabeled: int, unlabeled_factor: int,
+              count: Int = COUNT) -> tuple[Option, ...]:
+    """Return the four keys of a long-tailed data set; `count` is the type of the unlabelled ones."""
+    return (
+        Option(f"DATASET.{name}.NUM_LABELED_HEAD", COUNT, labeled, "labelled images of the most frequent class"),
+        Option(f"DATASET.{name}.IMB_FACTOR_L", COUNT, labeled_factor, "most frequent over rarest class, labelled"),
+        Option(f"DATASET.{name}.NUM_UNLABELED_HEAD", count, unlabeled, "unlabelled images of the most frequent class"),
+        Option(f"DATASET.{name}.IMB_FACTOR_UL", count, unlabeled_factor, "most frequent over rarest class, unlabelled"))
+
+
+# The published keys. Some were never read; they are kept so that published files load.
+PUBLISHED = (
+    Option("MISC.LOG_CLASSWISE", Bool, True, "log accuracies by class at evaluations"),
+    Option("MODEL.NAME", Choice("WRN", "ResNet34"), "WRN", "encoder"),
+    Option("MODEL.WIDTH", COUNT, 2, "widening factor of the WRN-28"),
+    Option("MODEL.NUM_CLASSES", Int(2), 10, "number of classes"),
+    Option("MODEL.EMA_DECAY", FRACTION, 0.999, "decay of the averaged weights"),
+    Option("MODEL.EMA_WEIGHT_DECAY", FRACTION, 0.0, "weight decay at each update of the average"),
+    Option("MODEL.WITH_ROTATION_HEAD", Bool, False, "predict quarter turns as well (ReMixMatch)"),
+    Option("MODEL.DIST_ALIGN.APPLY", Bool, False, "align pseudo-labels with the labelled class distribution"),
+    Option("MODEL.DIST_ALIGN.TEMPERATURE", NONNEGATIVE, 1.0, "exponent of the target distribution"),
+    Option("MODEL.QUEUE.MAX_SIZE", COUNT, 256, "features kept per class"),
+    Option("MODEL.QUEUE.FEAT_DIM", COUNT, 128, "derived from the network; a warning if it differs"),
+    Option("MODEL.LOSS.LABELED_LOSS", Choice("CrossEntropyLoss"), "CrossEntropyLoss", "labelled loss"),
+    Option("MODEL.LOSS.WITH_LABELED_COST_SENSITIVE", Bool, False, "weight the labelled loss by class"),
+    Option("MODEL.LOSS.UNLABELED_LOSS", Choice("MSELoss", "CrossEntropyLoss"), "MSELoss", "consistency loss"),
+    Option("MODEL.LOSS.UNLABELED_LOSS_WEIGHT", NONNEGATIVE, 1.0, "weight of the consistency loss"),
+    Option("MODEL.LOSS.WITH_SUPPRESSED_CONSISTENCY", Bool, False, "never read"),
+    Option("MODEL.LOSS.WARMUP_ITERS", WHOLE, 200000, "cross-entropy before the cost-sensitive loss", unit="steps"),
+    Option("MODEL.LOSS.COST_SENSITIVE.LOSS_OVERRIDE", Choice("", "LDAM"), "", "LDAM in place of cross-entropy"),
+    Option("MODEL.LOSS.COST_SENSITIVE.BETA", Float(0, 1, open="high"), 0.999, "effective number of images: 0, counts"),
+    Option("MODEL.LOSS.CROSSENTROPY.USE_SIGMOID", Bool, False, "one-vs-all cross-entropy"),
+    Option("ALGORITHM.NAME", Text, "Supervised", "learner"),
+    Option("ALGORITHM.CONFIDENCE_THRESHOLD", FRACTION, 0.95, "least confidence of a pseudo-label"),
+    Option("ALGORITHM.CONS_RAMPUP_SCHEDULE", Choice("exp", "linear"), "exp", "rise of the consistency weight"),
+    Option("ALGORITHM.CONS_RAMPUP_ITERS_RATIO", FRACTION, 0.4, "fraction of the training over which it rises"),
+    Option("ALGORITHM.MEANTEACHER.APPLY_DASO", Bool, False, "blend semantic pseudo-labels into Mean Teacher"),
+    Option("ALGORITHM.MIXMATCH.NUM_AUG", Int(2, 2), 2, "weak views per unlabelled image"),
+    Option("ALGORITHM.MIXMATCH.TEMPERATURE", ABOVE_ZERO, 0.5, "sharpening of pseudo-labels"),
+    Option("ALGORITHM.MIXMATCH.MIXUP_ALPHA", ABOVE_ZERO, 0.75, "of Beta(alpha, alpha)"),
+    Option("ALGORITHM.MIXMATCH.APPLY_DASO", Bool, False, "blend semantic pseudo-labels into MixMatch"),
+    Option("ALGORITHM.REMIXMATCH.NUM_AUG", Int(2, 2), 2, "strong views per unlabelled image"),
+    Option("ALGORITHM.REMIXMATCH.TEMPERATURE", ABOVE_ZERO, 0.5, "sharpening of pseudo-labels"),
+    Option("ALGORITHM.REMIXMATCH.MIXUP_ALPHA", ABOVE_ZERO, 0.75, "of Beta(alpha, alpha)"),
+    Option("ALGORITHM.REMIXMATCH.WEIGHT_KL", NONNEGATIVE, 1.0, "weight of the unmixed strong view"),
+    Option("ALGORITHM.REMIXMATCH.WEIGHT_ROT", NONNEGATIVE, 1.0, "weight of the rotation loss"),
+    Option("ALGORITHM.REMIXMATCH.WITH_DISTRIBUTION_MATCHING", Bool, True, "never read"),
+    Option("ALGORITHM.REMIXMATCH.LABELED_STRONG_AUG", Bool, False, "strong views of labelled images"),
+    Option("ALGORITHM.DASO.PRETRAIN_STEPS", WHOLE, 5000, "steps before pseudo-labels are blended"),
+    Option("ALGORITHM.DASO.PROTO_TEMP", ABOVE_ZERO, 0.05, "temperature of the similarities to prototypes"),
+    Option("ALGORITHM.DASO.PL_DIST_UPDATE_PERIOD", COUNT, 100, "between updates of the pseudo-label distribution",
+           unit="steps"),
+    Option("ALGORITHM.DASO.WITH_DIST_AWARE", Bool, True, "blend by class; False: by INTERP_ALPHA"),
+    Option("ALGORITHM.DASO.DIST_TEMP", NONNEGATIVE, 1.0, "exponent of the pseudo-label distribution"),
+    Option("ALGORITHM.DASO.INTERP_ALPHA", FRACTION, 0.5, "fraction of the semantic pseudo-label"),
+    Option("ALGORITHM.DASO.QUEUE_SIZE", COUNT, 256, "never read: see MODEL.QUEUE.MAX_SIZE"),
+    Option("ALGORITHM.DASO.PSA_LOSS_WEIGHT", NONNEGATIVE, 1.0, "weight of the semantic alignment loss"),
+    Option("ALGORITHM.CREST.GEN_PERIOD_STEPS", COUNT, 50000, "steps of a generation"),
+    Option("ALGORITHM.CREST.ALPHA", NONNEGATIVE, 3.0, "1 / exponent of the sampling rate by class; 0: all"),
+    Option("ALGORITHM.CREST.TMIN", FRACTION, 0.5, "alignment temperature of the last generation"),
+    Option("ALGORITHM.CREST.PROGRESSIVE_ALIGN", Bool, False, "lower the alignment temperature by generation"),
+    Option("ALGORITHM.ABC.APPLY", Bool, False, "read by DASO only"),
+    Option("ALGORITHM.ABC.DASO_PSEUDO_LABEL", Bool, True, "DASO's pseudo-labels for the balanced head"),
+    Option("ALGORITHM.USADTM.PRETRAIN_STEPS", WHOLE, 500, "steps before pseudo-labels are used"),
+    Option("ALGORITHM.USADTM.WARMUP_CLUSTER_LOSS", WHOLE, 5000, "without effect, as published"),
+    Option("ALGORITHM.USADTM.DTM_THRES", FRACTION, 0.85, "threshold of the triplet mining"),
+    Option("ALGORITHM.USADTM.UC_LOSS_WEIGHT", NONNEGATIVE, 0.1, "weight of the clustering loss"),
+    Option("ALGORITHM.CRT.TARGET_DIR", Text, "", "folder with the model_final.pth.tar whose encoder is kept"),
+    Option("ALGORITHM.LOGIT_ADJUST.APPLY", Bool, False, "also evaluate with adjusted logits"),
+    Option("ALGORITHM.LOGIT_ADJUST.TAU", Float(), 1.0, "strength of the adjustment"),
+    Option("ALGORITHM.DARP.APPLY", Bool, False, "refine pseudo-labels by DARP"),
+    Option("ALGORITHM.DARP.WARMUP_RATIO", FRACTION, 0.4, "fraction of the training before DARP begins"),
+    Option("ALGORITHM.DARP.PER_ITERS", COUNT, 10, "steps between refinements"),
+    Option("ALGORITHM.DARP.EST", Text, "darp_estim", "folder of the estimated class distributions"),
+    Option("ALGORITHM.DARP.ALPHA", NONNEGATIVE, 2.0, "fraction of pseudo-labels removed per class"),
+    Option("ALGORITHM.DARP.NUM_DARP_ITERS", COUNT, 10, "iterations of a refinement"),
+    Option("ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES", COUNT, 10, "images per class held out for the estimate"),
+    Option("ALGORITHM.DARP_ESTIM.THRESH_COND", ABOVE_ZERO, 100, "largest condition number of the confusion matrix"),
+    Option("DATASET.BUILDER", Choice("build_cifar10_dataset", "build_cifar100_dataset", "build_stl10_dataset",
+                                     "build_digits_dataset", "build_semi_aves_dataset"), "build_cifar10_dataset",
+           "builder that belongs to DATASET.NAME"),
+    Option("DATASET.NAME", Choice("cifar10", "cifar100", "stl10", "digits", "semi_aves"), "cifar10", "data set"),
+    Option("DATASET.ROOT", Text, "./data", "folder of the data sets"),
+    Option("DATASET.SAMPLER_NAME", Choice("RandomSampler", "ClassAwareSampler"), "RandomSampler",
+           "how labelled images are drawn"),
+    Option("DATASET.SAMPLER_BETA", FRACTION, 0.999, "of ClassAwareSampler: 0, as they are; 1, balanced"),
+    Option("DATASET.RESOLUTION", COUNT, 32, "width of the images", unit="pixels"),
+    Option("DATASET.NUM_VALID", WHOLE, 5000, "validation images in all"),
+    Option("DATASET.NUM_WORKERS", WHOLE, 8, "accepted; the data lie on the device"),
+    Option("DATASET.REVERSE_UL_DISTRIBUTION", Bool, False, "the rarest labelled class is the commonest unlabelled one"),
+    *long_tail("CIFAR10", 1500, 100, 3000, 100),
+    *long_tail("CIFAR100", 150, 10, 300, 10),
+    *long_tail("STL10", 450, 10, -1, -1, IntOrUnknown()),
+    Option("DATASET.TRANSFORM.STRONG_AUG", Bool, False, "strong views of unlabelled images"),
+    Option("SOLVER.IMS_PER_BATCH", COUNT, 64, "labelled images in a batch"),
+    Option("SOLVER.UNLABELED_BATCH_RATIO", COUNT, 1, "unlabelled images per labelled one in a batch"),
+    Option("SOLVER.MAX_ITER", COUNT, 250000, "length of the training", unit="steps"),
+    Option("SOLVER.BASE_LR", NONNEGATIVE, 0.03, "learning rate"),
+    Option("SOLVER.OPTIM_NAME", Choice("SGD", "Adam"), "SGD", "optimizer"),
+    Option("SOLVER.APPLY_SCHEDULER", Bool, False, "change the learning rate by SOLVER.LR_SCHEDULER_NAME"),
+    Option("SOLVER.SGD.MOMENTUM", FRACTION, 0.9, "of SGD"),
+    Option("SOLVER.SGD.WEIGHT_DECAY", NONNEGATIVE, 0.0005, "of SGD"),
+    Option("SOLVER.SGD.NESTEROV", Bool, True, "Nesterov momentum"),
+    Option("SOLVER.ADAM.BETA1", Float(0, 1, open="high"), 0.9, "of Adam"),
+    Option("SOLVER.ADAM.BETA2", Float(0, 1, open="high"), 0.999, "of Adam"),
+    Option("SOLVER.ADAM.EPS", NONNEGATIVE, 1e-08, "of Adam"),
+    Option("SOLVER.ADAM.WEIGHT_DECAY", NONNEGATIVE, 0.0, "of Adam"),
+    Option("SOLVER.LR_SCHEDULER_NAME", Choice("WarmupCosineLRFixMatch", "WarmupMultiStepLR"), "WarmupCosineLRFixMatch",
+           "schedule of the learning rate"),
+    Option("SOLVER.COS_LR_RATIO", NONNEGATIVE, 7, "end of the cosine, in sixteenths of a turn"),
+    Option("SOLVER.STEPS", IntTuple(0), (400000,), "milestones of WarmupMultiStepLR", unit="steps"),
+    Option("SOLVER.GAMMA", NONNEGATIVE, 0.2, "factor at each milestone"),
+    Option("SOLVER.RAMPDOWN_ITERS", WHOLE, 0, "never read"),
+    Option("SOLVER.WARMUP_FACTOR", FRACTION, 0.0, "factor at the first step"),
+    Option("SOLVER.WARMUP_ITERS", WHOLE, 0, "length of the warm-up", unit="steps"),
+    Option("SOLVER.WARMUP_METHOD", Choice("linear", "constant"), "linear", "form of the warm-up"),
+    Option("PERIODS.EVAL", COUNT, 500, "between evaluations; equals PERIODS.LOG", unit="steps"),
+    Option("PERIODS.CHECKPOINT", COUNT, 5000, "between checkpoints", unit="steps"),
+    Option("PERIODS.LOG", COUNT, 500, "between lines of the log", unit="steps"),
+    Option("OUTPUT_DIR", Text, "outputs", "folder of the runs"),
+    Option("RESUME", Text, "", "checkpoint to start from"),
+    Option("EVAL_ON_TEST_SET", Bool, True, "evaluate on the test set as well"),
+    Option("GPU_ID", Int(-1), 0, "-1: the CPU, as 0 where there is no GPU"),
+    Option("MEMO", Text, "", "end of the run folder's name"),
+    Option("SEED", Int(-1, 2 ** 32 - 1), -1, "of all draws; -1: drawn itself"),
+    Option("CUDNN_DETERMINISTIC", Bool, True, "deterministic algorithms of cuDNN"),
+    Option("CUDNN_BENCHMARK", Bool, False, "let cuDNN benchmark its algorithms"),
+)
 
 # Keys that the published code lacks.
-ADDED: dict[str, Any] = {
-    "MODEL.PRETRAINED": "",                  # weights of the ResNet34 encoder: a torchvision state_dict file
-    "MODEL.LOSS.FOCAL_GAMMA": 0.0,           # above 0: focal loss (Lin et al. 2017), with the class weights if asked
-    "ALGORITHM.USADTM.WITH_EMA_PROTOTYPE": False,
-    "ALGORITHM.ACR.TAU": 2.0,                # largest adjustment of the plain head's pseudo-labels
-    "ALGORITHM.ACR.TAU_BALANCED_LABELS": 2.0,  # adjustment of the pseudo-labels of the balanced head
-    "ALGORITHM.ACR.TAU_BALANCED": 2.0,       # of its loss on labelled images
-    "ALGORITHM.ACR.MOMENTUM": 0.99,          # of the estimated unlabelled class shares
-    "ALGORITHM.ACR.EPOCH": 500,              # iterations between two adaptations
-    "ALGORITHM.ACR.ESTIMATE_AFTER": 2500,    # iterations before the shares are estimated
-    "ALGORITHM.SIMPRO.MOMENTUM": 0.999,      # of the estimated unlabelled class shares
-    "ALGORITHM.SIMPRO.LABELED_WEIGHT": 0.0,  # of the labelled loss; 0: unlabelled batch ratio * labelled / unlabelled
-    "ALGORITHM.ABC.SCHEDULE": "published",   # 500 epochs of 500 iterations; or max_iter: over the whole run
-    "DATASET.DOWNLOAD": True,
-    "DATASET.AUG_PATH": "",                  # generated images that join the labelled ones: a folder a class
-    "DATASET.DIGITS.NUM_LABELED_HEAD": 40,
-    "DATASET.DIGITS.IMB_FACTOR_L": 10,
-    "DATASET.DIGITS.NUM_UNLABELED_HEAD": 70,
-    "DATASET.DIGITS.IMB_FACTOR_UL": 10,
-    "DATASET.SEMIAVES.UNLABELED": "in_out",  # in, out or in_out: which unlabelled images, of known or other species
-    "PRECISION": "auto",                     # fp32, bf16; auto: bf16 on a GPU that has it
-    "STRICT": False,                         # fp32, plain kernels, no channels_last
-    "COMPILE": False,                        # torch.compile of the encoder
-    "EVAL_BATCH": 512,
-    "TENSORBOARD": True,
-    "SAVE_SECONDS": 600.0,                   # also save after so many seconds; 0: by PERIODS.CHECKPOINT alone
-}
+ADDED = (
+    Option("MODEL.PRETRAINED", Text, "", "weights of the ResNet34 encoder: a torchvision state_dict file"),
+    Option("MODEL.LOSS.FOCAL_GAMMA", NONNEGATIVE, 0.0, "above 0: focal loss (Lin et al. 2017)"),
+    Option("ALGORITHM.USADTM.WITH_EMA_PROTOTYPE", Bool, False, "prototypes of the averaged network"),
+    Option("ALGORITHM.ACR.TAU", NONNEGATIVE, 2.0, "largest adjustment of the plain head's pseudo-labels"),
+    Option("ALGORITHM.ACR.TAU_BALANCED_LABELS", Float(), 2.0, "adjustment of the balanced head's pseudo-labels"),
+    Option("ALGORITHM.ACR.TAU_BALANCED", Float(), 2.0, "adjustment of the balanced head's labelled loss"),
+    Option("ALGORITHM.ACR.MOMENTUM", FRACTION, 0.99, "of the estimated unlabelled class distribution"),
+    Option("ALGORITHM.ACR.EPOCH", COUNT, 500, "between two adaptations", unit="steps"),
+    Option("ALGORITHM.ACR.ESTIMATE_AFTER", WHOLE, 2500, "before the distribution is estimated", unit="steps"),
+    Option("ALGORITHM.SIMPRO.MOMENTUM", FRACTION, 0.999, "of the estimated unlabelled class distribution"),
+    Option("ALGORITHM.SIMPRO.LABELED_WEIGHT", NONNEGATIVE, 0.0,
+           "of the labelled loss; 0: unlabelled batch ratio x labelled / unlabelled images"),
+    Option("ALGORITHM.ABC.SCHEDULE", Choice("published", "max_iter"), "published",
+           "500 epochs of 500 steps; max_iter: over the whole run"),
+    Option("DATASET.DOWNLOAD", Bool, True, "fetch a data set that is not in DATASET.ROOT"),
+    Option("DATASET.AUG_PATH", Text, "", "folder of generated images per class, which join the labelled ones"),
+    *long_tail("DIGITS", 40, 10, 70, 10),
+    Option("DATASET.SEMIAVES.UNLABELED", Choice("in", "out", "in_out"), "in_out",
+           "unlabelled images: of known species, of others, or both"),
+    Option("PRECISION", Choice("auto", "fp32", "bf16"), "auto", "auto: bf16 on a GPU that has it"),
+    Option("STRICT", Bool, False, "the paper's arithmetic: fp32, plain kernels"),
+    Option("COMPILE", Bool, False, "torch.compile the encoder"),
+    Option("EVAL_BATCH", COUNT, 512, "batch size of evaluations", unit="images"),
+    Option("TENSORBOARD", Bool, True, "write TensorBoard scalars"),
+    Option("SAVE_SECONDS", NONNEGATIVE, 600.0, "between checkpoints; 0: by PERIODS.CHECKPOINT alone", unit="seconds"),
+)
 
-DEFAULTS: dict[str, Any] = {**PUBLISHED, **ADDED}
-
-# Keys with few values.
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "MODEL.NAME": ("WRN", "ResNet34"),
-    "MODEL.LOSS.LABELED_LOSS": ("CrossEntropyLoss",),
-    "MODEL.LOSS.UNLABELED_LOSS": ("MSELoss", "CrossEntropyLoss"),
-    "MODEL.LOSS.COST_SENSITIVE.LOSS_OVERRIDE": ("", "LDAM"),
-    "ALGORITHM.CONS_RAMPUP_SCHEDULE": ("exp", "linear"),
-    "ALGORITHM.MIXMATCH.NUM_AUG": (2,),
-    "ALGORITHM.REMIXMATCH.NUM_AUG": (2,),
-    "ALGORITHM.ABC.SCHEDULE": ("published", "max_iter"),
-    "DATASET.BUILDER": ("build_cifar10_dataset", "build_cifar100_dataset", "build_stl10_dataset",
-                        "build_digits_dataset", "build_semi_aves_dataset"),
-    "DATASET.NAME": ("cifar10", "cifar100", "stl10", "digits", "semi_aves"),
-    "DATASET.SAMPLER_NAME": ("RandomSampler", "ClassAwareSampler"),
-    "DATASET.SEMIAVES.UNLABELED": ("in", "out", "in_out"),
-    "SOLVER.OPTIM_NAME": ("SGD", "Adam"),
-    "SOLVER.LR_SCHEDULER_NAME": ("WarmupCosineLRFixMatch", "WarmupMultiStepLR"),
-    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
-    "PRECISION": ("auto", "fp32", "bf16"),
-}
-# Keys whose values are below what makes sense under this bound.
-AT_LEAST: dict[str, float] = {
-    "MODEL.WIDTH": 1, "MODEL.NUM_CLASSES": 2, "MODEL.QUEUE.MAX_SIZE": 1, "SOLVER.IMS_PER_BATCH": 1,
-    "SOLVER.UNLABELED_BATCH_RATIO": 1, "SOLVER.MAX_ITER": 1, "SOLVER.BASE_LR": 0.0, "PERIODS.EVAL": 1,
-    "PERIODS.CHECKPOINT": 1, "PERIODS.LOG": 1, "DATASET.RESOLUTION": 1, "DATASET.NUM_VALID": 0, "EVAL_BATCH": 1,
-    "ALGORITHM.DASO.PL_DIST_UPDATE_PERIOD": 1, "ALGORITHM.DARP.PER_ITERS": 1, "ALGORITHM.CREST.GEN_PERIOD_STEPS": 1,
-    "ALGORITHM.ACR.EPOCH": 1, "ALGORITHM.SIMPRO.LABELED_WEIGHT": 0.0,
-    "DATASET.SAMPLER_BETA": 0.0, "SAVE_SECONDS": 0.0, "MODEL.LOSS.FOCAL_GAMMA": 0.0,
-}
+KEYS: dict[str, Option] = {option.key: option for option in (*PUBLISHED, *ADDED)}
+DEFAULTS: dict[str, Any] = {key: option.default for key, option in KEYS.items()}
