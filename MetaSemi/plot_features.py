@@ -8,14 +8,12 @@ unlabelled and the test images, with the classes in classes.npy. A GPU is used w
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from MetaSemi.core.options import COUNT, DATASETS
-from shared.cli import Parser, UserError, run_main
-from shared.flag_types import number
+from shared.cli import Choice, Flag, Int, Option, UserError, parse, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,27 +27,27 @@ COLOURS = ("lightcoral", "darkgreen", "cadetblue", "darkorange", "peru", "cornfl
 BATCH = 100
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line (None: this process's); UserError."""
-    parser = Parser(description=__doc__.strip().split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--dataset", choices=tuple(DATASETS), default="svhn", help="[svhn]")
-    parser.add_argument("--data-path", default="./data", metavar="", help="folder of the data sets [./data]")
-    parser.add_argument("--checkpoint-path", required=True, metavar="FILE", help="checkpoint.pth or model_best.pth")
-    parser.add_argument("--index-path", required=True, metavar="FILE", help="label_indices.txt of the run")
-    parser.add_argument("--save-path", required=True, metavar="DIR", help="folder of the figure")
-    parser.add_argument("--num-point", type=COUNT, default=None, metavar="N", help="draw at most so many unlabelled "
-                        "and so many test images [all]")
-    ours = parser.add_argument_group("beyond the published flags")
-    ours.add_argument("--embed-all", action="store_true", help="embed all images and choose afterwards, as published; "
-                      "otherwise the chosen ones alone, which is much faster")
-    ours.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, metavar="", help="of the choice and the "
-                      "embedding [0]")
-    ours.add_argument("--download", action="store_true", help="fetch missing files of the data set")
-    return parser.parse_args(argv)
+FLAGS = {
+    "published flags": (
+        Option("--dataset", Choice(*DATASETS), "svhn", "data set of the run"),
+        Option("--data-path", default="./data", metavar="DIR", help="folder of the data sets"),
+        Option("--checkpoint-path", required=True, metavar="FILE", help="checkpoint.pth or model_best.pth"),
+        Option("--index-path", required=True, metavar="FILE", help="label_indices.txt of the run"),
+        Option("--save-path", required=True, metavar="DIR", help="folder of the figure"),
+        Option("--num-point", COUNT, None, "draw at most so many unlabelled and so many test images",
+               default_help="all"),
+    ),
+    "beyond the published flags": (
+        Option("--embed-all", Flag, False, "embed all images and choose afterwards, as published; otherwise the chosen "
+               "ones alone, which is much faster"),
+        Option("--seed", Int(0, 2**32 - 1), 0, "of the choice and the embedding"),
+        Option("--download", Flag, False, "fetch missing files of the data set"),
+    ),
+}
 
 
-def main() -> None:
-    options = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(__doc__, FLAGS, argv)
     import numpy as np
 
     from shared import distributed

@@ -8,10 +8,10 @@ corrected by a meta-gradient; there is no other unlabelled loss.
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from types import SimpleNamespace
 
-from MetaSemi.core import options as command_line
+from MetaSemi.core import options as shared_options
 from MetaSemi.core.schedules import learning_rate
 from shared.cli import run_main
 
@@ -19,9 +19,18 @@ LINE = ("Step: [{step:05d}/{total}] Dtime: {dtime:.3f} Btime: {btime:.3f} loss: 
         "Lacc: {label_acc:.3f} (avg {label_acc_avg:.3f}) LR: {rate:.4f}")
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+FLAGS = {
+    "data and network": shared_options.DATA_AND_NETWORK,
+    "method": shared_options.MIX_UP,
+    "optimisation": shared_options.OPTIMISATION,
+    "running": shared_options.RUNNING,
+    "beyond the published flags": shared_options.OURS,
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     """Return the options of a command line (None: this process's); UserError."""
-    return command_line.parse(__doc__, meta=False, argv=argv)
+    return shared_options.read_options("train_baseline", __doc__, FLAGS, argv)
 
 
 def main() -> None:

@@ -7,19 +7,27 @@ Starts alone, under torchrun, and under torch.distributed.launch.
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from types import SimpleNamespace
 
-from MetaSemi.core import imagenet_options as command_line
+from MetaSemi.core import options as shared_options
 from shared.cli import run_main
 
 LINE = ("Ep[{epoch}/{epochs}] It[{step}/{length}] Bt {btime:.3f} Dt {dtime:.3f} Loss {loss:.3f} ({loss_avg:.3f}) "
         "Acc1 {acc1:.3f} ({acc1_avg:.3f}) Acc5 {acc5:.3f} ({acc5_avg:.3f}) LR {rate:.3E}")
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+FLAGS = {
+    "data and network": shared_options.IMAGENET_DATA,
+    "optimisation": shared_options.IMAGENET_OPTIMISATION,
+    "running": shared_options.IMAGENET_RUNNING,
+    "beyond the published flags": shared_options.IMAGENET_OURS,
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     """Return the options of a command line (None: this process's); UserError."""
-    return command_line.parse(__doc__, meta=False, argv=argv)
+    return shared_options.read_imagenet_options("train_imagenet", __doc__, FLAGS, argv)
 
 
 def main() -> None:

@@ -10,21 +10,39 @@ loss, or the labelled loss, and the squared distance to the pseudo-labels.
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from types import SimpleNamespace
 
-from MetaSemi.core import options as command_line
+from MetaSemi.core import options as shared_options
 from MetaSemi.core.schedules import compute_weight, learning_rate
-from shared.cli import run_main
+from shared.cli import Choice, Float, Option, run_main
 
 LINE = ("Step {step:05d} Dtime: {dtime:.3f} Btime: {btime:.3f} Lloss: {label_loss:.3f} (avg {label_loss_avg:.3f}) "
         "Uloss: {unlabel_loss:.3f} (avg {unlabel_loss_avg:.3f}) Lacc: {label_acc:.3f} (avg {label_acc_avg:.3f}) "
         "Uacc: {unlabel_acc:.3f} (avg {unlabel_acc_avg:.3f}) LR: {rate:.4f}")
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+FLAGS = {
+    "data and network": shared_options.DATA_AND_NETWORK,
+    "method": (
+        *shared_options.MIX_UP,
+        Option("--weight", Float(0), 1.0, "final weight of the unlabelled loss"),
+        shared_options.EPSILON,
+    ),
+    "optimisation": shared_options.OPTIMISATION,
+    "running": shared_options.RUNNING,
+    "beyond the published flags": (
+        *shared_options.META,
+        Option("--eval-gate", Choice("random", "half"), "random", "Shake-Shake gate in the gradient of evaluation "
+               "mode"),
+        *shared_options.OURS,
+    ),
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     """Return the options of a command line (None: this process's); UserError."""
-    return command_line.parse(__doc__, meta=True, argv=argv)
+    return shared_options.read_options("train_meta", __doc__, FLAGS, argv)
 
 
 def main() -> None:

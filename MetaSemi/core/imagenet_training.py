@@ -22,19 +22,21 @@ from MetaSemi.core.meters import Best, Meters
 from MetaSemi.core.schedules import CosAnnealingLR
 from MetaSemi.core.training import MEDIAN_OF, adopt, choose_precision
 from MetaSemi.core.validation import validate
+from MetaSemi.imagenet.records import RecordFile
+from MetaSemi.imagenet.views import CentreCrop, Epochs, RandomCrop
 from shared import distributed
 from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
-from shared.data.photograph_batches import Epochs, Request, batches, choose_decoder
-from shared.data.photographs import CentreCrop, Photographs, RandomCrop, RecordImages, draw_crops
+from shared.data.photographs import Photographs, Request
+from shared.data.pool import batches, choose_decoder
 from shared.distributed import World
 from shared.training.batchnorm import sync_batchnorm
 from shared.training.checkpoint import load_newest, read_checkpoint
 from shared.training.files import atomic
 from shared.training.hardware import computed_on
+from shared.training.log import Log
 from shared.training.precision import dtype_of, set_arithmetic
 from shared.training.randomness import numpy_rng
-from shared.training.log import Log
 from shared.training.run import Run
 
 CHECKPOINT, BEST, RESULT = "checkpoint.pth", "model_best.pth", "result.json"
@@ -104,9 +106,9 @@ class Training:
     def open(self, name: str) -> Photographs:
         """Open a record file of --data; UserError."""
         options = self.options
-        images = RecordImages(Path(options.data) / f"{name}.rec", options.skip_bad)
-        if images.file.skipped:
-            warnings.warn(f"{len(images.file.skipped)} bad records are left out, the first: {images.file.skipped[0]}",
+        images = RecordFile(Path(options.data) / f"{name}.rec", options.skip_bad)
+        if images.skipped:
+            warnings.warn(f"{len(images.skipped)} bad records are left out, the first: {images.skipped[0]}",
                           stacklevel=2)
         return Photographs(images, options.num_classes, options.skip_bad)
 
@@ -141,7 +143,7 @@ class Training:
             from tensorboardX import SummaryWriter
 
             self.board = SummaryWriter(str(folder))
-        shown = {key: value for key, value in vars(options).items() if key != "method"}
+        shown = {key: value for key, value in vars(options).items() if key not in ("method", "given")}
         self.say(f"Called with args: {argparse.Namespace(**shown)}")
         counts = ", ".join(f"{len(pool)} in {name}" for name, pool in self.pools.items())
         self.say(f"images: {counts}; {world.size} process(es) on {world.device.type}, {self.precision}, decoded by "
@@ -156,7 +158,7 @@ class Training:
     def request(self, name: str, step: int) -> Request:
         """Return which photographs of a pool this rank takes in a step, and how they are cropped."""
         part = self.world.slice(self.batch)
-        crops = draw_crops(self.batch, self.rng(step, f"{name} crops"), self.view)
+        crops = self.view.draw(self.batch, self.rng(step, f"{name} crops"))
         return Request(self.orders[name](step)[part], crops[part])
 
     def stream(self, name: str, first: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,117 +1,172 @@
-"""The command lines of train_meta.py and train_baseline.py: the published flags with their defaults, then ours.
-
-Nothing heavy is imported here, so that `--help` answers at once.
-"""
+"""The options that the training scripts share: the published flags with their defaults, then ours."""
 from __future__ import annotations
 
-import argparse
-import ast
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 
-from shared.cli import Parser, UserError
-from shared.flag_types import number
+from shared.cli import Choice, Flag, Float, Int, IntTuple, Option, UserError, parse
 
 DATASETS = {"cifar10": 10, "cifar100": 100, "svhn": 10, "digits": 10}
 ARCHITECTURES = ("convlarge", "shakeshake", "small")
-COUNT, WHOLE = number(int, 1), number(int, 0)
-NONNEGATIVE, SHARE, ABOVE_ZERO = number(float, 0), number(float, 0, 1), number(float, 1e-12)
+# torchvision's classifiers, all of them; MetaSemi/core/classifiers.py builds them.
+CLASSIFIERS = (
+    "alexnet", "convnext_base", "convnext_large", "convnext_small", "convnext_tiny", "densenet121", "densenet161",
+    "densenet169", "densenet201", *(f"efficientnet_b{size}" for size in range(8)), "efficientnet_v2_l",
+    "efficientnet_v2_m", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5", "mnasnet0_75",
+    "mnasnet1_0", "mnasnet1_3", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small",
+    *(f"regnet_{kind}_{size}" for kind in "xy" for size in ("16gf", "1_6gf", "32gf", "3_2gf", "400mf", "800mf", "8gf")),
+    "regnet_y_128gf", "resnet101", "resnet152", "resnet18", "resnet34", "resnet50", "resnext101_32x8d",
+    "resnext101_64x4d", "resnext50_32x4d", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5",
+    "shufflenet_v2_x2_0", "squeezenet1_0", "squeezenet1_1", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s",
+    "swin_v2_t", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vit_b_16",
+    "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32", "wide_resnet101_2", "wide_resnet50_2")
+COUNT, WHOLE, POSITIVE = Int(1), Int(0), Float(0, open=True)
+NOT_NEGATIVE, FRACTION = Float(0), Float(0, 1)
 
-# What may differ between a command and the run that it continues: nothing here changes the numbers.
+# What may differ between a command and the run that it continues: nothing here changes the numbers (`batch_size` of
+# ImageNet: that of all processes counts; decoders differ by a grey level at most).
 NOT_THE_METHOD = frozenset({"data_path", "download", "num_workers", "resume", "print_freq", "save_path", "gpu",
-                            "overwrite", "start_step"})
+                            "overwrite", "start_step", "given"})
+NOT_THE_METHOD_OF_IMAGENET = frozenset({
+    "data", "workers", "batch_size", "print_freq", "resume", "start_epoch", "save_path", "local_rank", "dali_cpu",
+    "gamma", "decoder", "device", "evaluate", "skip_bad", "iterations", "overwrite", "save_seconds", "given"})
+
+ALPHA = Option("--alpha", POSITIVE, 1.0, "mix-up coefficients are drawn from Beta(alpha, alpha)")
+EPSILON = Option("--epsilon", POSITIVE, 1e-2, "L2 norm of the perturbation of the weights")
+RESUME = Option("--resume", metavar="FILE", help="checkpoint to continue (the same command again continues without it)")
+
+# ---------------------------------------------------------------- train_meta.py and train_baseline.py
+
+DATA_AND_NETWORK = (
+    Option("--dataset", Choice(*DATASETS), "cifar10", "digits: 1,797 handwritten digits, no files needed"),
+    Option("--data-path", default="./data", metavar="DIR", help="folder of the data sets"),
+    Option("--num-label", COUNT, 4000, "labelled images in all, equally many of every class"),
+    Option("-a --architecture", Choice(*ARCHITECTURES), "convlarge", "small: for the digits"),
+)
+MIX_UP = (
+    Option("--mix-up", Flag, False, "mix labelled with unlabelled images, in place of the labelled loss"),
+    ALPHA,
+)
+OPTIMISATION = (
+    Option("--total-steps", COUNT, 400000, "end of the training"),
+    Option("--start-step", WHOLE, 0, "first step of a new run"),
+    Option("--batch-size", COUNT, 128, "labelled images in a batch of all processes, and as many unlabelled ones"),
+    Option("--lr", NOT_NEGATIVE, 0.1, "highest learning rate, and meta-rate of train_meta.py"),
+    Option("--warmup", WHOLE, 4000, "steps over which the learning rate, and the weight of the unlabelled loss, rise"),
+    Option("--gamma", NOT_NEGATIVE, 0.1, "factor on the learning rate behind each milestone"),
+    Option("--milestones", IntTuple(0), (300000, 350000), "steps of these decays"),
+    Option("--weight-decay", NOT_NEGATIVE, 1e-4, "on all parameters"),
+    Option("--momentum", FRACTION, 0.9, "of SGD"),
+)
+RUNNING = (
+    Option("--num-workers", WHOLE, 4, "accepted; images are prepared on the device, in whole batches"),
+    RESUME,
+    Option("--seed", WHOLE, 1234, "of the labelled split, weights and all draws"),
+    Option("--print-freq", COUNT, 100, "steps between lines of the log"),
+    Option("--test-freq", COUNT, 400, "steps between evaluations, each followed by a checkpoint"),
+    Option("--save-path", default="./results/tmp", metavar="DIR", help="folder of the run"),
+    Option("--gpu", Flag, False, "use a GPU (each process its own); without it the CPU"),
+)
+
+# ---------------------------------------------------------------- train_meta_imagenet.py and train_imagenet.py
+
+IMAGENET_DATA = (
+    Option("--data", default="./data", metavar="DIR", help="folder of the nine files that im2rec.py writes"),
+    Option("-a --arch", Choice(*CLASSIFIERS), "resnet18", "a classifier of torchvision"),
+    Option("--num-classes", COUNT, 1000, "classes"),
+    Option("--imsize", COUNT, 256, "shorter side of a validation image before its centre is cut out"),
+    Option("--imcrop", COUNT, 224, "side of the images that the network sees"),
+    Option("-j --workers", COUNT, 4, "threads of a process that decode images"),
+)
+IMAGENET_OPTIMISATION = (
+    Option("--batch-size", COUNT, 64, "labelled images in a batch of one process; train_meta_imagenet.py: and as many "
+           "unlabelled ones"),
+    Option("--epochs", COUNT, 600, "passes over the labelled images; train_meta_imagenet.py: the unlabelled ones"),
+    Option("--start-epoch", WHOLE, 0, "first epoch of a new run"),
+    Option("--lr --learning-rate", NOT_NEGATIVE, 0.1, "highest learning rate, whatever the batch size"),
+    Option("--warmup", WHOLE, 5, "epochs over which the learning rate rises; then half a cosine"),
+    Option("--gamma", NOT_NEGATIVE, 0.1, "accepted; the schedule has no use for it"),
+    Option("--momentum", FRACTION, 0.9, "of SGD"),
+    Option("--wd --weight-decay", NOT_NEGATIVE, 1e-4, "on all parameters", key="weight_decay"),
+)
+IMAGENET_RUNNING = (
+    RESUME,
+    Option("--save-path", default="results/tmp", metavar="DIR", help="folder of the run"),
+    Option("--print-freq", COUNT, 50, "iterations between lines of the log"),
+    Option("--local_rank --local-rank", WHOLE, None, "given by torch.distributed.launch"),
+    Option("--dali-cpu", Flag, False, "decode on the CPU although there is a GPU"),
+)
+
+# ---------------------------------------------------------------- beyond the published flags
+
+META = (
+    Option("--meta-grad", Choice("finite", "exact"), "finite", "finite difference, or exactly by forward-mode "
+           "differentiation"),
+    Option("--local-meta", Flag, False, "with several processes: each takes the gradient of its own labelled images "
+           "(default: of the whole batch)"),
+    Option("--meta-lr", NOT_NEGATIVE, 1.0, "factor on the meta-rate"),
+)
+ARITHMETIC = (
+    Option("--precision", Choice("auto", "fp32", "bf16"), "auto", "auto: bf16 on GPUs that have it, else fp32"),
+    Option("--strict", Flag, False, "the paper's arithmetic: fp32 without TF32, deterministic kernels, nothing fused"),
+)
+OVERWRITE = Option("--overwrite", Flag, False, "start anew where the folder holds a run with other settings (without "
+                   "it: an error)")
+OURS = (
+    *ARITHMETIC,
+    Option("--compile", Flag, False, "torch.compile the network"),
+    Option("--download", Flag, False, "fetch missing files of the data set"),
+    OVERWRITE,
+)
+IMAGENET_OURS = (
+    Option("--seed", WHOLE, 12, "of the weights and all draws"),
+    Option("--evaluate", Flag, False, "measure the network of --resume, or of the run in --save-path, on the "
+           "validation images and stop"),
+    Option("--skip-bad", Flag, False, "leave out records that cannot be read, and count them"),
+    Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "auto: NVIDIA DALI where it is installed"),
+    Option("--iterations", COUNT, None, "stop after so many iterations, for a trial; the schedule stays that of "
+           "--epochs"),
+    Option("--save-seconds", NOT_NEGATIVE, 600.0, "time between two checkpoints, one of which follows every epoch",
+           unit="s"),
+    *ARITHMETIC,
+    Option("--device", metavar="NAME", help="cpu, cuda or cuda:1", default_help="the GPUs where there are any"),
+    OVERWRITE,
+)
 
 
-def milestones(text: str) -> tuple[int, ...]:
-    """Read "[300000, 350000]" or "300000,350000"."""
-    try:
-        value = ast.literal_eval(text.strip() or "[]")
-    except (ValueError, SyntaxError):
-        value = None
-    steps = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if not all(type(step) is int and step >= 0 for step in steps):
-        raise argparse.ArgumentTypeError(f"expected steps such as [300000, 350000], got {text!r}")
-    return steps
-
-
-def parse(description: str, meta: bool, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of train_meta.py (meta) or train_baseline.py; raise UserError for what does not fit.
+def read_options(script: str, doc: str, flags: Mapping[str, Sequence[Option]],
+                 argv: Sequence[str] | None) -> SimpleNamespace:
+    """Return the options of train_meta.py or train_baseline.py; raise UserError for what does not fit.
 
     The result also has `num_classes`, and `method`: the options that decide the numbers, as plain values.
     """
-    parser = Parser(description=description.strip().split("\n\n")[0], allow_abbrev=False)
-    add_published(parser, meta)
-    add_ours(parser, meta)
-    options = parser.parse_args(argv)
+    options = parse(doc, flags, argv)
     options.num_classes = DATASETS[options.dataset]
+    return _with_method(options, script, check, NOT_THE_METHOD)
+
+
+def read_imagenet_options(script: str, doc: str, flags: Mapping[str, Sequence[Option]],
+                          argv: Sequence[str] | None) -> SimpleNamespace:
+    """Return the options of train_meta_imagenet.py or train_imagenet.py, with `method`; see `read_options`."""
+    options = parse(doc, flags, argv)
+    # A launcher of former times says it by the flag alone.
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    return _with_method(options, script, check_imagenet, NOT_THE_METHOD_OF_IMAGENET)
+
+
+def _with_method(options: SimpleNamespace, script: str, check: Callable[[SimpleNamespace], None],
+                 other: frozenset[str]) -> SimpleNamespace:
+    if options.precision == "bf16" and options.strict:
+        raise UserError("--strict is fp32; leave out --precision bf16")
     check(options)
-    options.method = {"script": "train_meta" if meta else "train_baseline",
-                      **{key: value for key, value in sorted(vars(options).items()) if key not in NOT_THE_METHOD}}
+    options.method = {"script": script,
+                      **{key: value for key, value in sorted(vars(options).items()) if key not in other}}
     return options
 
 
-def add_published(parser: Parser, meta: bool) -> None:
-    def add(*names: str, kind: Any = None, default: Any = None, text: str = "", **more: Any) -> None:
-        shown = "" if default is None else f" [{list(default) if isinstance(default, tuple) else default}]"
-        group.add_argument(*names, default=default, help=text + shown,
-                           **({"type": kind, "metavar": ""} if kind else {}), **more)
-
-    group = parser.add_argument_group("data and network")
-    add("--dataset", default="cifar10", choices=tuple(DATASETS), text="digits: 1,797 handwritten digits, no files "
-        "needed")
-    add("--data-path", kind=str, default="./data", text="folder of the data sets")
-    add("--num-label", kind=COUNT, default=4000, text="labelled images in all, equally many of every class")
-    add("-a", "--architecture", default="convlarge", choices=ARCHITECTURES, text="small: for the digits")
-    group = parser.add_argument_group("method")
-    group.add_argument("--mix-up", action="store_true", help="mix labelled with unlabelled images, in place of the "
-                       "labelled loss")
-    add("--alpha", kind=ABOVE_ZERO, default=1.0, text="mix-up coefficients are drawn from Beta(alpha, alpha)")
-    if meta:
-        add("--weight", kind=NONNEGATIVE, default=1.0, text="final weight of the unlabelled loss")
-        add("--epsilon", kind=ABOVE_ZERO, default=1e-2, text="L2 norm of the perturbation of the weights")
-    group = parser.add_argument_group("optimisation")
-    add("--total-steps", kind=COUNT, default=400000, text="end of the training")
-    add("--start-step", kind=WHOLE, default=0, text="first step of a new run")
-    add("--batch-size", kind=COUNT, default=128, text="labelled images in a batch of all processes, and as many "
-        "unlabelled ones")
-    add("--lr", kind=NONNEGATIVE, default=0.1, text="highest learning rate" + (", and meta-rate" if meta else ""))
-    add("--warmup", kind=WHOLE, default=4000, text="steps over which the learning rate" +
-        (" and the unlabelled weight rise" if meta else " rises"))
-    add("--gamma", kind=NONNEGATIVE, default=0.1, text="factor on the learning rate behind each milestone")
-    add("--milestones", kind=milestones, default=(300000, 350000), text="steps of these decays")
-    add("--weight-decay", kind=NONNEGATIVE, default=1e-4, text="on all parameters")
-    add("--momentum", kind=SHARE, default=0.9, text="of SGD")
-    group = parser.add_argument_group("running")
-    add("--num-workers", kind=WHOLE, default=4, text="accepted; images are prepared on the device, in whole batches")
-    add("--resume", kind=str, text="checkpoint to continue (the same command again continues without it)")
-    add("--seed", kind=number(int, 0, 2 ** 63 - 1), default=1234, text="of the labelled split, weights and all draws")
-    add("--print-freq", kind=COUNT, default=100, text="steps between lines of the log")
-    add("--test-freq", kind=COUNT, default=400, text="steps between evaluations, each followed by a checkpoint")
-    add("--save-path", kind=str, default="./results/tmp", text="folder of the run")
-    group.add_argument("--gpu", action="store_true", help="use a GPU (each process its own); without it the CPU")
-
-
-def add_ours(parser: Parser, meta: bool) -> None:
-    group = parser.add_argument_group("beyond the published flags")
-    if meta:
-        group.add_argument("--meta-grad", choices=("finite", "exact"), default="finite", help="finite difference, or "
-                           "exactly by forward-mode differentiation [finite]")
-        group.add_argument("--local-meta", action="store_true", help="with several processes: each takes the gradient "
-                           "of its own labelled images (default: of the whole batch)")
-        group.add_argument("--meta-lr", type=NONNEGATIVE, default=1.0, metavar="", help="factor on the meta-rate [1.0]")
-        group.add_argument("--eval-gate", choices=("random", "half"), default="random", help="Shake-Shake gate in the "
-                           "gradient of evaluation mode [random]")
-    group.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                       help="auto: bf16 on GPUs that have it, else fp32")
-    group.add_argument("--strict", action="store_true", help="the paper's arithmetic: fp32 without TF32, deterministic "
-                       "kernels, nothing fused")
-    group.add_argument("--compile", action="store_true", help="torch.compile the network")
-    group.add_argument("--download", action="store_true", help="fetch missing files of the data set")
-    group.add_argument("--overwrite", action="store_true", help="start anew where the folder holds a run with other "
-                       "settings (without it: an error)")
-
-
-def check(options: argparse.Namespace) -> None:
+def check(options: SimpleNamespace) -> None:
     """Refuse combinations that no single flag shows; UserError."""
     per_class = options.num_label // options.num_classes
     if not per_class:
@@ -123,5 +178,17 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"-a {options.architecture} is for images of 32x32, the digits are 8x8: give -a small")
     if options.architecture == "small" and options.dataset != "digits":
         raise UserError(f"-a small is for the digits; give -a convlarge or -a shakeshake for {options.dataset}")
-    if options.precision == "bf16" and options.strict:
-        raise UserError("--strict is fp32; leave out --precision bf16")
+
+
+def check_imagenet(options: SimpleNamespace) -> None:
+    """Refuse what no single flag shows; UserError."""
+    if options.imsize < options.imcrop:
+        raise UserError(f"--imsize {options.imsize} is smaller than --imcrop {options.imcrop}; validation images are "
+                        "cut out of the resized ones")
+    if options.start_epoch >= options.epochs:
+        raise UserError(f"--start-epoch {options.start_epoch} must be less than --epochs {options.epochs}")
+    if not os.path.isdir(options.data):
+        raise UserError(f"--data: there is no folder {options.data}; expected one with the files of im2rec.py "
+                        "(train_label, train_unlabel and val, each .rec and .idx)")
+    if options.resume is not None and not os.path.isfile(options.resume):
+        raise UserError(f"--resume: there is no file {options.resume}; leave it out to start from the beginning")

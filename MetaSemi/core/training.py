@@ -59,7 +59,8 @@ class Training:
         self.run: Run | None = None
         self.unwritten: list[str] = []
         self.say("Called with args:")
-        self.say(str(argparse.Namespace(**{key: value for key, value in vars(options).items() if key != "method"})))
+        shown = {key: value for key, value in vars(options).items() if key not in ("method", "given")}
+        self.say(str(argparse.Namespace(**shown)))
         self.say("Loading data...")
         folder = Path(options.save_path)
         train, test = (load_dataset(options.dataset, part, options.data_path, options.download)

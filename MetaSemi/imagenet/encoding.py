@@ -4,26 +4,26 @@ All of it on the CPU with Pillow, in the processes of `packing`.
 """
 from __future__ import annotations
 
-import argparse
 import io
 import os
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from shared.cli import UserError
-from shared.data.image_files import open_image
+from shared.data.images import open_image
 
 EXIF_ORIENTATION = 0x0112
 
 
-def payloads(paths: Sequence[str], options: argparse.Namespace) -> list[bytes | UserError]:
+def payloads(paths: Sequence[str], options: SimpleNamespace) -> list[bytes | UserError]:
     """Return for each path below the root the bytes of its image as they are to be stored, or why there are none."""
     return [payload(os.path.join(options.root, path), options) for path in paths]
 
 
-def payload(path: str, options: argparse.Namespace) -> bytes | UserError:
+def payload(path: str, options: SimpleNamespace) -> bytes | UserError:
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -36,7 +36,7 @@ def payload(path: str, options: argparse.Namespace) -> bytes | UserError:
     return data if options.pass_through else encode(transform(image, options), options)
 
 
-def transform(image: Image.Image, options: argparse.Namespace) -> Image.Image:
+def transform(image: Image.Image, options: SimpleNamespace) -> Image.Image:
     """Return the image as it is to be stored: gray or RGB, its central square, its shorter side resized."""
     if options.color >= 0:
         if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
@@ -75,7 +75,7 @@ def resize_bilinear(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.rint(rows[:, left] * (1 - across) + rows[:, right] * across).astype(np.uint8)
 
 
-def encode(image: Image.Image, options: argparse.Namespace) -> bytes:
+def encode(image: Image.Image, options: SimpleNamespace) -> bytes:
     stream = io.BytesIO()
     if options.encoding == ".png":
         image.save(stream, "PNG", compress_level=min(options.quality, 9))

@@ -8,73 +8,66 @@ given again.
 """
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import re
 from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 
-from shared.cli import Parser, UserError, run_main
+from shared.cli import Choice, Flag, Float, Int, Option, UserError, parse, run_main
 from shared.training.files import atomic
 from shared.training.progress import progress
 
 SHUFFLE_SEED = 100
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("prefix", help="of the .lst, .rec and .idx files")
-    parser.add_argument("root", help="folder that holds the images")
-    lists = parser.add_argument_group("making a list")
-    lists.add_argument("--list", action="store_true", help="write .lst files and stop")
-    lists.add_argument("--exts", nargs="+", default=[".jpeg", ".jpg", ".png"], help="endings of image files")
-    lists.add_argument("--chunks", type=int, default=1, help="cut the list into so many")
-    lists.add_argument("--train-ratio", type=float, default=1.0, help="share of each list for _train.lst")
-    lists.add_argument("--test-ratio", type=float, default=0.0, help="share for _test.lst; the rest is _val.lst")
-    lists.add_argument("--recursive", action="store_true", help="go into sub-folders; each is a class")
-    lists.add_argument("--no-shuffle", dest="shuffle", action="store_false", help="keep the order of the folders")
-    lists.add_argument("--classes", metavar="FILE", help="names of the class folders in label order, one a line "
-                       "(default: the folders found, in sorted order)")
-    records = parser.add_argument_group("packing records")
-    records.add_argument("--pass-through", action="store_true", help="store the files' bytes unchanged")
-    records.add_argument("--resize", type=int, default=0, help="length of the shorter edge; 0: keep the size")
-    records.add_argument("--center-crop", action="store_true", help="cut out the central square first")
-    records.add_argument("--quality", type=int, default=95, help="JPEG quality 1-100, or PNG compression 1-9")
-    records.add_argument("--num-thread", type=int, default=None, help="workers (default: one a core)")
-    records.add_argument("--color", type=int, choices=(-1, 0, 1), default=1, help="1 colour, 0 gray, -1 as it is")
-    records.add_argument("--encoding", choices=(".jpg", ".png"), default=".jpg")
-    records.add_argument("--pack-label", action="store_true", help="store all labels of a list with several")
-    records.add_argument("--verify", action="store_true", help="with --pass-through: decode every image, to be sure")
-    records.add_argument("--skip-bad", action="store_true", help="leave out what cannot be read, and count it")
-    options = parser.parse_args(argv)
+FLAGS = {
+    "files": (
+        Option("prefix", required=True, help="of the .lst, .rec and .idx files"),
+        Option("root", required=True, help="folder that holds the images"),
+    ),
+    "making a list": (
+        Option("--list", Flag, False, "write .lst files and stop"),
+        Option("--exts", default=(".jpeg", ".jpg", ".png"), many=True, metavar="EXT", help="endings of image files"),
+        Option("--chunks", Int(1), 1, "cut the list into so many"),
+        Option("--train-ratio", Float(0, 1), 1.0, "fraction of each list for _train.lst"),
+        Option("--test-ratio", Float(0, 1), 0.0, "fraction for _test.lst; the rest is _val.lst"),
+        Option("--recursive", Flag, False, "go into sub-folders; each is a class"),
+        Option("--no-shuffle", Flag, False, "keep the order of the folders"),
+        Option("--classes", metavar="FILE", help="names of the class folders in label order, one a line",
+               default_help="the folders found, in sorted order"),
+    ),
+    "packing records": (
+        Option("--pass-through", Flag, False, "store the files' bytes unchanged"),
+        Option("--resize", Int(0), 0, "length of the shorter edge; 0: keep the size", unit="pixels"),
+        Option("--center-crop", Flag, False, "cut out the central square first"),
+        Option("--quality", Int(1, 100), 95, "JPEG quality 1-100, or PNG compression 1-9"),
+        Option("--num-thread", Int(1), None, "workers", default_help="one a core"),
+        Option("--color", Int(-1, 1), 1, "1 colour, 0 gray, -1 as it is"),
+        Option("--encoding", Choice(".jpg", ".png"), ".jpg", "format of the records"),
+        Option("--pack-label", Flag, False, "store all labels of a list with several"),
+        Option("--verify", Flag, False, "with --pass-through: decode every image, to be sure"),
+        Option("--skip-bad", Flag, False, "leave out what cannot be read, and count it"),
+    ),
+}
+
+
+def read_options(argv: Sequence[str] | None = None) -> SimpleNamespace:
+    """Return the options of a command line (None: this process's); UserError."""
+    options = parse(__doc__, FLAGS, argv)
     options.prefix, options.root = os.path.abspath(options.prefix), os.path.abspath(options.root)
-    check(options)
-    return options
-
-
-def check(options: argparse.Namespace) -> None:
     if not os.path.isdir(options.root):
         raise UserError(f"root: there is no folder {options.root}")
-    if options.chunks < 1:
-        raise UserError(f"--chunks {options.chunks}: expected at least 1")
-    if options.num_thread is not None and options.num_thread < 1:
-        raise UserError(f"--num-thread {options.num_thread}: expected at least 1")
-    if options.resize < 0:
-        raise UserError(f"--resize {options.resize}: expected a length in pixels, or 0 to keep the size")
-    if not 1 <= options.quality <= 100:
-        raise UserError(f"--quality {options.quality}: expected 1 to 100 (PNG: 1 to 9)")
-    if not (0 <= options.train_ratio <= 1 and 0 <= options.test_ratio <= 1):
-        raise UserError(f"--train-ratio {options.train_ratio} --test-ratio {options.test_ratio}: expected shares of "
-                        "at most 1 together")
     if options.train_ratio < 1 and options.train_ratio + options.test_ratio > 1:
         raise UserError(f"--train-ratio {options.train_ratio} and --test-ratio {options.test_ratio} are more than 1 "
                         "together")
+    return options
 
 
-def main() -> None:
-    options = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = read_options(argv)
     if options.list:
         write_lists(options)
         return
@@ -86,7 +79,7 @@ def main() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- lists
 
-def write_lists(options: argparse.Namespace) -> None:
+def write_lists(options: SimpleNamespace) -> None:
     """Write the .lst files and print the label of every folder; UserError where there is no image."""
     exts = set(options.exts)
     found = list(progress(walk(options.root, exts) if options.recursive else flat(options.root, exts), "listing",
@@ -100,7 +93,7 @@ def write_lists(options: argparse.Namespace) -> None:
         for folder, label in labels.items():
             print(folder or ".", label)
     lines = [f"{number}\t{labels[os.path.dirname(path)]:f}\t{path}\n" for number, path in enumerate(found)]
-    if options.shuffle:
+    if not options.no_shuffle:
         random.Random(SHUFFLE_SEED).shuffle(lines)
     for suffix, part in parts(lines, options.chunks, options.train_ratio, options.test_ratio):
         with atomic(f"{options.prefix}{suffix}.lst", "w") as file:

@@ -5,7 +5,6 @@ their final names when they are complete.
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from MetaSemi.imagenet.records import BytesLike, encode_record, magic_words, record_head
@@ -76,7 +76,7 @@ def read_list(path: Path) -> list[Entry]:
     return entries
 
 
-def pack(path: Path, options: argparse.Namespace) -> None:
+def pack(path: Path, options: SimpleNamespace) -> None:
     """Write the record and index files of the list `path`. Raises UserError naming the first bad image.
 
     options: those of im2rec.py.
@@ -104,7 +104,7 @@ def pack(path: Path, options: argparse.Namespace) -> None:
     print(f"{path.with_suffix('.rec')}: {output.records} records, {output.size} bytes{skipped}")
 
 
-def key(path: Path, options: argparse.Namespace) -> str:
+def key(path: Path, options: SimpleNamespace) -> str:
     """Return what a stopped packing must agree on to be continued."""
     names = ("root", "pass_through", "resize", "center_crop", "quality", "color", "encoding", "pack_label", "verify",
              "skip_bad")
@@ -112,14 +112,14 @@ def key(path: Path, options: argparse.Namespace) -> str:
     return hashlib.sha256(settings.encode() + path.read_bytes()).hexdigest()
 
 
-def only_first(entry: Entry, options: argparse.Namespace) -> bool:
+def only_first(entry: Entry, options: SimpleNamespace) -> bool:
     """Return whether a record keeps the first label alone."""
     return not (options.pack_label and len(entry.labels) > 1)
 
 
 # ------------------------------------------------------------------------------------------------- encoding the images
 
-def encoded(chunks: Iterator[list[Entry]], output: Output, options: argparse.Namespace) -> Iterator[Block]:
+def encoded(chunks: Iterator[list[Entry]], output: Output, options: SimpleNamespace) -> Iterator[Block]:
     """Write the chunks of the list, their images decoded in processes, and yield each block that was written."""
     from MetaSemi.imagenet.encoding import payloads  # Pillow is loaded only where images are looked at
     from shared.data.parallel import cores, ordered_map
@@ -137,7 +137,7 @@ def encoded(chunks: Iterator[list[Entry]], output: Output, options: argparse.Nam
         yield block
 
 
-def join(entries: Sequence[Entry], images: Sequence[BytesLike | UserError], options: argparse.Namespace) -> Block:
+def join(entries: Sequence[Entry], images: Sequence[BytesLike | UserError], options: SimpleNamespace) -> Block:
     """Return the block of these entries. images: what each is to hold, or why there is nothing."""
     data, index, bad = bytearray(), [], []
     for entry, image in zip(entries, images, strict=True):
@@ -157,7 +157,7 @@ def join(entries: Sequence[Entry], images: Sequence[BytesLike | UserError], opti
 
 # -------------------------------------------------------------------------------------------------- copying the images
 
-def copied(chunks: Iterator[list[Entry]], output: Output, options: argparse.Namespace) -> Iterator[Block]:
+def copied(chunks: Iterator[list[Entry]], output: Output, options: SimpleNamespace) -> Iterator[Block]:
     """Write the chunks of the list, their files' bytes unchanged, and yield each block that was written.
 
     Threads read a chunk each into memory of their own. Where it belongs in the record file is known as soon as the
@@ -198,7 +198,7 @@ def copied(chunks: Iterator[list[Entry]], output: Output, options: argparse.Name
         os.close(root)
 
 
-def read(entries: Sequence[Entry], root: int, buffer: bytearray, options: argparse.Namespace) -> Block:
+def read(entries: Sequence[Entry], root: int, buffer: bytearray, options: SimpleNamespace) -> Block:
     """Return the block of these entries, their files read to where they belong in `buffer`, which grows as it must.
 
     root: handle of the folder that their paths are relative to.

@@ -137,6 +137,11 @@ class RecordFile:
         labels = struct.unpack_from(f"<{count}f", content, HEADER.size) if count else (label,)
         return Record(identity, labels, content[first:])
 
+    def get(self, position: int) -> tuple[bytes, float]:
+        """Return image and label of a record, of several labels the first, -1 without any; raises Damaged."""
+        record = self.read(position)
+        return record.payload, record.labels[0] if record.labels else -1.0
+
     def _parts(self, data: bytes, position: int, end: int) -> Iterator[BytesLike]:
         at, kind = 0, FIRST
         while kind in (FIRST, MIDDLE):

@@ -9,7 +9,6 @@ every machine. The same command continues where an earlier one was stopped.
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import os
@@ -17,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from shared.cli import Parser, UserError, run_main
+from shared.cli import Flag, Float, Int, Option, UserError, parse, run_main
 from shared.training.files import atomic, make_dir
 from shared.training.progress import progress
 
@@ -25,25 +24,19 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 LISTS = {"labeled": "train_labeled.txt", "unlabeled": "train_unlabeled.txt"}
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--data-path", required=True, metavar="DIR", help="folder that holds train/<wnid>/<file>")
-    parser.add_argument("--list-path", default="./imagenet_split", metavar="DIR",
-                        help="folder of the two lists, read where they exist and made where not [./imagenet_split]")
-    parser.add_argument("--per-class", type=int, default=128, metavar="K", help="labelled images of each class [128]")
-    parser.add_argument("--fraction", type=float, metavar="F", help="label this share of each class instead")
-    parser.add_argument("--seed", type=int, default=0, help="another seed labels other images [0]")
-    parser.add_argument("--copy", action="store_true", help="copy the images (another 140 GB) instead of linking them")
-    options = parser.parse_args(argv)
-    if options.per_class < 1:
-        raise UserError(f"--per-class {options.per_class}: at least one image of each class must be labelled")
-    if options.fraction is not None and not 0 < options.fraction < 1:
-        raise UserError(f"--fraction {options.fraction}: expected a number between 0 and 1")
-    return options
+FLAGS = (
+    Option("--data-path", required=True, metavar="DIR", help="folder that holds train/<wnid>/<file>"),
+    Option("--list-path", default="./imagenet_split", metavar="DIR", help="folder of the two lists, read where they "
+           "exist and made where not"),
+    Option("--per-class", Int(1), 128, "labelled images of each class"),
+    Option("--fraction", Float(0, 1, open=True), None, "label this fraction of each class instead"),
+    Option("--seed", Int(), 0, "another seed labels other images"),
+    Option("--copy", Flag, False, "copy the images (another 140 GB) instead of linking them"),
+)
 
 
-def main() -> None:
-    options = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(__doc__, FLAGS, argv)
     data = Path(options.data_path)
     train = data / "train"
     if not train.is_dir():

@@ -50,7 +50,7 @@ def test_lists(name: str, tmp_path: Path) -> None:
     made = tmp_path / "made"
     made.mkdir()
     root = tmp_path / case.get("root", "tree")
-    im2rec.write_lists(im2rec.parse([str(made / "out"), str(root), "--list", *case["flags"]]))
+    im2rec.write_lists(im2rec.read_options([str(made / "out"), str(root), "--list", *case["flags"]]))
     assert {path.name: path.read_bytes().decode() for path in made.iterdir()} == case["files"]
 
 
@@ -63,7 +63,7 @@ def test_records(name: str, tmp_path: Path) -> None:
     path.write_text(case["lst"])
     # As the original does, whatever cannot be read is left out.
     flags = [str(path.with_suffix("")), str(tmp_path / case["root"]), *case["flags"], "--skip-bad"]
-    pack(path, im2rec.parse(flags))
+    pack(path, im2rec.read_options(flags))
     served = {"root", "flags", "lst"}
     if "idx" in case:
         served |= {"idx", "rec"}

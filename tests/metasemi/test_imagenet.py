@@ -17,7 +17,7 @@ import torchvision
 
 from MetaSemi.core import imagenet_training
 from MetaSemi.core.classifiers import make_classifier
-from MetaSemi.core.imagenet_options import ARCHITECTURES
+from MetaSemi.core.options import CLASSIFIERS
 from MetaSemi.imagenet.records import RecordFile
 from shared.cli import UserError
 from shared.training.checkpoint import read_checkpoint
@@ -178,12 +178,12 @@ def test_two_ranks_equal_one(name: str, data: Path, tmp_path: Path) -> None:
 
 
 def test_networks_are_those_of_torchvision() -> None:
-    assert set(ARCHITECTURES) == set(torchvision.models.list_models(module=torchvision.models))
+    assert set(CLASSIFIERS) == set(torchvision.models.list_models(module=torchvision.models))
 
 
 @pytest.mark.parametrize(("name", "side"), [
     ("googlenet", 32), *(pytest.param(name, {"maxvit_t": 224, "vit_h_14": 56}.get(name, 96),
-                                                                  marks=pytest.mark.slow) for name in ARCHITECTURES)])
+                                                                  marks=pytest.mark.slow) for name in CLASSIFIERS)])
 def test_network_gives_one_vector_of_logits(name: str, side: int) -> None:
     """In train mode too, where some of torchvision's give more."""
     net = make_classifier(name, 7, side)
@@ -229,7 +229,7 @@ class TestBadInput:
 
     def test_unknown_network(self, data: Path) -> None:
         assert 'did you mean "resnet18"' in self.error("meta", data, "-a", "resnet81")
-        assert "unknown network" in self.error("meta", data, "-a", "__import__('os')")
+        assert "unknown name" in self.error("meta", data, "-a", "__import__('os')")
 
     def test_label_beyond_the_classes(self, data: Path) -> None:
         message = self.error("baseline", data, "--num-classes", "2")
