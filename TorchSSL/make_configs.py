@@ -1,23 +1,23 @@
 """Writes every configuration file of TorchSSL/config from the tables below.
 
     python make_configs.py            # the files under config/<algorithm>/ anew
-    python make_configs.py --check    # only tell whether they are what the tables say
+    python make_configs.py --check    # only compare them with the tables
 
 Published: config/<algorithm>/<algorithm>_<dataset>_<labels>_0.yaml, key by key as TorchSSL has them. Ours: one for the
 handwritten digits with 40 labels for every algorithm, a run of seconds to a minute on a CPU.
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.cli import Parser, UserError, run_main
+from shared.cli import Flag, Option, UserError, parse, run_main
 from shared.training.files import atomic, make_dir
 
 CONFIG = Path(__file__).resolve().parent / "config"
+FLAGS = (Option("--check", Flag, False, "write nothing; fail if a file differs from the tables"),)
 
-# What an algorithm adds, in the order of the files; the order of the algorithms numbers the ports.
+# The keys of each algorithm, in the order of the files; the order of the algorithms numbers the ports.
 ALGORITHMS = {
     "flexmatch": "hard_label True, T 0.5, p_cutoff 0.95, ulb_loss_ratio 1.0, uratio 7",
     "fixmatch": "hard_label True, T 0.5, p_cutoff 0.95, ulb_loss_ratio 1.0, uratio 7",
@@ -90,7 +90,7 @@ weak_subpixel: True
 
 alg: {alg}
 """
-# What they need on the digits besides the published settings above; a value of the same key overrules it.
+# Further keys on the digits; a value of the same key overrules the published one.
 ON_DIGITS = {
     "freematch": "ema_p 0.99", "freematch_entropy": "ema_p 0.99", "softmatch": "ema_p 0.99",
     "fullysupervised": "all_labels True",
@@ -102,25 +102,34 @@ ON_DIGITS = {
 }
 
 
-def pairs(text: str) -> list[tuple[str, str]]:
-    """Return "a 1, b 2" as [("a", "1"), ("b", "2")]."""
-    return [tuple(pair.split()) for pair in text.split(", ") if pair]
+def all_files() -> dict[str, str]:
+    """Return the text of every file, by its path below config/."""
+    files = {}
+    for name, values in published():
+        files[name] = "".join(f"{key}: {value}\n" for key, value in values.items())
+    for alg in LEARNERS:
+        own = pairs(ALGORITHMS.get(FLEX.get(alg, alg), "")) | pairs(ON_DIGITS.get(alg, ""))
+        own |= {"use_flex": "True"} if alg in FLEX else {}
+        lines = "".join(f"{key}: {value}\n" for key, value in own.items())
+        name = f"{alg}_digits_40_0"
+        files[f"{alg}/{name}.yaml"] = DIGITS.format(name=name, alg=alg, own=f"\n{lines}" if lines else "")
+    return files
 
 
 def published() -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (file below config/, its keys and values) of the 191 published files."""
+    """Yield (path below config/, keys and values) of the 191 published files."""
     port = FIRST_PORT
     for alg, own in ALGORITHMS.items():
-        for dataset in DATASETS:
+        for dataset, (*_, numbers_of_labels) in DATASETS.items():
             if dataset == "imagenet" and alg not in ON_IMAGENET:
                 continue
             ten = (10,) if dataset == "cifar10" and alg in WITH_TEN_LABELS else ()
-            for labels in (*ten, *DATASETS[dataset][-1]):
+            for labels in (*ten, *numbers_of_labels):
                 yield published_file(alg, own, dataset, labels, port)
             port += 1
     port = FIRST_FLEX_PORT
     for alg, plain in FLEX.items():
-        for dataset in [name for name in DATASETS if name != "imagenet"]:
+        for dataset in ("cifar10", "cifar100", "svhn", "stl10"):
             for labels in DATASETS[dataset][-1]:
                 name, values = published_file(alg, ALGORITHMS[plain], dataset, labels, port)
                 yield name, {**values, "use_flex": "True"}
@@ -131,44 +140,28 @@ def published_file(alg: str, own: str, dataset: str, labels: int, port: int) -> 
     """Return one published file; ImageNet has longer runs of smaller batches."""
     net, classes, depth, width, weight_decay, _ = DATASETS[dataset]
     name = f"{alg}_{dataset}_{labels}_0"
-    large = dataset == "imagenet"
-    length = "2000000 10000" if large else "1048576 5000"
-    values = {"save_dir": "./saved_models", "save_name": name, "resume": "False", "load_path": "None",
-              "overwrite": "True", "use_tensorboard": "True",
-              "epoch": "1", **dict(zip(("num_train_iter", "num_eval_iter"), length.split(), strict=True)),
-              "num_labels": str(labels), "batch_size": "32" if large else "64",
-              "eval_batch_size": "256" if large else "1024", **dict(pairs(own)),
-              "ema_m": "0.999", "optim": "SGD", "lr": "0.03", "momentum": "0.9", "weight_decay": weight_decay,
-              "amp": "False", "net": net, "net_from_name": "False", "depth": str(depth), "widen_factor": str(width),
-              "leaky_slope": "0.1", "dropout": "0.0", "data_dir": "./data", "dataset": dataset,
-              "train_sampler": "RandomSampler", "num_classes": str(classes), "num_workers": "1", "alg": alg,
-              "seed": "0", "world_size": "1", "rank": "0", "multiprocessing_distributed": "True",
-              "dist_url": f"tcp://127.0.0.1:{port}", "dist_backend": "nccl", "gpu": "None"}
+    steps, evaluation, batch, test_batch = (2000000, 10000, 32, 256) if dataset == "imagenet" else (
+        1048576, 5000, 64, 1024)
+    values = pairs(
+        f"save_dir ./saved_models, save_name {name}, resume False, load_path None, overwrite True, "
+        f"use_tensorboard True, epoch 1, num_train_iter {steps}, num_eval_iter {evaluation}, num_labels {labels}, "
+        f"batch_size {batch}, eval_batch_size {test_batch}")
+    values |= pairs(own) | pairs(
+        f"ema_m 0.999, optim SGD, lr 0.03, momentum 0.9, weight_decay {weight_decay}, amp False, net {net}, "
+        f"net_from_name False, depth {depth}, widen_factor {width}, leaky_slope 0.1, dropout 0.0, data_dir ./data, "
+        f"dataset {dataset}, train_sampler RandomSampler, num_classes {classes}, num_workers 1, alg {alg}, seed 0, "
+        f"world_size 1, rank 0, multiprocessing_distributed True, dist_url tcp://127.0.0.1:{port}, "
+        "dist_backend nccl, gpu None")
     return f"{alg}/{name}.yaml", values
 
 
-def digits() -> Iterator[tuple[str, str]]:
-    """Yield (file below config/, its text) for the digits, one for every algorithm."""
-    for alg in LEARNERS:
-        own = dict(pairs(ALGORITHMS.get(FLEX.get(alg, alg), ""))) | dict(pairs(ON_DIGITS.get(alg, "")))
-        own |= {"use_flex": "True"} if alg in FLEX else {}
-        lines = "".join(f"{key}: {value}\n" for key, value in own.items())
-        name = f"{alg}_digits_40_0"
-        yield f"{alg}/{name}.yaml", DIGITS.format(name=name, alg=alg, own=f"\n{lines}" if lines else "")
-
-
-def all_files() -> dict[str, str]:
-    """Return the text of every file, by its path below config/."""
-    files = {name: "".join(f"{key}: {value}\n" for key, value in values.items()) for name, values in published()}
-    return files | dict(digits())
+def pairs(text: str) -> dict[str, str]:
+    """Return "a 1, b 2" as {"a": "1", "b": "2"}."""
+    return dict(pair.split() for pair in text.split(", ") if pair)
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.strip().split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true",
-                        help="write nothing; fail where a file is not what the tables say")
-    options = parser.parse_args()
-    files = all_files()
+    options, files = parse(__doc__, FLAGS), all_files()
     if options.check:
         different = [name for name, text in files.items()
                      if not (CONFIG / name).exists() or (CONFIG / name).read_text(encoding="utf-8") != text]

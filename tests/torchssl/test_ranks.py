@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from shared.distributed import World
+from shared.training.dropout import Dropout
 from tests.shared.programs import run
 from tests.torchssl.tiny import TINY, checkpoint
 from TorchSSL import freematch
 from TorchSSL.core import options
+from TorchSSL.core.algorithm import Batch, Setting
 from TorchSSL.core.data import Batches, load_training_data
+from TorchSSL.core.networks import WideResNet
+from TorchSSL.core.trainer import Trainer
 
 FLAGS = [*TINY, "--num_train_iter=6", "--num_eval_iter=3", "--ent_loss_ratio=0.1", "--lr=0.01"]
 
@@ -71,6 +75,30 @@ def test_ranks_share_one_batch_in_order(tmp_path: Path) -> None:
     assert torch.equal(again(5).labeled, whole.labeled) and not torch.equal(again(6).index, whole.index)
     settings.seed = 2
     assert not torch.equal(Batches(data, settings, World(), views, 6)(5).index, whole.index)
+
+
+def test_dropout_follows_the_step_and_the_forward_pass() -> None:
+    """Each pass of a step has masks of its own, which are the same after a restart and on any number of ranks."""
+    settings = freematch.parse([*TINY, "--dropout=0.5"])
+
+    def keys(world: World, sizes: tuple[int, ...], passes: int) -> list[torch.Tensor]:
+        net = WideResNet(10, depth=10, widen_factor=1, dropout=0.5)
+        learner = freematch.FreeMatch(settings, Setting(10, 100, (0.1,) * 10, world))
+        trainer = Trainer(net, learner, settings, World())
+        trainer.world = world
+        parts = [torch.zeros(size, 3, 8, 8) for size in sizes]
+        trainer.begin(7, Batch(parts[0], torch.zeros(sizes[0]), tuple(parts[1:])))
+        layers = [layer for layer in net.modules() if isinstance(layer, Dropout)]
+        found = []
+        for _ in range(passes):
+            net(torch.cat(parts))
+            found.append(torch.stack([layer.keys for layer in layers]))
+        return found
+
+    first, second = keys(World(), (4, 8), passes=2)
+    assert not torch.equal(first, second) and torch.equal(first, keys(World(), (4, 8), passes=1)[0])
+    zero, one = (keys(World(rank, 2), (2, 4), passes=1)[0].split([2, 4], dim=2) for rank in range(2))
+    assert torch.equal(torch.cat([zero[0], one[0], zero[1], one[1]], 2), first)
 
 
 def test_batch_that_ranks_cannot_share(tmp_path: Path) -> None:
