@@ -41,8 +41,8 @@ def main() -> None:
     from DASO.lib.data.sets import load_data
     from DASO.lib.trainer import Trainer
     from DASO.main import device_of
+    from shared.data.classes import class_balanced_draw
     from shared.data.images import ImageSet
-    from shared.data.splits import class_balanced_draw
     from shared.data.writers import write_folder, write_npz
     from shared.distributed import start
     from shared.training.files import atomic, make_dir

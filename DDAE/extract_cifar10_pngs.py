@@ -15,7 +15,7 @@ import numpy as np
 from shared import cli
 from shared.cli import Flag, Option, Text, UserError, run_main
 from shared.data.datasets import load_dataset
-from shared.data.pngs import PngWriter
+from shared.data.writers import PngWriter
 from shared.training.files import make_dir
 from shared.training.progress import progress
 

@@ -19,7 +19,7 @@ from DDAE.ddae.config import COMMON, FAST, Config, choose_precision, read_config
 from DDAE.ddae.sampling import BATCH, ImageSampler, folder_name, png_path, to_uint8
 from shared import cli, distributed
 from shared.cli import Choice, Flag, Float, Int, Option, UserError, run_main
-from shared.data.pngs import PngWriter
+from shared.data.writers import PngWriter
 from shared.distributed import World
 from shared.training.precision import set_arithmetic
 from shared.training.progress import Progress
@@ -57,7 +57,16 @@ def main() -> None:
     sampler, epoch, settings = make_sampler(config, options, world)
     folder = Path(config.save_dir) / folder_name(epoch, config.model_type, options.mode, settings["steps"], options.eta)
     count = options.images or BATCH * options.batches
-    distributed.on_main(lambda: sampling.claim(folder, settings, options.overwrite), world)
+
+    def claim() -> bool:
+        """Make the folder ready; return whether everything is there already."""
+        sampling.claim(folder, settings, options.overwrite)
+        return sampling.is_complete(folder, count, options.npz)
+
+    if distributed.on_main(claim, world):
+        if world.main:
+            print(f"complete: {folder}")
+        return distributed.stop()
     if world.main:
         calls = sampler.diffusion.evaluations(options.mode, settings["steps"])
         print(f"{count} images to {folder}/pngs, {calls} network calls each, {settings['precision']} on {world.size} x "

@@ -1,69 +1,395 @@
-"""Convert images to the ZIP or folder that EDM trains on, if wanted with wrong labels.
-
-    python dataset_tool.py --source=downloads/cifar-10-python.tar.gz --dest=datasets/cifar10-32x32.zip
-    python dataset_tool.py --source=downloads/images --dest=datasets/images-64x64.zip \\
-        --resolution=64x64 --transform=center-crop
+"""Convert images to the ZIP or folder of uncompressed PNGs that EDM trains on, if wanted with wrong labels.
 
 Labels come from a dataset.json in the source, {"labels": [["folder/image.png", 6], ...]}, or else from the top-level
-folders, if there are at least two: in order of name, or by value where all are numbers.
+folders, if there are at least two: in order of name, or by value if all are numbers.
+
+python dataset_tool.py --source=downloads/cifar-10-python.tar.gz --dest=datasets/cifar10-32x32.zip
+python dataset_tool.py --source=downloads/images --dest=datasets/images-64x64.zip \\
+    --resolution=64x64 --transform=center-crop
 
 Label noise is for experiments with wrong labels. dataset.json then also holds the clean labels, the flips, the
 transition matrix and the realised one.
 
-    python dataset_tool.py --source=downloads/cifar-10-python.tar.gz \\
-        --dest=datasets/cifar10_sym_40-32x32.zip --noise_type=sym --noise_rate=0.4
+python dataset_tool.py --source=downloads/cifar-10-python.tar.gz \\
+    --dest=datasets/cifar10_sym_40-32x32.zip --noise_type=sym --noise_rate=0.4
 """
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from EDM.convert_dataset import TRANSFORMS, convert
+import numpy as np
+from PIL import Image
+
 from EDM.tdsm.transition import plan_noise
-from shared.cli import Bool, Choice, Float, Int, Option, parse, run_main
+from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, parse, run_main
+from shared.data.classes import classes_by_folder, find_images, listed_labels
+from shared.data.datasets import load_dataset
+from shared.data.formats import CIFAR10, CIFAR100, Layout, read_batches, read_mnist
+from shared.data.images import iterate, open_image, read_images
+from shared.data.parallel import one_ahead, ordered_map
+from shared.data.safe import Member, read_members
+from shared.data.writers import encode_png, image_name, labels_json, open_destination, to_pillow
+from shared.training.files import make_dir
+from shared.training.progress import Progress
+from shared.training.record import Record
+
+CHUNK = 128  # images a worker prepares at a time
+DIGITS = "digits"  # scikit-learn's, part of the package: the one data set that is no file
+CIFAR = {layout.archive: layout for layout in (CIFAR10, CIFAR100)}
+CIFAR_TRAIN, CIFAR_TEST = 50_000, 10_000
+MNIST_TRAIN, MNIST_TEST = "train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"
+MAX_SIDE = 16_384
 
 
-class Size:
-    """Width and height in pixels: 32x32 or 32,32."""
+class Resolution:
+    """A size in pixels, WxH or W,H -> (width, height)."""
 
     metavar, range = "WxH", ""
 
     def convert(self, text: str) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", text)
-        if match is None or not 1 <= int(match[1]) <= 16_384 or not 1 <= int(match[2]) <= 16_384:
-            raise ValueError(f"{text!r} is not WxH or W,H, such as 32x32")
+        match = re.fullmatch(r"(\d+)[x,](\d+)", text)
+        if match is None or not all(1 <= int(side) <= MAX_SIDE for side in match.groups()):
+            raise ValueError(f"{text!r} is not WxH or W,H, such as 32x32.")
         return int(match[1]), int(match[2])
 
 
 FLAGS = {
-    "images": (
-        Option("--source", required=True, metavar="PATH", help="folder, folder ending in _lmdb, .zip, .npz, "
-               "cifar-10-python.tar.gz, cifar-100-python.tar.gz or train-images-idx3-ubyte.gz "
-               "(t10k-images-idx3-ubyte.gz); or digits, scikit-learn's"),
-        Option("--dest", required=True, metavar="PATH", help="the .zip file to write, or an empty folder"),
-        Option("--max-images", Int(1), None, "take the first images only", default_help="all"),
-        Option("--transform", Choice(*TRANSFORMS), None, "crop before scaling; needs --resolution"),
-        Option("--resolution", Size, None, "size of the written images, such as 64x64"),
+    "": (
+        Option("--source", Text, required=True, metavar="PATH",
+               help="folder, folder ending in _lmdb, .zip, .npz, cifar-10-python.tar.gz, cifar-100-python.tar.gz or "
+                    "train-images-idx3-ubyte.gz (t10k-images-idx3-ubyte.gz); or digits, scikit-learn's"),
+        Option("--dest", Text, required=True, help="the .zip file to write, or an empty folder", metavar="PATH"),
+        Option("--max-images", Int(1), None, "take the first images only"),
+        Option("--transform", Choice("center-crop", "center-crop-wide"), None, "crop before scaling; needs "
+               "--resolution"),
+        Option("--resolution", Resolution, None, "size of the written images, such as 64x64"),
         Option("--eval", Bool, False, "take the test images of a CIFAR archive or of digits"),
+        Option("--overwrite", Flag, False, "make a .zip anew that was made from something else"),
     ),
     "label noise": (
         Option("--noise_type", Choice("sym", "asym"), None, "flip labels: to any other class, or to one similar class"),
         Option("--noise_rate", Float(0, 1, open="high"), None, "probability of a flip"),
-        Option("--transition", metavar="FILE", help="flip labels by this matrix instead: .json or .npy, row = clean "
-               "class"),
-        Option("--dataset", metavar="NAME", help="mnist, cifar10, cifar100 or digits, for --noise_type",
-               default_help="by the name of the source or --dest"),
-        Option("--seed", Int(0, 2**32 - 1), None, "seed of the flips", default_help="0"),
+        Option("--transition", Text, None, "flip labels by this matrix instead: .json or .npy, row = clean class",
+               metavar="FILE"),
+        Option("--dataset", Text, None, "mnist, cifar10, cifar100 or digits, for --noise_type; by default what the "
+               "name of the source or --dest says", metavar="NAME"),
+        Option("--seed", Int(0, 2**32 - 1), None, "seed of the flips; 0 if not given"),
     ),
 }
+Label = int | list[float] | None
+Labels = list[tuple[str, Label]]
+# The labels of the written images, in their order -> the labels to write, and further keys of dataset.json.
+Relabel = Callable[[Labels], tuple[Labels, dict[str, Any]]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    flags = parse(__doc__, FLAGS, argv)
-    noise = plan_noise(flags.noise_type, flags.noise_rate, flags.transition, flags.dataset, flags.seed, flags.source,
-                       flags.dest)
-    convert(flags.source, flags.dest, flags.max_images, flags.transform, flags.resolution, test_split=flags.eval,
-            relabel=noise)
+    o = parse(__doc__, FLAGS, argv)
+    relabel = plan_noise(o.noise_type, o.noise_rate, o.transition, o.dataset, o.seed, o.source, o.dest)
+    settings = {name: value for name, value in vars(o).items()
+                if name not in ("source", "dest", "transition", "overwrite", "given")}
+    inputs = {"--source": o.source if os.path.exists(o.source) else None, "--transition": o.transition}
+    if Path(o.source).name in (MNIST_TRAIN, MNIST_TEST):
+        inputs["the labels beside --source"] = _mnist_labels(Path(o.source))
+    record = Record(o.dest, settings | ({} if inputs["--source"] else {"source": o.source}), inputs)
+    into_zip = o.dest.lower().endswith(".zip")  # a folder has to be empty
+    if into_zip and record.is_complete(overwrite=o.overwrite):
+        return
+    convert(o.source, o.dest, o.max_images, o.transform, o.resolution, test_split=o.eval, relabel=relabel)
+    if into_zip:
+        record.write()
+
+
+def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int | None = None,
+            transform: str | None = None, resolution: tuple[int, int] | None = None, *, test_split: bool = False,
+            relabel: Relabel | None = None) -> None:
+    """Write the images of `source` to `dest`, a .zip file or a folder that is empty or absent.
+
+    source: as --source; an .npz holds images and labels, the fine labels of CIFAR-100 are taken, and those of MNIST lie
+        beside its images. Images are taken in path order, at most `max_images`.
+    transform: None resizes to `resolution` (width, height) if given; "center-crop" takes the middle square first;
+        "center-crop-wide" takes the middle of that aspect ratio, leaves out images that are too small, and puts the
+        result on a black square. The last two make gray images RGB.
+    test_split: take the test images of a CIFAR archive or of the digits.
+    relabel: what happens to the labels before they are written.
+
+    Images stream through one process per core: no more than a few hundred are held. The destination appears when it is
+    complete, and not at all after an error. Raises UserError for what cannot be read, and for images that end up
+    unequal, not square, not gray or RGB, or of a side that is no power of two (from an .npz: no multiple of 4).
+    """
+    _check_arguments(source, dest, max_images, transform, resolution)
+    source, dest = Path(source), Path(dest)
+    if test_split and source.name not in (*CIFAR, MNIST_TEST) and str(source) != DIGITS:
+        raise UserError(f"--eval takes the test images of {', '.join(CIFAR)} or {DIGITS}; {source} has one part: leave "
+                        f"it out (MNIST's test images are the source {MNIST_TEST})")
+    total, chunks = _open_source(source, test_split)
+    work = ((chunk, transform, resolution) for chunk in _first(chunks, max_images))
+    make_dir(dest.absolute().parent)
+    check, labels = _Checks(any_side=source.suffix == ".npz"), []
+    progress = Progress(f"converting {source.name}", min(total, max_images or total), "images")
+    with open_destination(dest) as save:
+        with closing(progress):
+            for prepared in ordered_map(_prepare, work):
+                for image in prepared:
+                    progress.advance()
+                    if not image.png:
+                        check.left_out(image)
+                        continue
+                    name = image_name(image.index)
+                    check.accept(name, image)
+                    save(name, image.png)
+                    labels.append((name, image.label))
+        if not labels:
+            raise UserError(f"{source}: no image is left: all are smaller than {resolution} or damaged")
+        written, further = relabel(labels) if relabel is not None else (labels, {})
+        save("dataset.json", labels_json(written, further).encode())
+    check.finish(source, labels)
+
+
+def _check_arguments(source: str | os.PathLike, dest: str | os.PathLike, max_images: int | None, transform: str | None,
+                     resolution: tuple[int, int] | None) -> None:
+    if not os.fspath(dest):
+        raise UserError("--dest output filename or directory must not be an empty string")
+    if max_images is not None and max_images < 1:
+        raise UserError(f"--max-images must be at least 1, got {max_images}")
+    if transform is not None and resolution is None:
+        raise UserError(f"must specify --resolution=WxH when using {transform} transform")
+    if transform == "center-crop-wide" and resolution[1] > resolution[0]:
+        raise UserError(f"--resolution={resolution[0]}x{resolution[1]} is not wide, as center-crop-wide needs it; use "
+                        "--transform=center-crop")
+    if not os.path.exists(source) and os.fspath(source) != DIGITS:
+        raise UserError(f"Missing input file or directory: {source}")
+
+
+class _Checks:
+    """Compares every image with the first, and collects what the user should know at the end."""
+
+    def __init__(self, any_side: bool) -> None:
+        self.any_side, self.first, self.small, self.damaged = any_side, (0, 0, 0), 0, 0
+
+    def accept(self, name: str, image: _Prepared) -> None:
+        width, height, channels = image.shape
+        if self.first == (0, 0, 0):
+            self.first = image.shape
+            if width != height:
+                raise UserError("Image dimensions after scale and crop are required to be square.  "
+                                f"Got {width}x{height}; pass --resolution=WxH and --transform=center-crop")
+            if channels not in (1, 3):
+                raise UserError("Input images must be stored as RGB or grayscale, without transparency; "
+                                f"{name} has {channels} channels")
+            if width % 4 if self.any_side else width & (width - 1):
+                side = 1 << (width - 1).bit_length() - 1
+                raise UserError("Image width/height after scale and crop are required to be power-of-two. "
+                                f"Got {width}x{height}; pass --resolution={side}x{side}")
+        elif image.shape != self.first:
+            pairs = zip(("width", "height", "channels"), self.first, image.shape, strict=True)
+            raise UserError(f"Image {name} attributes must be equal across all images of the dataset.  Got: "
+                            + " ".join(f"dataset {what}/cur image {what}: {a}/{b}" for what, a, b in pairs)
+                            + "; pass --resolution=WxH")
+
+    def left_out(self, image: _Prepared) -> None:
+        if image.problem:
+            self.damaged += 1
+            warnings.warn(image.problem, stacklevel=2)
+        else:
+            self.small += 1
+
+    def finish(self, source: Path, labels: Labels) -> None:
+        if self.small or self.damaged:
+            warnings.warn(f"{source}: left out {self.small} images smaller than the resolution and {self.damaged} "
+                          "damaged ones", stacklevel=2)
+        missing = sum(label is None for _, label in labels)
+        if missing == len(labels):
+            warnings.warn(f"{source}: no labels, so --cond=1 cannot train on the result", stacklevel=2)
+        elif missing:
+            warnings.warn(f"{source}: {missing} of {len(labels)} images have no label, so all labels are dropped and "
+                          "--cond=1 cannot train on the result", stacklevel=2)
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+class _Chunk(NamedTuple):
+    """Consecutive source images: members of `path`, contents of files, or pixels uint8 [n, C, H, W]."""
+
+    start: int
+    labels: list[Label]
+    path: Path
+    images: tuple[Member, ...] | tuple[bytes, ...] | np.ndarray
+
+
+class _Prepared(NamedTuple):
+    index: int                      # of the source image
+    label: Label
+    png: bytes = b""                # empty: left out
+    shape: tuple[int, int, int] = (0, 0, 0)     # width, height, channels
+    problem: str = ""               # why it was left out, if it could not be decoded
+
+
+def _prepare(work: tuple[_Chunk, str | None, tuple[int, int] | None]) -> list[_Prepared]:
+    chunk, transform, size = work
+    prepared = []
+    for index, (label, image) in enumerate(zip(chunk.labels, _decoded(chunk), strict=True), chunk.start):
+        if isinstance(image, UserError):
+            prepared.append(_Prepared(index, label, problem=str(image)))
+            continue
+        image = transformed(image, transform, size)
+        if image is None:
+            prepared.append(_Prepared(index, label))
+        else:
+            prepared.append(_Prepared(index, label, encode_png(image), (*image.size, len(image.getbands()))))
+    return prepared
+
+
+def _decoded(chunk: _Chunk) -> Iterator[Image.Image | UserError]:
+    """Decode; a damaged content yields its error, a damaged member raises it."""
+    if isinstance(chunk.images, np.ndarray):
+        yield from map(to_pillow, chunk.images)
+    elif isinstance(chunk.images[0], bytes):
+        for index, data in enumerate(chunk.images, chunk.start):
+            try:
+                yield open_image(data, f"{chunk.path}: entry {index}")
+            except UserError as error:
+                yield error
+    else:
+        for member, data in zip(chunk.images, read_members(chunk.path, chunk.images), strict=True):
+            yield open_image(data, f"{chunk.path}/{member.name}")
+
+
+def transformed(image: Image.Image, transform: str | None, size: tuple[int, int] | None) -> Image.Image | None:
+    """Return the image cropped and scaled (see `convert`), or None if it is too small for center-crop-wide."""
+    if transform is None:
+        return image if size is None or image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+    if image.mode == "L":
+        image = image.convert("RGB")
+    if transform == "center-crop":
+        side = min(image.size)
+        return _middle(image, side, side).resize(size, Image.Resampling.LANCZOS)
+    width, height = size
+    wide = round(width * image.height / image.width)
+    if image.width < width or wide < height:
+        return None
+    strip = _middle(image, image.width, min(wide, image.height)).resize(size, Image.Resampling.LANCZOS)
+    canvas = Image.new(image.mode, (width, width))
+    canvas.paste(strip, (0, (width - height) // 2))
+    return canvas
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+def _open_source(source: Path, test_split: bool) -> tuple[int, Iterator[_Chunk]]:
+    """Return (number of images, the stream of them)."""
+    if str(source) == DIGITS and not source.exists():
+        digits = load_dataset(DIGITS, "test" if test_split else "train")
+        return len(digits), _from_pixels(source, iterate(digits))
+    if source.is_dir() and source.name.endswith("_lmdb"):
+        return _from_lmdb(source)
+    if source.is_dir() or source.suffix.lower() == ".zip":
+        return _from_files(source)
+    if source.name in CIFAR:
+        return CIFAR_TEST if test_split else CIFAR_TRAIN, _from_cifar(source, CIFAR[source.name], test_split)
+    if source.name in (MNIST_TRAIN, MNIST_TEST):
+        images, numbers = read_mnist(source, _mnist_labels(source))
+        return len(images), _from_pixels(source, ((images, numbers),))
+    if source.suffix.lower() == ".npz":
+        images = read_images(source)
+        return len(images), _from_pixels(source, iterate(images))
+    raise UserError(f"{source}: Unknown archive type; expected a folder, a .zip, an .npz, {', '.join(CIFAR)}, "
+                    f"{MNIST_TRAIN} or {MNIST_TEST}")
+
+
+def _first(chunks: Iterator[_Chunk], max_images: int | None) -> Iterator[_Chunk]:
+    """Cut the stream after `max_images` source images."""
+    for chunk in chunks:
+        left = len(chunk.labels) if max_images is None else min(max_images - chunk.start, len(chunk.labels))
+        yield chunk._replace(labels=chunk.labels[:left], images=chunk.images[:left])
+        if max_images is not None and chunk.start + left >= max_images:
+            return
+
+
+def _from_files(source: Path) -> tuple[int, Iterator[_Chunk]]:
+    files = find_images(source)
+    if not files.members:
+        raise UserError(f"{source}: No image files found in the specified path")
+    labels: list[Label] = listed_labels(files) or _folder_labels(source, files.names)
+    order = list(range(len(files)))
+    if source.is_dir():  # in order of the folder names, where a ZIP keeps that of the whole names
+        order.sort(key=lambda i: files.members[i].name.split("/"))
+    members, labels = tuple(files.members[i] for i in order), [labels[i] for i in order]
+    return len(members), (_Chunk(i, labels[i:i + CHUNK], source, members[i:i + CHUNK])
+                          for i in range(0, len(members), CHUNK))
+
+
+def _folder_labels(source: Path, names: Sequence[str]) -> list[Label]:
+    """Return the class of each image by its top-level folder, if there are at least two; files at the top count as
+    one, as in the published converter."""
+    found = classes_by_folder(names, source, loose=True)
+    if found is None or len(set(found.labels.tolist())) < 2:
+        return [None] * len(names)
+    return found.labels.tolist()
+
+
+def _from_pixels(source: Path, parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[_Chunk]:
+    start = 0
+    for images, numbers in parts:
+        for i in range(0, len(images), CHUNK):
+            labels = [None if number < 0 else number for number in numbers[i:i + CHUNK].tolist()]
+            yield _Chunk(start + i, labels, source, np.array(images[i:i + CHUNK]))
+        start += len(images)
+
+
+def _from_cifar(source: Path, layout: Layout, test_split: bool) -> Iterator[_Chunk]:
+    names, expected = (layout.test, CIFAR_TEST) if test_split else (layout.train, CIFAR_TRAIN)
+    seen, count = set(), 0
+    for chunk in _from_pixels(source, one_ahead(read_batches(source, layout, names))):
+        seen.update(chunk.labels)
+        count += len(chunk.labels)
+        yield chunk
+    if count != expected:
+        warnings.warn(f"{source}: {count} images in place of {expected}", stacklevel=2)
+    if absent := sorted(set(range(layout.num_classes)) - seen):
+        warnings.warn(f"{source}: no image of class {', '.join(map(str, absent))}; without the top class a network's "
+                      "label input is narrower", stacklevel=2)
+
+
+def _mnist_labels(source: Path) -> Path:
+    labels = source.with_name(source.name.replace("-images-idx3-", "-labels-idx1-"))
+    if source.exists() and not labels.exists():
+        raise UserError(f"Missing input file or directory: {labels}")
+    return labels
+
+
+def _from_lmdb(source: Path) -> tuple[int, Iterator[_Chunk]]:
+    try:
+        import lmdb  # an optional package
+    except ImportError:
+        raise UserError(f"{source}: reading LMDB needs the package lmdb: pip install lmdb") from None
+    try:
+        environment = lmdb.open(str(source), readonly=True, lock=False)
+    except lmdb.Error as error:
+        raise UserError(f"{source}: not a readable LMDB ({error})") from None
+
+    def chunks() -> Iterator[_Chunk]:
+        with environment.begin(buffers=False) as transaction:
+            values, start = [], 0
+            for _, value in transaction.cursor():
+                values.append(value)
+                if len(values) == CHUNK:
+                    yield _Chunk(start, [None] * CHUNK, source, tuple(values))
+                    values, start = [], start + CHUNK
+            if values:
+                yield _Chunk(start, [None] * len(values), source, tuple(values))
+
+    return environment.stat()["entries"], chunks()
 
 
 if __name__ == "__main__":

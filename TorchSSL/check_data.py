@@ -18,7 +18,8 @@ from types import SimpleNamespace
 
 from shared import cli
 from shared.cli import Flag, Option, Text, UserError, run_main
-from shared.data.datasets import load_dataset, report
+from shared.data.datasets import load_dataset
+from TorchSSL.core.data import report
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (

@@ -16,7 +16,7 @@ import numpy as np
 
 from DDAE.ddae.config import MACHINE
 from shared.cli import Int, Option, Text, UserError
-from shared.data.pickles import load_array
+from shared.data.safe import load_array
 
 DIT = (
     *MACHINE,

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from shared.augment.views import WeakPolicy, draw_weak, shift_whole
 from shared.cli import UserError, nearest
-from shared.data.cache import Allocate, Stored, cached, fingerprint
+from shared.data.cache import Allocate, Stored, cached
+from shared.data.classes import ImageFiles, find_images
 from shared.data.datasets import NAMES, load_dataset
-from shared.data.image_files import ImageFiles, find_images
 from shared.data.images import ImageSet, decode, shape_text
 from shared.data.pool import Pool
 from shared.distributed import World
+from shared.training.fingerprint import fingerprint
 from shared.training.randomness import numpy_rng, torch_rng
 
 PUBLISHED = {"cifar": "cifar10", "cifar100": "cifar100"}
@@ -83,7 +84,7 @@ def scan(data_dir: str | os.PathLike, split: str) -> tuple[ImageFiles, np.ndarra
     if len(names) != TINY_CLASSES:
         raise UserError(f"{train}: expected {TINY_CLASSES} class folders, found {len(names)}")
     label_of = {name: label for label, name in enumerate(names)}
-    files = find_images(train if split == "train" else val / "images", frozenset((TINY_SUFFIX.lower(),)))
+    files = find_images(train if split == "train" else val / "images")
     members = [member for member in files.members if member.name.endswith(TINY_SUFFIX)]
     if split == "train":
         members = [member for member in members if member.name.partition("/")[0] in label_of]

@@ -17,8 +17,7 @@ from EDM.sampling.files import read_record
 from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
 from shared.data.images import ImageSet
-from shared.data.pngs import read_pngs, write_png
-from shared.data.writers import write_npz
+from shared.data.writers import read_pngs, write_npz, write_png
 from shared.training.files import atomic, make_dir
 from shared.training.precision import autocast
 from shared.training.randomness import torch_rng
@@ -144,8 +143,8 @@ def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     settings, old = json.loads(json.dumps(settings)), read_record(record)
     present = [*folder.glob("pngs/*.png"), *folder.glob("grid_*.png")]
     if present and overwrite:
-        for path in present:
-            path.unlink()
+        for path in (*present, archive_path(folder)):
+            path.unlink(missing_ok=True)
     elif present and old is None:
         raise UserError(f"{folder} holds images of unknown origin; move it away or add --overwrite")
     elif present and old != settings:
@@ -155,6 +154,18 @@ def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     make_dir(folder / "pngs")
     with atomic(record, "w") as file:
         file.write(json.dumps(settings, indent=2) + "\n")
+
+
+def is_complete(folder: Path, count: int, archive: bool) -> bool:
+    """Return whether the folder holds `count` images with their sheets, and with `archive` the .npz is beside it."""
+    files = [png_path(folder, number) for number in range(count)]
+    files += [folder / f"grid_{batch}.png" for batch in range(-(-count // BATCH))]
+    if not all(path.exists() for path in files) or archive and not archive_path(folder).exists():
+        return False
+    if archive:
+        with np.load(archive_path(folder)) as written:
+            return len(written["images"]) == count
+    return True
 
 
 def read_images(folder: Path, numbers: Sequence[int]) -> np.ndarray:
@@ -171,8 +182,12 @@ def write_sheets(folder: Path, count: int) -> None:
             write_sheet(path, torch.from_numpy(pixels), SHEET_COLUMNS)
 
 
+def archive_path(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".npz")
+
+
 def write_archive(folder: Path, count: int) -> Path:
     """Write all images into `<folder>.npz` (array `images`, uint8 [N, C, H, W]) and return its path."""
-    path = folder.with_name(folder.name + ".npz")
+    path = archive_path(folder)
     write_npz(ImageSet(read_images(folder, range(count)), np.full(count, -1, np.int64), (), folder.name), path)
     return path

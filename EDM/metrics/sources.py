@@ -16,18 +16,10 @@ from torch import Tensor
 from EDM import generate
 from EDM.sampling.files import RECORD, archive_record, read_record
 from shared.cli import UserError
-from shared.data.archives import read_members
-from shared.data.image_files import (
-    ImageFiles,
-    class_folders,
-    class_values,
-    find_images,
-    listed_labels,
-    open_image,
-    to_chw,
-)
-from shared.data.images import ImageSet, read_images
+from shared.data.classes import ImageFiles, classes_by_folder, find_images, listed_labels
+from shared.data.images import ImageSet, open_image, read_images, to_chw
 from shared.data.parallel import cores
+from shared.data.safe import read_members
 from shared.distributed import World
 from shared.training.seeds import split_batches
 
@@ -196,16 +188,13 @@ def subset(total: int, count: int | None, seed: int) -> np.ndarray:
 
 def read_labels(files: ImageFiles) -> np.ndarray:
     """Return the classes int64 [N] that dataset.json or else the names of class folders give; -1 where unknown."""
-    unknown = np.full(len(files.members), -1, np.int64)
     labels = listed_labels(files)
     if labels is not None:
         if isinstance(labels[0], list):
             raise UserError(f"{files.path}: labels are lists of numbers, expected a class for each image")
         return np.array([-1 if label is None else label for label in labels], np.int64)
-    if files.path.is_dir():
-        values = class_values(files.path, class_folders(files.path))
-        return np.array([values.get(name.partition("/")[0], -1) for name in files.names], np.int64)
-    return unknown
+    found = classes_by_folder(files.names, files.path)
+    return np.full(len(files), -1, np.int64) if found is None else found.labels
 
 
 def threaded_map(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shared.cli import UserError
-from shared.data.pngs import read_pngs, write_png
+from shared.data.writers import read_pngs, write_png
 from shared.training.files import atomic, make_dir
 
 RECORD = "generate.json"

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from shared.cli import UserError
 from shared.data.images import ImageSet
-from shared.data.pool import Pool
+from shared.data.photographs import PhotographSet
+from shared.data.pool import PhotographPool, Pool, evaluated, make_pool
 from shared.distributed import World, broadcast_value, gather, start
 from shared.training.checkpoint import read_checkpoint, weights_in
 from TorchSSL.core.algorithm import classify
 from TorchSSL.core.data import NORMALISATION, TrainingData, load_pools, load_split
 from TorchSSL.core.networks import build_network, first_stride_for
-from TorchSSL.core.photographs import PhotographPool, PhotographSet, evaluated, make_pool
 
 # One-vs-one AUC looks at every pair of classes: with more classes than the first number only the last evaluation
 # computes it, with more than the second none (ImageNet has half a million pairs).

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from shared.cli import UserError
+from shared.data.classes import class_balanced_split
 from shared.data.datasets import NAMES, has_split, load_dataset
-from shared.data.pickles import load_array
-from shared.data.splits import class_balanced_split
+from shared.data.safe import load_array
 from shared.training.randomness import numpy_rng
 
 INDEX_FILE, PSEUDO_LABEL_FILE = "sampled_label_idx.npy", "pseudo_label.npy"

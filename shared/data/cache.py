@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -33,7 +34,7 @@ DAY = 86_400.0
 class Stored:
     """What a reader found. images: uint8 [N, C, H, W]; labels: int64 [N], -1 unknown; vectors: float32 [N, D].
 
-    notes: what the reader has to say about the data, said again at each start.
+    notes: warnings, repeated whenever the set is opened.
     """
 
     images: np.ndarray
@@ -47,78 +48,50 @@ Allocate = Callable[[tuple[int, ...]], np.ndarray]  # shape -> uint8 array, on d
 Build = Callable[[Allocate], Stored]
 
 
-class _NoRoom(Exception):
-    """The folder cannot hold the arrays."""
-
-
-def fingerprint(*paths: Path) -> list[tuple[str, int, int]]:
-    """Return what changes when a file, or any file below a folder, does: absolute path, size, time of change in ns."""
-    found = []
-    for path in paths:
-        top = os.path.abspath(path)
-        files = [os.path.join(root, name) for root, _, names in os.walk(top, followlinks=True) for name in names]
-        for file in sorted(files) if os.path.isdir(top) else [top]:
-            state = os.stat(file)
-            found.append((file, state.st_size, state.st_mtime_ns))
-    return found
-
-
-def cached(name: str, key: object, build: Build) -> Stored:
+def cached(name: str, key: object, build: Build, source: str | os.PathLike = "") -> Stored:
     """Return what `build` made for this `key`, from the cache or by calling it now.
 
     `key` is anything JSON can hold. `build` gets a function that allocates the image array on disk. Processes that ask
-    for the same key at the same time wait for the first of them. Where the cache cannot be written, a warning says so
-    and the arrays lie in a temporary file.
+    for the same key at the same time wait for the first of them. If the cache cannot be written, a warning says so and
+    the arrays lie in a temporary file. `source`: what the warnings about the data name.
     """
     digest = hashlib.sha256(json.dumps([FORMAT, key]).encode()).hexdigest()[:20]
     root = cache_folder()
     entry = root / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}-{digest}"
-    stored = _load(entry)
-    if stored is None:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with hold(root / f".{digest}.lock", wait=True) as held:
-                try:
-                    stored = _load(entry) or _fill(root, entry, build)
-                finally:
-                    Path(held.name).unlink(missing_ok=True)
-        except (OSError, _NoRoom) as error:
-            warnings.warn(f"cannot write the cache {root} ({error}): the images are decoded again at the next start; "
-                          "name a writable folder in FEWLABEL_CACHE", stacklevel=2)
-            stored = _without_cache(build)
-        else:
-            with suppress(OSError):  # another process may be removing the same
-                _shrink(root)
+    stored = _load(entry) or _make(root, entry, build, f".{digest}.lock")
     for note in stored.notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(f"{source or name}: {note}", stacklevel=2)
     return stored
 
 
-def _fill(root: Path, entry: Path, build: Build) -> Stored:
-    folder = Path(tempfile.mkdtemp(prefix=".part-", dir=root))
+def _make(root: Path, entry: Path, build: Build, lock: str) -> Stored:
     try:
-        _write(folder, build)
-        shutil.rmtree(entry, ignore_errors=True)  # a damaged former one
-        os.rename(folder, entry)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    stored = _load(entry)
-    if stored is None:
-        raise _NoRoom("what was written cannot be read back")
-    return stored
-
-
-def _without_cache(build: Build) -> Stored:
-    try:
+        root.mkdir(parents=True, exist_ok=True)
+        held = hold(root / lock, wait=True)
+    except OSError as error:
+        warnings.warn(f"cannot write the cache {root} ({error}): the images are decoded again at the next start; "
+                      "name a writable folder in FEWLABEL_CACHE", stacklevel=3)
         with tempfile.TemporaryDirectory(prefix="fewlabel-") as folder:
             _write(Path(folder), build)
             return _load(Path(folder))  # the mapped files outlive their names
-    except _NoRoom as error:
-        raise UserError(f"no room for the decoded images ({error}): free space or name a folder in TMPDIR") from None
+    with held:
+        folder = Path(tempfile.mkdtemp(prefix=".part-", dir=root))
+        try:
+            if (stored := _load(entry)) is not None:
+                return stored
+            _write(folder, build)
+            shutil.rmtree(entry, ignore_errors=True)  # a damaged former one
+            os.rename(folder, entry)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            (root / lock).unlink(missing_ok=True)
+    with suppress(OSError):  # another process may be removing the same
+        _shrink(root)
+    return _load(entry)
 
 
 def _write(folder: Path, build: Build) -> None:
-    """Let `build` fill the folder; problems of the folder itself raise _NoRoom."""
+    """Let `build` fill the folder. Raises UserError if the disk is full."""
 
     def allocate(shape: tuple[int, ...]) -> np.ndarray:
         try:
@@ -128,7 +101,7 @@ def _write(folder: Path, build: Build) -> None:
                     os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot reserve space
-                raise _NoRoom(error.strerror) from None
+                raise _no_room(folder, error) from None
         return images
 
     try:
@@ -142,13 +115,18 @@ def _write(folder: Path, build: Build) -> None:
             np.save(folder / "vectors.npy", stored.vectors)
         (folder / "meta.json").write_text(json.dumps({"classes": stored.classes, "notes": stored.notes}))
     except OSError as error:
-        raise _NoRoom(error.strerror) from None
+        raise _no_room(folder, error) from None
+
+
+def _no_room(folder: Path, error: OSError) -> UserError:
+    return UserError(f"no room for the decoded images in {folder.parent} ({error.strerror}): free space, or name a "
+                     "folder on another disk in FEWLABEL_CACHE")
 
 
 def _load(entry: Path) -> Stored | None:
     """Return the entry, or None if it is absent or damaged."""
     try:
-        meta = json.loads((entry / "meta.json").read_text())
+        facts = json.loads((entry / "meta.json").read_text())
         # Copy-on-write: writable for PyTorch, which warns otherwise, while the file stays as it is.
         images = np.load(entry / "images.npy", mmap_mode="c")
         labels = np.load(entry / "labels.npy")
@@ -157,7 +135,7 @@ def _load(entry: Path) -> Stored | None:
         return None
     with suppress(OSError):  # a cache shared read-only
         os.utime(entry)
-    return Stored(images, labels, tuple(meta["classes"]), vectors, tuple(meta["notes"]))
+    return Stored(images, labels, tuple(facts["classes"]), vectors, tuple(facts["notes"]))
 
 
 def _shrink(root: Path) -> None:
@@ -165,6 +143,8 @@ def _shrink(root: Path) -> None:
     given = os.environ.get("FEWLABEL_CACHE_GB") or str(DEFAULT_GB)
     try:
         limit = float(given) * 1e9
+        if not 0 <= limit < math.inf:
+            raise ValueError
     except ValueError:
         raise UserError(f"FEWLABEL_CACHE_GB must be a number of gigabytes, got {given!r}") from None
     for left in root.glob(".part-*"):

@@ -1,7 +1,6 @@
-"""Batches of photographs by NVIDIA DALI: on the GPU where there is one, on the CPU where not.
+"""The one door to NVIDIA DALI: photographs decoded, cropped, resized and normalised, on the GPU if there is one.
 
-DALI decodes, crops, resizes and normalises; which photographs and which crops is said from outside, step by step, so
-nothing of it has to be saved to continue a run.
+Which photographs and which crops is decided outside, step by step, so nothing has to be saved to continue a run.
 """
 from __future__ import annotations
 
@@ -14,44 +13,45 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from shared.cli import UserError
-from shared.data.image_files import open_image
+from shared.data.images import open_image
 from shared.data.parallel import one_ahead
-from shared.data.photograph_batches import AHEAD, Batch, Request
-from shared.data.photographs import MEAN, STD, CentreCrop, Photograph, Photographs, RandomCrop, image_size, looks_whole
+from shared.data.photographs import MEAN, STD, Photograph, Photographs, Request, View, check_whole, image_size
 
 Inputs = tuple[list[np.ndarray], ...]
 
 
-def dali_batches(photographs: Photographs, view: RandomCrop | CentreCrop, request: Callable[[int], Request],
-                 steps: range, device: torch.device, workers: int = 4) -> Iterator[Batch]:
-    """Do as shared.data.photograph_batches.batches; a pipeline that fails at a photograph is made anew without it."""
+def dali_batches(photographs: Photographs, view: View, request: Callable[[int], Request], steps: range,
+                 device: torch.device, workers: int, ahead: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Do as shared.data.pool.batches; a pipeline that fails at a photograph is made anew without it."""
     done = 0
     while done < len(steps):
         underway: deque[list[Photograph]] = deque()
-        source = inputs(photographs, view, request, steps[done:], underway)
-        pipeline = make_pipeline(source, view, len(request(steps[done]).positions), device, workers)
+        source = _inputs(photographs, view, request, steps[done:], underway)
+        count = len(request(steps[done]).positions)
+        pipeline = _view_pipeline(source, view, Pipeline(count, max(1, workers), _number(device),
+                                                         prefetch_queue_depth=ahead), device)
         try:
             while done < len(steps):
-                outputs = pipeline.run()
-                yield to_torch(outputs, device)
+                images, labels = (part.as_tensor() for part in pipeline.run())
+                truth = _to_torch(labels, torch.int64, torch.device("cpu")).view(-1)
+                yield _to_torch(images, torch.float32, device), truth.to(device, non_blocking=True)
                 underway.popleft()
                 done += 1
         except RuntimeError as error:
-            find_bad(photographs, [one for batch in underway for one in batch], error)
+            _find_bad(photographs, [one for batch in underway for one in batch], error)
 
 
-def inputs(photographs: Photographs, view: RandomCrop | CentreCrop, request: Callable[[int], Request], steps: range,
-           underway: deque[list[Photograph]]) -> Iterator[Inputs]:
+def _inputs(photographs: Photographs, view: View, request: Callable[[int], Request], steps: range,
+            underway: deque[list[Photograph]]) -> Iterator[Inputs]:
     """Yield what the pipeline takes for each step, read a step ahead; `underway` collects the photographs."""
     def read() -> Iterator[tuple[list[Photograph], Inputs]]:
         for step in steps:
             wanted = request(step)
             # What is cut short is found before DALI meets it, whose threads do not survive that.
-            batch = [photographs.checked(int(position)) for position in wanted.positions]
+            batch = [photographs.get(int(position), check_whole)[1] for position in wanted.positions]
             payloads = [np.frombuffer(one.payload, np.uint8) for one in batch]
-            if isinstance(view, CentreCrop):
-                labels = [np.array([-1 if one.stands_in else one.label]) for one in batch]
-                yield batch, (payloads, labels)
+            if wanted.crops is None:
+                yield batch, (payloads, [np.array([-1 if one.stands_in else one.label]) for one in batch])
                 continue
             windows = [wanted.crops.window(number, *image_size(one.payload)) for number, one in enumerate(batch)]
             yield batch, (payloads, [np.array([one.label]) for one in batch],
@@ -64,25 +64,20 @@ def inputs(photographs: Photographs, view: RandomCrop | CentreCrop, request: Cal
         yield values
 
 
-def make_pipeline(source: Iterator[Inputs], view: RandomCrop | CentreCrop, batch: int, device: torch.device,
-                  threads: int) -> Pipeline:
-    """Return a pipeline of (images float32 [n, 3, size, size], labels int64 [n, 1]), fed by `source`."""
-    gpu = device.type == "cuda"
-    number = (device.index or 0) if gpu else None
-    decoding, computing = ("mixed", "gpu") if gpu else ("cpu", "cpu")
-    pipeline = Pipeline(batch, max(1, threads), number, prefetch_queue_depth=AHEAD)
+def _view_pipeline(source: Iterator[Inputs], view: View, pipeline: Pipeline, device: torch.device) -> Pipeline:
+    """Let the pipeline make (images float32 [n, 3, size, size], labels int64 [n, 1]) of what `source` yields."""
+    decoding, computing = ("mixed", "gpu") if device.type == "cuda" else ("cpu", "cpu")
+    how = dict(device=decoding, output_type=types.RGB, adjust_orientation=False)
     with pipeline:
-        mirror: object = 0
-        if isinstance(view, RandomCrop):
+        if view.side is None:
             encoded, labels, start, shape, mirror = fn.external_source(source, num_outputs=5)
-            images = fn.decoders.image_slice(encoded, start=start, shape=shape, axis_names="HW", device=decoding,
-                                             output_type=types.RGB, adjust_orientation=False)
-            images = fn.resize(images, resize_x=view.size, resize_y=view.size, interp_type=types.INTERP_TRIANGULAR,
-                               device=computing)
+            images = fn.decoders.image_slice(encoded, start=start, shape=shape, axis_names="HW", **how)
+            sides = dict(resize_x=view.size, resize_y=view.size)
         else:
             encoded, labels = fn.external_source(source, num_outputs=2)
-            images = fn.decoders.image(encoded, device=decoding, output_type=types.RGB, adjust_orientation=False)
-            images = fn.resize(images, resize_shorter=view.side, interp_type=types.INTERP_TRIANGULAR, device=computing)
+            images, mirror = fn.decoders.image(encoded, **how), 0
+            sides = dict(resize_shorter=view.side)
+        images = fn.resize(images, interp_type=types.INTERP_TRIANGULAR, device=computing, **sides)
         images = fn.crop_mirror_normalize(
             images, dtype=types.FLOAT, output_layout="CHW", crop=(view.size, view.size), mirror=mirror,
             mean=[255 * value for value in MEAN], std=[255 * value for value in STD], device=computing)
@@ -91,30 +86,35 @@ def make_pipeline(source: Iterator[Inputs], view: RandomCrop | CentreCrop, batch
     return pipeline
 
 
-def to_torch(outputs: tuple, device: torch.device) -> Batch:
-    """Return copies of DALI's buffers, which it will write to again."""
-    images, labels = (part.as_tensor() for part in outputs)
-    pixels = torch.empty(tuple(images.shape()), dtype=torch.float32, device=device)
-    truth = torch.empty(tuple(labels.shape()), dtype=torch.int64)
-    feed_ndarray(images, pixels, cuda_stream=torch.cuda.current_stream(device) if device.type == "cuda" else None)
-    feed_ndarray(labels, truth)
-    return pixels, truth.view(-1).to(device, non_blocking=True)
+def _number(device: torch.device) -> int | None:
+    return (device.index or 0) if device.type == "cuda" else None
 
 
-def find_bad(photographs: Photographs, underway: list[Photograph], error: RuntimeError) -> None:
-    """Mark what DALI cannot decode as bad; UserError naming it, or where nothing is found naming DALI's reason."""
+def _to_torch(values: object, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a copy of a buffer of DALI, which it will write to again."""
+    copy = torch.empty(tuple(values.shape()), dtype=dtype, device=device)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return feed_ndarray(values, copy, cuda_stream=stream)
+
+
+def _find_bad(photographs: Photographs, underway: list[Photograph], error: RuntimeError) -> None:
+    """Mark what DALI cannot decode as bad; UserError naming it, or with DALI's reason if nothing is found."""
     found = False
     for one in underway:
-        name = photographs.files.name(one.position)
-        if one.position not in photographs.bad and (reason := why_bad(one.payload, name)):
+        if one.position not in photographs.bad and (reason := _why_bad(one.payload,
+                                                                       photographs.files.name(one.position))):
             photographs.mark_bad(one.position, reason)
             found = True
     if not found:
-        raise UserError(f"DALI stopped: {' '.join(str(error).split())[:300]}") from error
+        raise _stopped(error) from error
 
 
-def why_bad(payload: bytes, name: str) -> str:
-    """Return why an image cannot be decoded, or '' where it can."""
+def _stopped(error: RuntimeError) -> UserError:
+    return UserError(f"DALI stopped: {' '.join(str(error).split())[:300]}")
+
+
+def _why_bad(payload: bytes, name: str) -> str:
+    """Return why an image cannot be decoded, or '' if it can."""
     try:
         open_image(payload, name)
     except UserError as error:
@@ -131,17 +131,16 @@ def why_bad(payload: bytes, name: str) -> str:
 
 
 class Decoder:
-    """Decodes lists of image files, on the GPU where there is one. device: where the images are wanted."""
+    """Decodes lists of image files, on the GPU if there is one. device: where the images are wanted."""
 
     def __init__(self, device: torch.device, threads: int = 4) -> None:
         self.device, self.threads = device, threads
-        self.pipelines: dict[int, Pipeline] = {}
+        self.pipelines: dict[int, Pipeline] = {}  # by batch size
 
     def __call__(self, payloads: list[bytes], names: list[str]) -> list[torch.Tensor]:
         """Return uint8 [3, H, W] each; UserError naming the first that cannot be decoded."""
         for payload, name in zip(payloads, names, strict=True):
-            if not looks_whole(payload):
-                open_image(payload, name)
+            check_whole(payload, name)
         if len(payloads) not in self.pipelines:
             self.pipelines[len(payloads)] = self._pipeline(len(payloads))
         pipeline = self.pipelines[len(payloads)]
@@ -149,22 +148,16 @@ class Decoder:
         try:
             images, = pipeline.run()
         except RuntimeError as error:
-            reason = next((found for pair in zip(payloads, names, strict=True) if (found := why_bad(*pair))), None)
-            raise UserError(reason or f"DALI stopped: {' '.join(str(error).split())[:300]}") from None
-        return [self._tensor(images[number]).permute(2, 0, 1) for number in range(len(payloads))]
+            reason = next((found for pair in zip(payloads, names, strict=True) if (found := _why_bad(*pair))), None)
+            raise (UserError(reason) if reason else _stopped(error)) from None
+        return [_to_torch(images[number], torch.uint8, self.device).permute(2, 0, 1)
+                for number in range(len(payloads))]
 
     def _pipeline(self, batch: int) -> Pipeline:
-        gpu = self.device.type == "cuda"
-        pipeline = Pipeline(batch, self.threads, (self.device.index or 0) if gpu else None, prefetch_queue_depth=1)
+        pipeline = Pipeline(batch, self.threads, _number(self.device), prefetch_queue_depth=1)
         with pipeline:
             encoded = fn.external_source(name="encoded")
-            pipeline.set_outputs(fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB,
-                                                   adjust_orientation=False))
+            pipeline.set_outputs(fn.decoders.image(encoded, device="mixed" if self.device.type == "cuda" else "cpu",
+                                                   output_type=types.RGB, adjust_orientation=False))
         pipeline.build()
         return pipeline
-
-    def _tensor(self, image: object) -> torch.Tensor:
-        """Return a copy of what DALI will write over."""
-        pixels = torch.empty(tuple(image.shape()), dtype=torch.uint8, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        return feed_ndarray(image, pixels, cuda_stream=stream)

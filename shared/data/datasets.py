@@ -1,7 +1,6 @@
 """Data sets by name or path: `load_dataset("cifar10", "train")` and `load_dataset("my-images", "train")` alike."""
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -9,18 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from shared.cli import UserError, nearest
-from shared.data.archives import zip_members
-from shared.data.cache import Allocate, Stored, cached, fingerprint
-from shared.data.cifar import CIFAR10, CIFAR100, Layout, class_names, layout_of, read_batches, read_mnist
-from shared.data.image_files import LABEL_FILE, ImageFiles, class_folders, find_images
-from shared.data.images import ImageSet, iterate, read_images, shape_text
-from shared.data.matlab import read_mat
+from shared.data.cache import Allocate, Stored, cached
+from shared.data.classes import LABEL_FILE, are_numbers, class_folders
+from shared.data.formats import CIFAR10, CIFAR100, Layout, class_names, layout_of, read_batches, read_mat, read_mnist
+from shared.data.images import ImageSet, read_images
+from shared.data.safe import zip_members
+from shared.training.fingerprint import fingerprint
 
-NAMES = ("digits", "cifar10", "cifar100", "svhn", "stl10", "mnist", "imagenet")
 SPLITS = {"digits": ("train", "test"), "cifar10": ("train", "test"), "cifar100": ("train", "test"),
           "svhn": ("train", "test", "extra"), "stl10": ("train", "test", "unlabeled"), "mnist": ("train", "test"),
           "imagenet": ("train", "test")}
-LISTED_CLASSES = 20     # more are summed up in a report
+NAMES = tuple(SPLITS)
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+TEN_DIGITS = tuple(map(str, range(10)))
 STL10_SIDE = 96
 STL10_COUNTS = {"train": 5_000, "test": 8_000, "unlabeled": 100_000}
 
@@ -49,28 +49,21 @@ def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = ".
     if split not in SPLITS[name]:
         raise UserError(f"{name} has no split {split!r}, only {', '.join(SPLITS[name])}")
     if name == "digits":
-        return _image_set(name, cached(name, [name, split], lambda allocate: _digits(split, allocate)))
+        return _image_set(cached(name, [name, split], lambda allocate: _digits(split, allocate)), name)
     if name == "imagenet":
         raise UserError("imagenet is too large to decode whole; make a set of small images of it with "
                         f"dataset_tool.py --source={data_dir}/imagenet/train --dest=imagenet.zip --resolution=64x64 "
                         "--transform=center-crop and name that file")
-    if name in ("cifar10", "cifar100"):
-        layout = CIFAR10 if name == "cifar10" else CIFAR100
-        folder, archive = data_dir / layout.folder, data_dir / layout.archive
-        if download and not (folder.exists() or archive.exists()):
-            _download(name, split, data_dir)
-        if not (folder.exists() or archive.exists()):
-            raise _missing(name, data_dir, f"{layout.folder}/ or {layout.archive}")
-        return _cifar(folder if folder.exists() else archive, layout, split, name)
-    files = _files(name, split, data_dir)
-    if download and not all(file.exists() for file in files):
+    if download and _absent(name, split, data_dir):
         _download(name, split, data_dir)
-        files = _files(name, split, data_dir)
-    if absent := [file for file in files if not file.exists()]:
-        raise _missing(name, data_dir, " and ".join(str(file.relative_to(data_dir)) for file in absent))
+    if absent := _absent(name, split, data_dir):
+        raise UserError(f"{name}: {absent} not found in {data_dir}; put it there, or let --download fetch it")
+    files = _files(name, split, data_dir)
+    if name in CIFAR:
+        return _cifar(files[0], CIFAR[name], split, name)
     read: Callable[[], Stored] = {"svhn": _svhn, "stl10": _stl10, "mnist": _mnist}[name]
-    return _image_set(name, cached(name, [name, split, fingerprint(*files)],
-                                   lambda allocate: read(split, files, allocate)))
+    stored = cached(name, [name, split, fingerprint(*files)], lambda allocate: read(split, files, allocate), files[0])
+    return _image_set(stored, name)
 
 
 def has_split(name_or_path: str | Path, split: str) -> bool:
@@ -83,48 +76,11 @@ def has_split(name_or_path: str | Path, split: str) -> bool:
     return path.exists() and _part(path, split)[0] is not None
 
 
-def _image_set(name: str, stored: Stored) -> ImageSet:
-    return ImageSet(stored.images, stored.labels, stored.classes, name)
-
-
-def _missing(name: str, data_dir: Path, expected: str) -> UserError:
-    return UserError(f"{name}: {expected} not found in {data_dir}; put it there, or let --download fetch it")
-
-
-def _stored(images: np.ndarray, allocate: Allocate) -> np.ndarray:
-    array = allocate(images.shape)
-    array[:] = images
-    return array
-
-
-def _digits(split: str, allocate: Allocate) -> Stored:
-    """1,797 handwritten digits, 8x8 gray; 500 of them, drawn class by class, are the test set."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, labels = load_digits(return_X_y=True)
-    parts = train_test_split(np.arange(len(labels)), test_size=500, random_state=0, stratify=labels)
-    indices = parts[SPLITS["digits"].index(split)]
-    images = np.rint(pixels[indices] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return Stored(_stored(images, allocate), labels[indices].astype(np.int64), tuple(str(c) for c in range(10)))
-
-
-def _cifar(path: Path, layout: Layout, split: str, name: str) -> ImageSet:
-    def read(allocate: Allocate) -> Stored:
-        altered: list[str] = []
-        batches = read_batches(path, layout, layout.train if split == "train" else layout.test, altered)
-        images, labels = zip(*batches, strict=True)
-        notes = (f"{path}: {', '.join(altered)} not as published (checksum); read all the same",) if altered else ()
-        return Stored(_stored(np.concatenate(images), allocate), np.concatenate(labels), class_names(path, layout),
-                      notes=notes)
-
-    if split not in ("train", "test"):
-        raise UserError(f"{path}: has no split {split!r}, only train, test")
-    return _image_set(name, cached(name, [layout.folder, split, fingerprint(path)], read))
-
-
 def _files(name: str, split: str, data_dir: Path) -> list[Path]:
     """Return the files of a split, images first."""
+    if name in CIFAR:
+        folder, archive = data_dir / CIFAR[name].folder, data_dir / CIFAR[name].archive
+        return [folder if folder.exists() else archive]
     if name == "svhn":
         return [data_dir / f"{split}_32x32.mat"]
     if name == "stl10":
@@ -134,35 +90,9 @@ def _files(name: str, split: str, data_dir: Path) -> list[Path]:
     return [file if file.exists() else file.with_name(f"{file.name}.gz") for file in plain]
 
 
-def _svhn(split: str, files: list[Path], allocate: Allocate) -> Stored:
-    content = read_mat(files[0], ("X", "y"))
-    pixels, labels = content["X"], content["y"].reshape(-1).astype(np.int64)
-    if pixels.dtype != np.uint8 or pixels.shape != (32, 32, 3, len(labels)) or not set(labels.tolist()) <= {*range(11)}:
-        raise UserError(f"{files[0]}: expected X uint8 [32, 32, 3, N] and N labels y from 1 to 10, got {pixels.dtype} "
-                        f"{list(pixels.shape)} and {len(labels)} labels")
-    # The published files call the digit 0 class 10.
-    return Stored(_stored(pixels.transpose(3, 2, 0, 1), allocate), labels % 10, tuple(str(c) for c in range(10)))
-
-
-def _stl10(split: str, files: list[Path], allocate: Allocate) -> Stored:
-    row, size = 3 * STL10_SIDE**2, files[0].stat().st_size
-    if not size or size % row:
-        raise UserError(f"{files[0]}: cut short, {size} bytes are no whole number of images of {row} bytes")
-    images = np.memmap(files[0], np.uint8, "r").reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 1, 3, 2)
-    labels = np.full(len(images), -1) if split == "unlabeled" else np.fromfile(files[1], np.uint8).astype(np.int64) - 1
-    if len(labels) != len(images) or split != "unlabeled" and not 0 <= labels.min() <= labels.max() <= 9:
-        raise UserError(f"{files[1]}: expected {len(images)} labels from 1 to 10, got {len(labels)}")
-    notes = () if len(images) == STL10_COUNTS[split] else (
-        f"{files[0]}: {len(images)} images in place of the published {STL10_COUNTS[split]}",)
-    names_file = files[0].with_name("class_names.txt")
-    names = names_file.read_text().split() if names_file.exists() else []
-    return Stored(_stored(images, allocate), labels, tuple(names if len(names) == 10 else map(str, range(10))),
-                  notes=notes)
-
-
-def _mnist(split: str, files: list[Path], allocate: Allocate) -> Stored:
-    images, labels = read_mnist(*files)
-    return Stored(_stored(images, allocate), labels, tuple(str(c) for c in range(10)))
+def _absent(name: str, split: str, data_dir: Path) -> str:
+    absent = [str(file.relative_to(data_dir)) for file in _files(name, split, data_dir) if not file.exists()]
+    return f"{CIFAR[name].folder}/ or {absent[0]}" if absent and name in CIFAR else " and ".join(absent)
 
 
 def _download(name: str, split: str, data_dir: Path) -> None:
@@ -171,7 +101,7 @@ def _download(name: str, split: str, data_dir: Path) -> None:
     from torchvision.datasets.utils import download_and_extract_archive, download_url
 
     try:
-        if name in ("cifar10", "cifar100"):
+        if name in CIFAR:
             source = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
             download_url(source.url, data_dir, source.filename, source.tgz_md5)
         elif name == "svhn":
@@ -186,8 +116,9 @@ def _download(name: str, split: str, data_dir: Path) -> None:
                         f"{data_dir}") from None
 
 
+# --------------------------------------------------------------------------------------------------- the user's own set
+
 def _own(path: Path, split: str) -> ImageSet:
-    """Return a split of the user's own images."""
     layout = layout_of(path)
     if layout is not None:
         return _cifar(path, layout, split, path.name)
@@ -230,53 +161,72 @@ def _folder_classes(train: Path) -> list[str] | None:
     if not train.is_dir() or (train / LABEL_FILE).exists():
         return None
     names = class_folders(train)
-    return names if names and not all(name.isascii() and name.isdigit() for name in names) else None
+    return names if names and not are_numbers(names) else None
 
 
-def list_imagenet(data_dir: str | Path, split: str) -> tuple[ImageFiles, np.ndarray, tuple[str, ...]]:
-    """Return (files, int64 labels, class names) of `<data_dir>/imagenet/<train|val>/<class>/`, decoding nothing."""
-    folder = Path(data_dir) / "imagenet" / ("train" if split == "train" else "val")
-    if not folder.is_dir():
-        raise _missing("imagenet", Path(data_dir), f"imagenet/{folder.name}/<class>/")
-    classes = class_folders(folder)
-    files = find_images(folder)
-    place = {name: index for index, name in enumerate(classes)}
-    kept = tuple(member for member in files.members if member.name.partition("/")[0] in place)
-    labels = np.array([place[member.name.partition("/")[0]] for member in kept], np.int64)
-    return ImageFiles(folder, kept, {}), labels, tuple(classes)
+# --------------------------------------------------------------------------------------------------- the published sets
+
+def _image_set(stored: Stored, name: str) -> ImageSet:
+    return ImageSet(stored.images, stored.labels, stored.classes, name)
 
 
-def report(train: ImageSet, test: ImageSet | None = None) -> str:
-    """Return lines for the user: size, images per class, unlabelled images, and duplicates within and between the two.
-
-    Two images are duplicates if every pixel is equal.
-    """
-    parts = [("train", train)] + ([("test", test)] if test is not None else [])
-    lines = [f"data set {train.name}: {train.num_classes} classes, images {shape_text(train)}"]
-    counts = {split: np.bincount(part.labels[part.labels >= 0], minlength=train.num_classes) for split, part in parts}
-    for split, part in parts:
-        unknown = int((part.labels < 0).sum())
-        balance = f", {counts[split].min()} to {counts[split].max()} a class" if part.has_labels else ""
-        lines.append(f"  {split:5s} {len(part)} images{balance}" + (f", {unknown} without a label" if unknown else ""))
-        if part.images.shape[1:] != train.images.shape[1:]:
-            lines.append(f"  warning: the {split} images are {shape_text(part)}")
-    for index, name in enumerate(train.classes if train.num_classes <= LISTED_CLASSES else ()):
-        lines.append(f"  class {index:2d} {name:20s} " + "  ".join(f"{s} {c[index]}" for s, c in counts.items()))
-    lines.append(_duplicates(train, test))
-    return "\n".join(lines)
+def _stored(images: np.ndarray, allocate: Allocate) -> np.ndarray:
+    array = allocate(images.shape)
+    array[:] = images
+    return array
 
 
-def _duplicates(train: ImageSet, test: ImageSet | None) -> str:
-    train_hash = _hashes(train)
-    text = f"  duplicates: {len(train) - len(np.unique(train_hash))} within train"
-    if test is not None:
-        test_hash = _hashes(test)
-        text += (f", {len(test) - len(np.unique(test_hash))} within test, {int(np.isin(test_hash, train_hash).sum())} "
-                 "test images are also in train")
-    return text
+def _digits(split: str, allocate: Allocate) -> Stored:
+    """1,797 handwritten digits, 8x8 gray; 500 of them, drawn class by class, are the test set."""
+    from sklearn.datasets import load_digits  # takes a second to import, and is cached afterwards
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    parts = train_test_split(np.arange(len(labels)), test_size=500, random_state=0, stratify=labels)
+    indices = parts[SPLITS["digits"].index(split)]
+    images = np.rint(pixels[indices] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    return Stored(_stored(images, allocate), labels[indices].astype(np.int64), TEN_DIGITS)
 
 
-def _hashes(images: ImageSet) -> np.ndarray:
-    """Return one uint64 an image; two different images share one with a chance of 2^-64 or so."""
-    return np.array([zlib.crc32(image) << 32 | zlib.adler32(image) for chunk, _ in iterate(images)
-                     for image in np.ascontiguousarray(chunk).reshape(len(chunk), -1)], np.uint64)
+def _svhn(split: str, files: list[Path], allocate: Allocate) -> Stored:
+    content = read_mat(files[0], ("X", "y"))
+    pixels, labels = content["X"], content["y"].reshape(-1).astype(np.int64)
+    if pixels.dtype != np.uint8 or pixels.shape != (32, 32, 3, len(labels)) or not set(labels.tolist()) <= {*range(11)}:
+        raise UserError(f"{files[0]}: expected X uint8 [32, 32, 3, N] and N labels y from 1 to 10, got {pixels.dtype} "
+                        f"{list(pixels.shape)} and {len(labels)} labels")
+    # The published files call the digit 0 class 10.
+    return Stored(_stored(pixels.transpose(3, 2, 0, 1), allocate), labels % 10, TEN_DIGITS)
+
+
+def _stl10(split: str, files: list[Path], allocate: Allocate) -> Stored:
+    row, size = 3 * STL10_SIDE**2, files[0].stat().st_size
+    if not size or size % row:
+        raise UserError(f"{files[0]}: cut short, {size} bytes are no whole number of images of {row} bytes")
+    images = np.memmap(files[0], np.uint8, "r").reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 1, 3, 2)
+    labels = np.full(len(images), -1) if split == "unlabeled" else np.fromfile(files[1], np.uint8).astype(np.int64) - 1
+    if len(labels) != len(images) or split != "unlabeled" and not 0 <= labels.min() <= labels.max() <= 9:
+        raise UserError(f"{files[1]}: expected {len(images)} labels from 1 to 10, got {len(labels)}")
+    expected = STL10_COUNTS[split]
+    notes = () if len(images) == expected else (f"{len(images)} images in place of the published {expected}",)
+    names_file = files[0].with_name("class_names.txt")
+    names = names_file.read_text().split() if names_file.exists() else []
+    return Stored(_stored(images, allocate), labels, tuple(names) if len(names) == 10 else TEN_DIGITS, notes=notes)
+
+
+def _mnist(split: str, files: list[Path], allocate: Allocate) -> Stored:
+    images, labels = read_mnist(*files)
+    return Stored(_stored(images, allocate), labels, TEN_DIGITS)
+
+
+def _cifar(path: Path, layout: Layout, split: str, name: str) -> ImageSet:
+    def read(allocate: Allocate) -> Stored:
+        altered: list[str] = []
+        batches = read_batches(path, layout, layout.train if split == "train" else layout.test, altered)
+        images, labels = zip(*batches, strict=True)
+        notes = (f"{', '.join(altered)} not as published (checksum); read all the same",) if altered else ()
+        return Stored(_stored(np.concatenate(images), allocate), np.concatenate(labels), class_names(path, layout),
+                      notes=notes)
+
+    if split not in ("train", "test"):
+        raise UserError(f"{path}: has no split {split!r}, only train, test")
+    return _image_set(cached(name, [layout.folder, split, fingerprint(path)], read, path), name)

@@ -1,7 +1,9 @@
 """ImageSet: the images every reader returns, every trainer takes and every writer writes."""
 from __future__ import annotations
 
+import io
 import math
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,27 +11,20 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from shared.cli import UserError
-from shared.data.archives import READ_ERRORS, Member, read_members, zip_members
-from shared.data.cache import Allocate, Stored, cached, fingerprint
-from shared.data.image_files import (
-    CLASS_FOLDER_SUFFIXES,
-    LABEL_FILE,
-    MAX_CLASSES,
-    ImageFiles,
-    class_folders,
-    class_values,
-    find_images,
-    listed_labels,
-    open_image,
-    to_chw,
-)
+from shared.data.cache import Allocate, Stored, cached
+from shared.data.classes import LABEL_FILE, MAX_CLASSES, ImageFiles, classes_by_folder, find_images, listed_labels
 from shared.data.parallel import ordered_map
+from shared.data.safe import MAX_RATIO, READ_ERRORS, Member, read_members, zip_members
+from shared.training.fingerprint import fingerprint, fingerprint_arrays
 from shared.training.progress import Progress
 
 CHUNK = 256  # images a worker decodes at a time
 MAX_ARRAY_BYTES = 1 << 40
+MAX_PIXELS = 89_478_485  # Pillow's own bound, at which it only warns
+PLAIN_PIXELS = 1 << 24   # an image of fewer pixels may be of one colour, packed as well as that can be
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +70,11 @@ class ImageSet:
         """Whether the class of at least one image is known."""
         return bool((self.labels >= 0).any())
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of images, labels and class names; that of memory-mapped images is computed once and remembered."""
+        return fingerprint_arrays(self.images, self.labels, self.vectors, self.classes)
+
     def subset(self, indices: np.ndarray | Sequence[int] | slice) -> ImageSet:
         """Return the images at `indices`, in that order."""
         vectors = None if self.vectors is None else self.vectors[indices]
@@ -95,14 +95,70 @@ def shape_text(images: ImageSet) -> str:
     return f"{images.channels} x {images.size[0]} x {images.size[1]}"
 
 
+def iterate(images: ImageSet, chunk: int = CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (images, labels) a chunk at a time, so that a memory-mapped set is never copied whole."""
+    for start in range(0, len(images), chunk):
+        yield images.images[start:start + chunk], images.labels[start:start + chunk]
+
+
+def with_classes(images: ImageSet, num_classes: int, source: str | Path) -> ImageSet:
+    """Return the set with exactly `num_classes` classes; raise UserError if a label lies beyond them."""
+    top = int(images.labels.max(initial=-1))
+    if top >= num_classes:
+        raise UserError(f"{source}: has class {images.classes[top]!r}, number {top}, but there are only {num_classes} "
+                        "classes (num_classes)")
+    names = images.classes[:num_classes] + tuple(str(c) for c in range(len(images.classes), num_classes))
+    return ImageSet(images.images, images.labels, names, images.name, images.vectors)
+
+
+# ----------------------------------------------------------------------------------------------------------- one image
+
+def open_image(data: bytes, name: str) -> Image.Image:
+    """Decode one image file; raise UserError, naming it, if it is damaged, hostile or not 8 bits a channel.
+
+    The result has mode L, RGB, LA or RGBA: palettes become the colours they mean, bilevel becomes L.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.format == "EPS":
+            raise UserError(f"{name}: PostScript is not read")
+        pixels = image.width * image.height
+        if pixels > MAX_PIXELS or pixels > PLAIN_PIXELS and pixels * len(image.getbands()) > MAX_RATIO * len(data):
+            raise UserError(f"{name}: refused, {len(data)} bytes unfold to {image.width}x{image.height} pixels")
+        image.load()
+        if image.mode in ("L", "RGB", "LA", "RGBA"):
+            return image
+        if image.mode == "1":
+            return image.convert("L")
+        if image.mode == "P":
+            return image.convert("RGBA").convert("RGB")
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error, Image.DecompressionBombError,
+            OverflowError) as error:
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{name}: cut short or not an image ({reason})") from None
+    raise UserError(f"{name}: mode {image.mode} is not 8 bits a channel; convert it to 8-bit gray or RGB")
+
+
+def to_chw(image: Image.Image, channels: int | None = None) -> np.ndarray:
+    """Return uint8 [C, H, W] with 1 or 3 channels (default: as many as the image has), transparency dropped."""
+    if channels is None:
+        channels = 1 if image.mode in ("L", "LA") else 3
+    mode = "L" if channels == 1 else "RGB"
+    array = np.asarray(image if image.mode == mode else image.convert(mode))
+    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- readers
+
 def read_images(path: str | Path, *, resolution: int | None = None, channels: int | None = None,
                 num_classes: int | None = None, classes: Sequence[str] | None = None, part: str = "") -> ImageSet:
     """Read a folder, a ZIP or an npz of images: decoded once on all cores, later opened from the cache.
 
-    - a folder with class sub-folders: the files in each, below it too, by folder, then file name. Sub-folders named by
-      integers are the class of that number (10 after 9); other names count in sorted order;
     - a folder or ZIP with a dataset.json `{"labels": [["file", class], ...]}`: files by name. An image that is not
       listed, or listed with null, has the label -1, and a warning says how many;
+    - a folder or ZIP with class sub-folders (shared/data/classes.py): the files in each, by class, folder, file name;
     - a folder or ZIP of images without either: labels -1;
     - an npz with `images` uint8 [N, C, H, W] or [N, H, W, C], and if known `labels` int64 [N] and `classes`.
 
@@ -117,12 +173,13 @@ def read_images(path: str | Path, *, resolution: int | None = None, channels: in
         raise UserError(f"{path}: no such file or folder")
     options = [channels, list(classes) if classes is not None else None, part]
     key, name = [fingerprint(path), options], path.stem if path.is_file() else path.resolve().name
-    if path.is_dir():
-        stored = cached(name, key, lambda allocate: _decode_folder(path, channels, classes, allocate))
-    elif path.suffix.lower() == ".npz":
-        stored = cached(name, key, lambda allocate: _read_npz(path, allocate))
-    else:
-        stored = cached(name, key, lambda allocate: _decode_listed(find_images(path, prefix=part), channels, allocate))
+
+    def read(allocate: Allocate) -> Stored:
+        if path.suffix.lower() == ".npz" and path.is_file():
+            return _read_npz(path, allocate)
+        return _read_files(find_images(path, part), channels, classes, part, allocate)
+
+    stored = cached(name, key, read, path)
     images = ImageSet(stored.images, stored.labels, stored.classes, name, stored.vectors)
     if resolution is not None and images.size != (resolution, resolution):
         raise UserError(f"{path}: Image files do not match the specified resolution: they are "
@@ -130,54 +187,39 @@ def read_images(path: str | Path, *, resolution: int | None = None, channels: in
     return images if num_classes is None else with_classes(images, num_classes, path)
 
 
-def with_classes(images: ImageSet, num_classes: int, source: str | Path) -> ImageSet:
-    """Return the set with exactly `num_classes` classes; raise UserError if a label lies beyond them."""
-    top = int(images.labels.max(initial=-1))
-    if top >= num_classes:
-        raise UserError(f"{source}: has class {images.classes[top]!r}, number {top}, but there are only {num_classes} "
-                        "classes (num_classes)")
-    names = images.classes[:num_classes] + tuple(str(c) for c in range(len(images.classes), num_classes))
-    return ImageSet(images.images, images.labels, names, images.name, images.vectors)
-
-
-def _decode_folder(path: Path, channels: int | None, classes: Sequence[str] | None, allocate: Allocate) -> Stored:
-    if (path / LABEL_FILE).exists():
-        return _decode_listed(find_images(path), channels, allocate)
-    folders = class_folders(path)
-    files = find_images(path, CLASS_FOLDER_SUFFIXES)
-    if not folders or not any("/" in name for name in files.names):
-        return _decode_listed(files, channels, allocate)
-    place = {folder: index for index, folder in enumerate(folders)}
-    members = [m for m in files.members if m.name.partition("/")[0] in place]
-    # Folder by folder, inside it by sub-folder, then by file name.
-    members.sort(key=lambda m: (place[m.name.partition("/")[0]], *m.name.rpartition("/")[::2]))
-    values = class_values(path, folders, classes)
-    labels = np.array([values[m.name.partition("/")[0]] for m in members], np.int64)
-    by_value = {value: folder for folder, value in values.items()}
-    names = tuple(classes or (by_value.get(c, str(c)) for c in range(max(values.values()) + 1)))
-    notes = []
-    if loose := len(files.members) - len(members):
-        notes.append(f"{path}: {loose} images that lie in no class folder are left out")
-    if empty := sorted(set(range(len(names))) - set(labels.tolist())):
-        notes.append(f"{path}: no image of class {', '.join(names[c] for c in empty[:10])}")
-    images = decode(ImageFiles(path, tuple(members), {}), channels, allocate)
-    return Stored(images, labels, names, notes=tuple(notes))
-
-
-def _decode_listed(files: ImageFiles, channels: int | None, allocate: Allocate) -> Stored:
-    labels, count = listed_labels(files), len(files.members)
-    images = decode(files, channels, allocate)
-    unknown = np.full(count, -1, np.int64)
+def _read_files(files: ImageFiles, channels: int | None, classes: Sequence[str] | None, part: str,
+                allocate: Allocate) -> Stored:
+    labels = listed_labels(files)
     if labels is None:
-        return Stored(images, unknown)
+        return _read_by_folder(files, channels, classes, part, allocate)
+    images = decode(files, channels, allocate)
+    unknown = np.full(len(files), -1, np.int64)
     if isinstance(labels[0], list):
         return Stored(images, unknown, vectors=np.array(labels, np.float32))
     numbers = np.array([-1 if label is None else label for label in labels], np.int64)
     notes = ()
     if missing := [name for name, label in zip(files.names, labels, strict=True) if label is None]:
-        notes = (f"{files.path}: {len(missing)} of {count} images have no label in {LABEL_FILE} (first: {missing[0]}); "
-                 "they count as unlabelled",)
+        notes = (f"{len(missing)} of {len(files)} images have no label in {LABEL_FILE} (first: "
+                 f"{missing[0]}); they count as unlabelled",)
     return Stored(images, numbers, tuple(str(c) for c in range(numbers.max() + 1)), notes=notes)
+
+
+def _read_by_folder(files: ImageFiles, channels: int | None, classes: Sequence[str] | None, part: str,
+                    allocate: Allocate) -> Stored:
+    names = [name.removeprefix(part) for name in files.names]
+    found = classes_by_folder(names, files.path, classes)
+    if found is None:
+        return Stored(decode(files, channels, allocate), np.full(len(files), -1, np.int64))
+    # Class folder by class folder, inside it by sub-folder, then by file name.
+    tops = found.labels.tolist() if classes is None else [name.partition("/")[0] for name in names]
+    order = sorted(np.flatnonzero(found.labels >= 0).tolist(), key=lambda i: (tops[i], *names[i].rpartition("/")[::2]))
+    labels, notes = found.labels[order], []
+    if loose := len(files) - len(order):
+        notes.append(f"{loose} images that lie in no class folder are left out")
+    if empty := sorted(set(range(len(found.names))) - set(labels.tolist())):
+        notes.append(f"no image of class {', '.join(found.names[c] for c in empty[:10])}")
+    kept = ImageFiles(files.path, tuple(files.members[i] for i in order), {})
+    return Stored(decode(kept, channels, allocate), labels, found.names, notes=tuple(notes))
 
 
 class _Chunk(NamedTuple):
@@ -196,10 +238,10 @@ def decode(files: ImageFiles, channels: int | None, allocate: Allocate) -> np.nd
         raise UserError(f"{files.path}: No image files found in the specified path; expected images, or sub-folders of "
                         "images named by class")
     first = to_chw(open_image(next(files.read()), f"{files.path}/{files.names[0]}"), channels)
-    array = allocate((len(files.members), *first.shape))
+    array = allocate((len(files), *first.shape))
     chunks = (_Chunk(files.path, files.members[i:i + CHUNK], i, str(array.filename))
-              for i in range(0, len(files.members), CHUNK))
-    progress = Progress(f"decoding {files.path.name}", len(files.members), "images")
+              for i in range(0, len(files), CHUNK))
+    progress = Progress(f"decoding {files.path.name}", len(files), "images")
     gray_so_far = channels is None and first.shape[0] == 1
     # Closed before anything else happens to the array: a worker that still writes into it must not find it replaced.
     with closing(progress), closing(ordered_map(_decode_chunk, chunks)) as results:
@@ -264,9 +306,3 @@ def _stream_images(path: Path, stream: IO[bytes], size: int, allocate: Allocate)
         chunk = np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
         array[start:start + count] = chunk.transpose(0, 3, 1, 2) if last else chunk
     return array
-
-
-def iterate(images: ImageSet, chunk: int = CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (images, labels) a chunk at a time, so that a memory-mapped set is never copied whole."""
-    for start in range(0, len(images), chunk):
-        yield images.images[start:start + chunk], images.labels[start:start + chunk]

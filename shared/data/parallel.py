@@ -7,11 +7,11 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.connection import wait
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from shared.cli import UserError
 
@@ -32,8 +32,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item],
     """Yield function(item) for each item in order, computed in processes: `workers`, or one a core.
 
     `function` must be importable and should take a chunk of work. `items` is read no further ahead than twice the
-    number of processes, so a stream of any length fits. Small work (a single item) and a single worker stay in this
-    process.
+    number of processes, so a stream of any length fits. A single item and a single worker stay in this process.
     """
     workers, items = workers or cores(), iter(items)
     head = list(islice(items, 2))
@@ -43,7 +42,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item],
         return
     # Forked workers start at once and only touch NumPy and Pillow; elsewhere forking is not safe or not there.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent)
     try:
         pending = deque(pool.submit(function, item) for item in head)
         for item in items:
@@ -58,8 +57,8 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item],
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Let this worker end when the program is killed, which otherwise would leave it waiting for work for ever."""
+def _exit_with_parent() -> None:
+    """Exit when the parent is killed; otherwise the worker blocks forever."""
 
     def watch() -> None:
         wait([multiprocessing.parent_process().sentinel])
@@ -76,3 +75,20 @@ def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
         while (item := following.result()) is not end:
             following = thread.submit(next, items, end)
             yield item
+
+
+class Prefetched(Generic[Result]):
+    """Calls `make(step)` for the next step, up to `last`, in a thread while the caller works on this one."""
+
+    def __init__(self, make: Callable[[int], Result], last: int) -> None:
+        self.make, self.last = make, last
+        self.thread = ThreadPoolExecutor(1)
+        self.following: tuple[int, Future[Result]] | None = None
+
+    def __call__(self, step: int) -> Result:
+        ready = self.following is not None and self.following[0] == step
+        future = self.following[1] if ready else self.thread.submit(self.make, step)
+        result = future.result()
+        if step < self.last:
+            self.following = (step + 1, self.thread.submit(self.make, step + 1))
+        return result

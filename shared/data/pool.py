@@ -1,12 +1,40 @@
-"""Images that batches are drawn from, on the device where they fit."""
+"""What batches are drawn from: images on the device where they fit, and photographs that are decoded when asked for.
+
+Photographs are decoded by NVIDIA DALI or by Pillow in threads, with the same pixels within one grey level.
+"""
 from __future__ import annotations
+
+import importlib.util
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from shared.augment import randaugment
 from shared.augment.randaugment import to_device
-from shared.augment.views import normalise
-from shared.data.images import ImageSet
+from shared.augment.views import StrongDraws, normalise, strong
+from shared.cli import UserError
+from shared.data.images import ImageSet, open_image, to_chw
+from shared.data.parallel import cores, one_ahead
+from shared.data.photographs import (
+    EVAL_SIDE,
+    MEAN,
+    STD,
+    TRAIN_SIDE,
+    Photographs,
+    PhotographSet,
+    Request,
+    View,
+    open_rgb,
+)
+
+DECODERS = ("auto", "dali", "torchvision")
+AHEAD = 2  # batches in the making
 
 
 class Pool:
@@ -27,20 +55,174 @@ class Pool:
     def __len__(self) -> int:
         return len(self.host)
 
-    def take(self, indices: np.ndarray) -> torch.Tensor:
+    def take(self, indices: np.ndarray) -> Tensor:
         """Return uint8 [n, C, H, W] on the device; nothing waits for it."""
         if self.resident is not None:
             return self.resident[to_device(indices, self.device)]
         # A copy, so that read-only memory maps stay untouched. Sorted reads would be faster only from spinning disks.
         return to_device(self.host[indices], self.device)
 
-    def normalised(self, indices: np.ndarray) -> torch.Tensor:
+    def normalised(self, indices: np.ndarray) -> Tensor:
         """Return the images at `indices` as the evaluation sees them: float32 [n, C, H, W], normalised."""
         return normalise(self.take(indices), self.mean, self.std)
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether `size` bytes leave at least half of the device's free memory to the training."""
-    if device.type != "cuda":
-        return True
-    return size < torch.cuda.mem_get_info(device)[0] / 2
+    """Return whether `size` bytes leave at least half of the device's free memory to the training."""
+    return device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] / 2
+
+
+def make_pool(images: ImageSet | PhotographSet, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device,
+              workers: int = 1, decoder: str = "auto") -> Pool | PhotographPool:
+    """Return what batches of the set are drawn from."""
+    if isinstance(images, PhotographSet):
+        return PhotographPool(images, mean, std, device, workers, decoder)
+    return Pool(images, mean, std, device)
+
+
+def evaluated(pool: Pool | PhotographPool, parts: Sequence[np.ndarray]) -> Iterator[Tensor]:
+    """Yield the normalised images at each part's positions; the next photographs are decoded meanwhile."""
+    made = (pool.normalised(part) for part in parts)
+    return one_ahead(made) if isinstance(pool, PhotographPool) else made
+
+
+# --------------------------------------------------------------------------------------------------------- photographs
+
+def choose_decoder(name: str) -> str:
+    """Return "dali" or "torchvision": the one asked for, or for "auto" DALI where it is installed; UserError."""
+    found = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if name == "dali" and not found:
+        raise UserError("NVIDIA DALI is not installed: pip install nvidia-dali-cuda130, or decode with torchvision")
+    return name if name != "auto" else "dali" if found else "torchvision"
+
+
+class PhotographPool:
+    """Photographs to draw batches from, with the interface of Pool; they are decoded batch by batch.
+
+    A photograph is augmented as it is and then made a square: strong views take RandAugment and cutout on the whole
+    photograph; all views are resized to 256x256 and later cut to 224x224. The evaluation resizes to 224x224.
+
+    workers: as --num_workers; four threads each. Raises UserError for a photograph that cannot be decoded.
+    """
+
+    def __init__(self, photographs: PhotographSet, mean: tuple[float, ...], std: tuple[float, ...],
+                 device: torch.device, workers: int = 1, decoder: str = "auto") -> None:
+        self.photographs, self.mean, self.std, self.device = photographs, mean, std, device
+        self.labels = torch.from_numpy(photographs.labels).to(device)
+        self.threads = ThreadPoolExecutor(min(4 * max(1, workers), 4 * cores()))
+        # On a CPU both decode alike; DALI is for the decoders of a GPU.
+        by_dali = decoder == "dali" or (decoder == "auto" and device.type == "cuda")
+        self.dali = None
+        if by_dali and choose_decoder(decoder) == "dali":
+            from shared.data.dali import Decoder  # an optional package
+
+            self.dali = Decoder(device, 4 * max(1, workers))
+        self.last: tuple[np.ndarray, list[Tensor]] = (np.zeros(0, np.int64), [])
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    def take(self, positions: np.ndarray) -> Tensor:
+        """Return uint8 [n, 3, 256, 256] on the device."""
+        return self._squares(positions, TRAIN_SIDE, lambda image, number: image)
+
+    def normalised(self, positions: np.ndarray) -> Tensor:
+        """Return the images as the evaluation sees them: float32 [n, 3, 224, 224], normalised."""
+        return normalise(self._squares(positions, EVAL_SIDE, lambda image, number: image), self.mean, self.std)
+
+    def strong(self, positions: np.ndarray, draws: StrongDraws) -> Tensor:
+        """Return strong views before flip and crop, uint8 [n, 3, 256, 256]. draws: for images of 256x256."""
+        return self._squares(positions, TRAIN_SIDE,
+                             lambda image, number: strong(image, _fitted(draws[number:number + 1], image)))
+
+    def medium(self, positions: np.ndarray, draws: StrongDraws) -> Tensor:
+        """Return views with the operations alone, uint8 [n, 3, 256, 256]."""
+        return self._squares(positions, TRAIN_SIDE, lambda image, number: randaugment.apply(
+            image, draws.operations[number:number + 1], draws.magnitudes[number:number + 1]))
+
+    def _squares(self, positions: np.ndarray, side: int, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Return uint8 [n, 3, side, side] on the device: change(photograph [1, 3, H, W], number in the batch)."""
+        decoded = self._decode(positions)
+        made = self.threads.map(lambda number: resize(change(decoded[number][None], number), side),
+                                range(len(decoded)))
+        return torch.cat(list(made)).to(self.device, non_blocking=True)
+
+    def _decode(self, positions: np.ndarray) -> list[Tensor]:
+        """Return uint8 [3, H, W] each; those of the last call are kept, since several views follow each other."""
+        if not np.array_equal(self.last[0], positions):
+            files = self.photographs.files[positions].tolist()
+            payloads = list(self.threads.map(_read, files))
+            decoded = self.dali(payloads, files) if self.dali else list(self.threads.map(_decode, payloads, files))
+            self.last = (positions.copy(), decoded)
+        return self.last[1]
+
+
+def _read(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _decode(payload: bytes, file: str) -> Tensor:
+    return torch.from_numpy(to_chw(open_image(payload, file), 3).copy())
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """Resize uint8 [n, 3, H, W] to squares as Pillow does (bilinear, antialiased), within one grey level."""
+    if images.device.type == "cpu":
+        return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    small = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8)
+
+
+def _fitted(draws: StrongDraws, image: Tensor) -> StrongDraws:
+    """Return the draws of one image with the centre of its cutout moved to where it would be in this image's size."""
+    height, width = image.shape[-2:]
+    fraction = (TRAIN_SIDE - draws.cutout_centre) / (TRAIN_SIDE - 1)  # 0..1 from the far side back to the first pixel
+    sides = np.array([width, height])
+    return StrongDraws(draws.operations, draws.magnitudes, draws.cutout_fraction, sides + (1 - sides) * fraction)
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+def batches(photographs: Photographs, view: View, request: Callable[[int], Request], steps: range,
+            device: torch.device, workers: int = 4, decoder: str = "auto") -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (float32 [n, 3, size, size] normalised, int64 [n]) on `device` for every step, made ahead of time.
+
+    request: step -> which photographs it wants and how to crop them, so a run continues at any step with the same
+    batches. workers: threads that decode. A view without crops gives the label -1 to what stands in for a bad
+    photograph. Raises UserError for photographs that cannot be used.
+    """
+    if choose_decoder(decoder) == "dali":
+        from shared.data.dali import dali_batches  # an optional package
+
+        return dali_batches(photographs, view, request, steps, device, workers, AHEAD)
+    return pillow_batches(photographs, view, request, steps, device, workers)
+
+
+def pillow_batches(photographs: Photographs, view: View, request: Callable[[int], Request], steps: range,
+                   device: torch.device, workers: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
+    """Do as `batches`, with Pillow, in threads: it lets the others work while it decodes and resizes."""
+    def make(wanted: Request, number: int) -> tuple[np.ndarray, int]:
+        image, photograph = photographs.get(int(wanted.positions[number]), open_rgb)
+        unknown = photograph.stands_in and wanted.crops is None
+        return view(image, wanted.crops, number), -1 if unknown else photograph.label
+
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        pending: deque = deque()
+        following = iter(steps)
+        while True:
+            for step in following:
+                wanted = request(step)
+                pending.append([pool.submit(make, wanted, number) for number in range(len(wanted.positions))])
+                if len(pending) > AHEAD:
+                    break
+            if not pending:
+                return
+            pixels, labels = zip(*(future.result() for future in pending.popleft()), strict=True)
+            images = to_device(np.stack(pixels).transpose(0, 3, 1, 2), device)
+            yield normalise(images, MEAN, STD), to_device(np.array(labels), device)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,46 +1,95 @@
-"""Writing image sets: EDM's ZIP, CIFAR's batches, folders of classes, npz. Each appears complete or not at all."""
+"""Writing images: EDM's ZIP or folder, folders of classes, npz, single PNGs. Each appears complete or not at all."""
 from __future__ import annotations
 
+import io
 import json
 import os
-import pickle
 import shutil
-import struct
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from shared.cli import UserError
-from shared.data.cifar import CIFAR10, CIFAR100, SIDE, Layout
-from shared.data.images import ImageSet, iterate, shape_text
+from shared.data.images import ImageSet, iterate
+from shared.data.parallel import ordered_map
 from shared.training.files import atomic, make_dir
 
 Save = Callable[[str, bytes], None]     # (name, content) -> None
+WRITERS = 8                             # threads; compressing a PNG releases the interpreter lock
+
+
+# --------------------------------------------------------------------------------------------------------------- PNGs
+
+def to_pillow(pixels: np.ndarray) -> Image.Image:
+    """Return uint8 [C, H, W] as an image of mode L, LA, RGB or RGBA, by C from 1 to 4."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Return an uncompressed PNG, which is as quick to decode as a PNG can be."""
+    stream = io.BytesIO()
+    image.save(stream, format="png", compress_level=0)
+    return stream.getvalue()
 
 
 def encode_pngs(images: np.ndarray) -> list[bytes]:
-    """Return the PNG of each image of uint8 [n, C, H, W]: gray, gray with transparency, RGB or RGBA by C from 1 to 4.
+    """Return the uncompressed PNG of each image of uint8 [n, C, H, W]."""
+    return [encode_png(to_pillow(image)) for image in images]
 
-    Neither compressed nor filtered, which is as quick to decode as a PNG can be; as quick to make as a copy.
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write uint8 [C, H, W] as an L (C = 1) or RGB (C = 3) PNG."""
+    with atomic(path) as file:
+        to_pillow(pixels).save(file, format="png")
+
+
+class PngWriter:
+    """Writes images in threads while the next ones are computed. Each file appears complete or not at all.
+
+    A context manager: leaving it waits for all files, and an error of any of them is raised here or in `save`.
     """
-    n, channels, height, width = images.shape
-    header = struct.pack(">2I5B", width, height, 8, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
-    rows = np.zeros((n, height, 1 + width * channels), np.uint8)  # the first byte of a row tells its filter: 0, none
-    for channel in range(channels):
-        rows[:, :, 1 + channel::channels] = images[:, channel]
-    start = b"\x89PNG\r\n\x1a\n" + _png_chunk(b"IHDR", header)
-    end = _png_chunk(b"IEND", b"")
-    return [start + _png_chunk(b"IDAT", zlib.compress(raw, 0)) + end for raw in rows]
+
+    def __enter__(self) -> PngWriter:
+        self._pool = ThreadPoolExecutor(WRITERS)
+        self._pending: list[Future] = []
+        return self
+
+    def save(self, images: Iterable[tuple[Path, np.ndarray]]) -> None:
+        """Queue uint8 images [C, H, W], C = 1 or 3, once those of the former call are written."""
+        self._wait()
+        self._pending = [self._pool.submit(write_png, path, pixels) for path, pixels in images]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._pool.shutdown(cancel_futures=kind is not None)
+
+    def _wait(self) -> None:
+        for future in self._pending:
+            future.result()
 
 
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+def read_pngs(paths: Sequence[Path]) -> np.ndarray:
+    """Read images of one size as uint8 [N, C, H, W]."""
+    def read(path: Path) -> np.ndarray:
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
+    with ThreadPoolExecutor(WRITERS) as pool:
+        return np.stack(list(pool.map(read, paths)))
+
+
+# --------------------------------------------------------------------------------------------------- ZIPs and folders
 
 def image_name(index: int) -> str:
     """Return EDM's name of an image, a thousand to a folder: 00012/img00012345.png."""
@@ -57,56 +106,19 @@ def labels_json(labels: Sequence[tuple[str, int | list[float] | None]],
     return json.dumps({"labels": None if any(label is None for _, label in listed) else listed, **(further or {})})
 
 
-class StoredZip:
-    """A ZIP whose entries are stored as they are, written front to back.
-
-    Several times quicker than zipfile, which goes back to each entry's header: with small images that is what a
-    converter would wait for. The same entries give the same bytes.
-    """
-
-    DATE = (1 << 5) | 1                 # 1980-01-01
-    OWNER_READS_AND_WRITES = 0o600 << 16
-    LIMIT = 0xFFFFFFFF                  # beyond which an offset needs the ZIP64 form
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.offset, self.directory = file, 0, []
-
-    def add(self, name: str, data: bytes) -> None:
-        raw, extra, version = name.encode("ascii"), b"", 20
-        common = (0, 0, 0, self.DATE, zlib.crc32(data), len(data), len(data), len(raw))
-        if self.offset >= self.LIMIT:
-            extra, version = struct.pack("<HHQ", 1, 8, self.offset), 45
-        self.directory.append(
-            struct.pack("<4sBBH4H3I5H2I", b"PK\1\2", version, 3, version, *common, len(extra), 0, 0, 0,
-                        self.OWNER_READS_AND_WRITES, min(self.offset, self.LIMIT)) + raw + extra)
-        self.offset += self.file.write(struct.pack("<4sH4H3I2H", b"PK\3\4", 20, *common, 0) + raw + data)
-
-    def finish(self) -> None:
-        """Write the directory."""
-        count, size = len(self.directory), sum(map(len, self.directory))
-        self.file.writelines(self.directory)
-        if count >= 0xFFFF or self.offset + size >= self.LIMIT:
-            self.file.write(struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, self.offset))
-            self.file.write(struct.pack("<4sIQI", b"PK\6\7", 0, self.offset + size, 1))
-        self.file.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), size,
-                                    min(self.offset, self.LIMIT), 0))
-
-
 @contextmanager
 def open_destination(dest: Path) -> Iterator[Save]:
     """Yield a function that adds a file to `dest`: a ZIP (entries stored as they are) or a folder.
 
-    A folder must be empty or absent. `dest` appears when the block ends, and stays as it was after an error.
+    A folder must be empty or absent. `dest` appears when the block ends, and stays as it was after an error. The same
+    files in the same order give the same bytes.
     """
     if dest.suffix.lower() == ".zip":
-        with atomic(dest) as file:
-            archive = StoredZip(file)
-            yield archive.add
-            archive.finish()
+        with atomic(dest) as file, zipfile.ZipFile(file, "w") as archive:
+            # Without a date, which would make every file another one; readable and writable by its owner.
+            yield lambda name, data: archive.writestr(_entry(name), data)
         return
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise UserError(f"--dest folder must be empty: {dest}")
-    with whole_folder(dest) as folder:
+    with whole_folder(dest, "--dest folder must be empty") as folder:
         made: set[str] = set()
 
         def save(name: str, data: bytes) -> None:
@@ -119,14 +131,27 @@ def open_destination(dest: Path) -> Iterator[Save]:
         yield save
 
 
+def _entry(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = 0o600 << 16
+    return info
+
+
 @contextmanager
-def whole_folder(dest: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `dest` (empty or absent) when the block ends without an error."""
+def whole_folder(dest: Path, problem: str = "the folder must be empty") -> Iterator[Path]:
+    """Yield a temporary folder that becomes `dest` when the block ends without an error.
+
+    Raises UserError, which begins with `problem`, unless `dest` is an empty folder or absent.
+    """
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise UserError(f"{problem}: {dest}")
     dest = dest.absolute()
     folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}.part-", dir=make_dir(dest.parent)))
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())
+        mask = os.umask(0)
+        os.umask(mask)
+        folder.chmod(0o777 & ~mask)
         if dest.exists():
             dest.rmdir()
         os.rename(folder, dest)
@@ -134,24 +159,16 @@ def whole_folder(dest: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_zip(images: ImageSet, path: str | Path) -> None:
     """Write EDM's form, a .zip or a folder: 00000/img00000000.png and so on, uncompressed, and dataset.json last.
 
     One image without a label makes all labels null there, which is how EDM says that a set has none.
     """
-    dest, names = Path(path), []
+    names = [image_name(index) for index in range(len(images))]
     labels = images.labels.tolist() if images.vectors is None else images.vectors.tolist()
-    with open_destination(dest) as save:
-        for pixels, _ in iterate(images):
-            for png in encode_pngs(pixels):
-                names.append(image_name(len(names)))
-                save(names[-1], png)
+    with open_destination(Path(path)) as save:
+        for name, png in zip(names, _all_pngs(images), strict=True):
+            save(name, png)
         pairs = [(name, None if label == -1 else label) for name, label in zip(names, labels, strict=True)]
         save("dataset.json", labels_json(pairs).encode())
 
@@ -160,44 +177,22 @@ def write_folder(images: ImageSet, path: str | Path) -> None:
     """Write <class>/<index>.png, the class as a number, into an empty or absent folder; every image needs a label."""
     if (images.labels < 0).any():
         raise UserError(f"{images.name}: {int((images.labels < 0).sum())} images have no label, so no class folder")
-    if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
-        raise UserError(f"the folder must be empty: {path}")
     digits = len(str(int(images.labels.max())))
     with whole_folder(Path(path)) as folder:
         for label in np.unique(images.labels):
             (folder / f"{label:0{digits}d}").mkdir()
-        index = 0
-        for pixels, labels in iterate(images):
-            for png, label in zip(encode_pngs(pixels), labels, strict=True):
-                (folder / f"{label:0{digits}d}" / f"{index:06d}.png").write_bytes(png)
-                index += 1
+        for index, (label, png) in enumerate(zip(images.labels, _all_pngs(images), strict=True)):
+            (folder / f"{label:0{digits}d}" / f"{index:06d}.png").write_bytes(png)
 
+
+def _all_pngs(images: ImageSet) -> Iterator[bytes]:
+    for pngs in ordered_map(encode_pngs, (pixels for pixels, _ in iterate(images))):
+        yield from pngs
+
+
+# ------------------------------------------------------------------------------------------------------------- arrays
 
 def write_npz(images: ImageSet, path: str | Path) -> None:
     """Write `images`, `labels` and `classes`, uncompressed, streamed from a memory-mapped set."""
     with atomic(path) as file:
         np.savez(file, images=images.images, labels=images.labels, classes=np.array(images.classes, dtype=np.str_))
-
-
-def cifar_batches(images: np.ndarray, labels: np.ndarray, names: Sequence[str], layout: Layout) -> Iterator[
-        tuple[str, bytes]]:
-    """Yield (name, content) of CIFAR batches: equal shares of images uint8 [N, 3, 32, 32] with int64 labels."""
-    for name, rows in zip(names, np.array_split(np.arange(len(images)), len(names)), strict=True):
-        data = np.ascontiguousarray(images[rows[0]:rows[-1] + 1]).reshape(len(rows), -1)
-        yield name, pickle.dumps({"data": data, layout.labels: labels[rows]}, protocol=4)
-
-
-def write_cifar(train: ImageSet, folder: str | Path, test: ImageSet | None = None) -> None:
-    """Write CIFAR-10's (10 classes) or CIFAR-100's python batches of 32x32 RGB images, with their meta file."""
-    layout = CIFAR10 if train.num_classes == 10 else CIFAR100
-    if train.num_classes != layout.num_classes or train.images.shape[1:] != (3, SIDE, SIDE):
-        raise UserError(f"{train.name}: CIFAR batches hold 10 or 100 classes of 3 x 32 x 32 images, not "
-                        f"{train.num_classes} of {shape_text(train)}")
-    folder = make_dir(folder)
-    parts = [(train, layout.train)] + ([(test, layout.test)] if test is not None else [])
-    for part, names in parts:
-        for name, content in cifar_batches(part.images, part.labels, names, layout):
-            with atomic(folder / name) as file:
-                file.write(content)
-    with atomic(folder / layout.meta) as file:
-        pickle.dump({layout.label_names: list(train.classes)}, file, protocol=4)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from EDM.convert_dataset import convert
+from EDM.dataset_tool import convert
 from shared.data.images import read_images
 from shared.data.parallel import cores
 from tests.golden.data_sources import write_cifar_archive

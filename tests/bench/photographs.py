@@ -20,9 +20,10 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from MetaSemi.imagenet.records import encode_record
-from shared.data.photograph_batches import Epochs, Request, batches
-from shared.data.photographs import MEAN, STD, Photographs, RandomCrop, RecordImages, draw_crops
+from MetaSemi.imagenet.records import RecordFile, encode_record
+from MetaSemi.imagenet.views import Epochs, RandomCrop
+from shared.data.photographs import MEAN, STD, Photographs, Request
+from shared.data.pool import batches
 from shared.training.randomness import numpy_rng
 
 
@@ -73,12 +74,12 @@ def main() -> None:
         path = Path(options.rec or f"{folder}/x.rec")
         if options.rec is None:
             make(path, options.images)
-        pool = Photographs(RecordImages(path), 10 ** 6)
+        pool = Photographs(RecordFile(path), 10 ** 6)
         order = Epochs(len(pool), options.batch, lambda step, what: numpy_rng(0, step, what), "order")
 
         def ours(decoder: str) -> Iterator:
             def request(step: int) -> Request:
-                return Request(order(step), draw_crops(options.batch, numpy_rng(0, step, "crops"), view))
+                return Request(order(step), view.draw(options.batch, numpy_rng(0, step, "crops")))
 
             return batches(pool, view, request, range(options.steps), device, options.workers, decoder)
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from shared.data.datasets import load_dataset
 from shared.data.images import ImageSet
-from shared.data.writers import write_cifar, write_zip
+from shared.data.writers import write_zip
+from tests.shared.cifar_files import write_cifar
 from tests.shared.programs import ROOT
 from TorchSSL.dpt_recipes import DIGITS_DIFFUSION
 

@@ -14,8 +14,9 @@ from MetaSemi.core.meta import MetaGradient, meta_step, supervised_step
 from MetaSemi.core.meters import Meters
 from MetaSemi.core.schedules import CosAnnealingLR
 from MetaSemi.core.validation import validate
-from shared.data.photograph_batches import Request, batches
-from shared.data.photographs import CentreCrop, Photographs
+from MetaSemi.imagenet.views import CentreCrop
+from shared.data.photographs import Photographs, Request
+from shared.data.pool import batches
 from shared.distributed import World
 from shared.training.checkpoint import read_checkpoint
 from tests.golden.cases import arrays, golden_dir, index

@@ -17,7 +17,7 @@ from PIL import Image
 from EDM.dataset_tool import main
 from EDM.tdsm.transition import CLASSES
 from EDM.training.dataset import open_training_set
-from shared.data.cifar import CIFAR10, CIFAR100
+from shared.data.formats import CIFAR10, CIFAR100
 from shared.data.images import ImageSet, read_images
 from shared.data.writers import write_npz
 from tests.golden.cases import arrays, index

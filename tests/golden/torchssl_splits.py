@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.data.splits import class_balanced_split
+from shared.data.classes import class_balanced_split
 from tests.golden.cases import arrays, index
 
 CASES = [case for case in index("torchssl")["cases"] if case["file"] == "splits.npz" and "labels" in

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import io
 import json
-import struct
+import os
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import EDM.convert_dataset
-from EDM.convert_dataset import convert, transformed
+import EDM.dataset_tool
+from EDM.dataset_tool import convert, main, transformed
 from shared.cli import UserError
 from shared.data.images import ImageSet, read_images
-from shared.data.writers import StoredZip, write_folder, write_npz, write_zip
+from shared.data.writers import write_folder, write_npz, write_zip
 from tests.golden.data_sources import write_cifar_archive
 from tests.shared.programs import one_line_error, run
 
@@ -61,7 +61,7 @@ def test_pixels_and_labels_survive(count: int, channels: int, side: int, source:
 
 
 def test_any_number_of_cores_gives_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_npz(random_set(5 * EDM.convert_dataset.CHUNK + 7), tmp_path / "a.npz")
+    write_npz(random_set(5 * EDM.dataset_tool.CHUNK + 7), tmp_path / "a.npz")
     written = []
     for cores in ("1", "2", "3"):
         monkeypatch.setenv("FEWLABEL_CORES", cores)
@@ -247,10 +247,25 @@ class TestMistakes:
         before = dest.read_bytes()
         for args, expected in ((["--resolution=4by4"], "4x4"), (["--max-images=0"], "--max-images"),
                                (["--transform=crop"], "--transform"), (["--sauce=x"], "--sauce"),
-                               (["--resolution=12x12"], "power-of-two")):
+                               (["--resolution=8x8"], "give --overwrite"),
+                               (["--resolution=12x12", "--overwrite"], "power-of-two")):
             message = one_line_error(run(script, f"--source={source}", f"--dest={dest}", *args, status=2))
             assert expected in message or "32x32" in message
         assert dest.read_bytes() == before
+
+    def test_again(self, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        """The same command does nothing; with another source it says so, and overwrites when told to."""
+        command = [f"--source={source}", f"--dest={tmp_path / 'out.zip'}"]
+        main(command)
+        made = os.stat(tmp_path / "out.zip")
+        main(command)
+        assert "complete: " in capsys.readouterr().out and os.stat(tmp_path / "out.zip").st_ino == made.st_ino
+        (source / "0" / "000000.png").write_bytes((source / "0" / "000004.png").read_bytes())
+        with pytest.raises(UserError, match="the content of --source has changed.* --overwrite"):
+            main(command)
+        main([*command, "--overwrite"])
+        found = read_images(tmp_path / "out.zip").images
+        np.testing.assert_array_equal(found[0], found[1])
 
     def test_destination(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "full").mkdir()
@@ -261,18 +276,3 @@ class TestMistakes:
         assert len(read_images(tmp_path / "none")) == 8
         (tmp_path / "file").write_text("")
         assert "cannot create the folder" in error_of(source, tmp_path / "file" / "out.zip")
-
-
-def test_stored_zip_beyond_the_old_limits(tmp_path: Path) -> None:
-    """More than 65,535 entries and more than 4 GB (of holes) need the ZIP64 form."""
-    with open(tmp_path / "a.zip", "wb") as file:
-        archive = StoredZip(file)
-        for index in range(70_000):
-            archive.add(f"{index}", struct.pack("<I", index))
-        file.seek(1 << 33, io.SEEK_CUR)
-        archive.offset += 1 << 33
-        archive.add("last", b"end")
-        archive.finish()
-    with zipfile.ZipFile(tmp_path / "a.zip") as found:
-        assert len(found.namelist()) == 70_001 and found.read("last") == b"end"
-        assert found.read("69999") == struct.pack("<I", 69_999)

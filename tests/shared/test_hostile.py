@@ -90,7 +90,7 @@ def test_readers_run_nothing_and_write_nothing(tmp_path: Path) -> None:
         add(name, pickle.dumps({"data": thing, "labels": [0]}), "shared.data.datasets", "load_dataset", "cifar10",
             "train", tmp_path / kind)
         objects = np.array([thing], dtype=object)
-        for module, function in (("shared.data.pickles", "load_array"), ("EDM.tdsm.transition", "load_transition")):
+        for module, function in (("shared.data.safe", "load_array"), ("EDM.tdsm.transition", "load_transition")):
             add(f"{kind}-{function}.npy", npy(objects), module, function, tmp_path / f"{kind}-{function}.npy")
         add(f"{kind}.npz", npz(images=objects), "shared.data.images", "read_images", tmp_path / f"{kind}.npz")
         add(f"{kind}-labels.npz", npz(images=np.zeros((1, 1, 2, 2), np.uint8), labels=objects), "shared.data.images",
@@ -178,7 +178,7 @@ def test_bombs_are_refused_and_stay_small(tmp_path: Path) -> None:
                        tmp_path / "doubled.pt"),
         f"cifar/{CIFAR}/data_batch_1": (pickle.dumps({"data": doubled(40)}), "shared.data.datasets", "load_dataset",
                                         "cifar10", "train", tmp_path / "cifar"),
-        "large.npy": (header.getvalue() + bytes(80), "shared.data.pickles", "load_array", tmp_path / "large.npy"),
+        "large.npy": (header.getvalue() + bytes(80), "shared.data.safe", "load_array", tmp_path / "large.npy"),
         "large.npz": (npz(images=np.zeros((1, 1, 2, 2), np.uint8)), "shared.data.images", "read_images",
                       tmp_path / "large.npz"),
         "colour/a.png": (packed_png(9000, 9000), "shared.data.images", "read_images", tmp_path / "colour"),

@@ -10,19 +10,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from MetaSemi.imagenet.views import CentreCrop, Epochs, RandomCrop, resize
 from shared.cli import UserError
-from shared.data.photograph_batches import Epochs, Request, batches, choose_decoder
-from shared.data.photographs import (
-    MEAN,
-    STD,
-    CentreCrop,
-    Photographs,
-    RandomCrop,
-    central_view,
-    draw_crops,
-    looks_whole,
-    resize,
-)
+from shared.data.photographs import MEAN, STD, Photographs, Request, looks_whole
+from shared.data.pool import batches, choose_decoder
 from shared.training.randomness import numpy_rng
 
 CPU = torch.device("cpu")
@@ -66,7 +57,7 @@ def train_batches(decoder: str, pool: Photographs, steps: range, seed: int = 0, 
     view, order = RandomCrop(32), Epochs(len(pool), 4, lambda step, what: numpy_rng(seed, step, what), "order")
 
     def request(step: int) -> Request:
-        return Request(order(step), draw_crops(4, numpy_rng(seed, step, "crops"), view))
+        return Request(order(step), view.draw(4, numpy_rng(seed, step, "crops")))
 
     return list(batches(pool, view, request, steps, CPU, workers, decoder))
 
@@ -108,7 +99,7 @@ def test_epochs_show_every_photograph() -> None:
 
 
 def test_crops_have_the_published_bounds() -> None:
-    crops = draw_crops(2000, np.random.default_rng(0), RandomCrop())
+    crops = RandomCrop().draw(2000, np.random.default_rng(0))
     windows = np.array([crops.window(number, 300, 400) for number in range(2000)])
     top, left, height, width = windows.T
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= 300).all() and (left + width <= 400).all()
@@ -121,7 +112,7 @@ def test_crops_have_the_published_bounds() -> None:
 
 
 def test_an_image_too_thin_for_any_crop() -> None:
-    crops = draw_crops(1, np.random.default_rng(0), RandomCrop(area=(0.9, 1.0)))
+    crops = RandomCrop(area=(0.9, 1.0)).draw(1, np.random.default_rng(0))
     top, left, height, width = crops.window(0, 10, 1000)
     assert height == 10 and 8 <= width <= 13 and top == 0 and left == (1000 - width) // 2
 
@@ -129,7 +120,7 @@ def test_an_image_too_thin_for_any_crop() -> None:
 def test_the_central_view_keeps_its_scale() -> None:
     """A gradient along the longer side comes out with the slope of the shorter one's scale."""
     ramp = np.tile(np.arange(145, dtype=np.uint8)[None, :, None], (60, 1, 3))
-    view = central_view(Image.fromarray(ramp), CentreCrop(20, 32))[:, :, 0].astype(float)
+    view = CentreCrop(20, 32)(Image.fromarray(ramp))[:, :, 0].astype(float)
     assert abs(view[0, -1] - view[0, 0] - 19 * 60 / 32) <= 1
     assert abs(view.mean() - 72) < 1.1  # an odd rest is cut off on the left
 

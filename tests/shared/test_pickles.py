@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shared.cli import UserError
-from shared.data.pickles import load_numpy_pickle
+from shared.data.safe import load_numpy_pickle
 
 
 class Hostile:

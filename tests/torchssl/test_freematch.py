@@ -14,8 +14,8 @@ from PIL import Image
 
 from shared.augment.views import normalise
 from shared.cli import Diverged, UserError
+from shared.data.classes import class_balanced_split
 from shared.data.datasets import load_dataset
-from shared.data.splits import class_balanced_split
 from shared.distributed import World
 from tests.golden.cases import facts
 from tests.shared.programs import ROOT, environment

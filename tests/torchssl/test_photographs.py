@@ -14,12 +14,14 @@ from torchvision.transforms import functional as TF
 
 from shared.augment.views import draw_strong, strong
 from shared.cli import UserError
+from shared.data.parallel import Prefetched
+from shared.data.photographs import EVAL_SIDE, TRAIN_SIDE, list_imagenet
+from shared.data.pool import PhotographPool
 from shared.distributed import World
 from tests.shared.programs import assert_same
 from tests.torchssl import tiny
 from TorchSSL import freematch
 from TorchSSL.core.data import NORMALISATION, Batches, load_training_data, read_extra_images
-from TorchSSL.core.photographs import CROP, SIDE, Ahead, PhotographPool, imagenet
 
 CPU = torch.device("cpu")
 CLASSES = ("n01440764", "n01443537")
@@ -44,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["torchvision", "dali"])
 def pool(request: pytest.FixtureRequest, folder: Path) -> PhotographPool:
-    return PhotographPool(imagenet(str(folder), "train"), *NORMALISATION["imagenet"], CPU, 1, request.param)
+    return PhotographPool(list_imagenet(str(folder), "train"), *NORMALISATION["imagenet"], CPU, 1, request.param)
 
 
 def photograph(pool: PhotographPool, position: int) -> Image.Image:
@@ -52,7 +54,7 @@ def photograph(pool: PhotographPool, position: int) -> Image.Image:
 
 
 def test_listed_with_labels(folder: Path) -> None:
-    train, val = imagenet(str(folder), "train"), imagenet(str(folder), "test")
+    train, val = list_imagenet(str(folder), "train"), list_imagenet(str(folder), "test")
     assert len(train) == 8 and len(val) == 4 and train.classes == CLASSES
     assert [Path(file).parent.name for file in train.files] == [CLASSES[label] for label in train.labels]
     assert train.subset(slice(0, 2)).names_by_class() == {CLASSES[0]: ["n01440764_0.JPEG", "n01440764_1.JPEG"],
@@ -62,10 +64,10 @@ def test_listed_with_labels(folder: Path) -> None:
 def test_squares_are_those_of_torchvision(pool: PhotographPool) -> None:
     """To 256x256 for training, to 224x224 for the evaluation; within one grey level."""
     positions = np.array([5, 0, 5])
-    for made, side in ((pool.take(positions), SIDE), (pool.normalised(positions), CROP)):
+    for made, side in ((pool.take(positions), TRAIN_SIDE), (pool.normalised(positions), EVAL_SIDE)):
         for image, position in zip(made, positions, strict=True):
             expected = TF.to_tensor(TF.resize(photograph(pool, position), [side, side]))
-            if side == CROP:
+            if side == EVAL_SIDE:
                 mean, std = (torch.tensor(part).view(3, 1, 1) for part in NORMALISATION["imagenet"])
                 image = image * std + mean
             else:
@@ -76,20 +78,20 @@ def test_squares_are_those_of_torchvision(pool: PhotographPool) -> None:
 def test_strong_views_change_the_photograph_before_it_is_resized(pool: PhotographPool) -> None:
     positions = np.array([1, 6, 3])
     rng_seed = 5
-    draws = draw_strong(3, np.random.default_rng(rng_seed), (SIDE, SIDE))
+    draws = draw_strong(3, np.random.default_rng(rng_seed), (TRAIN_SIDE, TRAIN_SIDE))
     made = pool.strong(positions, draws)
     for number, position in enumerate(positions):
         image = photograph(pool, position)
         # The same draws for an image of this size: only the centre of the cutout depends on the size.
         own = draw_strong(3, np.random.default_rng(rng_seed), (image.height, image.width))
         changed = strong(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None], own[number:number + 1])
-        expected = TF.resize(Image.fromarray(changed[0].permute(1, 2, 0).numpy()), [SIDE, SIDE])
+        expected = TF.resize(Image.fromarray(changed[0].permute(1, 2, 0).numpy()), [TRAIN_SIDE, TRAIN_SIDE])
         assert (made[number].permute(1, 2, 0).int() - torch.from_numpy(np.array(expected)).int()).abs().max() <= 1
 
 
 def test_batches_ahead_are_the_same() -> None:
     asked = []
-    ahead = Ahead(lambda step: asked.append(step) or step * step, 5)
+    ahead = Prefetched(lambda step: asked.append(step) or step * step, 5)
     assert [ahead(step) for step in (2, 3, 4, 5)] == [4, 9, 16, 25] and asked == [2, 3, 4, 5]
     assert ahead(1) == 1  # out of turn
 
@@ -100,7 +102,7 @@ def test_ranks_share_a_batch(folder: Path) -> None:
     data = load_training_data(options, folder / "none")
     whole, *parts = (Batches(data, options, world, ("weak", "strong", "strong"), 4, ("strong",))(7)
                      for world in (World(), World(0, 2), World(1, 2)))
-    assert whole.labeled.shape == (4, 3, CROP, CROP) and len(whole.views) == 3
+    assert whole.labeled.shape == (4, 3, EVAL_SIDE, EVAL_SIDE) and len(whole.views) == 3
     for name in ("labeled", "labels", "index", "truth"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
     for name in ("views", "labeled_views"):
@@ -111,7 +113,7 @@ def test_ranks_share_a_batch(folder: Path) -> None:
 
 def test_extra_photographs(folder: Path, tmp_path: Path) -> None:
     """Of any size, in folders named by the classes or by their numbers."""
-    train = imagenet(str(folder), "train")
+    train = list_imagenet(str(folder), "train")
     for names in (CLASSES, ("0", "1")):
         place = tmp_path / names[0]
         for number, name in enumerate(names):
@@ -166,17 +168,17 @@ def test_killed_and_resumed(whole: Path, folder: Path, tmp_path: Path) -> None:
 class TestBadInput:
     def test_missing_folders(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="imagenet/train/<class>/ not found"):
-            imagenet(str(tmp_path), "train")
+            list_imagenet(str(tmp_path), "train")
         (tmp_path / "imagenet" / "train" / "n1").mkdir(parents=True)
         with pytest.raises(UserError, match="no images in it"):
-            imagenet(str(tmp_path), "train")
+            list_imagenet(str(tmp_path), "train")
 
     def test_classes_that_differ(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "imagenet" / "val").mkdir(parents=True)
         (tmp_path / "imagenet" / "train").symlink_to(folder / "imagenet" / "train")
         (tmp_path / "imagenet" / "val" / CLASSES[0]).symlink_to(folder / "imagenet" / "val" / CLASSES[0])
         with pytest.raises(UserError, match=f"{CLASSES[1]} is in only one of train and val"):
-            imagenet(str(tmp_path), "test")
+            list_imagenet(str(tmp_path), "test")
 
     @pytest.mark.parametrize("decoder", ["torchvision", "dali"])
     def test_photograph_that_does_not_decode(self, folder: Path, tmp_path: Path, decoder: str) -> None:
@@ -184,7 +186,7 @@ class TestBadInput:
         place.mkdir(parents=True)
         content = (folder / "imagenet" / "train" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG").read_bytes()
         (place / "bad.JPEG").write_bytes(content[:-50])
-        pool = PhotographPool(imagenet(str(tmp_path), "train"), *NORMALISATION["imagenet"], CPU, 1, decoder)
+        pool = PhotographPool(list_imagenet(str(tmp_path), "train"), *NORMALISATION["imagenet"], CPU, 1, decoder)
         with pytest.raises(UserError, match="bad.JPEG: cut short or not an image"):
             pool.take(np.array([0]))
 

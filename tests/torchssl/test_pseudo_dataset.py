@@ -9,7 +9,8 @@ import pytest
 
 from shared.data.datasets import load_dataset
 from shared.data.images import ImageSet, read_images
-from shared.data.writers import write_cifar, write_folder
+from shared.data.writers import write_folder
+from tests.shared.cifar_files import write_cifar
 from tests.shared.programs import one_line_error, run
 
 SCRIPT = "TorchSSL/pseudo_dataset.py"

@@ -18,7 +18,7 @@ from DASO.lib.algorithm.interface import Setting
 from DASO.lib.config.config import Config
 from DASO.lib.data.long_tail import long_tail_counts
 from shared.cli import UserError
-from shared.data.pickles import load_array
+from shared.data.safe import load_array
 
 SMALLEST = 1e-6
 ROOT_TOLERANCE, ROOT_ITERATIONS = 0.1, 30  # of each root; coarse as published

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from shared.cli import UserError
-from shared.data.cache import Allocate, Stored, cached, fingerprint
-from shared.data.image_files import open_image, to_chw
-from shared.data.images import ImageSet
+from shared.data.cache import Allocate, Stored, cached
+from shared.data.images import ImageSet, open_image, to_chw
 from shared.data.parallel import ordered_map
+from shared.training.fingerprint import fingerprint
 from shared.training.progress import Progress
 
 LISTS = {"labelled": ("l_train.txt", "l_train_val.txt"), "valid": ("val.txt",), "in": ("u_train_in.txt",),
@@ -69,7 +69,7 @@ def _read_list(root: Path, name: str, side: int) -> ImageSet:
     absent = next((path for path in paths if not (root / path).is_file()), None)
     if absent is not None:
         raise UserError(f"{file}: names {absent}, which is not below {root}")
-    key = ["semi_aves", side, fingerprint(file), len(paths)]
+    key = ["semi_aves", side, fingerprint(file), str(root.resolve()), len(paths)]
 
     def read(allocate: Allocate) -> Stored:
         array = allocate((len(paths), 3, side, side))
