@@ -14,6 +14,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import yaml
+
 from shared.option_types import (
     FALSE_WORDS,
     TRUE_WORDS,
@@ -29,10 +31,10 @@ from shared.option_types import (
 )
 
 __all__ = ["Bool", "Choice", "Diverged", "Flag", "Float", "Int", "IntList", "IntTuple", "MachineError", "Option",
-           "Parser", "Text", "UserError", "is_bounded", "nearest", "parse", "parse_bool", "read_value", "read_yaml",
+           "Parser", "Text", "UserError", "is_bounded", "nearest", "parse", "read_value", "read_yaml",
            "run_main"]
 
-# What the machine refuses, as opposed to what the program did wrong: reported in one line, without a traceback.
+# OS errors (disk full, no permission): one line, no traceback.
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -53,17 +55,14 @@ class MachineError(UserError):
 
 
 def run_main(main: Callable[..., Any]) -> NoReturn:
-    """Run `main` (a function or a click command) as a program.
+    """Run `main` as a program.
 
-    A UserError, a click or argparse error and a full or read-only disk end in one line on stderr; the exit status is
-    2 for what the user can mend, 1 for a diverged run, 130 for Ctrl-C.
+    A UserError and a full or read-only disk end in one line on stderr; the exit status is 2 for what the user can mend,
+    1 for a diverged run, 130 for Ctrl-C.
     """
     warnings.formatwarning = _one_line_warning
     try:
-        if hasattr(main, "make_context"):  # a click command
-            main.main(standalone_mode=False)
-        else:
-            main()
+        main()
     except UserError as error:
         _fail(str(error), error.status, at_once=isinstance(error, MachineError))
     except KeyboardInterrupt:
@@ -75,12 +74,6 @@ def run_main(main: Callable[..., Any]) -> NoReturn:
         if error.errno not in MACHINE_ERRORS:
             raise
         _fail(f"{error.strerror}: {error.filename or 'the output folder'}", 2, at_once=True)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # click's exceptions have it
-            if type(error).__name__ == "Abort":
-                _fail("interrupted", 130)
-            raise
-        _fail(error.format_message(), 2)
     sys.exit(0)
 
 
@@ -99,16 +92,6 @@ def _fail(message: str, status: int, at_once: bool = False) -> NoReturn:
             sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def parse_bool(text: str | bool) -> bool:
-    """Read yes/true/t/y/1/on and no/false/f/n/0/off in any case; raise argparse's type error otherwise."""
-    word = str(text).strip().lower()
-    if word in TRUE_WORDS:
-        return True
-    if word in FALSE_WORDS:
-        return False
-    raise argparse.ArgumentTypeError(f"expected yes or no, got {text!r}")
 
 
 def is_bounded(value: Any, values: int = 4_000_000, containers: int = 100_000, deepest: int = 100) -> bool:
@@ -130,8 +113,6 @@ def is_bounded(value: Any, values: int = 4_000_000, containers: int = 100_000, d
 
 def read_yaml(path: str | os.PathLike, flag: str) -> Any:
     """Return the plain values of a YAML file that `flag` names; UserError if it cannot be read or holds more."""
-    import yaml
-
     try:
         with open(path, encoding="utf-8") as stream:
             content = yaml.safe_load(stream)
@@ -142,6 +123,7 @@ def read_yaml(path: str | os.PathLike, flag: str) -> Any:
     if not is_bounded(content, 10_000):
         raise UserError(f"{flag}: {path} is refused, it unfolds to more than a configuration holds")
     return content
+
 
 # ---------------------------------------------------------------- options
 
@@ -280,11 +262,11 @@ def _complete_switches(words: Sequence[str], options: Iterable[Option]) -> list[
     return complete
 
 
-def _build_parser(doc: str, groups: Mapping[str, Sequence[Option]]) -> _Parser:
+def _build_parser(doc: str, groups: Mapping[str, Sequence[Option]]) -> Parser:
     arguments = [option.placeholder for options in groups.values() for option in options if not option.is_flag]
-    parser = _Parser(usage=" ".join(["%(prog)s [OPTIONS]", *arguments]), description=doc.strip(),
-                     formatter_class=partial(_HelpFormatter, max_help_position=32), allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS)
+    parser = Parser(usage=" ".join(["%(prog)s [OPTIONS]", *arguments]), description=doc.strip(),
+                    formatter_class=partial(_HelpFormatter, max_help_position=32), allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # `--p-mean -1e-3`: a value, not a flag
     for title, options in groups.items():
         group = parser.add_argument_group(title) if title else parser
@@ -302,7 +284,9 @@ def _build_parser(doc: str, groups: Mapping[str, Sequence[Option]]) -> _Parser:
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors, with the nearest known name."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
@@ -332,74 +316,3 @@ def _help(option: Option) -> str:
              "required" if option.required else ""]
     shown = "; ".join(fact for fact in facts if fact)
     return f"{option.help}{f' [{shown}]' if shown else ''}".strip().replace("%", "%%")
-
-
-# ---------------------------------------------------------------- replaced by the above
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors, and which reads a YAML file below the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        values, left = self.parse_known_args(args, namespace)
-        if left:
-            known = [option for action in self._actions for option in action.option_strings]
-            raise UserError(f"unknown argument {left[0]}{nearest(left[0].split('=')[0], known)}; see --help")
-        return values
-
-    def parse_with_yaml(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Return defaults, overruled by the YAML file that `--c` names, overruled by the command line.
-
-        The namespace gets `given`: the set of the names set by the file or the command line. A key of the file that
-        is no option, or a value of the wrong type, raises UserError. The text None means null.
-        """
-        explicit = vars(self._parse_without_defaults(argv))
-        file = explicit.get("c") or self.get_default("c")
-        from_yaml = self._read_yaml(file) if file else {}
-        values = argparse.Namespace(**{a.dest: a.default for a in self._actions if a.dest != "help"})
-        for name, value in {**from_yaml, **explicit}.items():
-            setattr(values, name, value)
-        values.given = {*from_yaml, *explicit}
-        return values
-
-    def _parse_without_defaults(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        defaults = [(action, action.default) for action in self._actions]
-        for action, _ in defaults:
-            action.default = argparse.SUPPRESS
-        try:
-            return self.parse_args(argv)
-        finally:
-            for action, default in defaults:
-                action.default = default
-
-    def _read_yaml(self, file: str) -> dict[str, Any]:
-        content = read_yaml(file, "--c") or {}
-        if not isinstance(content, dict):
-            raise UserError(f"--c: {file} must hold one `key: value` per line")
-        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "c")}
-        values = {}
-        for key, value in content.items():
-            if key not in actions:
-                raise UserError(f'{file}: unknown key "{key}"{nearest(str(key), actions)}')
-            values[key] = self._convert(actions[key], key, value, file)
-        return values
-
-    def _convert(self, action: argparse.Action, key: str, value: Any, file: str) -> Any:
-        if value is None or value == "None":
-            return None
-        if isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction)):
-            convert: Callable[[str], Any] = parse_bool
-        else:
-            convert = action.type or str  # type: ignore[assignment]
-        try:
-            # Through text, so that YAML's own idea of a type never decides: `1e-3` is a string to YAML.
-            converted = convert(str(value))
-        except (ValueError, TypeError, argparse.ArgumentTypeError):
-            kind = "yes or no" if convert is parse_bool else getattr(convert, "__name__", "value")
-            raise UserError(f"{file}: {key}: expected {kind}, got {value!r}") from None
-        if action.choices is not None and converted not in action.choices:
-            raise UserError(f"{file}: {key}: expected one of {', '.join(map(str, action.choices))}, got {value!r}")
-        return converted
