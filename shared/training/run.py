@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -82,7 +83,8 @@ class Run:
         distributed.on_main(self._take_folder, world)
         stats_bytes = self._load(resume, restart)
         self._host_group = dist.new_group(backend="gloo") if world.size > 1 else None
-        log.check = self._check_finite
+        own = weakref.ref(self)  # no circle: the folder's lock ends with the last reference to the run
+        log.check = lambda: own() and own()._check_finite()
         try:
             log.open(self.step, stats_bytes)
         except OSError as error:
