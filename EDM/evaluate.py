@@ -22,35 +22,34 @@ from typing import Any
 import numpy as np
 
 from EDM import generate
-from EDM.fid import distance_name, full_precision
 from EDM.metrics.detectors import Detector, load_detector
-from EDM.metrics.extraction import extract
-from EDM.metrics.frechet import frechet_distance
+from EDM.metrics.features import MetricNames, extract, from_extraction, full_precision, score
 from EDM.metrics.judge import (
     RECIPES,
-    SetImages,
     as_detector,
     confusion,
     default_network,
     predict,
     train_classifier,
 )
-from EDM.metrics.metrics import classwise_frechet_distance, manifold_metrics
+from EDM.metrics.sources import SetImages
 from EDM.tdsm.noise import with_clean_labels
-from shared.cli import Bool, Choice, Flag, Int, Option, UserError, nearest, parse, run_main
+from EDM.training.published import local_file
+from shared.cli import Bool, Choice, Flag, Int, Option, UserError, parse, run_main
 from shared.data.datasets import NAMES, load_dataset
 from shared.data.images import ImageSet, read_images, shape_text, with_classes
 from shared.distributed import World, start
 from shared.report.plots import confusion_matrices, image_grid
 from shared.training.files import atomic, make_dir
 from shared.training.hardware import computed_on
+from shared.training.record import Record
 
-METRICS = {
-    "accuracy": "share of the images that show the class they should, by the judge",
+METRICS = MetricNames({
+    "accuracy": "fraction of the images that show the class they should, by the judge",
     "fid": "Fréchet distance, of all images and class-wise",
     "prdc": "precision, recall, density, coverage, of all images and class-wise",
     "cas": "classification accuracy score: train on generated images, test on real ones",
-}
+})
 CLASSIFIERS = ("small", "cnn", "resnet50", "resnet50_pretrained")
 COUNT = Int(1)
 INCEPTION_SIDE = 32  # images of fewer pixels say little to a network for photographs
@@ -69,8 +68,7 @@ FLAGS = {
         Option("--steps", COUNT, 18, "sampling steps of --network"),
     ),
     "metrics": (
-        Option("--metrics", default=",".join(METRICS), metavar="LIST",
-               help="comma-separated: " + "; ".join(f"{name}, {text}" for name, text in METRICS.items())),
+        Option("--metrics", METRICS, list(METRICS.known), METRICS.help),
         Option("--detector", metavar="judge|inception|dinov2|FILE", help="network of the features",
                default_help="inception; judge for gray images and below 32x32"),
         Option("--download", Flag, False, "fetch Inception's weights if they are not there"),
@@ -96,7 +94,6 @@ FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(__doc__, FLAGS, argv)
-    flags.metrics = read_metrics(flags.metrics)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("evaluate.py runs in one process; generate the images beforehand with several (generate.py)")
     if (flags.images is None) == (flags.network is None):
@@ -106,15 +103,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluate(flags)
 
 
-def read_metrics(text: str) -> list[str]:
-    """Return the names in a comma-separated list; UserError for an unknown one."""
-    names = list(dict.fromkeys(name.strip() for name in text.lower().split(",")))
-    for name in names:
-        if name not in METRICS:
-            raise UserError(f'--metrics: unknown metric "{name}"{nearest(name, METRICS)}; known: {", ".join(METRICS)}')
-    return names
-
-
 def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
     """Compute what checked flags ask for, write it into --outdir, and return the content of result.json."""
     started = time.monotonic()
@@ -122,6 +110,9 @@ def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
     outdir = Path(flags.outdir)
     world = start(flags.device)
     settle(flags, train)
+    record = record_of(flags, train, test)
+    if record.is_complete(flags.overwrite or record.has_same_inputs()):  # other metrics may replace the result
+        return json.loads(record.output.read_text(encoding="utf-8"))
     generated = generated_images(flags, train, make_dir(outdir))
     check_counts(flags, generated, train)
 
@@ -144,15 +135,28 @@ def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
                "test": flags.test or flags.data, "detector": flags.detector, "classifier": flags.classifier,
                "classifier_steps": flags.classifier_steps, "k": flags.k, "pr_k": flags.pr_k, "seed": flags.seed,
                "seconds": round(time.monotonic() - started, 1), "arithmetic": "fp32", **computed_on(world.device)}
-    with atomic(outdir / "result.json", "w") as file:
-        json.dump(content, file, indent=1)
     pictures = draw(content, generated, train, outdir)
     text = markdown(content, pictures)
     with atomic(outdir / "evaluation.md", "w") as file:
         file.write(text)
+    with atomic(outdir / "result.json", "w") as file:
+        json.dump(content, file, indent=1)
+    record.write()
     print("\n".join(f"{name} {value:.4f}" for name, value in numbers(content).items()))
     print(f"evaluation: {outdir / 'evaluation.md'}", flush=True)
     return content
+
+
+def record_of(flags: SimpleNamespace, train: ImageSet, test: ImageSet) -> Record:
+    """Return the record of result.json."""
+    names = ("metrics", "per_class", "first_seed", "steps", "detector", "k", "pr_k", "classifier", "classifier_steps",
+             "flip", "seed")
+    files = {"--images": flags.images, "--network": flags.network, "--weights": flags.weights,
+             "--detector": flags.detector if os.path.isfile(flags.detector) else None}
+    given = {name: path if os.path.exists(path) else local_file(path)  # a URL is fetched
+             for name, path in files.items() if path is not None}
+    return Record(Path(flags.outdir) / "result.json", {name: getattr(flags, name) for name in names},
+                  {"--data": train, "--test": test, **given})
 
 
 # ---------------------------------------------------------------- images
@@ -245,20 +249,9 @@ def feature_metrics(flags: SimpleNamespace, detector: Detector, generated: Image
     full_precision()
     ours, real = (extract(SetImages(images, detector.channels), detector, flags.batch, world, keep_features=True)
                   for images in (generated, train))
-    distance, values = distance_name(detector), {}
-    if "fid" in flags.metrics:
-        values[distance] = frechet_distance(*ours.moments.mean_and_covariance(), *real.moments.mean_and_covariance())
-        each = classwise_frechet_distance(ours.features, ours.labels, real.features, real.labels)
-        values[f"class_wise_{distance}"] = each.mean().item()
-        values[f"class_wise_{distance}_by_class"] = each.tolist()
-    if "prdc" in flags.metrics:
-        values |= vars(manifold_metrics(ours.features, real.features, flags.pr_k, flags.k))
-        each = [vars(manifold_metrics(ours.features[ours.labels == label], real.features[real.labels == label],
-                                      flags.pr_k, flags.k)) for label in range(train.num_classes)]
-        for name in each[0]:
-            values[f"class_wise_{name}"] = sum(found[name] for found in each) / len(each)
-            values[f"class_wise_{name}_by_class"] = [found[name] for found in each]
-    return values
+    names = [name for metric in ("fid", "prdc") if metric in flags.metrics for name in (metric, f"cw{metric}")]
+    return score(names, ours, from_extraction(real, flags.data), detector,
+                 SimpleNamespace(pr_k=flags.pr_k, dc_k=flags.k))
 
 
 # ---------------------------------------------------------------- report

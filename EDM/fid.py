@@ -9,34 +9,40 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from EDM import generate
-from EDM.metrics import metrics
 from EDM.metrics.detectors import Detector, load_detector
-from EDM.metrics.extraction import Extraction, extract
-from EDM.metrics.frechet import frechet_distance
+from EDM.metrics.features import (
+    NEED_FEATURES,
+    MetricNames,
+    Reference,
+    extract,
+    from_extraction,
+    full_precision,
+    read_reference,
+    score,
+    write_reference,
+)
 from EDM.metrics.metrics import check_neighbours, check_subset_size
-from EDM.metrics.reference import Reference, from_extraction, read_reference, write_reference
 from EDM.metrics.sources import FileImages, GeneratedImages
-from shared.cli import Flag, Int, Option, UserError, nearest, parse, run_main
-from shared.distributed import World, start, stop
+from EDM.training.published import local_file
+from shared.cli import Flag, Int, Option, UserError, parse, run_main
+from shared.distributed import World, on_main, start, stop
 from shared.training.files import atomic, make_dir
+from shared.training.record import Record
 
-METRICS = {
+METRICS = MetricNames({
     "fid": "Fréchet distance",
     "kid": "kernel distance over subsets",
     "prdc": "precision, recall, density, coverage",
     "isc": "inception score over splits",
     "cwfid": "mean Fréchet distance of the classes",
-}
+})
 SETTINGS = ("kid_subsets", "kid_subset_size", "pr_k", "dc_k", "isc_splits")
-NEED_FEATURES = {"kid", "prdc", "cwfid"}
 
 COUNT = Int(1)
 FEATURES = (
@@ -58,8 +64,7 @@ CALC_FLAGS = {
         Option("--seed", Int(0), 0, "seed of the choice among more images than --num"),
     ),
     "metrics": (
-        Option("--metrics", default="fid", metavar="LIST",
-               help="comma-separated: " + ", ".join(f"{name} ({text})" for name, text in METRICS.items())),
+        Option("--metrics", METRICS, ["fid"], METRICS.help),
         Option("--kid-subsets", COUNT, 100, "subsets of the kernel distance"),
         Option("--kid-subset-size", Int(2), 1000, "images of each"),
         Option("--pr-k", COUNT, 3, "neighbours of precision and recall"),
@@ -74,6 +79,7 @@ REF_FLAGS = (
     Option("--data", required=True, metavar="PATH|ZIP|NPZ", help="reference images"),
     Option("--dest", required=True, metavar="NPZ", help="where to write the statistics"),
     Option("--features", Flag, False, "also keep every feature and class: for kid, prdc and cwfid"),
+    Option("--overwrite", Flag, False, "replace statistics of other images or of another detector"),
     *FEATURES,
 )
 
@@ -82,24 +88,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     command, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command == "calc":
         flags = parse("Score images against a reference.", CALC_FLAGS, words)
-        flags.metrics = read_metrics(flags.metrics)
         check(flags)
-        score(flags)
+        calculate(flags)
     elif command == "ref":
         make_reference(parse("Compute the statistics of reference images.", REF_FLAGS, words))
     elif command in ("-h", "--help"):
         print(f"{__doc__.strip()}\n\nfid.py calc --help and fid.py ref --help list the flags of either.")
     else:
         raise UserError(f"{command}: expected calc or ref; see --help")
-
-
-def read_metrics(text: str) -> list[str]:
-    """Return the names in a comma-separated list; UserError for an unknown one."""
-    names = list(dict.fromkeys(name.strip() for name in text.lower().split(",")))
-    for name in names:
-        if name not in METRICS:
-            raise UserError(f'--metrics: unknown metric "{name}"{nearest(name, METRICS)}; known: {", ".join(METRICS)}')
-    return names
 
 
 def check(flags: SimpleNamespace) -> None:
@@ -120,11 +116,16 @@ def check(flags: SimpleNamespace) -> None:
     generate.check(flags)
 
 
-def score(flags: SimpleNamespace) -> None:
+def calculate(flags: SimpleNamespace) -> None:
     """Compute and print the metrics of checked flags, on all processes of the world."""
     world = start(flags.device)
     full_precision()
     detector = load_detector(flags.detector, world.device, flags.download, world)
+    record = record_of(flags, detector) if flags.json_file else None
+    if record is not None and on_main(lambda: record.is_complete(overwrite=True), world):
+        if world.main:
+            print_numbers(json.loads(Path(flags.json_file).read_text(encoding="utf-8")))
+        return stop()
     reference = open_reference(flags, detector, world)
     images = open_images(flags, detector, world)
     if world.main:
@@ -134,8 +135,21 @@ def score(flags: SimpleNamespace) -> None:
                          keep_logits="isc" in flags.metrics)
     stop()
     if world.main:
-        values = compute(flags, extraction, reference, detector)
+        values = score(flags.metrics, extraction, reference, detector, flags)
         report(flags, values, about(flags, images, reference, detector, world))
+        if record is not None:
+            record.write()
+
+
+def record_of(flags: SimpleNamespace, detector: Detector) -> Record:
+    """Return the record of --json."""
+    files = {"--images": flags.images, "--network": flags.network, "--ref": flags.ref, "--network_2": flags.network_2,
+             "--guide-network": flags.guide_network}
+    given = {name: path if os.path.exists(path) else local_file(path)  # a URL is fetched
+             for name, path in files.items() if path is not None}
+    names = ("metrics", *SETTINGS, "num", "seed", "seeds", *(option.key for option in generate.SAMPLING))
+    settings = {name: getattr(flags, name) for name in names if name not in ("network_2", "guide_network")}
+    return Record(flags.json_file, {**settings, "detector": detector.sha256, "resize": detector.resize}, given)
 
 
 def open_reference(flags: SimpleNamespace, detector: Detector, world: World) -> Reference | None:
@@ -181,37 +195,6 @@ def check_possible(flags: SimpleNamespace, detector: Detector, images: FileImage
                                 "(expected dataset.json, class folders, or a class-conditional network)")
 
 
-def compute(flags: SimpleNamespace, extraction: Extraction, reference: Reference, detector: Detector) -> dict[str, Any]:
-    """Return the values by name, in the order of --metrics."""
-    values: dict[str, Any] = {}
-    device = extraction.moments.sums.device
-    distance = distance_name(detector)
-    if NEED_FEATURES & set(flags.metrics):
-        generated, real = extraction.features.to(device), reference.features.to(device)
-    for name in flags.metrics:
-        if name == "fid":
-            mu, sigma = extraction.moments.mean_and_covariance()
-            values[distance] = frechet_distance(mu, sigma, reference.mu.to(device), reference.sigma.to(device))
-        elif name == "kid":
-            values["kid"], values["kid_std"] = metrics.kernel_distance(generated, real, flags.kid_subsets,
-                                                                       flags.kid_subset_size)
-        elif name == "prdc":
-            values |= vars(metrics.manifold_metrics(generated, real, flags.pr_k, flags.dc_k))
-        elif name == "isc":
-            values["isc"], values["isc_std"] = metrics.inception_score(extraction.logits, flags.isc_splits)
-        elif name == "cwfid":
-            each = metrics.classwise_frechet_distance(generated, extraction.labels.to(device), real,
-                                                      reference.labels.to(device))
-            values[f"class_wise_{distance}"] = each.mean().item()
-            values[f"class_wise_{distance}_by_class"] = each.tolist()
-    return values
-
-
-def distance_name(detector: Detector) -> str:
-    """Return "fid" for Inception's features and what says otherwise for others."""
-    return "fid" if detector.kind == "inception" else f"fd_{detector.kind}"
-
-
 def about(flags: SimpleNamespace, images: FileImages | GeneratedImages, reference: Reference, detector: Detector,
           world: World) -> dict[str, Any]:
     """Return all that the values depend on."""
@@ -231,17 +214,22 @@ def about(flags: SimpleNamespace, images: FileImages | GeneratedImages, referenc
 
 
 def report(flags: SimpleNamespace, values: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Print the values and what they depend on; a distance asked for alone ends the output as a bare number."""
+    """Print the values and what they depend on."""
     source, detector, count = facts["source"], facts["detector"], facts["reference"]["images"]
     print(f"reference: {flags.ref}, {'an unknown number of' if count is None else count} images")
     print(f"images: {flags.images or flags.network}, {source['images']} images, "
           f"{'seeds ' + source['seeds'] if source['seeds'] else 'seeds unknown'}")
     print(f"detector: {detector['name']}, SHA-256 {detector['sha256']}, resize {detector['resize']}")
-    numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
     if flags.json_file:
         make_dir(Path(flags.json_file).absolute().parent)
         with atomic(flags.json_file, "w") as file:
             file.write(json.dumps({**values, **facts}, indent=2) + "\n")
+    print_numbers(values)
+
+
+def print_numbers(values: Mapping[str, Any]) -> None:
+    """Print the metrics among the values; a distance asked for alone as a bare number."""
+    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
     for name, value in numbers.items():
         print(f"{value:g}" if list(numbers) == ["fid"] else f"{name} {value:g}", flush=True)
 
@@ -254,6 +242,10 @@ def make_reference(flags: SimpleNamespace) -> None:
         raise UserError(f"--dest: {flags.dest} is a folder; expected the name of an .npz file")
     make_dir(Path(flags.dest).absolute().parent)
     detector = load_detector(flags.detector, world.device, flags.download, world)
+    record = Record(flags.dest, {"features": flags.features, "detector": detector.sha256, "resize": detector.resize},
+                    {"--data": flags.data})
+    if on_main(lambda: record.is_complete(flags.overwrite), world):
+        return stop()
     source = FileImages(flags.data, detector.channels, labelled=flags.features)
     if len(source) < 2:
         raise UserError(f"{flags.data}: Found {len(source)} image, but need at least 2 to compute statistics")
@@ -261,14 +253,9 @@ def make_reference(flags: SimpleNamespace) -> None:
     stop()
     if world.main:
         write_reference(flags.dest, from_extraction(extraction, flags.data), detector)
+        record.write()
         print(f"Saved the statistics of {len(source)} images to \"{flags.dest}\" ({detector.name}, SHA-256 "
               f"{detector.sha256}, resize {detector.resize})")
-
-
-def full_precision() -> None:
-    """Compute features in fp32 proper: tensor cores' TF32 moves distances in the third digit."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 if __name__ == "__main__":

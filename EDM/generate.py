@@ -12,23 +12,15 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-
-import torch
 
 from EDM.sampling import files
-from EDM.sampling.sampling import STOCHASTIC, SeedSampler
-from EDM.training.snapshots import digest, load_network
+from EDM.sampling.seeds import ABLATION_FLAGS, SAMPLERS, SeedSampler, chosen_classes, load_sampler
 from shared.cli import Choice, Flag, Float, Int, IntList, Option, UserError, parse, run_main
-from shared.data.pngs import PngWriter
-from shared.distributed import World, barrier, on_main, start, stop
-from shared.option_types import parse_int_list
+from shared.data.writers import PngWriter
+from shared.distributed import barrier, on_main, start, stop
 from shared.training.progress import Progress
 from shared.training.seeds import split_batches
 
-SAMPLERS = ("edm", "ablation", "dpmpp-2m", "deis-2", "deis-3")
-ABLATION_FLAGS = {"solver": "solver", "disc": "discretization", "schedule": "schedule", "scaling": "scaling"}
-CHURN_FLAGS = ("S_churn", "S_min", "S_max", "S_noise")
 COUNT, POSITIVE, NOT_NEGATIVE, SEEDS = Int(1), Float(0, open=True), Float(0), IntList()
 
 # How images are made from a snapshot.
@@ -119,7 +111,7 @@ def check(flags: SimpleNamespace) -> None:
 def generate(flags: SimpleNamespace) -> None:
     """Make the images of checked flags, on all processes of the world."""
     world = start(flags.device)
-    sampler, settings = load(flags, world)
+    sampler, settings = load_sampler(flags, world)
     outdir, label_dim = Path(flags.outdir), sampler.net.label_dim
     is_archive = outdir.suffix.lower() in files.ARCHIVES
     root = files.work_folder(outdir) if is_archive else outdir
@@ -131,17 +123,21 @@ def generate(flags: SimpleNamespace) -> None:
     samples = [sample for members in planned.values() for sample in members]
 
     everything = {**settings, "classes": classes, "seeds": flags.seeds}
+    sheet = published_sheet(flags, sampler, samples, is_archive)
+    pictures = [Path(flags.grid)] if flags.grid else []
+    pictures += [root / sheet] if sheet else []
 
     def claim() -> bool:
+        """Make the folders ready; return whether everything is there already."""
         if is_archive and files.claim_archive(outdir, everything, flags.overwrite):
             return True
         for index, folder in folders.items():
             files.claim_folder(folder, {**settings, "class": index}, [s.path for s in planned[index]], flags.overwrite)
-        return False
+        return not is_archive and all(path.exists() for path in [*pictures, *(s.path for s in samples)])
 
     if on_main(claim, world):
         if world.main:
-            print(f"{outdir} is already complete.")
+            print(f"complete: {outdir}")
         return stop()
     if world.main:
         print(f"Generating {len(samples)} images to \"{outdir}\" ({flags.sampler} sampler, {flags.steps} steps, "
@@ -166,46 +162,12 @@ def generate(flags: SimpleNamespace) -> None:
                 [s.class_index for s in samples]
         if flags.grid:
             files.write_grid(Path(flags.grid), samples, labels)
-        if sheet := published_sheet(flags, sampler, samples, is_archive):
+        if sheet:
             files.write_sheet(root / sheet, samples)
         if is_archive:
             files.pack(outdir, samples, labels, label_dim, everything)
         print("Done.")
     return stop()
-
-
-def load(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, Any]]:
-    """Load the networks; return the sampler of the flags and the settings that a folder of images records."""
-    def network(path: str) -> torch.nn.Module:
-        if world.main:
-            print(f"Loading network from \"{path}\"...")
-        own = []  # the main process goes first: it fetches a URL, and it alone reports a file that is no snapshot
-        on_main(lambda: own.append(load_network(path, world.device)), world)
-        return own[0] if own else load_network(path, world.device)
-
-    net = network(flags.network)
-    guide = network(flags.guide_network) if flags.guide_network else None
-    second = network(flags.network_2) if flags.affine_weight else None  # without weight it would change nothing
-    if net.img_channels not in (1, 3):
-        raise UserError(f"{flags.network} makes images of {net.img_channels} channels; a PNG holds 1 or 3")
-
-    arguments: dict[str, Any] = dict(num_steps=flags.steps, rho=flags.rho)
-    if flags.sampler in STOCHASTIC:
-        arguments.update({name: getattr(flags, name) for name in CHURN_FLAGS})
-    varying = {"sigma_min": "sigma_min", "sigma_max": "sigma_max", **ABLATION_FLAGS}
-    arguments.update({argument: value for name, argument in varying.items()
-                      if (value := getattr(flags, name)) is not None})
-    guidance = 1.0 if flags.guidance is None else flags.guidance
-    sampler = SeedSampler(net, sampler=flags.sampler, guide=guide, guidance=guidance, second=second,
-                          affine_weight=flags.affine_weight, precision=flags.precision, fast=not flags.strict,
-                          compile=flags.compile, **arguments)
-    settings = dict(network=digest(flags.network), guide_network=digest(flags.guide_network) if guide else None,
-                    guidance=guidance, sampler=flags.sampler,
-                    **{name: "inf" if value == math.inf else value for name, value in arguments.items()},
-                    precision=sampler.precision, device=world.device.type)
-    if second is not None:
-        settings.update(network_2=digest(flags.network_2), affine_weight=flags.affine_weight)
-    return sampler, settings
 
 
 def published_sheet(flags: SimpleNamespace, sampler: SeedSampler, samples: list, is_archive: bool) -> str | None:
@@ -217,25 +179,6 @@ def published_sheet(flags: SimpleNamespace, sampler: SeedSampler, samples: list,
     if not label_noise or flags.save_each_sample or flags.classes or is_archive or len(samples) > flags.batch:
         return None
     return f"grid-{flags.class_index}-{samples[0].seed:06d}-{samples[-1].seed:06d}.png"
-
-
-def chosen_classes(flags: SimpleNamespace, label_dim: int) -> list[int | None]:
-    """Return the classes to generate; [None] where each seed draws its own. Raises UserError for those not there."""
-    name = "class" if flags.classes is None else "classes"
-    if flags.class_index is None and flags.classes is None:
-        return [None]
-    if not label_dim:
-        raise UserError(f"--{name} was given, but {flags.network} is not class-conditional")
-    try:
-        classes = list(range(label_dim)) if flags.classes == "all" else \
-            [flags.class_index] if flags.classes is None else list(dict.fromkeys(parse_int_list(flags.classes)))
-    except ValueError:
-        raise UserError(f"--classes: {flags.classes!r} is neither all nor a list like 0,2,5-9") from None
-    wrong = [index for index in classes if not 0 <= index < label_dim]
-    if wrong or not classes:
-        raise UserError(f"--{name}={wrong[0] if wrong else flags.classes}: {flags.network} has the classes 0 to "
-                        f"{label_dim - 1}")
-    return classes
 
 
 if __name__ == "__main__":

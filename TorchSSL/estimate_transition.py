@@ -32,12 +32,15 @@ from shared.cli import parse as parse_flags
 from shared.data.pool import Pool
 from shared.training.checkpoint import read_checkpoint
 from shared.training.files import atomic
+from shared.training.fingerprint import fingerprint_arrays
 from shared.training.progress import Progress
 from shared.training.randomness import numpy_rng
+from shared.training.record import Record
 from TorchSSL.core.algorithm import classify
+from TorchSSL.core.data import content
 from TorchSSL.core.evaluation import confusion_matrix, open_split, trained_options
 from TorchSSL.core.labels import INDEX_FILE, PSEUDO_LABEL_FILE, labeled_part, read_index, read_pseudo_labels
-from TorchSSL.core.options import NETWORK, PREDICTION
+from TorchSSL.core.options import NETWORK, PREDICTED_BY, PREDICTION
 
 SMOOTHING = 1e-3  # the fraction of a row that is spread over all classes, so that every pseudo-label stays possible
 PRIOR = 1.0       # weight of the first estimate's row, in held-out images
@@ -71,6 +74,17 @@ def main() -> None:
     if len(pseudo) != len(images) or pseudo.max() >= classes:
         raise UserError(f"{folder / PSEUDO_LABEL_FILE}: expected {len(images)} labels from 0 to {classes - 1}, those "
                         "of the training images; make it with get_labels.py for this data set")
+    dest, used = Path(options.dest), folder / INDEX_FILE
+    if dest.name == options.dest:
+        dest = folder / dest
+    record = Record(dest, {name: getattr(options, name) for name in ("method", "held_out", "views", "seed",
+                                                                     *PREDICTED_BY)},
+                    {"--load_path": options.load_path, "--held_out_idx": options.held_out_idx,
+                     "--dataset": fingerprint_arrays(*content(images), images.classes),
+                     PSEUDO_LABEL_FILE: folder / PSEUDO_LABEL_FILE,
+                     INDEX_FILE: used if options.method == "held_out" and used.exists() else None})
+    if record.is_complete(options.overwrite):
+        return
     estimate = rows_of(joint_of_votes(vote(net, pool, options, images.size, classes), pseudo), SMOOTHING)
     facts = {"method": options.method, "views": options.views, "seed": options.seed}
     if options.method == "held_out":
@@ -83,9 +97,9 @@ def main() -> None:
         true = rows_of(confusion_matrix(images.labels[known], pseudo[known], classes), 0.0)
         facts |= {"true_transition_matrix": true.tolist(), "error": distance(estimate, true),
                   "error_of_no_noise": distance(np.eye(classes), true)}
-    dest = Path(options.dest) if Path(options.dest).name != options.dest else folder / options.dest
     with atomic(dest, "w") as file:
         json.dump({"transition_matrix": estimate.tolist(), "classes": list(images.classes), **facts}, file)
+    record.write()
     print(f"{dest}: pseudo-labels of a class that are right, by this estimate: "
           f"{' '.join(f'{100 * value:.0f}' for value in np.diag(estimate))} %")
     if known.any():

@@ -17,9 +17,12 @@ import numpy as np
 from shared.cli import Flag, Option, Text, run_main
 from shared.cli import parse as parse_flags
 from shared.training.files import atomic, make_dir
-from TorchSSL.core.evaluation import predict_split
+from shared.training.fingerprint import fingerprint_arrays
+from shared.training.record import Record
+from TorchSSL.core.data import content
+from TorchSSL.core.evaluation import open_split, predict
 from TorchSSL.core.labels import PSEUDO_LABEL_FILE, labeled_part, read_index
-from TorchSSL.core.options import NETWORK, PREDICTION
+from TorchSSL.core.options import NETWORK, PREDICTED_BY, PREDICTION
 
 OUTPUT = (
     Option("--save_path", Text, "./saved_models/fixmatch", "folder for pseudo_label.npy"),
@@ -36,7 +39,14 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
 
 def main() -> None:
     options = parse()
-    predicted, images = predict_split(options, "train")
+    net, pool, images = open_split(options, "train")
+    folder = make_dir(options.save_path)
+    record = Record(folder / PSEUDO_LABEL_FILE, {name: getattr(options, name) for name in PREDICTED_BY},
+                    {"--load_path": options.load_path, "--label_idx": options.label_idx,
+                     "--dataset": fingerprint_arrays(*content(images), images.classes)})
+    if record.is_complete(options.overwrite):
+        return
+    predicted = predict(net, pool, options.batch_size).cpu()
     labels, known = predicted.argmax(1).numpy().astype(np.int64), images.labels >= 0
     given = np.zeros(len(labels), bool)
     if options.label_idx is not None:
@@ -53,11 +63,11 @@ def main() -> None:
               "true_label_counts": true_counts.tolist(), "true_labels_known": int(known.sum()),
               "true_labels_injected": int(given.sum()), "agreement": agreement, "agreement_by_class": by_class,
               "mean_confidence": float(predicted.softmax(1).amax(1).mean()), "load_path": options.load_path}
-    folder = make_dir(options.save_path)
-    with atomic(folder / PSEUDO_LABEL_FILE) as file:
-        np.save(file, labels)
     with atomic(folder / "pseudo_label.json", "w") as file:
         json.dump(report, file, indent=1)
+    with atomic(folder / PSEUDO_LABEL_FILE) as file:
+        np.save(file, labels)
+    record.write()
 
     print(f"{len(labels)} pseudo-labels: {folder / PSEUDO_LABEL_FILE}")
     print(f"first pseudo-labels {labels[:20].tolist()}\nfirst true labels   {images.labels[:20].tolist()}")

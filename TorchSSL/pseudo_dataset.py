@@ -17,11 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 
 from shared.cli import Flag, Option, Text, UserError, parse, run_main
-from shared.data.cifar import CIFAR10, layout_of
 from shared.data.datasets import has_split, load_dataset
+from shared.data.formats import CIFAR10, cifar_batches, layout_of
 from shared.data.images import ImageSet, with_classes
-from shared.data.writers import cifar_batches, write_npz
+from shared.data.writers import write_npz
 from shared.training.files import atomic, make_dir
+from shared.training.record import Record
 from TorchSSL.core.labels import PSEUDO_LABEL_FILE, read_pseudo_labels
 
 FLAGS = (
@@ -50,11 +51,16 @@ def main() -> None:
     images = with_classes(images, num_classes, images.name)
 
     make_dir(folder)
-    if source == "cifar10" or layout_of(Path(source)) is CIFAR10:
-        written = write_batches(images.images, pseudo, folder)
+    is_cifar = source == "cifar10" or layout_of(Path(source)) is CIFAR10
+    written = folder / (CIFAR10.archive if is_cifar else f"{folder.resolve().name}-pseudo.npz")
+    record = Record(written, {}, {"--data_path" if options.data_path else "--dataset": images, PSEUDO_LABEL_FILE: file})
+    if record.is_complete(options.overwrite):
+        return
+    if is_cifar:
+        write_batches(images.images, pseudo, folder)
     else:
-        written = folder / f"{folder.resolve().name}-pseudo.npz"
         write_npz(ImageSet(images.images, pseudo, images.classes, images.name), written)
+    record.write()
 
     print(f"true labels   {np.bincount(images.labels[known], minlength=num_classes).tolist()}")
     counts = np.bincount(pseudo, minlength=num_classes)
@@ -83,8 +89,8 @@ def matching_images(source: str, options: SimpleNamespace, count: int) -> ImageS
                     f"{' or '.join(map(str, counts))} training images; it belongs to another data set")
 
 
-def write_batches(images: np.ndarray, labels: np.ndarray, folder: Path) -> Path:
-    """Write CIFAR-10's five training batches with these labels, and the archive of them; return the archive."""
+def write_batches(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
+    """Write CIFAR-10's five training batches with these labels, and the archive of them."""
     batches = make_dir(folder / CIFAR10.folder)
     for name, content in cifar_batches(images, labels, CIFAR10.train, CIFAR10):
         with atomic(batches / name) as file:
@@ -93,7 +99,6 @@ def write_batches(images: np.ndarray, labels: np.ndarray, folder: Path) -> Path:
         archive.add(batches, CIFAR10.folder, recursive=False)
         for name in CIFAR10.train:
             archive.add(batches / name, f"{CIFAR10.folder}/{name}")
-    return folder / CIFAR10.archive
 
 
 if __name__ == "__main__":

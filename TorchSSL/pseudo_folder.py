@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from shared.cli import Flag, Int, Option, Text, UserError, parse, run_main
+from shared.data.classes import class_balanced_draw
 from shared.data.images import ImageSet
-from shared.data.splits import class_balanced_draw
 from shared.data.writers import write_folder
+from shared.training.record import Record
 from TorchSSL.core.data import load_pools
 from TorchSSL.core.labels import read_pseudo_labels
 
@@ -41,11 +42,17 @@ def main() -> None:
                         "training images; give the pseudo_label.npy of that data set")
     pseudo = ImageSet(images.images, labels, images.classes, images.name)
     balanced = class_balanced_draw(labels, options.per_class, options.seed)
-    for name, chosen in (("real_all", pseudo), ("real_balanced", pseudo.subset(balanced))):
-        folder = Path(options.dest) / name
+    dest, inputs = Path(options.dest), {"--dataset": images, "--labels": options.labels}
+    parts = ((Record(dest / "real_all", {}, inputs), pseudo),
+             (Record(dest / "real_balanced", {"per_class": options.per_class, "seed": options.seed}, inputs),
+              pseudo.subset(balanced)))
+    missing = [part for part in parts if not part[0].is_complete(options.overwrite)]
+    for record, chosen in missing:
+        folder = record.output
         if folder.exists():
             shutil.rmtree(folder)
         write_folder(chosen, folder)
+        record.write()
         print(f"{folder}: {len(chosen)} images, per class {np.bincount(chosen.labels).tolist()}")
 
 

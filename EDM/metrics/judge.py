@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +99,8 @@ def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *,
                                 momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
     config = dict(classifier=kind, steps=steps, seed=seed, flip=flip, images=len(images), digest=digest(images))
     log = Log(folder, world, every=max(1, min(100, steps // 4)), image_batch=recipe.batch, tensorboard=False, desc=desc)
-    run = Run(folder, config, dict(net=net, optimizer=optimizer), world, log=log, checkpoint=CHECKPOINT, restart=restart)
+    run = Run(folder, config, dict(net=net, optimizer=optimizer), world, log=log, inputs={"--weights": weights},
+              checkpoint=CHECKPOINT, restart=restart)
     policy = WeakPolicy(flip=flip, pad=max(1, images.size[0] // 8), pad_mode="zero")
     pixels, labels = torch.from_numpy(np.array(images.images)), torch.from_numpy(images.labels)
     pixels, labels = pixels.to(world.device), labels.to(world.device)
@@ -165,21 +164,3 @@ def as_detector(net: torch.nn.Module, kind: str, images: ImageSet, folder: Path,
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return Detector("judge", f"judge {kind}", network, images.channels, last.in_features, last.out_features, "none",
                     str(file), sha256, device)
-
-
-class SetImages:
-    """The images of a set in memory, as a source of EDM/metrics/extraction.py; gray ones repeated to `channels`."""
-
-    def __init__(self, images: ImageSet, channels: int) -> None:
-        self.images, self.repeat = images, channels // images.channels
-        if not self.repeat:
-            raise UserError(f"{images.name}: has colour images, the detector takes gray ones")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batches(self, parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in parts:
-            chosen: Any = np.asarray(part, np.int64)
-            pixels = torch.from_numpy(np.array(self.images.images[chosen]))
-            yield pixels.repeat(1, self.repeat, 1, 1), torch.from_numpy(self.images.labels[chosen])

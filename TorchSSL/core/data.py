@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,14 +28,15 @@ from shared.augment.views import (
 )
 from shared.cli import UserError
 from shared.data.datasets import has_split, load_dataset
-from shared.data.images import ImageSet, read_images, shape_text
-from shared.data.pool import Pool
+from shared.data.images import ImageSet, iterate, read_images, shape_text
+from shared.data.photographs import EVAL_SIDE, PhotographSet, list_imagenet, list_photographs
+from shared.data.pool import PhotographPool, Pool, make_pool
 from shared.distributed import World
 from shared.training.files import atomic
+from shared.training.fingerprint import fingerprint_arrays, fingerprints
 from shared.training.randomness import numpy_rng
 from TorchSSL.core.algorithm import Batch
 from TorchSSL.core.labels import INDEX_FILE, labeled_and_held_out, split_facts
-from TorchSSL.core.photographs import CROP, PhotographPool, PhotographSet, extra_photographs, imagenet, make_pool
 
 # Channel means and standard deviations on the unit scale, as published with the benchmarks.
 NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -46,6 +48,7 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "digits": ((0.305,), (0.376,)),
 }
 FILES_FILE = "labeled_files.json"
+LISTED_CLASSES = 20  # more are summed up in a report
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def load_training_data(options: SimpleNamespace, folder: Path) -> TrainingData:
 
 def load_split(dataset: str, split: str, data_dir: str, download: bool) -> ImageSet | PhotographSet:
     """Return one split of a data set; the photographs of ImageNet stay on the disk."""
-    return imagenet(data_dir, split) if dataset == "imagenet" else load_dataset(dataset, split, data_dir, download)
+    return list_imagenet(data_dir, split) if dataset == "imagenet" else load_dataset(dataset, split, data_dir, download)
 
 
 def load_pools(dataset: str, data_dir: str, download: bool) -> tuple[ImageSet | PhotographSet, ...]:
@@ -170,7 +173,10 @@ def read_extra_images(path: str, train: ImageSet | PhotographSet, num_classes: i
             raise UserError(f"{flag}: the folder {unknown[0]!r} is neither a class number nor one of the classes "
                             f"{', '.join(train.classes[:10])}")
     if isinstance(train, PhotographSet):
-        return extra_photographs(folder, num_classes, classes)
+        extra = list_photographs(folder, classes)
+        if extra.labels.max() >= num_classes:
+            raise UserError(f"{flag}: has class {extra.labels.max()}, there are only {num_classes} classes")
+        return extra
     extra = read_images(folder, channels=train.channels, num_classes=num_classes, classes=classes)
     if (extra.labels < 0).any():
         raise UserError(f"{flag}: {(extra.labels < 0).sum()} images have no class; expected <class>/<image>.png")
@@ -178,6 +184,20 @@ def read_extra_images(path: str, train: ImageSet | PhotographSet, num_classes: i
         raise UserError(f"{flag}: its images are {shape_text(extra)}, those of {train.name} {shape_text(train)} "
                         "(channels x height x width)")
     return extra
+
+
+def input_fingerprints(data: TrainingData, options: SimpleNamespace) -> dict[str, str]:
+    """Return the fingerprint of the images and labels of each flag that was given."""
+    sets = (data.unlabeled, data.test) if data.validation is None else (data.unlabeled, data.test, data.validation)
+    extra = data.labeled.subset(slice(data.num_real, None))
+    return fingerprints({
+        "--dataset": fingerprint_arrays(*[part for images in sets for part in content(images)], data.unlabeled.classes),
+        "--aug_path": fingerprint_arrays(*content(extra)) if options.aug_path else None})
+
+
+def content(images: ImageSet | PhotographSet) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the fingerprint of images is made of, beside their class names; photographs count by their names."""
+    return images.files if isinstance(images, PhotographSet) else images.images, images.labels
 
 
 def write_split(data: TrainingData, options: SimpleNamespace, folder: Path) -> None:
@@ -218,7 +238,7 @@ class Batches:
             make_pool(images, data.mean, data.std, world.device, options.num_workers, options.decoder)
             for images in (data.labeled, data.unlabeled))
         self.policy = WeakPolicy(options.weak_flip, options.weak_pad, options.weak_pad_mode, options.weak_subpixel,
-                                 CROP if isinstance(data.unlabeled, PhotographSet) else None)
+                                 EVAL_SIDE if isinstance(data.unlabeled, PhotographSet) else None)
         draw_weak(1, np.random.default_rng(0), data.unlabeled.size, self.policy)  # refuses too small images now
         self.memory_format = torch.contiguous_format if options.strict else torch.channels_last
         # Drawn for the global batch, labelled images first, then view after view; this rank's part of each.
@@ -298,3 +318,35 @@ def rows_of_rank(sizes: list[int], world: World) -> np.ndarray:
     starts = np.cumsum([0, *sizes]) * world.size
     return np.concatenate([start + world.rank * size + np.arange(size)
                            for start, size in zip(starts, sizes, strict=False)])
+
+
+# ----------------------------------------------------------------------------------------------------------- a summary
+
+def report(train: ImageSet, test: ImageSet | None = None) -> str:
+    """Return lines for the user: size, images per class, unlabelled images, and duplicates within and between the two.
+
+    Two images are duplicates if every pixel is equal.
+    """
+    parts = [("train", train)] + ([("test", test)] if test is not None else [])
+    lines = [f"data set {train.name}: {train.num_classes} classes, images {shape_text(train)}"]
+    counts = {split: np.bincount(part.labels[part.labels >= 0], minlength=train.num_classes) for split, part in parts}
+    for split, part in parts:
+        unknown = int((part.labels < 0).sum())
+        balance = f", {counts[split].min()} to {counts[split].max()} a class" if part.has_labels else ""
+        lines.append(f"  {split:5s} {len(part)} images{balance}" + (f", {unknown} without a label" if unknown else ""))
+        if part.images.shape[1:] != train.images.shape[1:]:
+            lines.append(f"  warning: the {split} images are {shape_text(part)}")
+    for index, name in enumerate(train.classes if train.num_classes <= LISTED_CLASSES else ()):
+        lines.append(f"  class {index:2d} {name:20s} " + "  ".join(f"{s} {c[index]}" for s, c in counts.items()))
+    hashes = [pixel_hashes(part) for _, part in parts]
+    text = f"  duplicates: {len(train) - len(np.unique(hashes[0]))} within train"
+    if test is not None:
+        text += (f", {len(test) - len(np.unique(hashes[1]))} within test, {int(np.isin(hashes[1], hashes[0]).sum())} "
+                 "test images are also in train")
+    return "\n".join([*lines, text])
+
+
+def pixel_hashes(images: ImageSet) -> np.ndarray:
+    """Return one uint64 an image; two different images share one with a chance of 2^-64 or so."""
+    return np.array([zlib.crc32(image) << 32 | zlib.adler32(image) for chunk, _ in iterate(images)
+                     for image in np.ascontiguousarray(chunk).reshape(len(chunk), -1)], np.uint64)

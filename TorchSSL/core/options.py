@@ -120,6 +120,9 @@ PREDICTION = (
     Option("--device", Text, None, "cpu, cuda, cuda:1 or mps (default: a GPU, if there is one)"),
 )
 
+# Options that decide about predictions, besides the content of the files.
+PREDICTED_BY = ("use_train_model", "num_classes", *(option.key for option in NETWORK))
+
 # A command may continue a run with other values of these: none of them changes the numbers.
 NOT_THE_METHOD = frozenset({
     "c", "given", "save_dir", "save_name", "resume", "load_path", "overwrite", "use_tensorboard", "data_dir",

@@ -25,14 +25,14 @@ from shared.training.progress import Progress
 CHUNK = 1 << 22  # bytes read at a time
 LONG = 1 << 28  # bytes from which on progress is shown
 SETTLED_NS = 2_000_000_000  # a file that changed later than this ago may change again within the same time stamp
-DIGEST = re.compile("[0-9a-f]{32}")
+DIGEST = re.compile("[0-9a-f]{32,128}")
 
 
 def fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
     """Return name -> fingerprint of a program's inputs, by their name in messages ("--data").
 
-    An input is a path, an ImageSet (anything with `images`, `labels` and `classes`), an array, or a fingerprint; None
-    is left out. Raises UserError for a path that is absent or cannot be read.
+    An input is a path or several, an ImageSet (anything with `images`, `labels` and `classes`), an array, or a digest
+    in hexadecimal form; None is left out. Raises UserError for a path that is absent or cannot be read.
     """
     return {name: _fingerprint_input(name, value) for name, value in inputs.items() if value is not None}
 
@@ -45,7 +45,7 @@ def _fingerprint_input(name: str, value: Any) -> str:
     if isinstance(value, str) and DIGEST.fullmatch(value):
         return value
     try:
-        return fingerprint(value)
+        return fingerprint(*value) if isinstance(value, (list, tuple)) else fingerprint(value)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 

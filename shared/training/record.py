@@ -30,13 +30,15 @@ class Record:
     settings   plain values: everything that decides about the content besides the inputs
     inputs     name as the user knows it -> path, ImageSet, array, fingerprint, or None (not given)
 
-    Nothing is read before `is_complete` or `write`.
+    Nothing is read before `is_complete` or `write`. `replaces`: whether `is_complete` found an output of something
+    else that may be overwritten.
     """
 
     def __init__(self, output: str | os.PathLike, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
         self.output, self.settings = Path(output), json.loads(json.dumps(dict(settings), default=str))
         self._inputs = dict(inputs)
         self._digests: dict[str, str] | None = None
+        self.replaces = False
 
     @property
     def path(self) -> Path:
@@ -62,15 +64,22 @@ class Record:
         if not saved:
             return False
         if changed := self._changes(saved):
+            reason = f"{self.output} was made by {saved.get('program')} from something else ({changed})"
             if not overwrite:
-                raise UserError(f"{self.output} was made by {saved.get('program')} from something else ({changed}); "
-                                "give --overwrite to make it anew, or another output")
+                raise UserError(f"{reason}; give --overwrite to make it anew, or another output")
+            print(f"{reason}: it is made anew", flush=True)
             self.path.unlink(missing_ok=True)
+            self.replaces = True
             return False
         if saved.get("output") != fingerprint(self.output):
             return False
         print(f"complete: {self.output}", flush=True)
         return True
+
+    def has_same_inputs(self) -> bool:
+        """Return whether the output that is there, if any, was made from the same inputs, be it with other settings."""
+        saved = self._read()
+        return not saved or saved.get("inputs") == self.inputs
 
     def _read(self) -> dict[str, Any]:
         """Return what was recorded of an output that still exists, or {}."""
@@ -84,7 +93,7 @@ class Record:
 
     def _changes(self, saved: Mapping[str, Any]) -> str:
         before, inputs = saved.get("settings", {}), saved.get("inputs", {})
-        changed = [f"{name} was {before.get(name)!r}, is {self.settings.get(name)!r}"
+        changed = [f"{name} was {_short(before.get(name))}, is {_short(self.settings.get(name))}"
                    for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
         changed += [f"the content of {name} has changed" for name in {**inputs, **self.inputs}
                     if inputs.get(name) != self.inputs.get(name)]
@@ -102,3 +111,8 @@ class Record:
         with atomic(self.path, "w") as file:
             json.dump({"program": Path(sys.argv[0]).name, "settings": self.settings, "inputs": self.inputs,
                        "output": output}, file, indent=1)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:50]}..."

@@ -17,7 +17,7 @@ from shared.cli import UserError
 from shared.data.images import ImageSet
 from shared.data.writers import write_zip
 from shared.distributed import World
-from shared.training.run import Run
+from shared.training.log import Log
 from tests.edm.scored_images import write_network
 from tests.shared.programs import one_line_error, run
 
@@ -114,12 +114,12 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path, monkeypatch)
     train, world = images(60, 5), World()
     whole = train_classifier(tmp_path / "whole", "small", train, world, seed=3, steps=8)
 
-    def interrupted(self: Run, **values: object) -> None:
+    def interrupted(self: Log, **values: object) -> None:
         if self.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Run, "log", interrupted)
+        patch.setattr(Log, "add", interrupted)
         train_classifier(tmp_path / "part", "small", train, world, seed=3, steps=8)
     again = train_classifier(tmp_path / "part", "small", train, world, seed=3, steps=8)
     for name, tensor in whole.state_dict().items():
@@ -184,7 +184,7 @@ def test_a_class_without_images_is_a_row_of_zeros(real, tmp_path):
 def test_other_images_in_a_used_folder_are_refused_and_replaced_on_request(real, tmp_path):
     out = tmp_path / "out"
     first = call(*flags_of(real, out), "--metrics=cas")
-    with pytest.raises(UserError, match="holds a run with other settings"):
+    with pytest.raises(UserError, match="the content of --images has changed"):
         call(*flags_of(real, out, "half_wrong.zip"), "--metrics=cas")
     assert json.loads((out / "result.json").read_text()) == first
     second = call(*flags_of(real, out, "half_wrong.zip"), "--metrics=cas", "--overwrite")

@@ -12,7 +12,7 @@ import torch
 from EDM import fid, generate
 from EDM.metrics import sources
 from EDM.metrics.detectors import load_detector
-from EDM.metrics.frechet import frechet_distance_of_features
+from EDM.metrics.metrics import frechet_distance_of_features
 from shared.cli import UserError
 from tests.edm.scored_images import CLASSES, pixels, write_classifier, write_images, write_network
 from tests.shared.programs import environment, one_line_error, run
@@ -85,7 +85,7 @@ class TestReference:
                 archive.write(file, file.name)
         np.savez(tmp_path / "images.npz", images=pixels(50, seed=0), labels=np.arange(50) % CLASSES)
         for name in ("real.zip", "images.npz"):
-            call("ref", place, f"--data={tmp_path / name}", f"--dest={tmp_path / 'out.npz'}", "--features")
+            call("ref", place, f"--data={tmp_path / name}", f"--dest={tmp_path / 'out.npz'}", "--features", "--overwrite")
             with np.load(place / "real.npz") as ours, np.load(tmp_path / "out.npz") as other:
                 assert all(np.array_equal(ours[key], other[key]) for key in ("mu", "sigma", "features", "labels"))
 
@@ -233,7 +233,7 @@ class TestStreaming:
         code = f"""
 import resource, torch
 from EDM.metrics.detectors import Detector
-from EDM.metrics.extraction import extract
+from EDM.metrics.features import extract
 from EDM.metrics.sources import FileImages
 from shared.distributed import World
 means = lambda images: (images.float().mean((2, 3)), None)

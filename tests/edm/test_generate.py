@@ -17,7 +17,7 @@ from PIL import Image
 
 from EDM.generate import main
 from EDM.sampling.files import class_folder
-from EDM.sampling.sampling import SeedSampler
+from EDM.sampling.seeds import SeedSampler
 from EDM.training.networks import EDMPrecond, iDDPMPrecond
 from EDM.training.snapshots import load_network, save_snapshot
 from shared.cli import UserError
@@ -256,7 +256,7 @@ def test_archive_holds_the_same_images_and_their_classes(networks: dict[str, Pat
 
     before = archive.read_bytes()
     generate(networks["cond"], archive, "--seeds=0-6")
-    assert "already complete" in capsys.readouterr().out and archive.read_bytes() == before
+    assert f"complete: {archive}" in capsys.readouterr().out and archive.read_bytes() == before
     with pytest.raises(UserError, match="seeds"):
         generate(networks["cond"], archive, "--seeds=0-7")
     generate(networks["cond"], archive, "--seeds=0-7", "--overwrite")

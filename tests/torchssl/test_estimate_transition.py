@@ -42,7 +42,8 @@ def call(main, *arguments: object) -> None:
 
 
 def made(run: Path, *flags: str, dest: str = "transition.json") -> dict:
-    call(estimate.main, f"--load_path={run}/latest_model.pth", f"--save_path={run}", f"--dest={dest}", *flags)
+    call(estimate.main, f"--load_path={run}/latest_model.pth", f"--save_path={run}", f"--dest={dest}", "--overwrite",
+         *flags)
     return json.loads((run / dest).read_text())
 
 
