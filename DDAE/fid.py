@@ -19,9 +19,8 @@ from DDAE.ddae.config import read_config
 from DDAE.ddae.sampling import ImageSampler, to_uint8
 from DDAE.sample import SAMPLER, make_sampler
 from EDM.metrics.detectors import load_detector
-from EDM.metrics.extraction import extract
-from EDM.metrics.frechet import frechet_distance
-from EDM.metrics.reference import read_reference
+from EDM.metrics.features import extract, read_reference
+from EDM.metrics.metrics import frechet_distance
 from shared import cli, distributed
 from shared.cli import Flag, Int, Option, Text, run_main
 from shared.training.files import atomic, make_dir

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from EDM.sampling.samplers import denoiser, edm_sampler
-from EDM.training.downloads import local_file
+from EDM.training.published import local_file
 from EDM.training.snapshots import load_network
 from shared.cli import Choice, Int, Option, UserError, parse, run_main
-from shared.data.pngs import write_png
+from shared.data.writers import write_png
 from shared.distributed import start
 from shared.training.files import make_dir
 from shared.training.progress import Progress

@@ -19,7 +19,7 @@ from shared.cli import Choice, Flag, Float, Int, IntList, Option, UserError, par
 from shared.data.writers import PngWriter
 from shared.distributed import barrier, on_main, start, stop
 from shared.training.progress import Progress
-from shared.training.seeds import split_batches
+from shared.training.randomness import split_batches
 
 COUNT, POSITIVE, NOT_NEGATIVE, SEEDS = Int(1), Float(0, open=True), Float(0), IntList()
 

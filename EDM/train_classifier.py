@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from EDM.tdsm.noisy_set import Noise, kind_of, noise_of_data, noise_of_flags, open_eval_set, open_noisy_set
-from EDM.tdsm.tasks import classifying
+from EDM.tdsm.noise import Noise, kind_of, noise_of_data, noise_of_flags, open_eval_set, open_noisy_set
+from EDM.tdsm.tasks import NoisyClassification
 from EDM.tdsm.transition import check_labels
+from EDM.train import AUGMENT_DIM, PRECONDITIONINGS, option_dictionary, set_given
 from EDM.training import flags as shared_flags
-from EDM.training.config import classifier_dictionary
 from EDM.training.dataset import TrainingSet
 from EDM.training.flags import COUNT
-from EDM.training.launch import Script, run
+from EDM.training.launch import check, join, launch
 from shared.cli import Bool, Choice, IntList, Option, UserError, parse, run_main
 
 FLAGS = {
@@ -57,11 +58,25 @@ ABSENT = ("label_dropout", "num_blocks", "attn_resolutions", "channel_mult_emb")
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(__doc__, FLAGS, argv)
     vars(flags).update(dict.fromkeys(ABSENT))
+    check_noise(flags)
     check(flags)
-    run(Script(open_noisy_set, options_of, lambda: task_of(flags)), flags)
+
+    def plan() -> tuple[TrainingSet, Noise, TrainingSet | None, dict[str, Any]]:
+        dataset = open_noisy_set(flags)
+        noise = noise_of_flags(flags, dataset.label_dim) or noise_of_data(flags, dataset.label_dim)
+        if noise.matrix is not None:
+            check_labels(noise.matrix, dataset.raw_labels, flags.data)
+        test = open_eval_set(flags, dataset)
+        return dataset, noise, test, classifier_dictionary(flags, dataset, noise)
+
+    world, (dataset, noise, test, options) = join(flags, plan)
+    if world.main:
+        print(f"label noise: {noise}")
+    method = partial(NoisyClassification, label_noise=noise, data=flags.data, test=test)
+    launch(options, dataset, method, flags, world)
 
 
-def check(flags: SimpleNamespace) -> None:
+def check_noise(flags: SimpleNamespace) -> None:
     """Settle whether the matrix is learned; raise UserError for flags that contradict each other."""
     if flags.precond == "edm_tv":
         raise UserError("--precond=edm_tv: a transition matrix that depends on time was never published in working "
@@ -75,6 +90,7 @@ def check(flags: SimpleNamespace) -> None:
         raise UserError(f"--noise_type=learn goes with --precond=edm, not {flags.precond}: a classifier trained so "
                         "serves train_noise.py with every --precond")
     flags.learned = flags.noise_type == "learn"
+    flags.levels = "edm" if flags.learned else flags.precond
     if flags.vm_schedule is not None and (len(flags.vm_schedule) != 3
                                           or sorted(flags.vm_schedule) != flags.vm_schedule):
         raise UserError("--vm-schedule: expected three rising numbers of thousand images, such as 1500,3000,7500")
@@ -82,44 +98,52 @@ def check(flags: SimpleNamespace) -> None:
         raise UserError("--vm-schedule belongs to --precond=edm_vm")
 
 
-def noise_of(flags: SimpleNamespace, dataset: TrainingSet) -> Noise:
-    return noise_of_flags(flags, dataset.label_dim) or noise_of_data(flags, dataset.label_dim)
+# What the networks of train.py are for classifiers ("Label-Noise Robust Diffusion Models", Na et al., ICLR 2024).
+NETWORKS: dict[str, dict[str, Any]] = {
+    "ddpmpp": dict(model_type="ClassifierSong", embedding_type="positional", decoder_type="standard"),
+    "ncsnpp": dict(model_type="ClassifierSong", embedding_type="fourier", channel_mult_noise=2),
+    "adm": dict(model_type="ClassifierDhariwal", model_channels=192, channel_mult=[1, 2, 3, 4]),
+}
 
 
-def options_of(flags: SimpleNamespace, dataset: TrainingSet, seed: int) -> dict[str, Any]:
-    noise, kind = noise_of(flags, dataset), kind_of(flags)
-    if noise.matrix is not None:
-        check_labels(noise.matrix, dataset.raw_labels, flags.data)
-    open_eval_set(flags, dataset)
-    encoder = flags.classifier or encoder_of(kind, dataset)
+def classifier_dictionary(flags: SimpleNamespace, dataset: TrainingSet, noise: Noise) -> dict[str, Any]:
+    """Return the published option dictionary; see `option_dictionary` of train.py."""
+    options = option_dictionary(SimpleNamespace(**{**vars(flags), "precond": flags.levels}), dataset)
+    kind, dataset_kind = PRECONDITIONINGS[flags.levels], kind_of(flags)
+    if flags.arch == "ddpmpp" and dataset_kind is not None:
+        flags.arch_name = f"ddpmpp_{dataset_kind}"  # in the name of the run, as published
+    network, encoder = dict(NETWORKS[flags.arch]), encoder_of(flags, dataset_kind, dataset)
+    if encoder == "cnn":
+        network["model_type"], encoder = "ClassifierSong_MNIST", "standard"
+    network["encoder_type"] = encoder
+    set_given(network, model_channels=flags.cbase, augment_dim=AUGMENT_DIM if flags.augment else None,
+              sigma_data=flags.sigma_data)
+    network["class_name"] = f"training.networks.{kind}Precond_classifier" + "_with_transition_matrix" * flags.learned
+    options["network_kwargs"] = dict(network, dropout=flags.dropout, use_fp16=flags.fp16)
+
+    name = f"{kind}ClassifierWithVMLoss" if flags.learned else f"{kind}ClassifierLoss"
+    options["loss_kwargs"].update(class_name=f"training.loss.{name}", **noise.settings())
+    if noise.noise_type == "file":
+        digest = hashlib.sha256(noise.matrix.round(6).tobytes()).hexdigest()
+        options["loss_kwargs"]["transition_digest"] = digest[:16]
+    if flags.optimizer == "sgd":
+        options["optimizer_kwargs"] = dict(class_name="torch.optim.SGD", lr=flags.lr, momentum=0.9, weight_decay=0)
+    set_given(options, averaged=flags.averaged or None, accuracy_images=flags.accuracy_images,
+              eval_data=flags.eval_data, vm_schedule_kimg=flags.vm_schedule if flags.learned else None)
+    return options
+
+
+def encoder_of(flags: SimpleNamespace, kind: str | None, dataset: TrainingSet) -> str:
+    """Return --classifier; by default what the paper takes for the data set, or else one for such images and
+    classes."""
+    published = {"mnist": "cnn", "digits": "cnn", "cifar100": "resnet34", "cifar10": "resnet18"}
+    by_size = "resnet34_64" if dataset.resolution >= 64 else "resnet34" if dataset.label_dim >= 100 else "resnet18"
+    encoder = flags.classifier or published.get(kind, by_size)
     if encoder == "cnn" and (flags.arch == "adm" or dataset.resolution % 4):
         if flags.classifier is not None:
             raise UserError("--classifier=cnn needs --arch=ddpmpp or ncsnpp and images whose side is a multiple of 4")
-        encoder = "resnet18"
-    if flags.arch == "ddpmpp" and kind is not None:
-        flags.arch_name = f"ddpmpp_{kind}"  # in the name of the run, as published
-    settings = noise.settings()
-    if noise.noise_type == "file":
-        settings["transition_digest"] = digest_of(noise.matrix)
-    edm = SimpleNamespace(**{**vars(flags), "precond": "edm" if flags.learned else flags.precond})
-    print(f"label noise: {noise}")
-    return classifier_dictionary(edm, dataset.resolution, len(dataset), seed, encoder, flags.learned, settings)
-
-
-def encoder_of(kind: str | None, dataset: TrainingSet) -> str:
-    """Return the network that the paper takes for a data set; for others the one for such images and classes."""
-    published = {"mnist": "cnn", "digits": "cnn", "cifar100": "resnet34", "cifar10": "resnet18"}
-    if kind in published:
-        return published[kind]
-    return "resnet34_64" if dataset.resolution >= 64 else "resnet34" if dataset.label_dim >= 100 else "resnet18"
-
-
-def digest_of(matrix: Any) -> str:
-    return hashlib.sha256(matrix.round(6).tobytes()).hexdigest()[:16]
-
-
-def task_of(flags: SimpleNamespace) -> Any:
-    return lambda options, dataset, world: classifying(options, dataset, world, flags, noise_of(flags, dataset))
+        return "resnet18"
+    return encoder
 
 
 if __name__ == "__main__":

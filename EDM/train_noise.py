@@ -11,18 +11,19 @@ it. The same command again continues a run that was interrupted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from EDM.tdsm.noisy_set import agreed_noise, open_noisy_set
-from EDM.tdsm.tasks import classifier_snapshot, denoising_from_noisy_labels
+from EDM.tdsm.noise import Noise, agreed_noise, open_noisy_set
+from EDM.tdsm.tasks import TDSM, classifier_snapshot
 from EDM.tdsm.transition import check_labels
+from EDM.train import PRECONDITIONINGS, option_dictionary, set_given
 from EDM.training import flags as shared_flags
-from EDM.training.config import denoiser_dictionary
 from EDM.training.dataset import TrainingSet
 from EDM.training.flags import COUNT, FRACTION, POSITIVE
-from EDM.training.launch import Script, run
-from EDM.training.snapshots import digest
+from EDM.training.launch import check, join, launch
+from EDM.training.snapshots import Snapshot, digest
 from shared.cli import Choice, Flag, Option, parse, run_main
 
 FLAGS = {
@@ -52,19 +53,31 @@ FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(__doc__, FLAGS, argv)
-    run(Script(open_noisy_set, options_of, lambda: task_of(flags)), flags)
+    check(flags)
+
+    def plan() -> tuple[TrainingSet, Noise, Snapshot | None, dict[str, Any]]:
+        dataset = open_noisy_set(flags)
+        classifier = classifier_snapshot(flags.cls, dataset)
+        noise = agreed_noise(flags, dataset.label_dim, classifier)
+        check_labels(noise.matrix, dataset.raw_labels, flags.data)
+        return dataset, noise, classifier, denoiser_dictionary(flags, dataset, noise)
+
+    world, (dataset, noise, classifier, options) = join(flags, plan)
+    if world.main:
+        print(f"label noise: {noise}")
+    launch(options, dataset, partial(TDSM, label_noise=noise, snapshot=classifier), flags, world)
 
 
-def options_of(flags: SimpleNamespace, dataset: TrainingSet, seed: int) -> dict[str, Any]:
-    noise = agreed_noise(flags, dataset.label_dim, classifier_snapshot(flags.cls, dataset))
-    check_labels(noise.matrix, dataset.raw_labels, flags.data)
-    print(f"label noise: {noise}")
-    return denoiser_dictionary(flags, dataset.resolution, len(dataset), seed, noise.settings(),
-                               None if flags.cls is None else digest(flags.cls)[:16])
-
-
-def task_of(flags: SimpleNamespace) -> Any:
-    return lambda options, dataset, world: denoising_from_noisy_labels(options, dataset, world, flags)
+def denoiser_dictionary(flags: SimpleNamespace, dataset: TrainingSet, noise: Noise) -> dict[str, Any]:
+    """Return the published option dictionary; see `option_dictionary` of train.py."""
+    options = option_dictionary(SimpleNamespace(**{**vars(flags), "label_dropout": None}), dataset)
+    options["loss_kwargs"].update(class_name=f"training.loss.{PRECONDITIONINGS[flags.precond]}NoiseLoss",
+                                  **noise.settings(), tau=flags.tau, temp=flags.temp)
+    set_given(options["loss_kwargs"], relative_tau=flags.relative_tau or None, renormalise=flags.renormalise or None,
+              full_gradient=flags.full_gradient or None, label_dropout=flags.label_dropout or None,
+              classifier=None if flags.cls is None else digest(flags.cls)[:16])
+    set_given(options, cls=flags.cls, pairs_gpu=flags.pairs_gpu)
+    return options
 
 
 if __name__ == "__main__":

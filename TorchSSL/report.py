@@ -10,89 +10,92 @@ once per folder that holds a report.json, it writes mean, standard deviation and
 """
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
-from shared.cli import Parser, UserError, run_main
-from TorchSSL.core.report_text import CONTROLS, run_markdown, run_summary, seeds_markdown
+import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from EDM.metrics.metrics import frechet_distance_of_features
+from shared.cli import Option, UserError, parse, run_main
+from shared.data.datasets import load_dataset
+from shared.data.images import ImageSet, read_images
+from shared.data.pool import Pool
+from shared.distributed import start
+from shared.report.plots import confusion_matrices, curves, image_grid
+from shared.training.files import atomic, make_dir
+from TorchSSL.core.data import load_pools
+from TorchSSL.core.evaluation import load_classifier
+from TorchSSL.core.options import NETWORK, PREDICTION
+from TorchSSL.core.report_text import CONTROLS, over_seeds, run_markdown, run_summary, seeds_markdown
 
+FLAGS = (
+    Option("--out", required=True, metavar="DIR", help="folder for report.json, report.md and the pictures"),
+    Option("--dataset", default="digits", help="name of the data set, or a path"),
+    Option("--data_dir", default="./data", help="folder of the data sets"),
+    Option("--stage1", metavar="DIR", help="run folder of stage 1"),
+    Option("--stage2", metavar="DIR", help="run folder of the diffusion model"),
+    Option("--images", metavar="DIR", help="folder of the generated images"),
+    Option("--stage3", metavar="DIR", help="run folder of stage 3"),
+    Option("--tdsm_stage2", metavar="DIR", help="run folder of a diffusion model that knows its labels to be noisy"),
+    Option("--tdsm_images", metavar="DIR", help="folder of its images"),
+    Option("--tdsm_stage3", metavar="DIR", help="run folder of stage 3 with these images"),
+    Option("--tdsm_transition", metavar="JSON", help="file of estimate_transition.py that it was trained with"),
+    Option("--judged", metavar="DIR", help="<this>-plain and <this>-tdsm hold evaluate.py's result.json of the images"),
+    Option("--seed_report", many=True, metavar="DIR", help="folder with the report.json of one seed"),
+)
 HARDWARE = ("device", "hardware", "threads", "processes", "precision")
 FEATURE_IMAGES = 10_000  # at most so many images of each kind enter the distance of features
+# Names of run_all.sh's steps -> what their seconds are summed up as.
+STEPS = {"classifier": "stage1", "pseudo-labels": "stage1", "pseudo-data set": "stage1", "zip": "stage1",
+         "diffusion model": "stage2", "generated images": "stage2", "classifier again": "stage3",
+         "transition": "stage2_tdsm", "noise classifier": "stage2_tdsm", "diffusion model tdsm": "stage2_tdsm",
+         "generated images tdsm": "stage2_tdsm", "classifier again tdsm": "stage3_tdsm"}
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--out", required=True, help="folder for report.json, report.md and the pictures")
-    add("--dataset", default="digits", help="name of the data set, or a path [%(default)s]")
-    add("--data_dir", default="./data", help="folder of the data sets [%(default)s]")
-    add("--stage1", help="run folder of stage 1")
-    add("--stage2", help="run folder of the diffusion model")
-    add("--images", help="folder of the generated images")
-    add("--stage3", help="run folder of stage 3")
-    add("--tdsm_stage2", help="run folder of a diffusion model that knows its labels to be noisy (TDSM)")
-    add("--tdsm_images", help="folder of its images")
-    add("--tdsm_stage3", help="run folder of stage 3 with these images")
-    add("--tdsm_transition", help="the file of estimate_transition.py that it was trained with")
-    add("--judged", help="folders <this>-plain and <this>-tdsm hold the result.json of evaluate.py for their images")
-    add("--seed_report", action="append", default=[], help="a folder with the report.json of one seed")
-    options = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(__doc__, FLAGS, argv)
     if not options.seed_report and not options.stage1:
         raise UserError("--stage1: name the run folder of stage 1, or give --seed_report folders")
-    return options
-
-
-def main() -> None:
-    options = parse()
-    from shared.training.files import atomic, make_dir
-
     out = make_dir(options.out)
     if options.seed_report:
-        from TorchSSL.core.seed_statistics import over_seeds
-
         content = over_seeds([read_json(Path(folder) / "report.json", required=True) for folder in options.seed_report])
-        text = seeds_markdown(content)
+        text = summary = seeds_markdown(content)
     else:
         content = collect(options, out)
-        text = run_markdown(content)
+        text, summary = run_markdown(content), run_summary(content)
     with atomic(out / "report.json", "w") as file:
         json.dump(content, file, indent=1)
     with atomic(out / "report.md", "w") as file:
         file.write(text)
-    print(text if options.seed_report else run_summary(content))
-    print(f"report: {out.resolve() / 'report.md'}")
+    print(f"{summary}\nreport: {out.resolve() / 'report.md'}")
 
 
-def collect(options: argparse.Namespace, out: Path) -> dict[str, Any]:
+def collect(options: SimpleNamespace, out: Path) -> dict[str, Any]:
     """Gather what the stages have written, and draw the pictures into `out`."""
-    from TorchSSL.steps import seconds_by_step
-
     stage1 = Path(options.stage1)
-    results = {"stage1": read_json(stage1 / "result.json"),
-               "stage3": read_json(Path(options.stage3) / "result.json") if options.stage3 else None}
+    folders = {"stage1": stage1, "stage3": options.stage3}
     if options.tdsm_stage3:
-        results["stage3_tdsm"] = read_json(Path(options.tdsm_stage3) / "result.json")
+        folders["stage3_tdsm"] = options.tdsm_stage3
+    results = {stage: read_json(Path(folder) / "result.json") if folder else None for stage, folder in folders.items()}
     controls = {name: read_json(stage1.with_name(f"{stage1.name}_{name}") / "result.json") for name in CONTROLS}
     accuracy = {stage: result["accuracy"] if result else None for stage, result in results.items()}
     last = {stage: values["last"] if values else None for stage, values in accuracy.items()}
-    pseudo = read_json(stage1 / "pseudo_label.json") or {}
-    classes = pseudo.get("classes") or (results["stage1"] or {}).get("classes", [])
-    by_class = dict(zip(classes, pseudo.get("agreement_by_class", []), strict=False))
-    first = results["stage1"] or {}
+    pseudo, first = read_json(stage1 / "pseudo_label.json") or {}, results["stage1"] or {}
+    classes = pseudo.get("classes") or first.get("classes", [])
     seconds = seconds_by_step(out / "commands.jsonl")
     return {
         "dataset": options.dataset, "labels": first.get("num_labels"), "seed": first.get("seed"),
         "training_images": first.get("unlabeled_images"), "test_images": first.get("test_images"),
         "stage1_accuracy": last["stage1"], "pseudo_label_accuracy": pseudo.get("agreement"),
-        "pseudo_label_accuracy_by_class": by_class, "pseudo_label_counts": pseudo.get("pseudo_label_counts"),
-        "stage3_accuracy": last["stage3"],
-        "difference": minus(last["stage3"], last["stage1"]),
+        "pseudo_label_accuracy_by_class": dict(zip(classes, pseudo.get("agreement_by_class", []), strict=False)),
+        "pseudo_label_counts": pseudo.get("pseudo_label_counts"),
+        "stage3_accuracy": last["stage3"], "difference": minus(last["stage3"], last["stage1"]),
         **(noise_aware(options, last, classes, out) if options.tdsm_stage3 else {}),
         "accuracy": accuracy,
         "iterations": {stage: result["iterations"] if result else None for stage, result in results.items()},
@@ -100,13 +103,14 @@ def collect(options: argparse.Namespace, out: Path) -> dict[str, Any]:
         "generated": generated_images(options, options.images, classes, out / "generated.png"),
         "seconds": group_seconds(seconds), "seconds_by_step": seconds,
         "hardware": {stage: {key: result.get(key) for key in HARDWARE} for stage, result in results.items() if result},
-        "versions": versions(), "pictures": draw(options, results, classes, out)}
+        "versions": {"python": platform.python_version(),
+                     **{name: version(name) for name in ("torch", "torchvision", "numpy")}},
+        "pictures": draw(options, results, classes, out)}
 
 
-def noise_aware(options: argparse.Namespace, last: dict[str, float | None], classes: Sequence[str],
+def noise_aware(options: SimpleNamespace, last: Mapping[str, float | None], classes: Sequence[str],
                 out: Path) -> dict[str, Any]:
     """Return what is known of a second stage with TDSM; `last`: accuracies of the stages at their last iteration."""
-    transition = read_json(Path(options.tdsm_transition)) if options.tdsm_transition else None
     judged = {kind: read_json(Path(f"{options.judged}-{kind}") / "result.json") if options.judged else None
               for kind in ("plain", "tdsm")}
     return {
@@ -114,7 +118,7 @@ def noise_aware(options: argparse.Namespace, last: dict[str, float | None], clas
         "tdsm": {
             "minus_stage3": minus(last["stage3_tdsm"], last["stage3"]),
             "minus_stage1": minus(last["stage3_tdsm"], last["stage1"]),
-            "transition": transition,
+            "transition": read_json(Path(options.tdsm_transition)) if options.tdsm_transition else None,
             "generated": generated_images(options, options.tdsm_images, classes, out / "generated_tdsm.png"),
             "images_of_the_right_class": {kind: found["class_accuracy"] for kind, found in judged.items() if found},
             "judge_accuracy": next((found["judge_accuracy"] for found in judged.values() if found), None)}}
@@ -136,29 +140,51 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error}); remove it and repeat the step that writes it") from None
 
 
-def group_seconds(seconds: dict[str, float]) -> dict[str, float]:
-    """Return seconds of the stages, the controls and in total, from those of the steps (names of TorchSSL/dpt.py)."""
-    groups = {"classifier": "stage1", "pseudo-labels": "stage1", "pseudo-data set": "stage1", "zip": "stage1",
-              "diffusion model": "stage2", "generated images": "stage2", "classifier again": "stage3",
-              "transition": "stage2_tdsm", "noise classifier": "stage2_tdsm", "diffusion model tdsm": "stage2_tdsm",
-              "generated images tdsm": "stage2_tdsm", "classifier again tdsm": "stage3_tdsm"}
+# ---------------------------------------------------------------- seconds
+
+
+def seconds_by_step(history: Path) -> dict[str, float]:
+    """Return the seconds of each command of run_all.sh, over all its interruptions, until it first was complete.
+
+    A step started anew by another command counts from there.
+    """
+    seconds: dict[str, float] = {}
+    state: dict[str, tuple[str, bool]] = {}
+    for entry in read_lines(history):
+        name, command = entry["name"], entry["command"]
+        known, done = state.get(name, ("", False))
+        if command != known:
+            seconds[name], done = 0.0, False
+        if not done:
+            seconds[name] += entry["seconds"]
+        state[name] = (command, done or entry["status"] == 0)
+    return seconds
+
+
+def group_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return seconds of the stages, the controls and in total, from those of the steps."""
     total: dict[str, float] = {}
     for step, value in seconds.items():
-        group = groups.get(step) or ("controls" if step.startswith("control") else "other")
+        group = STEPS.get(step) or ("controls" if step.startswith("control") else "other")
         total[group] = total.get(group, 0.0) + value
     return {**{name: round(value, 1) for name, value in total.items()}, "total": round(sum(total.values()), 1)}
 
 
-def versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines; a line cut short by a crash is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
 
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision", "numpy")}}
+
+# ---------------------------------------------------------------- generated images
 
 
-# -------------------------------------------------------------------------------------------------- generated images
-
-def generated_images(options: argparse.Namespace, folder: str | None, classes: Sequence[str],
+def generated_images(options: SimpleNamespace, folder: str | None, classes: Sequence[str],
                      picture: Path) -> dict[str, Any] | None:
     """Count the images of a folder, draw a grid of them, and measure how far their features are from real ones.
 
@@ -168,14 +194,6 @@ def generated_images(options: argparse.Namespace, folder: str | None, classes: S
     checkpoint = Path(options.stage1) / "latest_model.pth"
     if not folder or not Path(folder).is_dir() or not checkpoint.exists():
         return None
-    import numpy as np
-
-    from EDM.metrics.frechet import frechet_distance_of_features
-    from shared.data.datasets import load_dataset
-    from shared.data.images import read_images
-    from shared.report.plots import image_grid
-    from TorchSSL.core.data import load_pools
-
     train = load_pools(options.dataset, options.data_dir, download=False)[0]
     test = load_dataset(options.dataset, "test", options.data_dir)
     images = read_images(folder, channels=train.channels, num_classes=train.num_classes)
@@ -183,47 +201,35 @@ def generated_images(options: argparse.Namespace, folder: str | None, classes: S
                   for part, count in ((images, 12), (test, 3)))
     image_grid({name: row for name, row in rows.items() if len(row)}, picture,
                "Generated images, one class a row; on the right real ones", beside=real)
-    features = {name: classifier_features(checkpoint, options, part) for name, part in
-                (("generated", images), ("train", train), ("test", test))}
+    generated, training, testing = (features(checkpoint, options, part) for part in (images, train, test))
     return {
         "images": len(images), "by_class": np.bincount(images.labels, minlength=train.num_classes).tolist(),
-        "feature_distance": frechet_distance_of_features(features["generated"], features["train"]),
-        "feature_distance_of_test_images": frechet_distance_of_features(features["test"], features["train"]),
+        "feature_distance": frechet_distance_of_features(generated, training),
+        "feature_distance_of_test_images": frechet_distance_of_features(testing, training),
         "feature_distance_is": (
-            f"Frechet distance between {features['train'].shape[1]} pooled features of stage 1's classifier, "
-            f"{len(features['generated'])} generated against {len(features['train'])} real training images "
-            f"(for scale: {len(features['test'])} real test images against the same); not comparable with FID")}
+            f"Frechet distance between {training.shape[1]} pooled features of stage 1's classifier, {len(generated)} "
+            f"generated against {len(training)} real training images (for scale: {len(testing)} real test images "
+            "against the same); not comparable with FID")}
 
 
-def classifier_features(checkpoint: Path, options: argparse.Namespace, images: Any) -> Tensor:
+@torch.no_grad()
+def features(checkpoint: Path, options: SimpleNamespace, images: ImageSet) -> torch.Tensor:
     """Return float64 [n, D] pooled features of evenly spaced images, by the averaged weights of a checkpoint."""
-    import numpy as np
-    import torch
-
-    from shared.data.pool import Pool
-    from shared.distributed import start
-    from TorchSSL.core.evaluation import load_classifier
-    from TorchSSL.get_labels import parse as prediction_options
-
-    prediction = prediction_options([f"--dataset={options.dataset}", f"--load_path={checkpoint}"])
+    prediction = parse("", (*PREDICTION, *NETWORK), [f"--dataset={options.dataset}", f"--load_path={checkpoint}"])
     classifier = load_classifier(str(checkpoint), prediction, images)
     device = start().device
     pool, net = Pool(images, classifier.mean, classifier.std, device), classifier.net.to(device)
     chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), FEATURE_IMAGES)).round().astype(np.int64))
-    with torch.no_grad():
-        parts = [net(pool.normalised(chosen[start:start + 256]), return_feature=True)[1]
-                 for start in range(0, len(chosen), 256)]
+    parts = [net(pool.normalised(chosen[first:first + 256]), return_feature=True)[1]
+             for first in range(0, len(chosen), 256)]
     return torch.cat(parts).double().cpu()
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- pictures
 
-def draw(options: argparse.Namespace, results: dict[str, Any], classes: Sequence[str], out: Path) -> list[str]:
+
+def draw(options: SimpleNamespace, results: Mapping[str, Any], classes: Sequence[str], out: Path) -> list[str]:
     """Draw confusion matrices and training curves; return the names of all pictures in `out`."""
-    import numpy as np
-
-    from shared.report.plots import confusion_matrices, curves
-
     titles = {"stage1": "Stage 1", "stage3": "Stage 3", "stage3_tdsm": "Stage 3, TDSM"}
     matrices = {f"{titles[stage]}: {100 * result['accuracy']['last']:.1f} %": np.array(result["confusion_matrix"])
                 for stage, result in results.items() if result}
@@ -231,17 +237,16 @@ def draw(options: argparse.Namespace, results: dict[str, Any], classes: Sequence
         confusion_matrices(matrices, classes, out / "confusion.png")
     folders = {"Stage 1": options.stage1, "Stage 3": options.stage3, "Stage 3, TDSM": options.tdsm_stage3}
     lines = {title: read_lines(Path(folder) / "stats.jsonl") for title, folder in folders.items() if folder}
-    diffusion = read_lines(Path(options.stage2) / "stats.jsonl") if options.stage2 else []
+    smooth = {title: smoothed(found) for title, found in lines.items()}
+    diffusion = [{key: value["mean"] for key, value in line.items() if isinstance(value, dict) and "mean" in value}
+                 for line in (read_lines(Path(options.stage2) / "stats.jsonl") if options.stage2 else [])]
     panels = {
         "Accuracy on the test set, %": {title: series(found, "step", "eval/top-1-acc", 100)
                                         for title, found in lines.items()},
-        "Loss of the classifier": {title: series(smooth(found), "step", "train/total_loss")
-                                   for title, found in lines.items()},
-        "Share of unlabelled images used": {title: series(smooth(found), "step", "train/utilisation")
-                                            for title, found in lines.items()},
-        "Loss of the diffusion model": {"Stage 2": series(
-            [{"kimg": line["Progress/kimg"]["mean"], "loss": line["Loss/loss"]["mean"]} for line in diffusion
-             if "Progress/kimg" in line and "Loss/loss" in line], "kimg", "loss")}}
+        "Loss of the classifier": {title: series(found, "step", "train/total_loss") for title, found in smooth.items()},
+        "Fraction of unlabelled images used": {title: series(found, "step", "train/utilisation")
+                                               for title, found in smooth.items()},
+        "Loss of the diffusion model": {"Stage 2": series(diffusion, "Progress/kimg", "Loss/loss")}}
     panels = {title: {name: line for name, line in found.items() if line[0]} for title, found in panels.items()}
     panels = {title: found for title, found in panels.items() if found}
     if panels:
@@ -251,11 +256,7 @@ def draw(options: argparse.Namespace, results: dict[str, Any], classes: Sequence
     return [name for name in names if (out / name).exists()]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def smooth(lines: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+def smoothed(lines: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Return the lines that hold means over many iterations; those of single iterations where the run is short."""
     means = [line for line in lines if "eval/top-1-acc" not in line]
     return means if len(means) >= 10 else [line for line in lines if "eval/top-1-acc" in line] or means
@@ -263,8 +264,8 @@ def smooth(lines: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 
 def series(lines: Sequence[dict[str, Any]], x: str, y: str, scale: float = 1) -> tuple[list[float], list[float]]:
     """Return the points of the lines that have both keys; y is multiplied by `scale`."""
-    points = [(line[x], scale * line[y]) for line in lines if x in line and y in line]
-    return [point[0] for point in points], [point[1] for point in points]
+    having = [line for line in lines if x in line and y in line]
+    return [line[x] for line in having], [scale * line[y] for line in having]
 
 
 if __name__ == "__main__":

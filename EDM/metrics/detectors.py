@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,8 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from EDM.metrics import dinov2
 from shared.cli import UserError
 from shared.distributed import World, barrier
 from shared.training.checkpoint import read_checkpoint
@@ -35,6 +36,8 @@ DINOV2_FILES = ("dinov2_vitl14_pretrain.pth",)
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 TF1_RESIZE = "TF1 bilinear to 299x299 (no half-pixel shift, no antialiasing)"
 PIL_RESIZE = "bicubic, antialiased, to 224x224"
+DINOV2_SIDE, DINOV2_PATCH, DINOV2_HEAD = 224, 14, 64  # pixels, pixels, channels of an attention head
+DINOV2_MEAN, DINOV2_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -70,7 +73,7 @@ def load_detector(name: str, device: torch.device, download: bool = False, world
     """
     file = _find(name, download, world or World())
     content = _read(file)
-    if dinov2.is_dinov2(content):
+    if {"patch_embed.proj.weight", "blocks.0.ls1.gamma"} <= content.keys():
         build = _dinov2
     elif "Mixed_7c.branch_pool.conv.weight" in content:
         build = _inception
@@ -119,7 +122,8 @@ def _download(name: str, world: World) -> None:
         raise UserError(f"--download: no checksum of the {name} weights is published; fetch {DINOV2_URL} yourself and "
                         "name the file with --detector FILE")
     if world.main and _first_of(INCEPTION_FILES) is None:
-        url = _torch_fidelity().URL_INCEPTION_V3
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
+
         target = make_dir(asset_folders()[0]) / INCEPTION_FILES[0]
         try:
             torch.hub.download_url_to_file(url, str(target), hash_prefix=INCEPTION_HASH)
@@ -140,25 +144,19 @@ def _read(file: Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- the three kinds
 
-def _torch_fidelity():
-    try:
-        from torch_fidelity import feature_extractor_inceptionv3
-    except ImportError:
-        raise UserError("--detector: Inception needs torch-fidelity: pip install torch-fidelity") from None
-    return feature_extractor_inceptionv3
-
-
 def _inception(state: Mapping[str, Tensor], file: str, sha256: str, device: torch.device) -> Detector:
     if not sha256.startswith(INCEPTION_HASH):
         warnings.warn(f"--detector: {file} is not the published Inception file (SHA-256 {INCEPTION_HASH}...): its "
                       "distances compare with those of the same file only", stacklevel=2)
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # imports torchvision
+
     # torch-fidelity would load any pickle it is given a path to, so it gets a copy of what was read as tensors.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
     try:
-        extractor = _torch_fidelity().FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=buffer)
+        extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
+                                                feature_extractor_weights_path=buffer)
     except RuntimeError as error:
         raise UserError(f"--detector: {file} does not fit Inception-v3 ({_last_line(error)})") from None
     return Detector("inception", "inception-2015-12-05", extractor.to(device), 3, 2048, 1008, TF1_RESIZE, file, sha256,
@@ -166,10 +164,55 @@ def _inception(state: Mapping[str, Tensor], file: str, sha256: str, device: torc
 
 
 def _dinov2(state: Mapping[str, Tensor], file: str, sha256: str, device: torch.device) -> Detector:
-    net = dinov2.build_dinov2(state, f"--detector: {file}").to(device)
-    width = net.norm.normalized_shape[0]
-    return Detector("dinov2", f"dinov2-{width}", lambda images: (net(dinov2.preprocess(images)), None), 3, width, 0,
-                    PIL_RESIZE, file, sha256, device)
+    net = build_dinov2(state, f"--detector: {file}").to(device)
+    return Detector("dinov2", f"dinov2-{net.embed_dim}", lambda images: (net(preprocess(images)), None), 3,
+                    net.embed_dim, 0, PIL_RESIZE, file, sha256, device)
+
+
+def build_dinov2(state: Mapping[str, Tensor], source: str) -> torch.nn.Module:
+    """Return the vision transformer of published weights (dinov2_vits14, dinov2_vitb14 or dinov2_vitl14) in eval mode:
+    normalised images float32 [N, 3, 224, 224] -> class token [N, F]. Raises UserError for another variant of it."""
+    from timm.models.vision_transformer import VisionTransformer  # imports torchvision
+
+    tensors = {name: tensor for name, tensor in state.items() if name != "mask_token"}  # of the training alone
+    if "pos_embed" in state:
+        tensors["pos_embed"] = _positions(state["pos_embed"])
+    width, depth = len(state["blocks.0.ls1.gamma"]), sum(name.endswith(".ls1.gamma") for name in state)
+    with torch.device("meta"):
+        net = VisionTransformer(img_size=DINOV2_SIDE, patch_size=DINOV2_PATCH, embed_dim=width, depth=depth,
+                                num_heads=max(width // DINOV2_HEAD, 1), init_values=1.0, num_classes=0,
+                                global_pool="token", weight_init="skip")
+    own = net.state_dict()
+    wrong = sorted(name for name in own.keys() | tensors.keys()
+                   if name not in own or name not in tensors or own[name].shape != tensors[name].shape)
+    if wrong:
+        raise UserError(f"{source}: a DINOv2 variant that is not served ({wrong[0]}); expected dinov2_vits14, "
+                        "dinov2_vitb14 or dinov2_vitl14, without registers")
+    net.load_state_dict(tensors, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def _positions(table: Tensor) -> Tensor:
+    """Return position embeddings [1, 1 + 16 x 16, F], resampled from those [1, 1 + G x G, F] of the training."""
+    grid = math.isqrt(table.shape[1] - 1)
+    patches = table[:, 1:].transpose(1, 2).unflatten(2, (grid, -1))
+    # The published code asks for a tenth of a patch more than there are; that shifts where it samples.
+    factor = (DINOV2_SIDE // DINOV2_PATCH + 0.1) / grid
+    patches = F.interpolate(patches, scale_factor=(factor, factor), mode="bicubic")
+    return torch.cat((table[:, :1], patches.flatten(2).transpose(1, 2)), 1)
+
+
+def preprocess(images: Tensor) -> Tensor:
+    """Resize uint8 [N, 3, H, W] to normalised float32 [N, 3, 224, 224].
+
+    The resize is the bicubic, antialiased one of Pillow, with which FD-DINOv2 is published: first the width, then the
+    height, each rounded to grey levels.
+    """
+    x = images.float()
+    for size in ((x.shape[2], DINOV2_SIDE), (DINOV2_SIDE, DINOV2_SIDE)):
+        x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    mean, std = (torch.tensor(v, device=x.device).reshape(1, 3, 1, 1) for v in (DINOV2_MEAN, DINOV2_STD))
+    return (x / 255 - mean) / std
 
 
 def _classifier(content: Mapping[str, Any], file: str, sha256: str, device: torch.device) -> Detector:

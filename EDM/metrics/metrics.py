@@ -1,7 +1,7 @@
 """Distances between two sets of images, as pure functions of their features.
 
 Features are float [N, F], one row an image, from any detector. The first set is always the generated one, the second
-the reference. Everything is computed in float64, on the device of the features.
+the reference.
 
     FID                Heusel et al. 2017 (arXiv 1706.08500)
     FD-DINOv2          the same in DINOv2 features, Stein et al. 2023 (2306.04675)
@@ -16,18 +16,101 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from EDM.metrics.frechet import frechet_distance_of_features
 from shared.cli import UserError
+from shared.distributed import World, sum_
 
 DISTANCES_AT_ONCE = 1 << 24  # float64 values of one block of a distance matrix: 128 MiB
 SUBSET_SEED = 2020           # which images form the subsets of KID and the splits of the inception score
 
 
-# ---------------------------------------------------------------- Fréchet distance of classes
+# ---------------------------------------------------------------- Fréchet distance
+
+class Moments:
+    """Running mean and covariance of features: float64 sums, whatever the number of images."""
+
+    def __init__(self, num_features: int, device: str | torch.device = "cpu") -> None:
+        # One row and column more than features: a constant 1 beside them makes the sum and the count part of the
+        # same symmetric product.
+        self.sums = torch.zeros(num_features + 1, num_features + 1, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor) -> None:
+        """Add a batch, float [n, F] on any device; n may be 0."""
+        features = features.to(self.sums.device, torch.float64)
+        extended = torch.nn.functional.pad(features, (0, 1), value=1.0)
+        self.sums.addmm_(extended.T, extended)
+
+    def over_ranks(self, world: World) -> Moments:
+        """Return the moments of what all ranks have added."""
+        total = Moments(len(self.sums) - 1, self.sums.device)
+        total.sums = sum_(self.sums, world)
+        return total
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return round(self.sums[-1, -1].item())
+
+    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+        """Return float64 (mu [F], sigma [F, F]), with the unbiased covariance; UserError for fewer than 2 images."""
+        if self.count < 2:
+            raise UserError(f"Found {self.count} images, but need at least 2 to compute statistics")
+        mu = self.sums[-1, :-1] / self.count
+        sigma = (self.sums[:-1, :-1] - self.count * torch.outer(mu, mu)) / (self.count - 1)
+        return mu, (sigma + sigma.T) / 2
+
+
+def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
+    """Return |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians.
+
+    mu: float64 [F]; sigma: float64 [F, F], symmetric and positive semi-definite, of any rank. The root's trace is the
+    sum of the roots of the eigenvalues of sigma1 sigma2, which are those of the symmetric A^T sigma2 A where
+    sigma1 = A A^T. So no matrix root is formed, and covariances of fewer images than features are nothing special:
+    A has as many columns as sigma1 has eigenvalues that are more than rounding.
+    """
+    _check_finite(mu1, sigma1, mu2, sigma2)
+    values, vectors = torch.linalg.eigh(sigma1)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    factor = vectors[:, kept] * values[kept].sqrt()
+    roots = torch.linalg.eigvalsh(factor.T @ sigma2 @ factor).clamp(min=0).sqrt()
+    return _frechet(mu1, sigma1.trace(), mu2, sigma2.trace(), roots.sum())
+
+
+def frechet_distance_of_features(features1: Tensor, features2: Tensor) -> float:
+    """Return the Fréchet distance between the Gaussians fitted to features [N1, F] and [N2, F], N1 and N2 from 2 on.
+
+    Where there are fewer images than features the trace comes from the N1 x N2 products of centred features, whose
+    singular values are those roots: exact, and fast for the few images of one class.
+    """
+    _check_finite(features1, features2)
+    for features in (features1, features2):
+        if len(features) < 2:
+            raise UserError(f"Found {len(features)} images, but need at least 2 to compute statistics")
+    if max(len(features1), len(features2)) >= features1.shape[1]:
+        moments = [Moments(features1.shape[1], features1.device) for _ in range(2)]
+        for moment, features in zip(moments, (features1, features2), strict=True):
+            moment.add(features)
+        return frechet_distance(*moments[0].mean_and_covariance(), *moments[1].mean_and_covariance())
+    features1, features2 = features1.double(), features2.double()
+    mu1, mu2 = features1.mean(0), features2.mean(0)
+    # Rows divided so that sigma = factor^T factor.
+    factor1 = (features1 - mu1) / math.sqrt(len(features1) - 1)
+    factor2 = (features2 - mu2) / math.sqrt(len(features2) - 1)
+    trace = torch.linalg.svdvals(factor1 @ factor2.T).sum()
+    return _frechet(mu1, factor1.square().sum(), mu2, factor2.square().sum(), trace)
+
+
+def _frechet(mu1: Tensor, trace1: Tensor, mu2: Tensor, trace2: Tensor, trace_of_root: Tensor) -> float:
+    distance = (mu1 - mu2).square().sum() + trace1 + trace2 - 2 * trace_of_root
+    return max(distance.item(), 0.0)  # equal sets differ by rounding in either direction
+
+
+def _check_finite(*tensors: Tensor) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise UserError("features that are not finite numbers have no Fréchet distance; check the detector's weights")
+
 
 def classwise_frechet_distance(features1: Tensor, labels1: Tensor, features2: Tensor, labels2: Tensor) -> Tensor:
     """Return float64 [C], the Fréchet distance of each class of the reference; CW-FID is their mean.
@@ -47,24 +130,22 @@ def classwise_frechet_distance(features1: Tensor, labels1: Tensor, features2: Te
     return distances
 
 
-# ---------------------------------------------------------------- kernel distance
+# ---------------------------------------------------------------- kernel distance, inception score
+
+# torch-fidelity imports torchvision, which takes as long as torch itself.
 
 def kernel_distance(features1: Tensor, features2: Tensor, subsets: int = 100, subset_size: int = 1000,
                     seed: int = SUBSET_SEED) -> tuple[float, float]:
     """Return KID, the mean and the standard deviation over random subsets of the squared maximum mean discrepancy.
 
-    Each is the unbiased estimate under the cubic kernel (x.y / F + 1)^3 on `subset_size` images of either set. The
-    subsets are drawn as torch-fidelity draws them, without replacement, so that the same features give the same value.
+    Each is the unbiased estimate under the cubic kernel (x.y / F + 1)^3 on `subset_size` images of either set.
     """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
     check_subset_size(subset_size, len(features1), len(features2))
-    rng = np.random.RandomState(seed)  # the generator that published values were drawn with
-    estimates = []
-    for _ in range(subsets):
-        part1 = features1[torch.from_numpy(rng.choice(len(features1), subset_size, replace=False))].double()
-        part2 = features2[torch.from_numpy(rng.choice(len(features2), subset_size, replace=False))].double()
-        within = _off_diagonal_mean(_cubic_kernel(part1, part1)) + _off_diagonal_mean(_cubic_kernel(part2, part2))
-        estimates.append((within - 2 * _cubic_kernel(part1, part2).mean()).item())
-    return float(np.mean(estimates)), float(np.std(estimates))
+    found = kid_features_to_metric(features1.double(), features2.double(), kid_subsets=subsets,
+                                   kid_subset_size=subset_size, rng_seed=seed, verbose=False)
+    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
 
 
 def check_subset_size(subset_size: int, *counts: int) -> None:
@@ -74,19 +155,24 @@ def check_subset_size(subset_size: int, *counts: int) -> None:
                         f"{subset_size}")
 
 
-def _cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+def inception_score(logits: Tensor, splits: int = 10, seed: int = SUBSET_SEED) -> tuple[float, float]:
+    """Return mean and standard deviation over `splits` of exp(E KL(p(class | image) || p(class))).
 
+    logits: float [N, classes] of a classifier.
+    """
+    from torch_fidelity.metric_isc import isc_features_to_metric
 
-def _off_diagonal_mean(kernel: Tensor) -> Tensor:
-    return (kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1))
+    if not 1 <= splits <= len(logits):
+        raise UserError(f"--isc-splits: expected 1 to {len(logits)}, the number of images, got {splits}")
+    found = isc_features_to_metric(logits, splits, rng_seed=seed)
+    return found["inception_score_mean"], found["inception_score_std"]
 
 
 # ---------------------------------------------------------------- precision, recall, density, coverage
 
 @dataclass(frozen=True)
 class Manifold:
-    """How two sets of images cover each other, each number a share of images except density, which may exceed 1.
+    """How two sets of images cover each other, each number a fraction of images except density, which may exceed 1.
 
     precision: generated images that lie in the ball of a reference image. recall: reference images that lie in the
     ball of a generated image. density: reference balls around a generated image, over k. coverage: reference images
@@ -153,22 +239,3 @@ def _distance_blocks(x: Tensor, y: Tensor, centre: Tensor) -> Iterator[tuple[sli
             other = y[first:first + columns].double() - centre
             distances[:, first:first + columns] = torch.cdist(part, other, compute_mode="use_mm_for_euclid_dist")
         yield rows, distances
-
-
-# ---------------------------------------------------------------- inception score
-
-def inception_score(logits: Tensor, splits: int = 10, seed: int = SUBSET_SEED) -> tuple[float, float]:
-    """Return mean and standard deviation over `splits` of exp(E KL(p(class | image) || p(class))).
-
-    logits: float [N, classes] of a classifier. The images are shuffled first, as torch-fidelity does it.
-    """
-    if not 1 <= splits <= len(logits):
-        raise UserError(f"--isc-splits: expected 1 to {len(logits)}, the number of images, got {splits}")
-    order = np.random.RandomState(seed).permutation(len(logits))
-    scores = []
-    for split in range(splits):
-        part = order[split * len(logits) // splits:(split + 1) * len(logits) // splits]
-        log_p = logits[torch.from_numpy(part)].double().log_softmax(1)
-        log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
-        scores.append((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from EDM import generate
 from EDM.sampling.files import RECORD, archive_record, read_record
+from EDM.sampling.seeds import chosen_classes, load_sampler
 from shared.cli import UserError
 from shared.data.classes import ImageFiles, classes_by_folder, find_images, listed_labels
 from shared.data.images import ImageSet, open_image, read_images, to_chw
 from shared.data.parallel import cores
 from shared.data.safe import read_members
 from shared.distributed import World
-from shared.training.seeds import split_batches
+from shared.training.randomness import split_batches
 
 DECODERS = 4  # threads at most, each with one batch
 
@@ -131,6 +131,24 @@ def _check_size(name: str | Path, found: tuple[int, ...], expected: tuple[int, .
                         "one size")
 
 
+class SetImages:
+    """The images of a set in memory, as a source; gray ones repeated to `channels`."""
+
+    def __init__(self, images: ImageSet, channels: int) -> None:
+        self.images, self.repeat = images, channels // images.channels
+        if not self.repeat:
+            raise UserError(f"{images.name}: has colour images, the detector takes gray ones")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, parts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in parts:
+            chosen: Any = np.asarray(part, np.int64)
+            pixels = torch.from_numpy(np.array(self.images.images[chosen]))
+            yield pixels.repeat(1, self.repeat, 1, 1), torch.from_numpy(self.images.labels[chosen])
+
+
 class GeneratedImages:
     """The images of seeds, made by a network and never written: byte for byte those that generate.py writes.
 
@@ -139,11 +157,11 @@ class GeneratedImages:
     """
 
     def __init__(self, flags: SimpleNamespace, world: World, channels: int = 3) -> None:
-        self.sampler, self.settings = generate.load(flags, world)
+        self.sampler, self.settings = load_sampler(flags, world)
         self.channels, self.net = channels, self.sampler.net
         if channels == 1 and self.net.img_channels == 3:
             raise UserError(f"{flags.network}: makes colour images, the detector takes gray ones")
-        classes = generate.chosen_classes(flags, self.net.label_dim)
+        classes = chosen_classes(flags, self.net.label_dim)
         self.samples = [(seed, index) for index in classes for seed in flags.seeds]
         self.rows = self.sampler.batch_rows(split_batches(self.samples, flags.batch, world.size))
 

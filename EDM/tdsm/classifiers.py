@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torchvision.models import resnet50
 
 from EDM.training.layers import FourierEmbedding, Init, Linear, PositionalEmbedding
 from EDM.training.networks import constructor_kwargs, edm_coefficients, expect, vp_time
@@ -301,6 +300,8 @@ class CAS_ResNet50(torch.nn.Module):
 
     def __init__(self, img_channels: int, label_dim: int) -> None:
         super().__init__()
+        from torchvision.models import resnet50  # here, as it takes as long to import as torch
+
         self.classifier = resnet50(num_classes=label_dim)
         self.classifier.conv1 = torch.nn.Conv2d(img_channels, 64, 7, stride=2, padding=3, bias=False)
 

@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from EDM.tdsm.classifiers import class_logits
-from EDM.training.loss import EDMLoss, VELoss, VPLoss
+from EDM.training.loss import DenoisingLoss
 from shared import distributed
 from shared.training.dropout import derived_dropout_keys
 
-Levels = EDMLoss | VPLoss | VELoss
 VOLUME_WEIGHT = 1e-4  # of log det T in VolMinNet
 PIXELS_AT_ONCE = 8192  # of candidates on a CPU, whose caches hold the features of no more
 
@@ -53,7 +52,7 @@ class ClassifierLoss:
     """Forward-corrected cross entropy -log (Tᵀ c(x_t))_ỹ, so that c becomes a classifier of the clean classes (Patrini
     et al., CVPR 2017). Returns float32 [N]."""
 
-    def __init__(self, levels: Levels, transition: np.ndarray, device: torch.device | str = "cpu") -> None:
+    def __init__(self, levels: DenoisingLoss, transition: np.ndarray, device: torch.device | str = "cpu") -> None:
         self.levels, self.draw, self.sigma = levels, levels.draw, levels.sigma
         self.log_transition = log_matrix(transition, device)
 
@@ -69,7 +68,7 @@ class VolMinLoss:
     """Cross entropy through a transition matrix that is learned with the classifier, made small in volume (VolMinNet,
     Li et al., ICML 2021). The network returns (logits, T). Returns float32 [N]; each holds the volume term."""
 
-    def __init__(self, levels: Levels) -> None:
+    def __init__(self, levels: DenoisingLoss) -> None:
         self.levels, self.draw, self.sigma = levels, levels.draw, levels.sigma
 
     def __call__(self, net: Callable, images: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor | None,
@@ -99,7 +98,7 @@ class TDSMLoss:
     an image), kept_mass (Σ of the weights that count) and observed_weight.
     """
 
-    def __init__(self, levels: Levels, transition: np.ndarray, classifier: torch.nn.Module | None, *,
+    def __init__(self, levels: DenoisingLoss, transition: np.ndarray, classifier: torch.nn.Module | None, *,
                  tau: float = 0.01, temp: float = 1.0, relative_tau: bool = False, renormalise: bool = False,
                  full_gradient: bool = False, label_dropout: float = 0.0, pairs_at_once: int | None = None,
                  device: torch.device | str = "cpu") -> None:

@@ -1,149 +1,143 @@
-"""Wrong labels on purpose: class-conditional noise with a known transition matrix, for experiments that need one.
-
-The draws are those of "Label-Noise Robust Diffusion Models" (Na et al., ICLR 2024), from NumPy's RandomState: the same
-seed flips the same labels as the published converter would after np.random.seed. Beside the noisy labels the written
-set keeps, under keys of dataset.json that readers of labels pass over, the clean labels, the flips, the transition
-matrix and the one that was realised.
-"""
+"""What is known about the wrong labels of a training set: by flags, its dataset.json, its name, or a classifier."""
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from EDM.tdsm import transition
-from EDM.tdsm.noisy_set import clean_labels
-from shared.cli import UserError, nearest
-from shared.data.cifar import CIFAR10, CIFAR100
+from EDM.tdsm.classifiers import volmin_transition
+from EDM.training.dataset import TrainingSet, open_data, open_training_set
+from EDM.training.snapshots import Snapshot
+from shared.cli import UserError
+from shared.data.classes import LABEL_FILE, find_images
 from shared.data.images import ImageSet
+from shared.data.safe import Member, read_members, zip_members
 
-SHOWN_CLASSES = 20  # a matrix of more classes is printed in words
-ARCHIVES = {CIFAR10.archive: "cifar10", CIFAR100.archive: "cifar100", "train-images-idx3-ubyte.gz": "mnist",
-            "t10k-images-idx3-ubyte.gz": "mnist"}
+# Names as in cifar10_sym_40-32x32.zip: type and percentage.
+NAMED = re.compile(r"(?:^|[_-])(sym|asym)[_-](\d{1,2})(?=$|[^0-9])")
+SAME = 1e-5  # largest difference of two matrices that count as one
 
 
 @dataclass(frozen=True)
-class LabelNoise:
-    """How labels are flipped.
+class Noise:
+    """Label noise of a training set.
 
-    noise_type: "sym", "asym" or "matrix" (of the file `file`). rate: probability of a flip, None with a matrix.
-    dataset: a key of transition.CLASSES, None for others. matrix: float64 [K, K], with "matrix" only.
+    noise_type: one of transition.NOISE_TYPES or "file". noise_rate: 0 where it has none. dataset: a key of
+    transition.CLASSES or None. matrix: float64 [K, K]; None where it is to be learned. origin: who says so.
     """
 
     noise_type: str
-    rate: float | None
-    seed: int
-    dataset: str | None = None
-    matrix: np.ndarray | None = None
-    file: str | None = None
+    noise_rate: float
+    dataset: str | None
+    num_classes: int
+    matrix: np.ndarray | None
+    origin: str
 
-    def num_classes(self, clean: np.ndarray) -> int:
-        """Return the number of classes: of the matrix, of the data set, else the largest label plus one."""
-        top = int(clean.max()) + 1
-        known = len(self.matrix) if self.matrix is not None else transition.CLASSES.get(self.dataset, top)
-        if known < top:
-            what = self.file if self.matrix is not None else f"--dataset={self.dataset}"
-            raise UserError(f"{what} has {known} classes, but the images have a label {top - 1}")
-        return known
+    def settings(self) -> dict[str, Any]:
+        """Return what the published option dictionary records of it."""
+        return dict(num_classes=self.num_classes, noise_type=self.noise_type, noise_rate=self.noise_rate,
+                    dataset=self.dataset)
 
-    def transition_matrix(self, num_classes: int) -> np.ndarray:
-        """Return the matrix that labels are drawn by, float64 [K, K]."""
-        if self.matrix is not None:
-            return self.matrix
-        return transition.transition_matrix(self.noise_type, self.rate, num_classes, self.dataset)
+    def record(self) -> dict[str, Any]:
+        """Return what a snapshot keeps of it: the settings and the matrix."""
+        return {**self.settings(), **({} if self.matrix is None else {"transition_matrix": self.matrix.tolist()})}
 
-    def flip(self, clean: np.ndarray) -> np.ndarray:
-        """Return the noisy labels int64 [N] of clean ones int64 [N], drawn one image after another.
-
-        sym: a uniform draw for every image, and where it is below the rate another for which of the other classes.
-        asym: a uniform draw for every image of a class that has a target. matrix: a uniform draw for every image,
-        looked up in the cumulated row.
-        """
-        random, classes = np.random.RandomState(self.seed), self.num_classes(clean)
-        matrix = self.transition_matrix(classes)
-        noisy = np.array(clean, np.int64)
-        if self.noise_type == "matrix":
-            bounds = matrix.cumsum(1)
-            for index, label in enumerate(clean):
-                found = np.searchsorted(bounds[label], random.rand(), side="right")
-                noisy[index] = min(found, np.flatnonzero(matrix[label]).max())  # rounding of the last bound
-            return noisy
-        targets = transition.asym_targets(self.dataset) if self.noise_type == "asym" else {}
-        for index, label in enumerate(clean.tolist()):
-            if self.noise_type == "sym":
-                if random.rand() < self.rate:
-                    other = random.randint(0, classes - 1)
-                    noisy[index] = other + (other >= label)
-            elif label in targets and random.rand() < self.rate:
-                noisy[index] = targets[label]
-        return noisy
-
-    def __call__(self, labels: list[tuple[str, Any]]) -> tuple[list[tuple[str, int]], dict[str, Any]]:
-        """Return (name, noisy label) for (name, clean label), and what dataset.json keeps besides; print a summary."""
-        if any(not isinstance(label, int) for _, label in labels):
-            raise UserError("label noise needs a class number for every image; the source has images without, or "
-                            "labels them by lists of numbers")
-        names, clean = [name for name, _ in labels], np.array([label for _, label in labels], np.int64)
-        noisy = self.flip(clean)
-        classes = self.num_classes(clean)
-        realised = transition.realised_transition(clean, noisy, classes)
-        flips = [[name, int(a), int(b)] for name, a, b in zip(names, clean, noisy, strict=True) if a != b]
-        print("\n".join(self.summary(len(names), len(flips), realised)), flush=True)
-        return list(zip(names, noisy.tolist(), strict=True)), {
-            "clean_labels": [[name, int(label)] for name, label in zip(names, clean, strict=True)],
-            "flips": flips,
-            "transition_matrix": self.transition_matrix(classes).tolist(),
-            "realised_transition_matrix": realised.tolist(),
-            "label_noise": {"noise_type": self.noise_type, "noise_rate": self.rate, "seed": self.seed,
-                            "dataset": self.dataset, "transition_file": self.file, "images": len(names),
-                            "flipped": len(flips)}}
-
-    def summary(self, images: int, flips: int, realised: np.ndarray) -> list[str]:
-        kind = f"the matrix {self.file}" if self.matrix is not None else f"{self.noise_type} {self.rate:g}"
-        lines = [f"label noise: {kind}, seed {self.seed}: {flips} of {images} labels flipped "
-                 f"({100 * flips / images:.2f} %)"]
-        if len(realised) > SHOWN_CLASSES:
-            return [*lines, f"realised transition: {transition.describe(realised)}"]
-        width = 6  # of " 100.0"
-        head = "clean\\noisy " + "".join(f"{label:>{width}}" for label in range(len(realised)))
-        return [*lines, "realised transition matrix, in percent:", head,
-                *(f"{label:>11} " + "".join(f"{100 * value:>{width}.1f}" for value in row)
-                  for label, row in enumerate(realised))]
+    def __str__(self) -> str:
+        kind = f"{self.noise_type} {self.noise_rate:g}" if self.noise_type in ("sym", "asym") else self.noise_type
+        matrix = "" if self.matrix is None else f": {transition.describe(self.matrix)}"
+        return f"{kind} ({self.origin}){matrix}"
 
 
-def plan_noise(noise_type: str | None, noise_rate: float | None, transition_file: str | None, dataset: str | None,
-               seed: int | None, source: str, dest: str) -> LabelNoise | None:
-    """Return the noise that the flags ask for; None where they ask for none.
+# ------------------------------------------------------------------------------------------------- the training set
 
-    The data set is what --dataset says, else what the archive is, else what occurs in the base name of `dest` or
-    `source`. Raises UserError for flags that contradict each other, a rate outside [0, 1), an unfit matrix, and
-    "asym" without a data set that defines it.
-    """
-    if noise_type is None and transition_file is None:
-        given = {"--noise_rate": noise_rate, "--seed": seed, "--dataset": dataset}
-        for flag, value in given.items():
-            if value is not None:
-                raise UserError(f"{flag} belongs to label noise: add --noise_type=sym, --noise_type=asym or "
-                                "--transition=FILE")
+def open_noisy_set(flags: SimpleNamespace) -> TrainingSet:
+    """Open --data with as many classes as the data set is known to have. Raises UserError without class labels."""
+    if not flags.cond:
+        raise UserError("this script learns from labels: add --cond=1")
+    dataset = open_data(flags.data, True, flags.xflip)
+    if not dataset.has_onehot_labels:
+        raise UserError(f"--data: {flags.data} labels its images by lists of numbers; classes are needed")
+    return dataclasses.replace(dataset, label_dim=number_of_classes(flags, dataset.label_dim))
+
+
+def open_eval_set(flags: SimpleNamespace, dataset: TrainingSet) -> TrainingSet | None:
+    """Open --eval-data, if given. Raises UserError unless its images and classes are those of `dataset`."""
+    if flags.eval_data is None:
         return None
-    if dataset is not None and dataset not in transition.CLASSES:
-        raise UserError(f'--dataset: unknown data set "{dataset}"{nearest(dataset, transition.CLASSES)}; known: '
-                        f"{', '.join(transition.CLASSES)}")
-    name = Path(source).name
-    kind = dataset or ARCHIVES.get(name) or transition.dataset_kind(dest) or transition.dataset_kind(source)
-    if transition_file is not None:
-        if noise_type is not None or noise_rate is not None:
-            raise UserError("--transition says all about the noise; leave out --noise_type and --noise_rate")
-        matrix = transition.load_transition(transition_file)
-        return LabelNoise("matrix", None, seed or 0, kind, matrix, str(transition_file))
-    if noise_rate is None:
-        raise UserError(f"--noise_type={noise_type} needs --noise_rate, the share of labels to flip, such as 0.4")
-    rate = transition.check_rate(noise_rate)
-    if noise_type == "asym":
-        transition.asym_targets(kind)
-    return LabelNoise(noise_type, rate, seed or 0, kind)
+    try:
+        test = open_training_set(flags.eval_data, use_labels=True)
+    except UserError as error:
+        raise UserError(f"--eval-data: {error}") from None
+    shapes = [(found.num_channels, found.resolution) for found in (test, dataset)]
+    if not test.has_onehot_labels or test.label_dim > dataset.label_dim or shapes[0] != shapes[1]:
+        raise UserError(f"--eval-data: {flags.eval_data} needs class labels below {dataset.label_dim} and images of "
+                        f"{dataset.num_channels} x {dataset.resolution} x {dataset.resolution}")
+    return test
+
+
+def number_of_classes(flags: SimpleNamespace, label_dim: int) -> int:
+    """Return the number of classes of the set: of --dataset, its name or its record; else of its labels."""
+    kind = kind_of(flags)
+    known = transition.CLASSES.get(kind)
+    if known is None:
+        known = len(read_record(flags.data).get("transition_matrix") or ()) or label_dim
+    if known < label_dim:
+        if flags.dataset is not None:
+            raise UserError(f"--dataset={flags.dataset} has {known} classes, but {flags.data} has a label "
+                            f"{label_dim - 1}")
+        return label_dim
+    return known
+
+
+def kind_of(flags: SimpleNamespace) -> str | None:
+    """Return which data set --data is, a key of transition.CLASSES: by --dataset, its record or its base name."""
+    recorded = (read_record(flags.data).get("label_noise") or {}).get("dataset")
+    named = recorded if recorded in transition.CLASSES else transition.dataset_kind(flags.data)
+    return flags.dataset or named
+
+
+def read_record(path: str | os.PathLike) -> dict[str, Any]:
+    """Return what dataset.json of a ZIP or folder holds beside the labels; {} without one. Raises UserError."""
+    path = Path(path)
+    return _read_record(path, path.stat().st_mtime_ns) if path.exists() else {}
+
+
+@lru_cache(maxsize=4)
+def _read_record(path: Path, changed: int) -> dict[str, Any]:
+    if path.is_dir():
+        members = [Member(LABEL_FILE)] if (path / LABEL_FILE).is_file() else []
+    elif path.suffix.lower() == ".zip":
+        members = [member for member in zip_members(path) if member.name == LABEL_FILE]
+    else:
+        members = []
+    if not members:
+        return {}
+    try:
+        content = json.loads(next(read_members(path, members)))
+    except ValueError:
+        raise UserError(f"{path}: {LABEL_FILE} is not JSON") from None
+    return {key: value for key, value in content.items() if key != "labels"} if isinstance(content, dict) else {}
+
+
+def clean_labels(path: str | os.PathLike) -> np.ndarray | None:
+    """Return the clean labels int64 [N] that dataset.json keeps, in the order of the images; None where it has none."""
+    listed = read_record(path).get("clean_labels")
+    if not listed:
+        return None
+    try:
+        by_name = {name: int(label) for name, label in listed}
+        return np.array([by_name[name] for name in find_images(Path(path)).names], np.int64)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: the entry clean_labels of {LABEL_FILE} does not list every image ({error})") from None
 
 
 def with_clean_labels(images: ImageSet, path: str) -> ImageSet:
@@ -153,3 +147,101 @@ def with_clean_labels(images: ImageSet, path: str) -> ImageSet:
         return images
     classes = tuple(map(str, range(max(int(labels.max()) + 1, images.num_classes))))
     return ImageSet(images.images, labels, classes, images.name)
+
+
+# --------------------------------------------------------------------------------------------------- its label noise
+
+def noise_of_flags(flags: SimpleNamespace, num_classes: int) -> Noise | None:
+    """Return the noise that the flags say; None where they say nothing. Raises UserError for contradictions."""
+    kind, noise_type = kind_of(flags), flags.noise_type
+    if flags.transition is not None:
+        if noise_type not in (None, "file") or flags.noise_rate is not None:
+            raise UserError("--transition says all about the noise; leave out --noise_type and --noise_rate")
+        matrix = transition.load_transition(flags.transition, num_classes)
+        return Noise("file", 0.0, kind, num_classes, matrix, flags.transition)
+    if noise_type is None:
+        if flags.noise_rate is not None:
+            raise UserError("--noise_rate needs --noise_type=sym or --noise_type=asym")
+        return None
+    if noise_type == "file":
+        raise UserError("--noise_type=file needs the file: --transition=T.npy or T.json")
+    if noise_type in ("sym", "asym"):
+        if flags.noise_rate is None:
+            raise UserError(f"--noise_type={noise_type} needs --noise_rate, the share of wrong labels, such as 0.4")
+        rate = transition.check_rate(flags.noise_rate)
+        matrix = transition.transition_matrix(noise_type, rate, num_classes, kind)
+        return Noise(noise_type, rate, kind, num_classes, matrix, "as the flags say")
+    if flags.noise_rate:
+        raise UserError(f"--noise_rate does not go with --noise_type={noise_type}; leave it out")
+    matrix = np.eye(num_classes) if noise_type == "clean" else None
+    return Noise(noise_type, 0.0, kind, num_classes, matrix, "as the flags say")
+
+
+def noise_of_data(flags: SimpleNamespace, num_classes: int) -> Noise:
+    """Return the noise that the set's dataset.json records, else that its name tells, else none."""
+    kind, record = kind_of(flags), read_record(flags.data)
+    if "transition_matrix" in record:
+        matrix = transition.check_transition(record["transition_matrix"], num_classes, flags.data)
+        said = record.get("label_noise") or {}
+        noise_type = said.get("noise_type") if said.get("noise_type") in ("sym", "asym") else "file"
+        return Noise(noise_type, float(said.get("noise_rate") or 0.0), kind, num_classes, matrix,
+                     f"as {LABEL_FILE} of --data says")
+    name = os.path.splitext(os.path.basename(os.path.abspath(flags.data)))[0]
+    if match := NAMED.search(name):
+        noise_type, rate = match[1], int(match[2]) / 100
+        matrix = transition.transition_matrix(noise_type, rate, num_classes, kind)
+        return Noise(noise_type, rate, kind, num_classes, matrix, "by the name of --data")
+    return Noise("clean", 0.0, kind, num_classes, np.eye(num_classes), "--data records no noise")
+
+
+def noise_of_classifier(snapshot: Snapshot, num_classes: int) -> Noise | None:
+    """Return the noise that a classifier was trained for; None where its snapshot does not say."""
+    said, origin = snapshot.loss_kwargs, "as the classifier says"
+    if "transition_matrix" in snapshot.state_dict:
+        matrix = volmin_transition(snapshot.state_dict["transition_matrix"].double()).numpy()
+        matrix = transition.check_transition(matrix, num_classes, snapshot.source)
+        return Noise("learn", 0.0, said.get("dataset"), num_classes, matrix, "as the classifier learned it")
+    noise_type, rate, kind = (said.get(name) for name in ("noise_type", "noise_rate", "dataset"))
+    if "transition_matrix" in said:
+        matrix = transition.check_transition(said["transition_matrix"], num_classes, snapshot.source)
+        return Noise(str(noise_type), float(rate or 0.0), kind, num_classes, matrix, origin)
+    if noise_type in ("clean", "sym", "asym"):  # a published one
+        matrix = transition.transition_matrix(noise_type, float(rate or 0.0), num_classes, kind)
+        return Noise(noise_type, float(rate or 0.0), kind, num_classes, matrix, origin)
+    return None
+
+
+def agreed_noise(flags: SimpleNamespace, num_classes: int, classifier: Snapshot | None) -> Noise:
+    """Return the noise that a denoiser is trained for: the classifier's, with which the flags must agree.
+
+    Raises UserError where they do not, and for noise without a classifier.
+    """
+    asked = noise_of_flags(flags, num_classes)
+    if classifier is None:
+        if asked is not None and asked.noise_type == "clean":
+            return asked
+        raise UserError("--cls: the snapshot of a classifier is needed (train_classifier.py makes one), or "
+                        "--noise_type=clean for labels without noise")
+    learned = noise_of_classifier(classifier, num_classes)
+    if learned is None:
+        return asked or noise_of_data(flags, num_classes)
+    if asked is None:
+        return learned
+    if asked.noise_type == "learn":
+        if learned.noise_type != "learn":
+            raise UserError(f"--noise_type=learn: {classifier.source} has learned no transition matrix; train one with "
+                            "--precond=edm_vm, or leave --noise_type out")
+        return learned
+    difference = np.abs(asked.matrix - learned.matrix).max()
+    if difference > SAME:
+        raise UserError(f"--cls: {classifier.source} was trained for {learned}, which differs from {asked} by "
+                        f"up to {difference:.3g}; give the classifier's noise, or leave the flags out")
+    return learned
+
+
+def transition_error(matrix: np.ndarray, path: str | os.PathLike) -> float | None:
+    """Return the mean over rows of Σ |T - realised T| / 2, in [0, 1]; None where the set does not keep the latter."""
+    realised = read_record(path).get("realised_transition_matrix")
+    if realised is None or np.shape(realised) != matrix.shape:
+        return None
+    return float(np.abs(matrix - np.asarray(realised)).sum(1).mean() / 2)

@@ -1,113 +1,50 @@
-"""What train_classifier.py and train_noise.py train ("Label-Noise Robust Diffusion Models", Na et al., ICLR 2024)."""
+"""What train_noise.py and train_classifier.py train ("Label-Noise Robust Diffusion Models", Na et al., ICLR 2024), and
+the accuracy of a classifier at every noise level.
+"""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from EDM.tdsm import noisy_set, transition
-from EDM.tdsm.accuracy import accuracy_of
-from EDM.tdsm.classifiers import CLASSIFIERS, volmin_transition
-from EDM.tdsm.loss import ClassifierLoss, TDSMLoss, VolMinLoss
-from EDM.tdsm.noisy_set import Noise
-from EDM.training.config import PRECONDITIONINGS
+from EDM.tdsm import noise, transition
+from EDM.tdsm.classifiers import CLASSIFIERS, class_logits, volmin_transition
+from EDM.tdsm.loss import ClassifierLoss, TDSMLoss, VolMinLoss, log_matrix, noisy_log_posterior
+from EDM.tdsm.noise import Noise
 from EDM.training.dataset import TrainingSet
-from EDM.training.loss import LOSSES
-from EDM.training.networks import PRECONDITIONERS
 from EDM.training.snapshots import Snapshot, expect_kind, read_snapshot
-from EDM.training.training_loop import Task, averaging, build, image_shape, ramp
+from EDM.training.training_loop import Denoising
 from shared.cli import UserError
 from shared.distributed import World
+from shared.report.plots import curves
 from shared.training.batchnorm import sync_batchnorm
+from shared.training.files import atomic
+from shared.training.randomness import numpy_rng, torch_rng
 from shared.training.run import Run
 
 VM_SCHEDULE = (1500, 3000, 7500)  # thousand images
 
 
-# ---------------------------------------------------------------------------------------------------- the classifier
-
-def classifying(options: Mapping[str, Any], dataset: TrainingSet, world: World, flags: SimpleNamespace,
-                noise: Noise) -> Task:
-    """Return the training of a classifier of noisy images, by forward correction or VolMinNet."""
-    net, augment = build(options, dataset, world.device, CLASSIFIERS)
-    # The statistics of the global batch, so that ranks agree on the network and need not wait for one another's.
-    net = sync_batchnorm(net, world).to(memory_format=torch.channels_last)
-    learned = noise.matrix is None
-    levels = levels_of(options)
-    if learned:
-        loss_fn, rate = VolMinLoss(levels), volmin_rate(options)
-    else:
-        loss_fn, rate = ClassifierLoss(levels, noise.matrix, world.device), ramp(options)
-    freeze_at = 1000 * options.get("vm_schedule_kimg", VM_SCHEDULE)[2]
-
-    def frozen(nimg: int) -> tuple[torch.nn.Parameter, ...]:
-        return (net.transition_matrix,) if learned and nimg >= freeze_at else ()
-
-    accuracy = measurement(options, dataset, world, flags, noise)
-
-    def report(average: torch.nn.Module, nimg: int, run: Run) -> dict[str, float]:
-        found = accuracy.report(average, nimg, run)
-        name = list(accuracy.labels)[-1]
-        run.log.print(f"accuracy ({name} labels): " + "  ".join(
-            f"{value:.3f} at {key.rpartition('=')[2]}" for key, value in list(found.items())[-9::2]))
-        if learned:
-            matrix = volmin_transition(average.transition_matrix).double().cpu().numpy()
-            run.log.print(f"transition matrix: {transition.describe(matrix)}")
-            error = noisy_set.transition_error(matrix, flags.data)
-            if error is not None:
-                found["Transition/error"] = error
-        return found
-
-    def beta(nimg: int) -> float:
-        return averaging(options, nimg) if options.get("averaged") else 0.0  # 0 copies, as published
-
-    return Task(net, loss_fn, augment, 1, rate, beta, "copy", frozen, report, accuracy.outcome,
-                dict(options["loss_kwargs"], **noise.record()))
-
-
-def measurement(options: Mapping[str, Any], dataset: TrainingSet, world: World, flags: SimpleNamespace,
-                noise: Noise) -> Any:
-    """Return the Accuracy on --eval-data, or else on images of the training set."""
-    count, seed = options.get("accuracy_images", 500), options["seed"]
-    test = noisy_set.open_eval_set(flags, dataset)
-    if test is None:
-        return accuracy_of(dataset, noisy_set.clean_labels(flags.data), count, noise.matrix, seed, world.device,
-                           "training images")
-    return accuracy_of(test, None, count, noise.matrix, seed, world.device, "images of --eval-data", observed=False)
-
-
-def volmin_rate(options: Mapping[str, Any]) -> Callable[[int], float]:
-    """Return number of images seen -> learning rate of VolMinNet: it falls twice to a tenth and, once the transition
-    matrix is fixed, starts anew."""
-    base, (first, second, third) = options["optimizer_kwargs"]["lr"], options.get("vm_schedule_kimg", VM_SCHEDULE)
-
-    def rate(nimg: int) -> float:
-        kimg = nimg / 1000
-        return base * (1 if kimg < first or kimg >= third else 0.1 if kimg < second else 0.01)
-
-    return rate
-
-
 # ------------------------------------------------------------------------------------------------------ the denoiser
 
-def denoising_from_noisy_labels(options: Mapping[str, Any], dataset: TrainingSet, world: World,
-                                flags: SimpleNamespace) -> Task:
-    """Return the training of a denoiser of clean classes from noisy labels."""
-    snapshot = classifier_snapshot(flags.cls, dataset)
-    noise = noisy_set.agreed_noise(flags, dataset.label_dim, snapshot)
-    net, augment = build(options, dataset, world.device, PRECONDITIONERS)
-    classifier = None
-    if snapshot is not None and not np.array_equal(noise.matrix, np.eye(dataset.label_dim)):
-        classifier = snapshot.build().to(world.device, memory_format=torch.channels_last)
-    settings = {name: value for name, value in options["loss_kwargs"].items()
-                if name in ("tau", "temp", "relative_tau", "renormalise", "full_gradient", "label_dropout")}
-    loss_fn = TDSMLoss(levels_of(options), noise.matrix, classifier, **settings, pairs_at_once=flags.pairs_gpu,
-                       device=world.device)
-    return Task(net, loss_fn, augment, int(np.prod(image_shape(dataset))), ramp(options),
-                lambda nimg: averaging(options, nimg), loss_kwargs=dict(options["loss_kwargs"], **noise.record()))
+class TDSM(Denoising):
+    """A denoiser of clean classes, from noisy labels and, unless they are clean, the snapshot of a classifier."""
+
+    def __init__(self, options: Mapping[str, Any], dataset: TrainingSet, world: World, label_noise: Noise,
+                 snapshot: Snapshot | None) -> None:
+        super().__init__(options, dataset, world)
+        classifier, loss = None, options["loss_kwargs"]
+        if snapshot is not None and not np.array_equal(label_noise.matrix, np.eye(dataset.label_dim)):
+            classifier = snapshot.build().to(world.device, memory_format=torch.channels_last)
+        settings = {name: loss[name] for name in ("tau", "temp", "relative_tau", "renormalise", "full_gradient",
+                                                  "label_dropout") if name in loss}
+        self.loss_fn = TDSMLoss(self.loss_fn, label_noise.matrix, classifier, **settings,
+                                pairs_at_once=options.get("pairs_gpu"), device=world.device)
+        self.loss_kwargs = {**loss, **label_noise.record()}
 
 
 def classifier_snapshot(path: str | None, dataset: TrainingSet) -> Snapshot | None:
@@ -115,20 +52,162 @@ def classifier_snapshot(path: str | None, dataset: TrainingSet) -> Snapshot | No
     if path is None:
         return None
     snapshot = expect_kind(read_snapshot(path), CLASSIFIERS, "a classifier of noisy images")
-    expected = dict(label_dim=dataset.label_dim, img_channels=dataset.num_channels, img_resolution=dataset.resolution)
-    words = dict(label_dim="classes", img_channels="image channels", img_resolution="pixels a side")
-    for name, value in expected.items():
+    for name, value, unit in (("label_dim", dataset.label_dim, "classes"),
+                              ("img_channels", dataset.num_channels, "image channels"),
+                              ("img_resolution", dataset.resolution, "pixels a side")):
         found = snapshot.init_kwargs.get(name, 0)
         if found != value:
-            raise UserError(f"--cls: {path} is a classifier for {found} {words[name]}, but the data has {value}; train "
-                            "one on this data with train_classifier.py")
+            raise UserError(f"--cls: {path} is a classifier for {found} {unit}, but the data has {value}; train one on "
+                            "this data with train_classifier.py")
     return snapshot
 
 
-def levels_of(options: Mapping[str, Any]) -> Any:
-    """Return the loss of EDM/training/loss.py whose noise levels and weights a run takes."""
-    loss = options["loss_kwargs"]
-    name = loss["class_name"].removeprefix("training.loss.")
-    kind = next(kind for kind in PRECONDITIONINGS.values() if name.startswith(kind))
-    constants = {name: loss[name] for name in ("sigma_data", "P_mean", "P_std") if name in loss}
-    return LOSSES[f"{kind}Loss"](**constants)
+# ---------------------------------------------------------------------------------------------------- the classifier
+
+class NoisyClassification(Denoising):
+    """A classifier of noisy images, by forward correction with a known transition matrix, or by VolMinNet.
+
+    data: path of the training set. test: clean-labelled images to measure the accuracy on, in place of its own.
+    """
+
+    networks, ema_buffers = CLASSIFIERS, "copy"
+
+    def __init__(self, options: Mapping[str, Any], dataset: TrainingSet, world: World, label_noise: Noise, data: str,
+                 test: TrainingSet | None) -> None:
+        super().__init__(options, dataset, world)
+        # The statistics of the global batch, so that ranks agree on the network and need not wait for one another's.
+        self.net = sync_batchnorm(self.net, world).to(memory_format=torch.channels_last)
+        self.data, self.learned, self.values_per_image = data, label_noise.matrix is None, 1
+        if self.learned:
+            self.loss_fn = VolMinLoss(self.loss_fn)
+        else:
+            self.loss_fn = ClassifierLoss(self.loss_fn, label_noise.matrix, world.device)
+        self.loss_kwargs = {**options["loss_kwargs"], **label_noise.record()}
+        count, seed = options.get("accuracy_images", 500), options["seed"]
+        if test is None:
+            self.accuracy = accuracy_of(dataset, noise.clean_labels(data), count, label_noise.matrix, seed,
+                                        world.device, "training images")
+        else:
+            self.accuracy = accuracy_of(test, None, count, label_noise.matrix, seed, world.device,
+                                        "images of --eval-data", observed=False)
+
+    def learning_rate(self, nimg: int) -> float:
+        """As of a denoiser; that of VolMinNet falls twice to a tenth and, once the matrix is fixed, starts anew."""
+        if not self.learned:
+            return super().learning_rate(nimg)
+        base, kimg = self.options["optimizer_kwargs"]["lr"], nimg / 1000
+        first, second, third = self.options.get("vm_schedule_kimg", VM_SCHEDULE)
+        return base * (1 if kimg < first or kimg >= third else 0.1 if kimg < second else 0.01)
+
+    def ema_beta(self, nimg: int) -> float:
+        return super().ema_beta(nimg) if self.options.get("averaged") else 0.0  # 0 copies, as published
+
+    def frozen(self, nimg: int) -> Sequence[torch.nn.Parameter]:
+        fixed = self.learned and nimg >= 1000 * self.options.get("vm_schedule_kimg", VM_SCHEDULE)[2]
+        return (self.net.transition_matrix,) if fixed else ()
+
+    def report(self, net: torch.nn.Module, nimg: int, run: Run) -> dict[str, float]:
+        found = self.accuracy.report(net, nimg, run)
+        name = list(self.accuracy.labels)[-1]
+        run.log.print(f"accuracy ({name} labels): " + "  ".join(
+            f"{value:.3f} at {key.rpartition('=')[2]}" for key, value in list(found.items())[-9::2]))
+        if self.learned:
+            matrix = volmin_transition(net.transition_matrix).double().cpu().numpy()
+            run.log.print(f"transition matrix: {transition.describe(matrix)}")
+            error = noise.transition_error(matrix, self.data)
+            if error is not None:
+                found["Transition/error"] = error
+        return found
+
+    def outcome(self, run: Run) -> dict[str, Any]:
+        return self.accuracy.outcome(run)
+
+
+# ------------------------------------------------------------------------------------- its accuracy by noise level
+
+LEVELS = tuple(float(f"{level:.3g}") for level in np.geomspace(0.01, 80, 9))  # σ
+BATCH = 250  # images of a forward
+SHOWN = (0, 4, 6)  # levels whose course over training is drawn
+
+
+@dataclass
+class Accuracy:
+    """Measures the accuracy of a classifier at every σ of LEVELS, on fixed images with fixed noise.
+
+    images: uint8 [N, C, R, R]. labels: name -> int64 [N]; "observed" labels are compared with the most probable noisy
+    class, Tᵀ c, and others with the most probable clean class, c. matrix: T, float64 [K, K], None where the network
+    knows it. what: what the images are.
+    """
+
+    images: torch.Tensor
+    labels: dict[str, torch.Tensor]
+    matrix: np.ndarray | None
+    seed: int
+    what: str
+
+    @torch.no_grad()
+    def measure(self, net: torch.nn.Module) -> dict[str, list[float]]:
+        """Return name of the labels -> fraction of right answers at every σ. net: in eval mode."""
+        right = {name: [0] * len(LEVELS) for name in self.labels}
+        for index, sigma in enumerate(LEVELS):
+            generator = torch_rng(self.seed, index, "accuracy", self.images.device)
+            for start in range(0, len(self.images), BATCH):
+                here = slice(start, start + BATCH)
+                images = self.images[here].to(torch.float32) / 127.5 - 1
+                noise = torch.randn(images.shape, generator=generator, device=images.device)
+                output = net(images + sigma * noise, torch.full([len(images)], sigma, device=images.device))
+                logits = class_logits(output)
+                matrix = output[1].log() if isinstance(output, tuple) else log_matrix(self.matrix, images.device)
+                for name, labels in self.labels.items():
+                    scores = noisy_log_posterior(logits, matrix) if name == "observed" else logits
+                    right[name][index] += int((scores.argmax(1) == labels[here]).sum())
+        return {name: [count / len(self.images) for count in counts] for name, counts in right.items()}
+
+    def report(self, net: torch.nn.Module, nimg: int, run: Run) -> dict[str, float]:
+        """Measure, write accuracy.json and accuracy.png into the run's folder, and return the numbers by name."""
+        found = self.measure(net)
+        history = [entry for entry in run.state.get("accuracy", []) if entry["nimg"] < nimg]
+        run.state["accuracy"] = [*history, dict(nimg=nimg, **found)]
+        self._write(run)
+        return {f"Accuracy/{name}@sigma={sigma:g}": value for name, values in found.items()
+                for sigma, value in zip(LEVELS, values, strict=True)}
+
+    def outcome(self, run: Run) -> dict[str, Any]:
+        """Return the entry of result.json: the accuracy at the lowest σ."""
+        history = run.state.get("accuracy")
+        if not history:
+            return {}
+        name = "clean" if "clean" in self.labels else "observed"
+        values = [entry[name][0] for entry in history]
+        return dict(accuracy=dict(last=values[-1], median_of_last_20=float(np.median(values[-20:]))),
+                    accuracy_of=f"{name} labels at sigma {LEVELS[0]:g}, {self.what}")
+
+    def _write(self, run: Run) -> None:
+        history = run.state["accuracy"]
+        content = dict(sigma=LEVELS, images=self.what, history=history)
+        with atomic(run.outdir / "accuracy.json", "w") as file:
+            file.write(json.dumps(content, indent=1))
+        now, trained = f"accuracy after {history[-1]['nimg'] / 1000:.3g} thousand images", "thousand images"
+        panels: dict[str, Any] = {now: {f"{name} labels": (LEVELS, history[-1][name]) for name in self.labels}}
+        for name in self.labels:
+            panels[f"accuracy, {name} labels"] = {f"σ = {LEVELS[level]:g}": (
+                [entry["nimg"] / 1000 for entry in history], [entry[name][level] for entry in history])
+                for level in SHOWN}
+        curves(panels, run.outdir / "accuracy.png", dict.fromkeys(panels, trained) | {now: "noise level σ"},
+               fractions=True, log_x={now})
+
+
+def accuracy_of(dataset: TrainingSet, clean: np.ndarray | None, count: int, matrix: np.ndarray | None, seed: int,
+                device: torch.device, what: str, observed: bool = True) -> Accuracy:
+    """Return the measurement on `count` images of a set, drawn by `seed`.
+
+    clean: the clean labels int64 [N] of its images, if known. observed: whether the set's own labels are noisy ones;
+    otherwise they are the clean ones.
+    """
+    chosen = np.sort(numpy_rng(seed, 0, "accuracy").permutation(len(dataset.images))[:count])
+    own = torch.from_numpy(dataset.raw_labels[chosen]).to(device)
+    labels = {"observed" if observed else "clean": own}
+    if clean is not None:
+        labels["clean"] = torch.from_numpy(clean[chosen]).to(device)
+    images = torch.from_numpy(np.array(dataset.images[chosen])).to(device)
+    return Accuracy(images, labels, matrix, seed, f"{len(chosen)} {what}")

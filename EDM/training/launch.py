@@ -1,57 +1,30 @@
-"""From flags to a training run: check them, agree with the other processes, prepare the folder, train."""
+"""From a script's option dictionary to its training run: the processes agree, the folder is chosen and held."""
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, TypeVar
 
+from EDM.training.config import batch_rounds, choose_folder, is_finished, write_options
+from EDM.training.dataset import TrainingSet
+from EDM.training.published import local_file
+from EDM.training.training_loop import Denoising, training_loop
+from shared import distributed
 from shared.cli import UserError
+from shared.distributed import World
+from shared.training.files import lock
+from shared.training.fingerprint import fingerprints
 
-if TYPE_CHECKING:
-    from EDM.training.dataset import TrainingSet
-
-COMPLETE = "complete"
-
-
-class Script(NamedTuple):
-    """What one training script brings along.
-
-    open_data(flags) -> the training set. option_dictionary(flags, dataset, seed) -> the published option dictionary
-    without run_dir. make_task() -> what `EDM.training.training_loop.train` makes its task by; called once torch may
-    be imported.
-    """
-
-    open_data: Callable[[SimpleNamespace], TrainingSet]
-    option_dictionary: Callable[[SimpleNamespace, TrainingSet, int], dict[str, Any]]
-    make_task: Callable[[], Callable[..., Any]]
-
-
-def run(script: Script, flags: SimpleNamespace) -> None:
-    """Train as the flags say, or print what they mean (--dry-run). Raises UserError."""
-    check(flags)
-    if flags.precision == "fp16":
-        flags.fp16, flags.precision = True, None
-    # --fp16=0 in so many words asks for fp32, where saying nothing leaves the choice to the device.
-    flags.arithmetic = flags.precision or ("fp16" if flags.fp16 else "fp32" if "fp16" in flags.given else None)
-    if flags.dry_run:
-        if int(os.environ.get("RANK", 0)) == 0:
-            world_size = int(os.environ.get("WORLD_SIZE", 1))
-            options, _, _ = plan(script, flags, world_size)
-            print_options(options, flags, world_size)
-            print("Dry run; exiting.")
-        return
-    launch(script, flags)
+Plan = TypeVar("Plan")
 
 
 def check(flags: SimpleNamespace) -> None:
-    """Raise UserError for flags that contradict each other."""
+    """Settle --precision; raise UserError for flags that contradict each other."""
     if flags.transfer is not None and flags.resume is not None:
         raise UserError("--transfer and --resume cannot be specified at the same time")
     if flags.transfer is not None and not re.match(r"https?://", flags.transfer) and not flags.dry_run \
@@ -65,102 +38,99 @@ def check(flags: SimpleNamespace) -> None:
         raise UserError("--label-dropout needs a class-conditional model: add --cond=1")
     if flags.strict and flags.compile:
         raise UserError("--strict and --compile=1 contradict each other; give one of them")
+    if flags.precision == "fp16":
+        flags.fp16, flags.precision = True, None
+    # An explicit --fp16=0 means fp32; by default the device decides.
+    flags.arithmetic = flags.precision or ("fp16" if flags.fp16 else "fp32" if "fp16" in flags.given else None)
 
 
-def plan(script: Script, flags: SimpleNamespace, world_size: int) -> tuple[dict[str, Any], str | None, TrainingSet]:
-    """Return the option dictionary with the run's folder, a line if a run is taken up again, and the training set."""
-    import secrets
+def join(flags: SimpleNamespace, plan: Callable[[], Plan]) -> tuple[World, Plan]:
+    """Join the other processes, and return this one's world and what `plan` returns.
 
-    from EDM.training.config import choose_folder
-
-    dataset = script.open_data(flags)
-    seed = secrets.randbelow(1 << 31) if flags.seed is None else flags.seed
-    options = script.option_dictionary(flags, dataset, seed)
-    options["run_dir"], continued = choose_folder(flags, options, world_size)
-    return options, continued, dataset
-
-
-def open_data(path: str, use_labels: bool, xflip: bool) -> TrainingSet:
-    """Open the training set; raise UserError if it cannot be read or has none of the labels that are needed."""
-    from EDM.training.dataset import open_training_set
-
-    try:
-        dataset = open_training_set(path, use_labels=use_labels, xflip=xflip)
-    except (OSError, UserError) as error:
-        message = str(error)
-        raise UserError(message if message.startswith("--data") else f"--data: {message}") from None
-    if use_labels and not dataset.label_dim:
-        raise UserError("--cond=True requires labels specified in dataset.json; "
-                        f"{path} has none: add them, or train with --cond=0")
-    return dataset
-
-
-def print_options(options: dict[str, Any], flags: SimpleNamespace, world_size: int) -> None:
-    from EDM.training.config import summary
-
-    print("\nTraining options:")
-    print(json.dumps(options, indent=2))
-    print("\n" + "\n".join(summary(options, flags, world_size)) + "\n", flush=True)
-
-
-def launch(script: Script, flags: SimpleNamespace) -> None:
-    """Agree with the other processes on what to do, prepare the folder, and train."""
-    from EDM.training.config import batch_rounds
-
-    world_size, dataset, agreed = int(os.environ.get("WORLD_SIZE", 1)), None, None
-    if int(os.environ.get("RANK", 0)) == 0:
+    The main process plans first, and the others wait for it: they find its decoded images in the cache. A UserError of
+    it is reported once. With --dry-run each process is alone.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    planned, error = None, None
+    if rank == 0:
         try:
-            batch_rounds(flags.batch, flags.batch_gpu, world_size)
-            options, continued, dataset = plan(script, flags, world_size)
-        except UserError as error:
-            agreed = error
-    if isinstance(agreed, UserError) and world_size == 1:
-        raise agreed  # before torch is imported
+            if not flags.dry_run:
+                batch_rounds(flags.batch, flags.batch_gpu, size)
+            planned = plan()
+        except UserError as mistake:
+            if size == 1 or flags.dry_run:
+                raise
+            error = mistake
+    if flags.dry_run:
+        return World(rank, size), planned or plan()
 
-    from shared import distributed
+    def report() -> None:
+        if error is not None:
+            raise error
 
     world = distributed.start(flags.device)
-    held, new = None, False
-    if world.main and agreed is None:
-        new = not os.path.exists(options["run_dir"])
-        try:
-            agreed, held = prepare(options, continued, flags, world_size)
-        except UserError as error:
-            agreed = error
-    agreed = distributed.broadcast_value(agreed, world)
-    if isinstance(agreed, UserError):
-        distributed.stop()
-        if world.main:
-            raise agreed
-        sys.exit(agreed.status)
-    if agreed != COMPLETE:
-        from EDM.training.training_loop import train
+    distributed.on_main(report, world)
+    return world, planned if world.main else plan()
 
-        if dataset is None:  # rank 0 has decoded it by now
-            dataset = script.open_data(flags)
+
+def launch(options: dict[str, Any], dataset: TrainingSet, make_method: Callable[..., Denoising], flags: SimpleNamespace,
+           world: World) -> None:
+    """Train `make_method(options, dataset, world)` in the run's folder, which is made, continued or found complete.
+
+    With --dry-run, print the options only.
+    """
+    held: list[IO] = []
+
+    def prepare() -> tuple[dict[str, Any], dict[str, str], bool] | None:
+        """Return the options with the run's folder, the fingerprints of the inputs, and whether the folder is new; None
+        if nothing is left to do."""
+        transfer = None if flags.transfer is None or flags.dry_run else local_file(flags.transfer)
+        inputs = fingerprints({"--data": flags.data, "--transfer": transfer, "--resume": flags.resume,
+                               "--eval-data": getattr(flags, "eval_data", None)})
+        folder, continued = choose_folder(flags, options, inputs, world.size)
+        options["run_dir"] = folder
+        if is_finished(folder) and not flags.dry_run:
+            print(f"complete: {folder}")
+            return None
+        print_options(options, flags, world.size)
+        if flags.dry_run:
+            print("Dry run; exiting.")
+            return None
+        print(continued or "Creating output directory...", flush=True)
+        is_new = not os.path.exists(folder)
+        held.append(lock(folder))
+        write_options(folder, options, inputs)
+        return options, inputs, is_new
+
+    if flags.dry_run:
+        if world.main:
+            prepare()
+        return
+    prepared = distributed.on_main(prepare, world)
+    if prepared is not None:
+        options, inputs, is_new = prepared
         try:
-            with held or contextlib.nullcontext():
-                train(agreed, dataset, world, script.make_task(), precision=flags.arithmetic, strict=flags.strict,
-                      compiled=bool(flags.compile), checkpoint_seconds=flags.checkpoint_seconds)
+            training_loop(options, dataset, world, make_method, inputs=inputs, precision=flags.arithmetic,
+                          strict=flags.strict, compiled=bool(flags.compile),
+                          checkpoint_seconds=flags.checkpoint_seconds)
         except UserError:
-            if new and not glob.glob(os.path.join(glob.escape(agreed["run_dir"]), "*.p[tk]*")):
-                shutil.rmtree(agreed["run_dir"], ignore_errors=True)  # nothing was trained in it
+            nothing_trained = not glob.glob(os.path.join(glob.escape(options["run_dir"]), "*.p[tk]*"))
+            if world.main and is_new and nothing_trained:
+                shutil.rmtree(options["run_dir"], ignore_errors=True)
             raise
     distributed.stop()
 
 
-def prepare(options: dict[str, Any], continued: str | None, flags: SimpleNamespace,
-            world_size: int) -> tuple[dict[str, Any] | str, IO | None]:
-    """Make the run's folder; return the options (COMPLETE where nothing is left to do) and the lock on the folder."""
-    from EDM.training.config import is_finished, write_options
-    from shared.training.files import lock
-
-    folder = options["run_dir"]
-    if is_finished(folder):
-        print(f"{folder} is already complete: see {os.path.join(folder, 'network-snapshot-latest.pkl')}")
-        return COMPLETE, None
-    print_options(options, flags, world_size)
-    print(continued or "Creating output directory...", flush=True)
-    held = lock(folder)
-    write_options(folder, options)
-    return options, held
+def print_options(options: Mapping[str, Any], flags: SimpleNamespace, world_size: int) -> None:
+    print("\nTraining options:")
+    print(json.dumps(options, indent=2))
+    print(f"""
+Output directory:        {options['run_dir']}
+Dataset path:            {options['dataset_kwargs']['path']}
+Class-conditional:       {options['dataset_kwargs']['use_labels']}
+Network architecture:    {flags.arch}
+Preconditioning & loss:  {flags.precond}
+Number of GPUs:          {world_size}
+Batch size:              {options['batch_size']}
+Mixed-precision:         {options['network_kwargs']['use_fp16']}
+""", flush=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from shared.cpu.kernels import ChannelsLastGroupNorm, attention, repeat_then_convolve
+from shared.cpu.kernels import attention, group_norm, repeat_then_convolve
 from shared.cpu.winograd import convolve
 from shared.training.dropout import Dropout
 
@@ -85,8 +85,7 @@ class Conv2d(torch.nn.Module):
             return self._resample(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.repeats:
-            weight = repeat_then_convolve(self.weight).to(x.dtype)
-            return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+            return repeat_then_convolve(x, self.weight, bias)
         weight = self.weight.to(x.dtype)
         if self.fused_resample and self.down:
             width = self.resample_filter.shape[-1]
@@ -144,9 +143,7 @@ class GroupNorm(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if ChannelsLastGroupNorm.pays(x):
-            return ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.groups, self.eps)
-        return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return group_norm(x, self.groups, self.weight, self.bias, self.eps)
 
 
 class PositionalEmbedding(torch.nn.Module):

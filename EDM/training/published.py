@@ -1,4 +1,4 @@
-"""The files that the published EDM and TDSM code writes, read without running anything they carry.
+"""The files that the published EDM and TDSM code writes and fetches, read without running anything they carry.
 
 `network-snapshot-*.pkl` and `training-state-*.pt` pickle whole modules together with their source code, which the
 published loader executes. Here every module becomes an inert record of its attributes; from the records come the
@@ -7,21 +7,28 @@ few that such files consist of is refused.
 """
 from __future__ import annotations
 
+import hashlib
 import io
 import math
+import os
 import pickle
+import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import requests
 import torch
 
 from shared.cli import UserError, is_bounded
-from shared.data.archives import read_members, zip_members
-from shared.data.pickles import NUMPY_NAMES, restricted_load
+from shared.data.safe import NUMPY_NAMES, read_members, restricted_load, zip_members
 from shared.training.checkpoint import READ_ERRORS
+from shared.training.files import atomic, make_dir
+from shared.training.progress import Progress
 
+ATTEMPTS, TIMEOUT_SECONDS = 10, 30  # of a download
 DEEPEST = 32  # levels of things in things; published networks have five
 MODULES = 20_000  # in a network; published ones have some hundreds
 STORAGE_TYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
@@ -34,6 +41,58 @@ TORCH_LAYERS = {"conv": ("Conv2d",), "batchnorm": ("BatchNorm2d", "SyncBatchNorm
                 "container": ("ModuleDict", "ModuleList", "Sequential")}
 RESNET_CLASSES = ("BasicBlock", "Bottleneck", "ResNet_cond", "ResNet_cond_64")
 
+
+# ---------------------------------------------------------------- files named by URL
+
+def local_file(path: str | os.PathLike) -> Path:
+    """Return `path` itself, or the copy of a URL in the cache folder of the published code, fetched if it is not there.
+
+    Raises UserError when the file does not exist or cannot be fetched.
+    """
+    url = str(path)
+    if not re.match(r"https?://", url):
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file")
+        return Path(path)
+    folder = Path(os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "dnnlib") / "downloads"
+    prefix = cache_prefix(url)
+    for cached in sorted(folder.glob(f"{prefix}*")):
+        return cached
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", url.split("?")[0].rstrip("/").rsplit("/", 1)[-1])[-100:]
+    target = make_dir(folder) / (prefix + name)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _fetch(url, target)
+            return target
+        except requests.RequestException as error:
+            status = 0 if error.response is None else error.response.status_code
+            # A ValueError: an address, here or after a redirect, that cannot be fetched from.
+            hopeless = 400 <= status < 500 and status not in (408, 429) or isinstance(error, ValueError)
+            if hopeless or attempt == ATTEMPTS:
+                what = f"the server answers {status}" if status else type(error).__name__
+                raise UserError(f"cannot fetch {url}: {what} ({attempt} attempts); save the file yourself and give its "
+                                "path") from None
+            time.sleep(min(2.0**attempt / 8, 10))
+
+
+def cache_prefix(url: str) -> str:
+    """Return how the name of the cached copy of `url` begins."""
+    return hashlib.md5(url.encode(), usedforsecurity=False).hexdigest() + "_"
+
+
+def _fetch(url: str, target: Path) -> None:
+    with requests.get(url, stream=True, timeout=TIMEOUT_SECONDS) as response:
+        response.raise_for_status()
+        size = int(response.headers.get("content-length") or 0)
+        counter = Progress(f"fetching {target.name[33:]}", size or None, unit="B")
+        with atomic(target) as file:
+            for chunk in response.iter_content(1 << 20):  # raises where fewer bytes arrive than were announced
+                file.write(chunk)
+                counter.advance(len(chunk))
+        counter.close()
+
+
+# ---------------------------------------------------------------- snapshots and training states
 
 class PublishedNetwork(NamedTuple):
     """What a pickled network is made of: class name, constructor keywords, tensors by state_dict name."""

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 
 from EDM.tdsm.classifiers import CLASSIFIERS, CAS_class
-from EDM.training.downloads import local_file
 from EDM.training.networks import PRECONDITIONERS
-from EDM.training.published import Record, describe, is_plain, read_pickle, read_zip
+from EDM.training.published import Record, describe, is_plain, local_file, read_pickle, read_zip
 from shared.cli import UserError, nearest
 from shared.training.files import atomic
 

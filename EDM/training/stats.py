@@ -1,10 +1,10 @@
-"""The bookkeeping of a training run: when it pauses, its status lines, stats.jsonl and file names."""
+"""What a training run tells: the table of its network, status lines, stats.jsonl, and when snapshots are due."""
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import psutil
 import torch
 
 GIB = 2 ** 30
+TABLE_DEPTH = 2  # calls within calls
 
 
 @dataclass(frozen=True)
@@ -119,27 +120,23 @@ class TickClock:
         self.device, self.begin = device, time.time() - before
         self.tick_start, self.tick_nimg, self.maintenance = time.time(), nimg, 0.0
 
-    def total(self) -> float:
-        """Return the seconds spent on the run, over all restarts."""
-        return time.time() - self.begin
-
     def measure(self, tick: int, nimg: int) -> dict[str, float]:
         """Return the tick's progress, timing and resources under their names in stats.jsonl."""
+        allocated = reserved = 0
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+            allocated = torch.cuda.max_memory_allocated(self.device)
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.tick_end = time.time()
         seconds = self.tick_end - self.tick_start
         kimg = max(nimg - self.tick_nimg, 1) / 1000
-        gpu = [torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)] \
-            if self.device.type == "cuda" else [0, 0]
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         self.tick_nimg = nimg
         return {"Progress/tick": tick, "Progress/kimg": nimg / 1000,
                 "Timing/total_sec": self.tick_end - self.begin, "Timing/sec_per_tick": seconds,
                 "Timing/sec_per_kimg": seconds / kimg, "Timing/maintenance_sec": self.maintenance,
                 "Resources/cpu_mem_gb": psutil.Process(os.getpid()).memory_info().rss / GIB,
-                "Resources/peak_gpu_mem_gb": gpu[0] / GIB, "Resources/peak_gpu_mem_reserved_gb": gpu[1] / GIB}
+                "Resources/peak_gpu_mem_gb": allocated / GIB, "Resources/peak_gpu_mem_reserved_gb": reserved / GIB}
 
     def resume(self) -> None:
         """Mark the end of the tick's own work (files and lines), which counts as maintenance of the next tick."""
@@ -168,3 +165,51 @@ def stats_line(loss: Mapping[str, float], values: Mapping[str, float]) -> dict[s
         line[name] = {"num": 1, "mean": float(np.float32(value)), "std": 0.0}
     line["timestamp"] = time.time()
     return line
+
+
+@torch.no_grad()
+def module_table(net: torch.nn.Module, batch: int) -> str:
+    """Return a table of the modules that a preconditioned network calls, down to calls within calls within the network.
+
+    The shapes are those for `batch` images, found with a single one. A parameter is counted in the first row it belongs
+    to, so that the columns add up. Raises RuntimeError or ZeroDivisionError for a network that does not fit its images.
+    """
+    names = {module: name or "<top-level>" for name, module in net.named_modules()}
+    rows: list[tuple[str, ...]] = []
+    depth, counted = 0, set()
+
+    def count(tensors: Iterable[torch.Tensor]) -> str:
+        new = {id(tensor): tensor for tensor in tensors if id(tensor) not in counted}
+        counted.update(new)
+        return str(sum(tensor.numel() for tensor in new.values()) or "-")
+
+    def enter(module: torch.nn.Module, inputs: tuple) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal depth
+        depth -= 1
+        output = output[0] if isinstance(output, tuple) else output  # of a classifier with a transition matrix
+        if depth <= TABLE_DEPTH:
+            rows.append((names[module], count(module.parameters()), count(module.buffers()),
+                         str([batch, *output.shape[1:]]), str(output.dtype).removeprefix("torch.")))
+
+    hooks = [hook for module in names for hook in (module.register_forward_pre_hook(enter),
+                                                   module.register_forward_hook(leave))]
+    training, device = net.training, next(net.parameters()).device
+    try:
+        image = torch.zeros([1, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+        net.eval()(image, torch.ones([1], device=device), torch.zeros([1, net.label_dim], device=device))
+    finally:
+        net.train(training)
+        for hook in hooks:
+            hook.remove()
+
+    counted.clear()
+    total = ("Total", count(net.parameters()), count(net.buffers()), "-", "-")
+    rows = [("Module", "Parameters", "Buffers", "Output shape", "Datatype"), *rows, total]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join(["", lines[0], rule, *lines[1:-1], rule, lines[-1], ""])

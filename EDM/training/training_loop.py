@@ -1,12 +1,13 @@
-"""Training of a diffusion model, or of another network of noisy images: one step, the schedules, the loop ("Elucidating
-the Design Space of Diffusion-Based Generative Models", Karras et al., arXiv 2206.00364, appendix F).
+"""The training of EDM ("Elucidating the Design Space of Diffusion-Based Generative Models", Karras et al., arXiv
+2206.00364, appendix F), and of other networks of noisy images that share its loop.
 """
 from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,12 @@ import numpy as np
 import torch
 
 from EDM.training.augment import AugmentPipe
-from EDM.training.batches import Batch, Batches
-from EDM.training.config import FREE_KEYS, RESULT_FILE, batch_rounds
-from EDM.training.dataset import TrainingSet
-from EDM.training.loss import LOSSES, EDMLoss, VELoss, VPLoss
+from EDM.training.config import FREE_IN_RUN, RESULT_FILE, batch_rounds
+from EDM.training.dataset import Batch, Batches, InfiniteOrder, TrainingSet
+from EDM.training.loss import make_loss
 from EDM.training.networks import PRECONDITIONERS, use_channels_last
-from EDM.training.order import InfiniteOrder
-from EDM.training.states import load_start, save_state, write_snapshots
-from EDM.training.stats import Moments, TickClock, TickSchedule, stats_line, status_line
-from EDM.training.table import module_table
+from EDM.training.snapshots import load_training_state, load_weights, read_snapshot, save_snapshot
+from EDM.training.stats import Moments, TickClock, TickSchedule, module_table, stats_line, status_line
 from shared import distributed
 from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
@@ -37,57 +35,172 @@ from shared.training.precision import default_precision
 from shared.training.randomness import torch_rng
 from shared.training.run import Run
 
-Loss = EDMLoss | VPLoss | VELoss
-Parameters = Sequence[torch.nn.Parameter]
+LATEST = "network-snapshot-latest.pkl"
 
 
-@dataclass
-class Task:
-    """What is trained, and where its training differs from that of a denoiser.
+class Denoising:
+    """What the loop trains: here a denoiser. Other methods derive from it and change what differs.
 
-    net: on its device, with its initial weights. loss_fn: see EDM/training/loss.py; its optional
-    `statistics` (name -> scalar of
-    the last call) are logged. values_per_image: elements of the loss that belong to one image.
-    learning_rate, averaging: number of images seen -> rate of the next step, and beta of the average. average_buffers:
-    see EMA. frozen: number of images seen -> parameters that the next step leaves as they are.
-    report: called at every tick on the main process with the averaged network, the images seen and the run; returns
-    further numbers for stats.jsonl. loss_kwargs: what the snapshots record of the loss. outcome: further entries of
-    result.json.
+    options: the published option dictionary. net: the network on its device, with its initial weights. loss_fn: see
+    EDM/training/loss.py; its optional `statistics` (name -> scalar of the last call) are logged. values_per_image:
+    elements of the loss that belong to one image. ema_buffers: see EMA. loss_kwargs: what snapshots record of the loss.
     """
 
-    net: torch.nn.Module
-    loss_fn: Any
-    augment: AugmentPipe | None
-    values_per_image: int
-    learning_rate: Callable[[int], float]
-    averaging: Callable[[int], float]
-    average_buffers: str = "keep"
-    frozen: Callable[[int], Parameters] = lambda nimg: ()
-    report: Callable[[torch.nn.Module, int, Run], dict[str, float]] = lambda net, nimg, run: {}
-    outcome: Callable[[Run], dict[str, Any]] = lambda run: {}
-    loss_kwargs: dict[str, Any] = field(default_factory=dict)
+    networks: Mapping[str, Callable[..., torch.nn.Module]] = PRECONDITIONERS
+    ema_buffers = "keep"
+
+    def __init__(self, options: Mapping[str, Any], dataset: TrainingSet, world: World) -> None:
+        self.options, self.loss_kwargs = options, {}
+        # As published, torch's seed is the first draw of NumPy's generator; the same one on every rank.
+        torch.manual_seed(np.random.RandomState(options["seed"] % (1 << 31)).randint(1 << 31))
+        kwargs = dict(options["network_kwargs"])
+        make_net = self.networks[kwargs.pop("class_name").removeprefix("training.networks.")]
+        self.net = make_net(img_resolution=dataset.resolution, img_channels=dataset.num_channels,
+                            label_dim=dataset.label_dim, **kwargs).to(world.device)
+        self.augment = None
+        if "augment_kwargs" in options:
+            self.augment = AugmentPipe(**{k: v for k, v in options["augment_kwargs"].items() if k != "class_name"})
+        self.loss_fn: Any = make_loss(options["loss_kwargs"])
+        self.values_per_image = dataset.num_channels * dataset.resolution**2
+
+    def learning_rate(self, nimg: int) -> float:
+        """Return the learning rate of the step that follows `nimg` images."""
+        return learning_rate(nimg, self.options["optimizer_kwargs"]["lr"], self.options.get("lr_rampup_kimg", 10000),
+                             self.options["total_kimg"], self.options.get("lr_decay", 0.0))
+
+    def ema_beta(self, nimg: int) -> float:
+        """Return beta of the step that follows `nimg` images: ema <- beta ema + (1 - beta) net."""
+        if "ema_sigma_rel" in self.options:
+            return power_law_beta(self.options["batch_size"], nimg, self.options["ema_sigma_rel"])
+        return half_life_beta(self.options["batch_size"], self.options["ema_halflife_kimg"] * 1000, nimg,
+                              self.options.get("ema_rampup_ratio", 0.05))
+
+    def frozen(self, nimg: int) -> Sequence[torch.nn.Parameter]:
+        """Return the parameters that the step after `nimg` images leaves as they are."""
+        return ()
+
+    def report(self, net: torch.nn.Module, nimg: int, run: Run) -> dict[str, float]:
+        """Return further numbers for stats.jsonl at a tick, of the averaged network `net`; main process only."""
+        return {}
+
+    def outcome(self, run: Run) -> dict[str, Any]:
+        """Return further entries of result.json."""
+        return {}
 
 
-# --------------------------------------------------------------------------------------------------------- one step
+def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World,
+                  make_method: Callable[[Mapping[str, Any], TrainingSet, World], Denoising] = Denoising, *,
+                  inputs: Mapping[str, Any] | None = None, precision: str | None = None, strict: bool = False,
+                  compiled: bool = False, checkpoint_seconds: float = 600.0) -> None:
+    """Train as the published option dictionary says, and leave the published files in options["run_dir"].
 
-def learning_rate(nimg: int, base: float, rampup_kimg: float, total_kimg: int, decay: float = 0.0) -> float:
-    """Return the learning rate of the step that follows `nimg` images.
-
-    It rises linearly over the first `rampup_kimg` thousand images (the first step has rate 0) and falls linearly to 0
-    over the last share `decay` of the `total_kimg` thousand images of the run.
+    Continues from the folder's checkpoint, if there is one. inputs: see Run. precision: fp32, bf16, fp16 or None (see
+    `choose_precision`). strict: the published arithmetic, without fused or compiled operations. checkpoint_seconds:
+    time between two checkpoints.
     """
-    total = total_kimg * 1000
-    rate = base * min(nimg / max(rampup_kimg * 1000, 1e-8), 1)
-    return rate * min(max(total - nimg, 0) / (decay * total), 1) if decay else rate
+    # Setup.
+    device, folder = world.device, Path(options["run_dir"])
+    batch_size, total_kimg, seed = options["batch_size"], options["total_kimg"], options["seed"]
+    part, rounds = batch_rounds(batch_size, options["batch_gpu"], world.size)
+    precision = choose_precision(precision, device, strict)
+    torch.backends.cudnn.benchmark = options["cudnn_benchmark"]
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+    # Network, average and optimizer.
+    method = make_method(options, dataset, world)
+    net, loss_fn, augment = method.net, method.loss_fn, method.augment
+    try:
+        table = module_table(net, part)
+    except (RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"no network of --arch with these --cbase and --cres for images of {dataset.resolution} x "
+                        f"{dataset.resolution}: {error}") from None
+    if not strict:
+        use_channels_last(net)
+        if device.type == "cpu":
+            keep_freed_memory()
+    ema = EMA(net, buffers=method.ema_buffers)
+    optimizer = make_optimizer(options, net, strict)
+
+    # Continue, or start from what --transfer or --resume names.
+    order, losses = InfiniteOrder(len(dataset), seed), Moments(device)
+    log = Log(folder, world, every=None)  # lines come at ticks
+    run = Run(folder, options, dict(net=net, ema=ema, optimizer=optimizer, order=order, losses=losses), world, log=log,
+              inputs=inputs, ignore=FREE_IN_RUN, save_seconds=checkpoint_seconds)
+    if run.resumed_from is None:
+        run.state["start_nimg"] = load_start(options, net, ema, optimizer, order)
+        log.print(table)
+    schedule = TickSchedule(batch_size, total_kimg, options["kimg_per_tick"], options["snapshot_ticks"],
+                            options["state_dump_ticks"], run.state["start_nimg"])
+    model = distributed.data_parallel(net, world)
+    if compiled:
+        net.model.compile()
+    batches = Batches(dataset, order, batch_size, world)
+    log.print(f"Training for {total_kimg} kimg from {schedule.nimg(run.step) / 1000:.1f}: {precision} on "
+              f"{world.size} x {device.type}, {rounds} round(s) of {part} images")
+
+    # Train.
+    clock = TickClock(device, run.seconds, schedule.nimg(run.step))
+    values_per_step = batch_size * method.values_per_image
+    for step in run.steps(schedule.steps):
+        nimg, seen = schedule.nimg(step), schedule.nimg(step + 1)
+
+        # Draw.
+        batch = batches(nimg)
+        draws = draw(loss_fn, augment, seed, nimg, batch_size, batch)
+
+        # Forward and backward.
+        sums, statistics = forward_backward(model, loss_fn, augment, batch, draws, rounds, options["loss_scaling"],
+                                            precision)
+
+        # Update.
+        replaced = update(net, optimizer, method.learning_rate(nimg), method.frozen(nimg))
+
+        # EMA.
+        ema.update(net, method.ema_beta(nimg))
+
+        # Log.
+        sums = distributed.sum_(torch.cat([sums, replaced[None]]), world)
+        losses.add(values_per_step, sums[:2])
+        log.add(loss=sums[0] / values_per_step, non_finite_gradients=sums[2], **statistics)
+        tick = schedule.tick(step)
+        if tick is None:
+            continue
+
+        # Tick: status.
+        means = log.means()  # stops here if a loss was not finite
+        values = clock.measure(tick, seen)
+        log.print(status_line(values))
+        if means["non_finite_gradients"] > 0:
+            log.print(f"warning: non-finite gradients were replaced in {means['non_finite_gradients']:.3g} tensors "
+                      "a step since the last tick; if that goes on, try a lower --lr or --ls")
+        further = {f"Loss/{name}": value for name, value in means.items() if name in statistics}
+        if world.main:
+            further |= method.report(ema.module, seen, run)
+
+        # Tick: snapshots and states.
+        if name := schedule.snapshot(step):
+            distributed.check_equal(ema.state_dict(), world, f"in the averaged network; nothing was written to {name}")
+            if world.main:
+                save_snapshot(folder / name, ema.module, options["dataset_kwargs"], method.loss_kwargs)
+                with open(folder / name, "rb") as source, atomic(folder / LATEST) as target:
+                    shutil.copyfileobj(source, target)
+        if (name := schedule.state_dump(step)) and world.main:
+            save_state(folder / name, net, ema, optimizer, order, seen)
+        line = stats_line(losses.entry(), {**further, **values})
+        log.record({"Loss/loss": line["Loss/loss"]["mean"], **further, **values}, line)
+        clock.resume()
+
+    if world.main:
+        result = dict(nimg=schedule.nimg(schedule.steps), seed=seed, snapshot=schedule.snapshot(schedule.steps - 1),
+                      seconds=round(run.seconds, 1), precision=precision, processes=world.size, **method.outcome(run),
+                      **computed_on(device))
+        with atomic(folder / RESULT_FILE, "w") as file:
+            file.write(json.dumps(result, indent=2))
+    log.print(f"Done: {folder / LATEST}")
 
 
-def averaging(options: Mapping[str, Any], nimg: int) -> float:
-    """Return beta of the step that follows `nimg` images: ema <- beta ema + (1 - beta) net."""
-    if "ema_sigma_rel" in options:
-        return power_law_beta(options["batch_size"], nimg, options["ema_sigma_rel"])
-    return half_life_beta(options["batch_size"], options["ema_halflife_kimg"] * 1000, nimg,
-                          options.get("ema_rampup_ratio", 0.05))
-
+# ---------------------------------------------------------------------------------------------- the parts of a step
 
 @dataclass(frozen=True)
 class Draws:
@@ -104,35 +217,36 @@ class Draws:
     dropout: tuple[int, int] | None = None
 
 
-def draw(loss_fn: Loss, augment: AugmentPipe | None, seed: int, nimg: int, batch: int, shape: Sequence[int],
-         places: np.ndarray, device: torch.device) -> Draws:
-    """Draw for the global batch of `batch` images [C, R, R] = `shape` that starts at image number `nimg`, and return
-    what belongs to the images at `places` [n] in it. So the numbers do not depend on how many processes share it."""
-    mine = torch.from_numpy(places).to(device)
-    level = loss_fn.draw(batch, torch_rng(seed, nimg, "noise level", device))
-    noise = torch.randn([batch, *shape], generator=torch_rng(seed, nimg, "noise", device), device=device)
-    parameters = augment.draw(batch, torch_rng(seed, nimg, "augmentation", device)) if augment is not None else None
-    return Draws(level[mine], noise[mine], None if parameters is None else parameters[mine], (seed, nimg))
+def draw(loss_fn: Any, augment: AugmentPipe | None, seed: int, nimg: int, batch_size: int, batch: Batch) -> Draws:
+    """Draw for the global batch that starts at image number `nimg`, and return what belongs to the images of `batch`.
+    So the numbers do not depend on how many processes share it."""
+    device = batch.images.device
+    mine = torch.from_numpy(batch.places).to(device)
+    level = loss_fn.draw(batch_size, torch_rng(seed, nimg, "noise level", device))
+    noise = torch.randn([batch_size, *batch.images.shape[1:]], generator=torch_rng(seed, nimg, "noise", device),
+                        device=device)
+    augmentation = None
+    if augment is not None:
+        augmentation = augment.draw(batch_size, torch_rng(seed, nimg, "augmentation", device))[mine]
+    return Draws(level[mine], noise[mine], augmentation, (seed, nimg))
 
 
-def training_step(model: torch.nn.Module, loss_fn: Loss, augment: AugmentPipe | None, optimizer: torch.optim.Optimizer,
-                  ema: EMA, batch: Batch, draws: Draws, *, lr: float, beta: float, rounds: int = 1,
-                  loss_scaling: float = 1.0, precision: str = "fp32", frozen: Parameters = (),
-                  statistics: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-    """Do one training step; return [3] sums over this process: loss, loss², parameters with a non-finite gradient.
+def forward_backward(model: torch.nn.Module, loss_fn: Any, augment: AugmentPipe | None, batch: Batch, draws: Draws,
+                     rounds: int = 1, loss_scaling: float = 1.0, precision: str = "fp32"
+                     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Leave the gradients of a step in the network; return the sums [2] over this process's images of loss and loss²,
+    and the means of what the loss reports.
 
-    model: the preconditioned network, alone or in DistributedDataParallel. batch, draws: the images and random numbers
-    of this process. lr: learning rate. beta: ema <- beta ema + (1 - beta) net. rounds: number of parts in which the
-    images go through the network; their gradients add up. The gradient is that of `loss_scaling` x the mean over the
-    global batch of the loss summed over pixels; it is not divided by `loss_scaling`, as Adam does not see scales.
-    precision: "bf16" computes the network under autocast. frozen: parameters that are not moved. statistics: takes up
-    the means over this process of what the loss reports.
+    model: the preconditioned network, alone or in DistributedDataParallel. rounds: number of parts in which the images
+    go through it; their gradients add up. The gradient is that of `loss_scaling` x the mean over the global batch of
+    the loss summed over pixels; it is not divided by `loss_scaling`, as Adam does not see scales. precision: "bf16"
+    computes the network under autocast.
     """
-    net = distributed.unwrap(model)
-    count = len(batch.images)
+    net, count = distributed.unwrap(model), len(batch.images)
     part = count // rounds
     sums = torch.zeros(2, device=batch.images.device)
-    optimizer.zero_grad(set_to_none=True)
+    statistics: dict[str, torch.Tensor] = {}
+    net.zero_grad(set_to_none=True)
     for start in range(0, count, part):
         here = slice(start, start + part)
         if draws.dropout is not None:
@@ -148,17 +262,21 @@ def training_step(model: torch.nn.Module, loss_fn: Loss, augment: AugmentPipe | 
             loss.sum().mul(loss_scaling / count).backward()
         with torch.no_grad():
             sums += torch.stack([loss.sum(), loss.square().sum()])
-        if statistics is not None:
-            for name, value in getattr(loss_fn, "statistics", {}).items():
-                statistics[name] = statistics.get(name, 0) + value / rounds
+        for name, value in getattr(loss_fn, "statistics", {}).items():
+            statistics[name] = statistics.get(name, 0) + value / rounds
+    return sums, statistics
+
+
+def update(net: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float,
+           frozen: Sequence[torch.nn.Parameter] = ()) -> torch.Tensor:
+    """Take the optimizer's step; return the number of parameters with a non-finite gradient, a float32 scalar."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     for parameter in frozen:
         parameter.grad = None  # which optimizers pass over
     replaced = replace_non_finite([p.grad for p in net.parameters() if p.grad is not None])
     optimizer.step()
-    ema.update(net, beta)
-    return torch.cat([sums, replaced[None]])
+    return replaced
 
 
 @torch.no_grad()
@@ -172,147 +290,75 @@ def replace_non_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     return bad.sum(dtype=torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------------ what is trained
+def learning_rate(nimg: int, base: float, rampup_kimg: float, total_kimg: int, decay: float = 0.0) -> float:
+    """Return the learning rate of the step that follows `nimg` images.
+
+    It rises linearly over the first `rampup_kimg` thousand images (the first step has rate 0) and falls linearly to 0
+    over the last fraction `decay` of the `total_kimg` thousand images of the run.
+    """
+    total = total_kimg * 1000
+    rate = base * min(nimg / max(rampup_kimg * 1000, 1e-8), 1)
+    return rate * min(max(total - nimg, 0) / (decay * total), 1) if decay else rate
+
 
 def choose_precision(asked: str | None, device: torch.device, strict: bool) -> str:
     """Return fp32, bf16 or fp16: what was asked for, else bf16 on a GPU that has it and fp32 elsewhere."""
     if asked == "fp16" and device.type != "cuda":
         return "fp32"  # as published: fp16 is for GPUs
-    if asked is not None:
-        return asked
-    return default_precision(device, strict)
-
-
-def denoising(options: Mapping[str, Any], dataset: TrainingSet, world: World) -> Task:
-    """Return the training of a denoiser."""
-    net, augment = build(options, dataset, world.device, PRECONDITIONERS)
-    loss_kwargs = dict(options["loss_kwargs"])
-    loss_fn = LOSSES[loss_kwargs.pop("class_name").removeprefix("training.loss.")](**loss_kwargs)
-    return Task(net, loss_fn, augment, int(np.prod(image_shape(dataset))), ramp(options),
-                lambda nimg: averaging(options, nimg))
-
-
-def build(options: Mapping[str, Any], dataset: TrainingSet, device: torch.device,
-          networks: Mapping[str, Callable[..., torch.nn.Module]]) -> tuple[torch.nn.Module, AugmentPipe | None]:
-    """Return the network on `device` with its initial weights, and the augmentation."""
-    # The option dictionary names classes by their published modules.
-    net_kwargs = dict(options["network_kwargs"])
-    make_net = networks[net_kwargs.pop("class_name").removeprefix("training.networks.")]
-    # As published, torch's seed is the first draw of NumPy's generator; the same one on every rank.
-    torch.manual_seed(np.random.RandomState(options["seed"] % (1 << 31)).randint(1 << 31))
-    net = make_net(img_resolution=dataset.resolution, img_channels=dataset.num_channels, label_dim=dataset.label_dim,
-                   **net_kwargs)
-    augment = None
-    if "augment_kwargs" in options:
-        augment = AugmentPipe(**{k: v for k, v in options["augment_kwargs"].items() if k != "class_name"})
-    return net.to(device), augment
+    return asked or default_precision(device, strict)
 
 
 def make_optimizer(options: Mapping[str, Any], net: torch.nn.Module, strict: bool) -> torch.optim.Optimizer:
     """Return Adam or SGD with the settings of the option dictionary."""
     settings = dict(options["optimizer_kwargs"])
     kind = {"torch.optim.Adam": torch.optim.Adam, "torch.optim.SGD": torch.optim.SGD}[settings.pop("class_name")]
-    return kind(net.parameters(), **settings, **({"foreach": False} if strict else {"fused": True}))
-
-
-def ramp(options: Mapping[str, Any]) -> Callable[[int], float]:
-    """Return number of images seen -> `learning_rate` of the run."""
-    return lambda nimg: learning_rate(nimg, options["optimizer_kwargs"]["lr"], options.get("lr_rampup_kimg", 10000),
-                                      options["total_kimg"], options.get("lr_decay", 0.0))
-
-
-def image_shape(dataset: TrainingSet) -> list[int]:
-    return [dataset.num_channels, dataset.resolution, dataset.resolution]
-
-
-# --------------------------------------------------------------------------------------------------------- the loop
-
-def train(options: Mapping[str, Any], dataset: TrainingSet, world: World,
-          make_task: Callable[[Mapping[str, Any], TrainingSet, World], Task] = denoising, *,
-          precision: str | None = None, strict: bool = False, compiled: bool = False,
-          checkpoint_seconds: float = 600.0) -> None:
-    """Train as the published option dictionary says, and leave the published files in options["run_dir"].
-
-    Continues from the folder's checkpoint, if there is one. precision: fp32, bf16, fp16 or None (see
-    `choose_precision`). strict: the published arithmetic, without fused or compiled operations. checkpoint_seconds:
-    time between two checkpoints.
-    """
-    device, folder = world.device, Path(options["run_dir"])
-    precision = choose_precision(precision, device, strict)
-    total_kimg, batch_size, seed = options["total_kimg"], options["batch_size"], options["seed"]
-    at_once, rounds = batch_rounds(batch_size, options["batch_gpu"], world.size)
-    torch.backends.cudnn.benchmark = options["cudnn_benchmark"]
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-
-    task = make_task(options, dataset, world)
-    net, loss_fn, augment = task.net, task.loss_fn, task.augment
-    try:
-        table = module_table(net, at_once)
-    except (RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"no network of --arch with these --cbase and --cres for images of {dataset.resolution} x "
-                        f"{dataset.resolution}: {error}") from None
-    if not strict:
-        use_channels_last(net)
-        if device.type == "cpu":
-            keep_freed_memory()
-    ema = EMA(net, buffers=task.average_buffers)
-    optimizer = make_optimizer(options, net, strict)
+    optimizer = kind(net.parameters(), **settings, **({"foreach": False} if strict else {"fused": True}))
     optimizer.register_load_state_dict_post_hook(keep_layout)
-    order = InfiniteOrder(len(dataset), seed)
-    losses = Moments(device)
-    run = Run(folder, options, dict(net=net, ema=ema, optimizer=optimizer, order=order, losses=losses), world,
-              log=Log(folder, world, every=None), ignore=FREE_KEYS, save_seconds=checkpoint_seconds)  # lines come at ticks
-    if run.resumed_from is None:
-        run.state["start_nimg"] = load_start(options, net, ema, optimizer, order)
-    schedule = TickSchedule(batch_size, total_kimg, options["kimg_per_tick"], options["snapshot_ticks"],
-                            options["state_dump_ticks"], run.state["start_nimg"])
-    model = distributed.data_parallel(net, world)
-    if compiled:
-        net.model.compile()
-    batches = Batches(dataset, order, batch_size, world)
-    if run.resumed_from is None:
-        run.log.print(table)
-    run.log.print(f"Training for {total_kimg} kimg from {schedule.nimg(run.step) / 1000:.1f}: {precision} on "
-              f"{world.size} x {device.type}, {rounds} round(s) of {at_once} images")
+    return optimizer
 
-    clock = TickClock(device, run.seconds, schedule.nimg(run.step))
-    shape, values_per_step = image_shape(dataset), batch_size * task.values_per_image
-    for step in run.steps(schedule.steps):
-        nimg = schedule.nimg(step)
-        batch = batches(nimg)
-        draws = draw(loss_fn, augment, seed, nimg, batch_size, shape, batch.places, device)
-        statistics: dict[str, torch.Tensor] = {}
-        sums = training_step(model, loss_fn, augment, optimizer, ema, batch, draws, lr=task.learning_rate(nimg),
-                             beta=task.averaging(nimg), rounds=rounds, loss_scaling=options["loss_scaling"],
-                             precision=precision, frozen=task.frozen(nimg), statistics=statistics)
-        sums = distributed.sum_(sums, world)
-        losses.add(values_per_step, sums[:2])
-        run.log.add(loss=sums[0] / values_per_step, non_finite_gradients=sums[2], **statistics)
 
-        tick = schedule.tick(step)
-        if tick is not None:
-            means = run.log.means()  # stops here if a loss was not finite
-            values = clock.measure(tick, schedule.nimg(step + 1))
-            run.log.print(status_line(values))
-            if means["non_finite_gradients"] > 0:
-                run.log.print(f"warning: non-finite gradients were replaced in {means['non_finite_gradients']:.3g} tensors "
-                          "a step since the last tick; if that goes on, try a lower --lr or --ls")
-            further = {f"Loss/{name}": value for name, value in means.items() if name in statistics}
-            if world.main:
-                further |= task.report(ema.module, schedule.nimg(step + 1), run)
-            if name := schedule.snapshot(step):
-                write_snapshots(folder, name, ema.module, options["dataset_kwargs"], world, task.loss_kwargs)
-            if (name := schedule.state_dump(step)) and world.main:
-                save_state(folder / name, net, ema, optimizer, order, schedule.nimg(step + 1))
-            line = stats_line(losses.entry(), {**further, **values})
-            run.log.record({"Loss/loss": line["Loss/loss"]["mean"], **further, **values}, line)
-            clock.resume()
+# ---------------------------------------------------------------------------------- --transfer, --resume, their files
 
-    if world.main:
-        last = schedule.snapshot(schedule.steps - 1)
-        with atomic(folder / RESULT_FILE, "w") as file:
-            file.write(json.dumps(dict(nimg=schedule.nimg(schedule.steps), seed=seed, snapshot=last,
-                                       seconds=round(run.seconds, 1), precision=precision, processes=world.size,
-                                       **task.outcome(run), **computed_on(device)), indent=2))
-    run.log.print(f"Done: {folder / 'network-snapshot-latest.pkl'}")
+def load_start(options: Mapping[str, Any], net: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer,
+               order: InfiniteOrder) -> int:
+    """Load what --transfer or --resume name, if anything, and return the number of images seen so far.
+
+    --transfer: weights of the snapshot into the network and its average, by name; counting starts from 0.
+    --resume: a training state. One of ours holds the exact count, the average and the data order; one of the published
+    code holds neither, so the average comes from the snapshot beside it and the count from the file's name.
+    Raises UserError for a file that is missing, damaged or of another network.
+    """
+    snapshot, state_file = options.get("resume_pkl"), options.get("resume_state_dump")
+    if state_file is None:
+        if snapshot is not None:
+            _copy_weights(snapshot, net, ema)
+        return 0
+    state = load_training_state(state_file)
+    if "ema" in state:
+        load_weights(ema.module, state["ema"], str(state_file))
+    else:
+        _copy_weights(snapshot, net, ema)
+    load_weights(net, state["net"], str(state_file))
+    try:
+        optimizer.load_state_dict(state["optimizer_state"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{state_file}: its optimizer state does not fit this network ({error})") from None
+    if "order" in state:
+        order.load_state_dict(state["order"])
+    return int(state.get("nimg", options["resume_kimg"] * 1000))
+
+
+def _copy_weights(source: str, net: torch.nn.Module, ema: EMA) -> None:
+    tensors = read_snapshot(source).state_dict
+    if not set(tensors) & set(net.state_dict()):
+        raise UserError(f"{source}: snapshot of another network, no tensor of it has a name of this one")
+    for module in (net, ema.module):
+        load_weights(module, tensors, source, strict=False)
+
+
+def save_state(path: Path, net: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, order: InfiniteOrder,
+               nimg: int) -> None:
+    """Write all that `load_start` needs in order to go on exactly from image number `nimg`."""
+    with atomic(path) as file:
+        torch.save({"net": dict(net.state_dict()), "optimizer_state": optimizer.state_dict(),
+                    "ema": dict(ema.state_dict()), "order": order.state_dict(), "nimg": nimg}, file)

@@ -18,12 +18,12 @@ import time
 import numpy as np
 import torch
 
+from EDM.train import ARCHITECTURES, AUGMENT_DIM
 from EDM.training.augment import AugmentPipe
-from EDM.training.batches import Batch
-from EDM.training.config import ARCHITECTURES, AUGMENT_DIM
+from EDM.training.dataset import Batch
 from EDM.training.loss import EDMLoss
 from EDM.training.networks import EDMPrecond, use_channels_last
-from EDM.training.training_loop import draw, training_step
+from EDM.training.training_loop import draw, forward_backward, update
 from shared.cpu.allocator import keep_freed_memory
 from shared.training.dropout import Dropout
 from shared.training.ema import EMA
@@ -70,12 +70,12 @@ class Way:
         self.ema = EMA(net, buffers="keep")
 
     def step(self, number: int) -> float:
-        draws = draw(self.loss_fn, self.augment, 0, number, len(self.batch.images), [3, 32, 32], self.batch.places,
-                     torch.device("cpu"))
+        draws = draw(self.loss_fn, self.augment, 0, number, len(self.batch.images), self.batch)
         if self.precision is None:
             return self._original_step(draws)
-        sums = training_step(self.net, self.loss_fn, self.augment, self.optimizer, self.ema, self.batch, draws, lr=LR,
-                             beta=BETA, precision=self.precision)
+        sums, _ = forward_backward(self.net, self.loss_fn, self.augment, self.batch, draws, precision=self.precision)
+        update(self.net, self.optimizer, LR)
+        self.ema.update(self.net, BETA)
         return sums[0].item() / self.batch.images.numel()
 
     def _original_step(self, draws) -> float:

@@ -24,8 +24,8 @@ from PIL import Image
 
 from EDM.metrics import sources
 from EDM.metrics.detectors import Detector
-from EDM.metrics.extraction import extract
-from EDM.metrics.frechet import Moments, frechet_distance
+from EDM.metrics.features import extract
+from EDM.metrics.metrics import Moments, frechet_distance
 from shared.distributed import World
 
 SIDE = 32

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from EDM.sampling.sampling import SeedSampler
+from EDM.sampling.seeds import SeedSampler
 from EDM.training.networks import EDMPrecond
 from tests.bench import eager_unet
 

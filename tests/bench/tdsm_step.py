@@ -32,10 +32,10 @@ import torch
 from EDM.tdsm.classifiers import EDMPrecond_classifier
 from EDM.tdsm.loss import TDSMLoss, clean_class_weights, log_matrix
 from EDM.tdsm.transition import clean_posterior, transition_matrix
-from EDM.training.batches import Batch
+from EDM.training.dataset import Batch
 from EDM.training.loss import EDMLoss
 from EDM.training.networks import EDMPrecond, use_channels_last
-from EDM.training.training_loop import draw, training_step
+from EDM.training.training_loop import draw, forward_backward, update
 from shared.cpu.allocator import keep_freed_memory
 from shared.training.ema import EMA
 from tests.bench import eager_unet
@@ -124,12 +124,12 @@ class Way:
         self.ema = EMA(net, buffers="keep")
 
     def step(self, number: int) -> float:
-        draws = draw(self.loss_fn, None, 0, number, len(self.batch.images), self.shape, self.batch.places,
-                     torch.device("cpu"))
+        draws = draw(self.loss_fn, None, 0, number, len(self.batch.images), self.batch)
         if self.name == "original":
             return self._original_step(draws)
-        sums = training_step(self.net, self.loss_fn, None, self.optimizer, self.ema, self.batch, draws, lr=LR,
-                             beta=BETA)
+        sums, _ = forward_backward(self.net, self.loss_fn, None, self.batch, draws)
+        update(self.net, self.optimizer, LR)
+        self.ema.update(self.net, BETA)
         return sums[0].item() / self.batch.images.numel()
 
     def _original_step(self, draws) -> float:

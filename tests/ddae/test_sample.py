@@ -136,9 +136,8 @@ def test_flags_out_of_range_or_in_contradiction(place: Path, flags: list[str], m
 def test_fid_of_the_images_that_would_be_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from DDAE import fid
     from EDM.metrics.detectors import Detector
-    from EDM.metrics.extraction import extract
-    from EDM.metrics.frechet import frechet_distance
-    from EDM.metrics.reference import from_extraction, write_reference
+    from EDM.metrics.features import extract, from_extraction, write_reference
+    from EDM.metrics.metrics import frechet_distance
     from EDM.metrics.sources import FileImages
     from shared.distributed import World
 

@@ -5,9 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from EDM.training.batches import Batches
-from EDM.training.dataset import TrainingSet
-from EDM.training.order import InfiniteOrder
+from EDM.training.dataset import Batches, InfiniteOrder, TrainingSet
 from shared.distributed import World
 
 SIZE, BATCH, STEPS = 13, 8, 6

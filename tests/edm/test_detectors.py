@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torchvision.models import inception_v3
 
 from EDM.metrics import detectors
-from EDM.metrics.detectors import load_detector
-from EDM.metrics.dinov2 import DinoV2, preprocess
+from EDM.metrics.detectors import build_dinov2, load_detector, preprocess
 from shared.cli import UserError
 from tests.edm.scored_images import write_classifier
 
@@ -35,11 +35,13 @@ def inception_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dinov2_state():
+    """Weights under the published names, for images of 518 x 518, drawn at random but of ordinary size."""
+    net = VisionTransformer(img_size=518, patch_size=14, embed_dim=128, depth=2, num_heads=2, init_values=1.0,
+                            num_classes=0)
     torch.manual_seed(0)
-    net = DinoV2(128, 2)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.1)
-    return net.state_dict()
+    return {**net.state_dict(), "mask_token": torch.zeros(1, 128)}
 
 
 @pytest.fixture
@@ -93,9 +95,7 @@ class TestDinov2:
     def test_is_that_of_torch_fidelity(self, dinov2_state, tmp_path, monkeypatch):
         torch.save(dinov2_state, tmp_path / "dinov2.pth")
         ours = load_detector(str(tmp_path / "dinov2.pth"), CPU)
-        net = DinoV2(128, 2)
-        net.load_state_dict(dinov2_state)
-        monkeypatch.setattr(torch.hub, "load", lambda *_: net)
+        monkeypatch.setattr(torch.hub, "load", lambda *_: build_dinov2(dinov2_state, ""))
         theirs = FeatureExtractorDinoV2("dinov2-vit-s-14", ["dinov2"])
         same_size = images(224)  # no resize, in which the two differ
         torch.testing.assert_close(ours(same_size)[0], theirs(same_size)[0], rtol=1e-4, atol=1e-4)
@@ -107,19 +107,20 @@ class TestDinov2:
         import numpy as np
         from PIL import Image
 
-        from EDM.metrics.dinov2 import MEAN, STD
-
         pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         expected = np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
         ours = preprocess(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
-        grey = ((ours * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().numpy().astype(int)
+        mean, std = torch.tensor(detectors.DINOV2_MEAN), torch.tensor(detectors.DINOV2_STD)
+        grey = ((ours * std + mean) * 255).round().numpy().astype(int)
         assert abs(grey - expected).max() <= 1 and (grey != expected).mean() < 0.01
 
-    def test_positions_keep_the_corners_of_the_grid(self, dinov2_state):
-        net = DinoV2(128, 2)
-        net.load_state_dict(dinov2_state)
-        assert net.positions().shape == (1, 1 + 16 * 16, 128)
-        assert torch.equal(net.positions()[:, 0], net.pos_embed[:, 0])
+    def test_positions_of_the_training_are_resampled(self, dinov2_state):
+        net, table = build_dinov2(dinov2_state, ""), dinov2_state["pos_embed"]
+        assert net.pos_embed.shape == (1, 1 + 16 * 16, 128)
+        assert torch.equal(net.pos_embed[:, 0], table[:, 0])
+        flat = torch.cat([table[:, :1], torch.full_like(table[:, 1:], 0.5)], 1)
+        resampled = build_dinov2({**dinov2_state, "pos_embed": flat}, "").pos_embed
+        torch.testing.assert_close(resampled[:, 1:], torch.full((1, 256, 128), 0.5))
 
     def test_a_variant_with_registers(self, dinov2_state, tmp_path):
         torch.save({**dinov2_state, "register_tokens": torch.zeros(1, 4, 128)}, tmp_path / "registers.pth")

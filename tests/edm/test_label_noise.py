@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from EDM.dataset_tool import main
-from EDM.tdsm.transition import asym_targets, load_transition, save_transition, transition_matrix
+from EDM.tdsm.transition import asym_targets, load_transition, transition_matrix
 from EDM.training.dataset import open_training_set
 from shared.cli import UserError
 from shared.data.datasets import load_dataset
@@ -67,7 +67,7 @@ def test_seeds_repeat_and_differ(tmp_path):
 
 def test_a_matrix_of_ones_own_flips_by_its_rows(tmp_path):
     matrix = np.array([[0.5, 0.5, 0], [0, 1, 0], [0.2, 0, 0.8]])
-    save_transition(tmp_path / "t.json", matrix)
+    (tmp_path / "t.json").write_text(json.dumps(matrix.tolist()))
     clean = source(tmp_path, 1500, 3)
     convert("--source", clean, "--dest", tmp_path / "noisy.zip", "--transition", tmp_path / "t.json")
     found = content(tmp_path / "noisy.zip")

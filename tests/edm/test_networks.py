@@ -183,7 +183,7 @@ def test_channels_last_group_norm(channels, size, dtype):
     norm = GroupNorm(channels, eps=1e-6)
     norm.weight.data, norm.bias.data = weight, bias
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    assert ChannelsLastGroupNorm.pays(x)
+    assert ChannelsLastGroupNorm.is_faster(x)
     out = norm(x)
     out.backward(gradient)
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
@@ -195,7 +195,7 @@ def test_channels_last_group_norm(channels, size, dtype):
 
 def test_group_norm_of_small_images_is_pytorchs():
     x = torch.randn(4, 16, 8, 8).contiguous(memory_format=torch.channels_last)
-    assert not ChannelsLastGroupNorm.pays(x)
+    assert not ChannelsLastGroupNorm.is_faster(x)
     norm = GroupNorm(16)
     assert torch.equal(norm(x), F.group_norm(x, 4, norm.weight, norm.bias, norm.eps))
 
@@ -208,7 +208,7 @@ def test_attention_agrees_with_pytorchs():
 def test_repetition_and_convolution_in_one():
     x, weight = torch.randn(2, 5, 6, 7, dtype=torch.float64), torch.randn(4, 5, 3, 3, dtype=torch.float64)
     expected = F.conv2d(upsample(x, None), weight, padding=1)
-    assert apart(F.conv_transpose2d(x, repeat_then_convolve(weight), stride=2, padding=1), expected) < 1e-12
+    assert apart(repeat_then_convolve(x, weight, None), expected) < 1e-12
 
 
 def test_box_resampling_is_that_of_its_filter():

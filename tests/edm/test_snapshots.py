@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from EDM.convert import main as convert
-from EDM.training import downloads
+from EDM.training import published
 from EDM.training.networks import EDMPrecond
 from EDM.training.published import Record, describe
 from EDM.training.snapshots import (
@@ -281,7 +281,7 @@ def test_cached_url_needs_no_network(net: EDMPrecond, tmp_path: Path, monkeypatc
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
     url = "https://example.org/models/edm net.pkl?x=1"
     (tmp_path / "downloads").mkdir()
-    save_snapshot(tmp_path / "downloads" / (downloads.cache_prefix(url) + "edm_net.pkl"), net)
+    save_snapshot(tmp_path / "downloads" / (published.cache_prefix(url) + "edm_net.pkl"), net)
     assert torch.equal(output(load_network(url)), output(net))
 
 
@@ -293,7 +293,7 @@ def test_download(net: EDMPrecond, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     served.mkdir()
     save_snapshot(served / "net.pkl", net)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(downloads, "ATTEMPTS", 2)
+    monkeypatch.setattr(published, "ATTEMPTS", 2)
     cut_short = [True]
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -324,5 +324,5 @@ def test_download(net: EDMPrecond, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(UserError, match=r"InvalidSchema \(1 attempts\)"):  # the server may not name a file here
             load_network(url.replace("net.pkl", "away.pkl"))
         server.shutdown()
-    assert [path.name for path in (tmp_path / "cache/downloads").iterdir()] == [downloads.cache_prefix(url) + "net.pkl"]
+    assert [path.name for path in (tmp_path / "cache/downloads").iterdir()] == [published.cache_prefix(url) + "net.pkl"]
     assert torch.equal(output(load_network(url)), output(net))

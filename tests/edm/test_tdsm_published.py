@@ -20,7 +20,7 @@ from EDM.tdsm.classifiers import (
     EDMPrecond_classifier_with_transition_matrix,
     class_logits,
 )
-from EDM.tdsm.noisy_set import noise_of_classifier
+from EDM.tdsm.noise import noise_of_classifier
 from EDM.tdsm.transition import transition_matrix
 from EDM.training.snapshots import read_snapshot, save_snapshot
 from shared.cli import UserError

@@ -13,7 +13,7 @@ import torch
 
 from EDM import dataset_tool, generate, train_classifier, train_noise
 from EDM.tdsm.classifiers import volmin_transition
-from EDM.tdsm.transition import save_transition, transition_matrix
+from EDM.tdsm.transition import transition_matrix
 from EDM.training.config import RESULT_FILE
 from EDM.training.snapshots import load_network, read_snapshot
 from shared.cli import UserError
@@ -225,8 +225,8 @@ def test_accuracy_on_other_images(tmp_path, data, folder):
 
 def test_a_matrix_from_a_file(tmp_path, data):
     matrix = np.array([[0.8, 0.2, 0], [0, 0.7, 0.3], [0.1, 0, 0.9]])
-    for name in ("T.json", "T.npy"):
-        save_transition(tmp_path / name, matrix)
+    (tmp_path / "T.json").write_text(json.dumps({"transition_matrix": matrix.tolist()}))
+    np.save(tmp_path / "T.npy", matrix)
     cls = call(train_classifier, tmp_path / "c", data, *CLASSIFIER, *SHORT, f"--transition={tmp_path / 'T.json'}")
     assert np.allclose(read_snapshot(snapshot_of(cls)).loss_kwargs["transition_matrix"], matrix)
     call(train_noise, tmp_path / "d", data, *DENOISER, *SHORT, f"--cls={snapshot_of(cls)}",

@@ -14,11 +14,11 @@ from PIL import Image
 
 import EDM
 from EDM.generate import main
-from EDM.training.downloads import cache_prefix
 from EDM.training.networks import PRECONDITIONERS
+from EDM.training.published import cache_prefix
 from EDM.training.snapshots import save_snapshot
 from shared.option_types import parse_int_list
-from shared.training.seeds import SeedGenerators, split_batches
+from shared.training.randomness import SeedGenerators, split_batches
 from tests.golden.cases import arrays, facts, fill, index
 
 CASES = {case["case"] for case in index("edm")["cases"] if case["kind"] in ("rng", "end to end")} | {"misc"}

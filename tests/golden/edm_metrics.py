@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from EDM.metrics.frechet import Moments, frechet_distance, frechet_distance_of_features
+from EDM.metrics.metrics import Moments, frechet_distance, frechet_distance_of_features
 from tests.golden.cases import arrays, facts, index
 
 CASES = [case for case in index("edm")["cases"] if case["kind"] == "fid"]

@@ -10,7 +10,7 @@ from EDM.training.dataset import Batches, InfiniteOrder, TrainingSet
 from EDM.training.loss import EDMLoss
 from EDM.training.networks import PRECONDITIONERS, EDMPrecond
 from EDM.training.stats import TickSchedule, format_time
-from EDM.training.training_loop import Draws, learning_rate, training_step
+from EDM.training.training_loop import Draws, forward_backward, learning_rate, update
 from shared.distributed import World
 from shared.training.ema import EMA, half_life_beta
 from tests.edm.published_form import write_published, write_published_state
@@ -120,8 +120,9 @@ def test_weights_after_some_steps(case):
         assert means == pytest.approx(expected, rel=1e-5)
         lr = learning_rate(nimg, config["lr"], config["lr_rampup_kimg"], total_kimg=1)
         beta = half_life_beta(size, config["ema_halflife_kimg"] * 1000, nimg, config["ema_rampup_ratio"])
-        sums = training_step(net, loss_fn, None, optimizer, ema, batch, draws, lr=lr, beta=beta, rounds=rounds,
-                             loss_scaling=config["loss_scaling"])
+        sums, _ = forward_backward(net, loss_fn, None, batch, draws, rounds, config["loss_scaling"])
+        update(net, optimizer, lr)
+        ema.update(net, beta)
         assert float(sums[0]) / losses.numel() == pytest.approx(expected.mean(), rel=1e-5)
     assert lr == case["final_lr"]
     for kind, module in (("net/", net), ("ema/", ema.module)):

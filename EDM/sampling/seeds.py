@@ -1,7 +1,9 @@
-"""From seeds to images: a network, a sampler and an arithmetic, put together."""
+"""From seeds to images: a network, a sampler and an arithmetic, put together, also from the flags of generate.py."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,16 +12,22 @@ from EDM.sampling import samplers
 from EDM.sampling.samplers import Model, Noise, affine, denoiser, guided
 from EDM.training.layers import store_bf16_weights
 from EDM.training.networks import use_channels_last
+from EDM.training.snapshots import digest, load_network
 from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
+from shared.distributed import World, on_main
+from shared.option_types import parse_int_list
 from shared.training.precision import default_precision
-from shared.training.seeds import SeedGenerators
+from shared.training.randomness import SeedGenerators
 
 # On a CPU, results differ in the last bit between batches of a few images (other matrix kernels) but not from here on,
 # so smaller batches are filled up. Then an image is the same bytes whatever the batch and the number of processes.
 SMALLEST_CPU_BATCH = 16
 SAMPLERS = ("edm", "ablation", "dpmpp-2m", "deis-2", "deis-3")
 STOCHASTIC = ("edm", "ablation")
+# Flags of generate.py -> arguments of the samplers.
+ABLATION_FLAGS = {"solver": "solver", "disc": "discretization", "schedule": "schedule", "scaling": "scaling"}
+CHURN_FLAGS = ("S_churn", "S_min", "S_max", "S_noise")
 
 
 class SeedSampler:
@@ -155,3 +163,56 @@ class SeedSampler:
 
 def _own_precision(net: torch.nn.Module, device: torch.device) -> str:
     return "fp16" if net.use_fp16 and device.type == "cuda" else default_precision(device)
+
+
+def load_sampler(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, Any]]:
+    """Load the networks of generate.py's flags; return the sampler, and the settings that a folder of images records."""
+    def network(path: str) -> torch.nn.Module:
+        if world.main:
+            print(f"Loading network from \"{path}\"...")
+        own = []  # the main process goes first: it fetches a URL, and it alone reports a file that is no snapshot
+        on_main(lambda: own.append(load_network(path, world.device)), world)
+        return own[0] if own else load_network(path, world.device)
+
+    net = network(flags.network)
+    guide = network(flags.guide_network) if flags.guide_network else None
+    second = network(flags.network_2) if flags.affine_weight else None  # without weight it would change nothing
+    if net.img_channels not in (1, 3):
+        raise UserError(f"{flags.network} makes images of {net.img_channels} channels; a PNG holds 1 or 3")
+
+    arguments: dict[str, Any] = dict(num_steps=flags.steps, rho=flags.rho)
+    if flags.sampler in STOCHASTIC:
+        arguments.update({name: getattr(flags, name) for name in CHURN_FLAGS})
+    varying = {"sigma_min": "sigma_min", "sigma_max": "sigma_max", **ABLATION_FLAGS}
+    arguments.update({argument: value for name, argument in varying.items()
+                      if (value := getattr(flags, name)) is not None})
+    guidance = 1.0 if flags.guidance is None else flags.guidance
+    sampler = SeedSampler(net, sampler=flags.sampler, guide=guide, guidance=guidance, second=second,
+                          affine_weight=flags.affine_weight, precision=flags.precision, fast=not flags.strict,
+                          compile=flags.compile, **arguments)
+    settings = dict(network=digest(flags.network), guide_network=digest(flags.guide_network) if guide else None,
+                    guidance=guidance, sampler=flags.sampler,
+                    **{name: "inf" if value == math.inf else value for name, value in arguments.items()},
+                    precision=sampler.precision, device=world.device.type)
+    if second is not None:
+        settings.update(network_2=digest(flags.network_2), affine_weight=flags.affine_weight)
+    return sampler, settings
+
+
+def chosen_classes(flags: SimpleNamespace, label_dim: int) -> list[int | None]:
+    """Return the classes to generate; [None] where each seed draws its own. Raises UserError for those not there."""
+    name = "class" if flags.classes is None else "classes"
+    if flags.class_index is None and flags.classes is None:
+        return [None]
+    if not label_dim:
+        raise UserError(f"--{name} was given, but {flags.network} is not class-conditional")
+    try:
+        classes = list(range(label_dim)) if flags.classes == "all" else \
+            [flags.class_index] if flags.classes is None else list(dict.fromkeys(parse_int_list(flags.classes)))
+    except ValueError:
+        raise UserError(f"--classes: {flags.classes!r} is neither all nor a list like 0,2,5-9") from None
+    wrong = [index for index in classes if not 0 <= index < label_dim]
+    if wrong or not classes:
+        raise UserError(f"--{name}={wrong[0] if wrong else flags.classes}: {flags.network} has the classes 0 to "
+                        f"{label_dim - 1}")
+    return classes
