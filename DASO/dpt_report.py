@@ -7,39 +7,35 @@ Reads result.json of both runs and stage 1's pseudo_label.json; writes report.js
 """
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from shared.cli import Parser, UserError, run_main
-from shared.report.aggregate import deviation, difference, known, mean
+from shared.cli import Option, UserError, parse, run_main
+from shared.report.plots import dots
+from shared.report.table_report import difference, known, markdown_table, mean, std
+from shared.training.files import atomic, make_dir
 
+FLAGS = (
+    Option("--out", required=True, metavar="DIR", help="folder of the report"),
+    Option("--stage1", metavar="DIR", help="run folder of stage 1"),
+    Option("--stage3", metavar="DIR", help="run folder of stage 3"),
+    Option("--control", many=True, metavar="DIR", help="a further run to compare with"),
+    Option("--seed_report", many=True, metavar="DIR", help="folder of the report of a seed"),
+)
 GROUPS = ("many", "medium", "few")
+Content = Mapping[str, Any]  # of report.json
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
-    add("--stage1", type=Path, metavar="DIR", help="run folder of stage 1")
-    add("--stage3", type=Path, metavar="DIR", help="run folder of stage 3")
-    add("--control", type=Path, action="append", default=[], metavar="DIR", help="a further run to compare with")
-    add("--seed_report", type=Path, action="append", default=[], metavar="DIR", help="folder of the report of a seed")
-    options = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(__doc__, FLAGS, argv)
     if not options.seed_report and options.stage1 is None:
         raise UserError("expected --stage1 and --stage3, the runs to compare, or --seed_report")
-    return options
-
-
-def main() -> None:
-    options = parse()
-    from shared.training.files import atomic, make_dir
-
     out = make_dir(options.out)
     if options.seed_report:
-        content = over_seeds([read(folder / "report.json") for folder in options.seed_report])
+        content = over_seeds([read(Path(folder) / "report.json") for folder in options.seed_report])
         text = seeds_text(content)
     else:
         content = collect(options)
@@ -58,16 +54,15 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def collect(options: argparse.Namespace) -> dict[str, Any]:
+def collect(options: SimpleNamespace) -> dict[str, Any]:
     """Return accuracies (fractions) of both stages, by class too, and how good stage 1's pseudo-labels are."""
-    first, again = read(options.stage1 / "result.json"), None
-    if options.stage3 is not None and (options.stage3 / "result.json").is_file():
-        again = read(options.stage3 / "result.json")
-    pseudo = read(options.stage1 / "pseudo_label.json")
-    # The run folders of the controls are named after that of stage 1.
-    controls = {path.name.removeprefix(f"{options.stage1.name}_"): read(path / "result.json")
-                for path in options.control}
-    results = {"stage1": first, **({"stage3": again} if again else {}), **controls}
+    stage1 = Path(options.stage1)
+    results = {"stage1": read(stage1 / "result.json")}
+    if options.stage3 is not None and (Path(options.stage3) / "result.json").is_file():
+        results["stage3"] = read(Path(options.stage3) / "result.json")
+    for control in map(Path, options.control):  # named after stage 1
+        results[control.name.removeprefix(f"{stage1.name}_")] = read(control / "result.json")
+    first, pseudo = results["stage1"], read(stage1 / "pseudo_label.json")
     return {"dataset": first["dataset"], "seed": first["seed"], "classes": pseudo["classes"],
             "labelled": pseudo["labelled_counts"], "pseudo_labels": pseudo,
             "accuracy": {name: result["accuracy"] for name, result in results.items()},
@@ -82,34 +77,29 @@ def percent(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{100 * value:{sign}.1f}"
 
 
-def run_text(content: dict[str, Any]) -> str:
+def run_text(content: Content) -> str:
     """Return the report of a seed as Markdown."""
-    by_class, groups = content["by_class"], content["groups"]
-    again = by_class.get("stage3")
-    pseudo = content["pseudo_labels"]
-    lines = [f"# Long-tailed DPT on {content['dataset']}, seed {content['seed']}", "",
-             "Accuracy in % on the test images after the last iteration; pseudo-labels of stage 1.", "",
-             "| class | labelled | pseudo-labelled | recall | precision | stage 1 | stage 3 | gain |",
-             "|---|---|---|---|---|---|---|---|"]
+    pseudo, before, after = content["pseudo_labels"], content["by_class"]["stage1"], content["by_class"].get("stage3")
+    classes = []
     for c, name in enumerate(content["classes"]):
-        ours = again[c] if again else None
-        gain = None if ours is None else ours - by_class["stage1"][c]
-        lines.append(f"| {name} | {content['labelled'][c]} | {pseudo['pseudo_label_counts'][c]} | "
-                     f"{percent(pseudo['recall'][c])} | {percent(pseudo['precision'][c])} | "
-                     f"{percent(by_class['stage1'][c])} | {percent(ours)} | {percent(gain, '+')} |")
-    lines += ["", "| | all | " + " | ".join(f"{group}-shot" for group in GROUPS) + " | iterations | seconds |",
-              "|---|---|---|---|---|---|---|"]
-    for name, values in content["accuracy"].items():
-        cells = [percent(values["last"]), *(percent(groups[name].get(group)) for group in GROUPS)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {content['iterations'][name]} | "
-                     f"{content['seconds'][name]:.0f} |")
-    return "\n".join(lines) + "\n"
+        ours = after[c] if after else None
+        gain = None if ours is None else ours - before[c]
+        classes.append([name, str(content["labelled"][c]), str(pseudo["pseudo_label_counts"][c]),
+                        percent(pseudo["recall"][c]), percent(pseudo["precision"][c]), percent(before[c]),
+                        percent(ours), percent(gain, "+")])
+    runs = [[name, percent(values["last"]), *(percent(content["groups"][name].get(group)) for group in GROUPS),
+             str(content["iterations"][name]), f"{content['seconds'][name]:.0f}"]
+            for name, values in content["accuracy"].items()]
+    head = ["class", "labelled", "pseudo-labelled", "recall", "precision", "stage 1", "stage 3", "gain"]
+    return "\n\n".join([
+        f"# Long-tailed DPT on {content['dataset']}, seed {content['seed']}",
+        "Accuracy in % on the test images after the last iteration; pseudo-labels of stage 1.",
+        markdown_table(head, classes),
+        markdown_table(["", "all", *(f"{group}-shot" for group in GROUPS), "iterations", "seconds"], runs)]) + "\n"
 
 
-def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def over_seeds(reports: Sequence[Content]) -> dict[str, Any]:
     """Return means, deviations and paired differences of several seeds, overall, by class and by group."""
-    names = list(reports[0]["accuracy"])
-
     def numbers(name: str) -> dict[str, list[float | None]]:
         """Return what is measured -> one value a seed."""
         found = {"all": [report["accuracy"].get(name, {}).get("last") for report in reports]}
@@ -120,41 +110,33 @@ def over_seeds(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
                                        for report in reports]
         return found
 
-    first, content = numbers("stage1"), {"seeds": [report["seed"] for report in reports], "runs": {}}
-    for name in names:
-        values = numbers(name)
-        content["runs"][name] = {
-            key: {"mean": mean(part), "deviation": deviation(part), "gain": difference(part, first[key])}
-            for key, part in values.items() if known(part)}
-    return content
+    first = numbers("stage1")
+    return {"seeds": [report["seed"] for report in reports],
+            "runs": {name: {key: {"mean": mean(part), "deviation": std(part), "gain": difference(part, first[key])}
+                            for key, part in numbers(name).items() if known(part)}
+                     for name in reports[0]["accuracy"]}}
 
 
-def seeds_text(content: dict[str, Any]) -> str:
+def seeds_text(content: Content) -> str:
     """Return the report of several seeds as Markdown."""
-    keys = list(content["runs"]["stage1"])
-    lines = ["# Long-tailed DPT over seeds " + ", ".join(map(str, content["seeds"])), "",
-             "Accuracy in % after the last iteration, mean ± standard deviation; in brackets the mean gain over stage "
-             "1 and its standard error.", "", f"| | {' | '.join(content['runs'])} |",
-             "|---|" + "---|" * len(content["runs"])]
-    for key in keys:
-        cells = []
-        for name, values in content["runs"].items():
-            found = values.get(key)
-            if found is None:
-                cells.append("-")
-                continue
-            gain, text = found["gain"], f"{percent(found['mean'])} ± {percent(found['deviation'] or 0.0)}"
-            if name != "stage1" and gain is not None:
-                text += f" ({percent(gain['mean'], '+')} ± {percent(gain['standard_error'] or 0.0)})"
-            cells.append(text)
-        lines.append(f"| {key} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    def cell(name: str, found: Content | None) -> str:
+        if found is None:
+            return "-"
+        gain, text = found["gain"], f"{percent(found['mean'])} ± {percent(found['deviation'] or 0.0)}"
+        if name == "stage1" or gain is None:
+            return text
+        return f"{text} ({percent(gain['mean'], '+')} ± {percent(gain['standard_error'] or 0.0)})"
+
+    runs = content["runs"]
+    rows = [[key, *(cell(name, values.get(key)) for name, values in runs.items())] for key in runs["stage1"]]
+    return "\n\n".join([
+        "# Long-tailed DPT over seeds " + ", ".join(map(str, content["seeds"])),
+        "Accuracy in % after the last iteration, mean ± standard deviation; in brackets the mean gain over stage 1 and "
+        "its standard error.", markdown_table(["", *runs], rows)]) + "\n"
 
 
-def draw(content: dict[str, Any], path: Path) -> None:
+def draw(content: Content, path: Path) -> None:
     """Draw the accuracy of every class, in the order of the classes, as PNG."""
-    from shared.report.plots import dots
-
     names = list(content["by_class"])[:3]
     rows = {f"{label} ({content['labelled'][c]})": [(100 * content["by_class"][name][c], None) for name in names]
             for c, label in enumerate(content["classes"])}

@@ -6,6 +6,7 @@ import importlib
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from shared.cli import Parser, UserError, parse
 from shared.report import tables
-from tests.shared.programs import ROOT
+from tests.shared.programs import ROOT, environment
 
 PUBLISHED = Path(__file__).with_name("published_commands.txt")
 READMES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
@@ -112,11 +113,11 @@ def names_an_absent_file(error: UserError, arguments: list[str]) -> bool:
 
 
 def understand_shell(script: str, arguments: list[str]) -> None:
-    if script == "run_all.sh":
-        from TorchSSL import dpt
-
-        if arguments != ["--help"]:
-            dpt.parse(arguments)
+    if script in ("run_all.sh", "run_tdsm.sh", "run_longtail.sh"):
+        dry = [*arguments, "--dry-run"]
+        done = subprocess.run(["bash", ROOT / script, *dry], text=True, capture_output=True, env=environment())
+        if done.returncode:
+            raise UserError(done.stderr)
     elif script == "EDM/generate.sh":
         if "..." not in arguments:
             assert len(arguments) == 4 and arguments[0].isdigit() and arguments[3].isdigit()

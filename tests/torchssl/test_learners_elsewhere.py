@@ -1,4 +1,4 @@
-"""Learners as stages of DPT, and checkpoints that other programs wrote."""
+"""Checkpoints that other programs wrote."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,43 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shared.cli import UserError
 from shared.data.datasets import load_dataset
 from shared.data.images import ImageSet
-from TorchSSL import dpt
 from TorchSSL import eval as evaluation_script
 from TorchSSL.core.data import NORMALISATION
 from TorchSSL.core.evaluation import load_classifier
 from TorchSSL.core.networks import ResNet50, WideResNet, WideResNetVar
-
-
-def commands(*flags: str) -> dict[str, list[str]]:
-    options = dpt.parse([*flags, "-n"])
-    experiment = dpt.Experiment(options, options.seed, dpt.ROOT / "runs" / "somewhere")
-    return {step.name: step.command for step in experiment.steps() if step.command[1].endswith(".py")}
-
-
-def test_any_learner_in_either_stage() -> None:
-    found = commands("--stage1=remixmatch", "--stage3=softmatch", "--out=/tmp/x")
-    first, second = found["classifier"], found["classifier again"]
-    assert first[:4] == ["python", "remixmatch.py", "--c", "config/remixmatch/remixmatch_digits_40_0.yaml"]
-    assert second[:4] == ["python", "softmatch.py", "--c", "config/softmatch/softmatch_digits_40_0.yaml"]
-    assert "--num_labels=10" in first and "--num_labels=10" in second
-    assert "--save_name=remixmatch_digits_10_1" in first and any(flag.startswith("--aug_path=") for flag in second)
-    assert "--save_name=remixmatch_digits_10_1_aug100_softmatch" in second
-
-
-def test_published_files_and_the_published_experiment() -> None:
-    assert "config/uda/uda_cifar100_400_0.yaml" in commands("--stage1=uda", "--dataset=cifar100")["classifier"]
-    assert "config/freematch_cifar10_40_1.yaml" in commands("--dataset=cifar10")["classifier"]
-    few = commands("--stage1=fullysupervised", "--dataset=mnist")["classifier"]
-    assert "--all_labels=False" in few  # stage 1 has few labels, whatever the script's default
-
-
-def test_unknown_learner() -> None:
-    with pytest.raises(UserError, match="stage1"):
-        dpt.parse(["--stage1=fixmach"])
-
 
 # Flags of eval.py -> network; the golden cases have those of the published depth. USB calls the four stages
 # "WRN-Var-37-2", for their convolutions at depth 28: 1 + 4 * 8 + 4 shortcuts.

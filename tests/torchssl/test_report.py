@@ -7,7 +7,7 @@ from PIL import Image
 
 from shared.cli import UserError
 from TorchSSL import report
-from TorchSSL.core.seed_statistics import over_seeds
+from TorchSSL.core.report_text import over_seeds
 
 CLASSES = ["cat", "dog", "newt"]
 
@@ -152,3 +152,11 @@ def test_without_it_the_report_does_not_mention_it(experiment, monkeypatch):
     content = make(experiment, monkeypatch)
     assert "tdsm" not in content and "TDSM" not in (experiment / "out" / "report.md").read_text()
     assert "stage3_tdsm_accuracy" not in over_seeds([content])
+
+
+def test_seconds_add_up_over_interruptions_and_start_anew_with_another_command(tmp_path):
+    path = tmp_path / "commands.jsonl"
+    entries = [("a", "old", 9, 0), ("a", "new", 1, 143), ("a", "new", 2, 0), ("a", "new", 4, 0), ("b", "x", 8, 0)]
+    lines = [json.dumps(dict(name=n, command=c, seconds=s, status=status)) for n, c, s, status in entries]
+    path.write_text("\n".join(lines) + '\n{"name": "cut sho')
+    assert report.seconds_by_step(path) == {"a": 3.0, "b": 8.0}

@@ -1,0 +1,79 @@
+# Source this (bash): what run_all.sh, run_tdsm.sh and run_longtail.sh have in common, options and seeds.
+# shellcheck disable=SC2034,SC2154
+
+set -eo pipefail
+dataset=digits labels="" images_per_class="" seed=1 seeds=1 controls="" gpus="" stages=1,2,3 data_dir="" out=""
+stage1=freematch stage2=edm stage3="" imbalance="" transition="" held_out="" only_tdsm=""
+stage1_args="" stage2_args="" generate_args="" stage3_args="" classifier_args=""
+source "$root/shared/stages.sh"
+arguments=("$@")
+read_options "$root/run_all.sh" "$@"
+set --
+source "$root/shared/env.sh" --no-install
+
+whole_number seed 0
+for option in labels images-per-class seeds gpus imbalance held-out; do
+    whole_number $option 1
+done
+[[ $stages =~ ^[123](,[123])*$ ]] || fail "--stages: expected some of 1,2,3 separated by commas, got '$stages'"
+[[ $stage2 == edm || $stage2 == tdsm ]] || fail "--stage2: expected edm or tdsm, got '$stage2'"
+[[ $stage1 == daso || -z $imbalance ]] || fail "--imbalance belongs to --stage1 daso"
+[[ $stage2 == tdsm || -z $transition$held_out$only_tdsm$classifier_args ]] ||
+    fail "--transition, --held-out, --only-tdsm and --classifier-args belong to --stage2 tdsm"
+split stage1-args "$stage1_args" && more1=("${words[@]}")
+split stage2-args "$stage2_args" && more2=("${words[@]}")
+split generate-args "$generate_args" && more_generate=("${words[@]}")
+split stage3-args "$stage3_args" && more3=("${words[@]}")
+split classifier-args "$classifier_args" && more_classifier=("${words[@]}")
+
+source "$root/recipes/defaults.sh"
+title=$dataset
+case $dataset in
+    digits | cifar10 | cifar100 | svhn | stl10 | mnist) source "$root/recipes/$dataset.sh" ;;
+    *)
+        [ -e "$dataset" ] ||
+            fail "--dataset $dataset: neither digits, cifar10, cifar100, svhn, stl10, mnist nor a path that exists"
+        dataset=$(absolute "$dataset") title=$(basename "$dataset" .zip)
+        source "$root/recipes/own.sh" ;;
+esac
+last=${images_per_class:+$((images_per_class - 1))}
+last=${last:-$recipe_last}
+[[ -n $dry_run || ${gpus:-1} -le $(visible_gpus) ]] ||
+    fail "--gpus $gpus: $(visible_gpus) at most on this machine; give fewer, or leave it out"
+gpus=${gpus:-$(visible_gpus)}
+launch=(python)
+[ "$gpus" = 1 ] || launch=(torchrun --standalone "--nproc_per_node=$gpus")
+[ -z "$data_dir" ] || data_dir=$(absolute "$data_dir")
+[ -z "$out" ] || out=$(absolute "$out")
+
+# Run `experiment` for every seed, then report on all of them; stop at the first mistake in --...-args before that.
+for_every_seed() {  # what tells the reports of runs/ apart, folder and name of the script that writes them
+    local last_seed=$((seed + seeds - 1)) folders=() span=$seed
+    [ "$seeds" = 1 ] || span=$seed-$last_seed
+    reports=${out:-$root/runs/${title}_$1_$span} report=$reports
+    if [ -z "$dry_run" ]; then
+        source "$root/shared/env.sh" ""
+        [ -z "$stage1_args$stage2_args$generate_args$stage3_args$classifier_args" ] ||
+            (dry_run=1 && experiment) | python "$root/TorchSSL/check_data.py" --commands
+        hold "$reports"
+    fi
+    if [[ -n $one_thread && -z $OMP_NUM_THREADS ]]; then
+        echo "export OMP_NUM_THREADS=1"
+        export OMP_NUM_THREADS=1
+    fi
+    for ((; seed <= last_seed; seed++)); do
+        report=$reports
+        [ "$seeds" = 1 ] || report=$reports/seed_$seed
+        [ -n "$dry_run" ] || mkdir -p "$report"
+        history=$report/commands.jsonl
+        folders+=("--seed_report=$(typed)")
+        experiment
+    done
+    [ "$seeds" = 1 ] && return
+    report=$reports history=$reports/commands.jsonl
+    step "report of all seeds" "$2" "Mean and standard deviation over the seeds"
+    run python "$3" "--out=$(typed)" "${folders[@]}"
+}
+
+# The folder of the report, as typed in any of the papers' folders.
+typed() { [ -n "$out" ] && echo "$report" || echo "..${report#"$root"}"; }

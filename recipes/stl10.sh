@@ -1,0 +1,2 @@
+shape=-96x96
+learner_flags=(--net=WideResNetVar)

@@ -1,0 +1,1 @@
+# As published for CIFAR-10: recipes/defaults.sh.
