@@ -1,7 +1,7 @@
 """The tables of DASO: the runs behind each cell, and what is printed.
 
     python -m DASO.tables                                  # which there are
-    python -m DASO.tables cifar10-lt --only DASO --list    # the runs of one, and how long they take here
+    python -m DASO.tables cifar10-lt --only DASO --list    # the runs of one, and what is done
     python -m DASO.tables digits --jobs 2                  # all learners on the long-tailed digits, rare classes apart
     python -m DASO.tables cifar10-lt --scale tiny          # those of the table on the digits, in minutes
 
@@ -9,18 +9,18 @@ How they are run, aggregated and written: shared/report/tables.py. Printed numbe
 """
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
-from shared.report.tables import Cell, Job, Printed, Stage, Table, serve
+from shared.cli import Int, Option
+from shared.report.tables import Cell, Job, Printed, Stage, Table, Tables, serve
 
 HERE = Path(__file__).resolve().parent
 # Accuracies of result.json by protocol; the published tables report the median of the last 20 evaluations.
 PROTOCOLS = {"median of last 20": "median_of_last_20", "last": "last", "best on validation": "best_on_validation",
              "best on test": "best_on_test"}
-PUBLISHED_LENGTH, DIGITS_LENGTH, CRT_LENGTH = 250_000, 1000, 300
 LOGIT_ADJUSTMENT, ABC = ("ALGORITHM.LOGIT_ADJUST.APPLY", "True"), ("ALGORITHM.ABC.APPLY", "True")
 DARP = ("ALGORITHM.DARP.APPLY", "True")
 # What a row adds where the unlabelled images have another class distribution.
@@ -117,44 +117,37 @@ def read_accuracy(folder: Path) -> dict[str, dict[str, float]]:
             for name, values in found.items()}
 
 
-def training(file: str, keys: Sequence[str], length: int, name: str = "train") -> Stage:
-    """Return the run of one configuration; {out} and {seed} in a key stand for those of the run."""
-    def command(out: Path, seed: int, iterations: int | None) -> list[str]:
-        own, short = [key.format(out=out, seed=seed) for key in keys], []
-        if iterations:
-            short = ["SOLVER.MAX_ITER", str(iterations), "PERIODS.EVAL", str(iterations), "PERIODS.LOG",
-                     str(iterations), "ALGORITHM.CREST.GEN_PERIOD_STEPS", str(iterations)]
-        return [str(HERE / "main.py"), "--config-file", str(HERE / "configs" / f"{file}.yaml"), *own, "SEED", str(seed),
-                "OUTPUT_DIR", str(out / ("run" if name == "train" else name)), *short]
-
-    return Stage(name, command, length)
+def training(file: str, keys: Sequence[str], name: str = "train") -> Stage:
+    """Return the run of one configuration."""
+    return Stage(name, (str(HERE / "main.py"), "--config-file", str(HERE / "configs" / f"{file}.yaml"), *keys, "SEED",
+                        "{seed}", "OUTPUT_DIR", f"{{out}}/{'run' if name == 'train' else name}"))
 
 
 def slug(row: str) -> str:
     return row.lower().replace(" + ", "_").replace("+", "_plus").replace(" ", "_")
 
 
-def job(row: str, dataset: str, name: str, keys: Sequence[str], length: int) -> Job:
+def job(row: str, dataset: str, name: str, keys: Sequence[str]) -> Job:
     """Return the run of a row of ROWS on a data set."""
     file, own = ROWS[row]
-    return Job(f"{slug(row)}_{name}", (training(f"{dataset}/{file}", (*keys, *own), length),), read_accuracy,
+    return Job(f"{slug(row)}_{name}", (training(f"{dataset}/{file}", (*keys, *own)),), read_accuracy,
                (HERE / "configs" / dataset / f"{file}.yaml",))
 
 
-def on_digits(row: str, options: argparse.Namespace, reverse: bool = False) -> Job:
+def on_digits(row: str, options: SimpleNamespace, reverse: bool = False) -> Job:
     """Return the run of a row on the digits, whose first class has --imbalance times the images of the last one."""
     count = str(options.imbalance)
     keys = ("DATASET.DIGITS.IMB_FACTOR_L", count, "DATASET.DIGITS.IMB_FACTOR_UL", count, "TENSORBOARD", "False",
             *options.args.split(), *("DATASET.REVERSE_UL_DISTRIBUTION", "True") * reverse)
     if row != "cRT on Supervised":
-        return job(row, "digits", "digits_reversed" if reverse else "digits", keys, DIGITS_LENGTH)
+        return job(row, "digits", "digits_reversed" if reverse else "digits", keys)
     target = "{out}/encoder/Supervised_digits_l_40_" + count + "_seed_{seed}"
-    return Job(f"{slug(row)}_digits", (training("digits/supervised", keys, DIGITS_LENGTH, "encoder"),
-                                       training("digits/crt", (*keys, "ALGORITHM.CRT.TARGET_DIR", target), CRT_LENGTH)),
+    return Job(f"{slug(row)}_digits", (training("digits/supervised", keys, "encoder"),
+                                       training("digits/crt", (*keys, "ALGORITHM.CRT.TARGET_DIR", target))),
                read_accuracy, tuple(HERE / "configs/digits" / f"{name}.yaml" for name in ("supervised", "crt")))
 
 
-def digits_table(scale: str, options: argparse.Namespace) -> Table:
+def digits_table(scale: str, options: SimpleNamespace) -> Table:
     """Return all learners on the long-tailed digits, the rare classes apart."""
     cells = [Cell(row, column, on_digits(row, options), metric) for row in ROWS
              for column, metric in {"all": "accuracy", **{group: group for group in GROUPS}}.items()]
@@ -164,7 +157,7 @@ def digits_table(scale: str, options: argparse.Namespace) -> Table:
                       "many, medium, few: mean over the classes of each third by frequency.")
 
 
-def cells_of(published: str, datasets: Sequence[str], scale: str, options: argparse.Namespace) -> list[Cell]:
+def cells_of(published: str, datasets: Sequence[str], scale: str, options: SimpleNamespace) -> list[Cell]:
     """Return the cells of a published table on some data sets; of its learners on the long-tailed digits."""
     places, text = PUBLISHED[published]
     reverse, cells = published == "mismatched", []
@@ -180,14 +173,13 @@ def cells_of(published: str, datasets: Sequence[str], scale: str, options: argpa
         for place, (column, dataset, counts) in enumerate(places):
             if dataset not in datasets:
                 continue
-            keys = (*counts, *(MISMATCHED.get(row, ()) if reverse else ()), "DATASET.ROOT",
-                    str(options.data_dir / dataset))
-            run = job(row, dataset, column.replace(" ", "_").replace("/", "over"), keys, PUBLISHED_LENGTH)
+            keys = (*counts, *(MISMATCHED.get(row, ()) if reverse else ()), "DATASET.ROOT", f"{{data}}/{dataset}")
+            run = job(row, dataset, column.replace(" ", "_").replace("/", "over"), keys)
             cells.append(Cell(row, column, run, "accuracy", Printed(numbers[2 * place], numbers[2 * place + 1])))
     return cells
 
 
-def table_of(name: str, scale: str, options: argparse.Namespace) -> Table:
+def table_of(name: str, scale: str, options: SimpleNamespace) -> Table:
     """Return one of TABLES; their runs are shared."""
     title, published, datasets = TABLES[name]
     cells = [cell for which in published for cell in cells_of(which, datasets, scale, options)]
@@ -196,15 +188,12 @@ def table_of(name: str, scale: str, options: argparse.Namespace) -> Table:
                  runs=DIGITS if scale == "tiny" else PAPER)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--imbalance", type=int, default=20, metavar="G", help="the digits: the first class has G "
-                        "times the images of the last [20]")
-    parser.add_argument("--args", default="", metavar='"KEY VALUE ..."', help="the digits: further keys of every run")
-
-
-BUILDERS: dict[str, Callable[[str, argparse.Namespace], Table]] = {
-    name: (lambda scale, options, name=name: table_of(name, scale, options)) for name in TABLES}
+MORE_FLAGS = (
+    Option("--imbalance", Int(1), 20, "the digits: the first class has so many times the images of the last"),
+    Option("--args", default="", metavar='"KEY VALUE ..."', help="the digits: further keys of every run"),
+)
+BUILDERS: Tables = {name: (lambda scale, options, name=name: table_of(name, scale, options)) for name in TABLES}
 BUILDERS["digits"] = digits_table
 
 if __name__ == "__main__":
-    serve("DASO.tables", BUILDERS, add_flags)
+    serve("DASO.tables", BUILDERS, MORE_FLAGS)

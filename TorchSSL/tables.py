@@ -1,7 +1,7 @@
 """The tables of TorchSSL and DPT: the runs behind each cell, and what is printed.
 
     python -m TorchSSL.tables                             # which there are
-    python -m TorchSSL.tables cifar10 --list              # its runs, and how long they take here
+    python -m TorchSSL.tables cifar10 --list              # its runs, and what is done
     python -m TorchSSL.tables digits                      # all learners on the handwritten digits, in minutes
     python -m TorchSSL.tables dpt --scale tiny            # the whole machinery on the digits
 
@@ -9,24 +9,19 @@ How they are run, aggregated and written: shared/report/tables.py.
 """
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
-from shared.report.tables import Cell, Job, Printed, Stage, Table, serve
-from TorchSSL import dpt
+from shared.report.tables import Cell, Job, Printed, Stage, Table, Tables, serve
 from TorchSSL.make_configs import CONFIG, LEARNERS
 
 HERE = Path(__file__).resolve().parent
-EDM = HERE.parent / "EDM"
+ROOT = HERE.parent
 # Accuracies of result.json by protocol; the published tables report the best one on the test set.
 PROTOCOLS = {"best on test": "best_on_test", "median of last 20": "median_of_last_20", "last": "last",
              "best on validation": "best_on_validation"}
-PUBLISHED_LENGTH, IMAGENET_LENGTH, DIGITS_LENGTH = 2 ** 20, 2_000_000, 300
-# The diffusion model of DPT sees 200 million images; its steps are timed with batches of 64.
-DIFFUSION_IMAGES, UNIT = 200_000_000, 64
-FID_IMAGES, FID_UNIT = 50_000, 5  # as many are drawn, and timed in such steps
 
 # Rows as "mean std"; "-" where nothing is printed.
 ACCURACY = {
@@ -98,58 +93,53 @@ def read_accuracy(folder: Path) -> dict[str, dict[str, float]]:
     return {"accuracy": percent(result["accuracy"]), "top-5": {"last": 100 * result["last"]["eval/top-5-acc"]}}
 
 
-def learner(name: str, config: Path, length: int, data: Path, *flags: str, job: str = "") -> Job:
+def learner(name: str, config: Path, *flags: str, job: str = "") -> Job:
     """Return the run of one learner with one configuration file. job: its name, where that of the file is another's."""
-
-    def command(out: Path, seed: int, iterations: int | None) -> list[str]:
-        short = [f"--num_train_iter={iterations}", f"--num_eval_iter={iterations}"] if iterations else []
-        return [str(HERE / f"{name}.py"), "--c", str(config), f"--seed={seed}", f"--save_dir={out}", "--save_name=run",
-                f"--data_dir={data}", *flags, *short]
-
-    return Job(job or config.stem.removesuffix("_0"), (Stage("train", command, length),), read_accuracy, (config,))
+    words = (str(HERE / f"{name}.py"), "--c", str(config), "--seed={seed}", "--save_dir={out}", "--save_name=run",
+             "--data_dir={data}", *flags)
+    return Job(job or config.stem.removesuffix("_0"), (Stage("train", words),), read_accuracy, (config,))
 
 
-def on_digits(name: str, data: Path) -> Job:
+def on_digits(name: str) -> Job:
     """Return the run of one learner, or of SUPERVISED, on the digits with 40 labels."""
     if name == SUPERVISED:
         config = CONFIG / ALL_LABELS / f"{ALL_LABELS}_digits_40_0.yaml"
-        return learner(ALL_LABELS, config, DIGITS_LENGTH, data, "--all_labels=False", job="supervised_digits_40")
-    return learner(name, CONFIG / name / f"{name}_digits_40_0.yaml", DIGITS_LENGTH, data)
+        return learner(ALL_LABELS, config, "--all_labels=False", job="supervised_digits_40")
+    return learner(name, CONFIG / name / f"{name}_digits_40_0.yaml")
 
 
-def digits_table(scale: str, options: argparse.Namespace) -> Table:
+def digits_table(scale: str, options: SimpleNamespace) -> Table:
     """Return all learners on the digits, beside the same training on the labelled images alone."""
-    cells = [Cell(f"{name}, all labels" if name == ALL_LABELS else name, "accuracy", on_digits(name, options.data_dir),
-                  "accuracy") for name in (SUPERVISED, *LEARNERS)]
+    cells = [Cell(f"{name}, all labels" if name == ALL_LABELS else name, "accuracy", on_digits(name), "accuracy")
+             for name in (SUPERVISED, *LEARNERS)]
     protocols = ("last", "median of last 20", "best on test")
     return Table("digits", "All learners on the handwritten digits, 40 labels", "nothing",
                  "Accuracy in % on 500 test images", tuple(cells), protocols, base=SUPERVISED, runs=DIGITS)
 
 
-def accuracy_table(dataset: str, scale: str, options: argparse.Namespace) -> Table:
+def accuracy_table(dataset: str, scale: str, options: SimpleNamespace) -> Table:
     """Return the accuracies of all learners on one data set; on the digits with 40 labels where the scale is tiny."""
     labels, text = ACCURACY[dataset]
     cells = []
     for line in text.split("\n")[1:]:
         name, *numbers = line.split()
         if scale == "tiny":
-            cells.append(Cell(name, "digits, 40 labels", on_digits(name, options.data_dir), "accuracy"))
+            cells.append(Cell(name, "digits, 40 labels", on_digits(name), "accuracy"))
             continue
         for i, count in enumerate(labels):
             config = CONFIG / name / f"{name}_{dataset}_{count}_0.yaml"
-            cells.append(Cell(name, f"{count} labels", learner(name, config, PUBLISHED_LENGTH, options.data_dir),
-                              "accuracy", Printed(float(numbers[2 * i]), float(numbers[2 * i + 1]) or None)))
+            cells.append(Cell(name, f"{count} labels", learner(name, config), "accuracy",
+                              Printed(float(numbers[2 * i]), float(numbers[2 * i + 1]) or None)))
     return Table(dataset, f"TorchSSL: accuracy on {dataset}", "README of TorchSSL, seeds 0, 1 and 2",
                  "Accuracy in %", tuple(cells), tuple(PROTOCOLS), runs=DIGITS if scale == "tiny" else "")
 
 
-def imagenet_table(scale: str, options: argparse.Namespace) -> Table:
+def imagenet_table(scale: str, options: SimpleNamespace) -> Table:
     """Return top-1 and top-5 accuracy on ImageNet with 100,000 labels."""
     cells = []
     for name, (top1, top5) in IMAGENET.items():
         config = CONFIG / name / f"{name}_imagenet_100000_0.yaml"
-        job = on_digits(name, options.data_dir) if scale == "tiny" else learner(name, config, IMAGENET_LENGTH,
-                                                                               options.data_dir)
+        job = on_digits(name) if scale == "tiny" else learner(name, config)
         cells += [Cell(name, "top-1", job, "accuracy", Printed(top1)), Cell(name, "top-5", job, "top-5", Printed(top5))]
     return Table("imagenet", "TorchSSL: ImageNet, 100,000 labels", "README of TorchSSL", "Accuracy in %", tuple(cells),
                  ("last", *[name for name in PROTOCOLS if name != "last"]), seeds=(0,),
@@ -170,42 +160,21 @@ def read_dpt(folder: Path) -> dict[str, dict[str, float]]:
     return values
 
 
-def dpt_table(scale: str, options: argparse.Namespace) -> Table:
+def dpt_table(scale: str, options: SimpleNamespace) -> Table:
     """Return DPT on CIFAR-10 with 40 labels: stage 1, its pseudo-labels, stage 2, stage 3."""
     tiny = scale == "tiny"
-    dataset = "digits" if tiny else "cifar10"
-
-    def flags(out: Path, seed: int) -> list[str]:
-        return [f"--dataset={dataset}", f"--seed={seed}", f"--out={out}", f"--data-dir={options.data_dir}"]
-
-    def stage(number: int, length: int) -> Stage:
-        def command(out: Path, seed: int, iterations: int | None) -> list[str]:
-            short = []
-            if iterations:
-                classifier = f"--num_train_iter={iterations} --num_eval_iter={iterations}"
-                diffusion = f"--batch={UNIT} --duration={iterations * UNIT / 1e6} --tick=1 --snap=1 --dump=1"
-                short = [f"--stage1-args={classifier}", f"--stage2-args={diffusion}", f"--stage3-args={classifier}",
-                         "--images-per-class=2"]
-            return [str(HERE / "dpt.py"), *flags(out, seed), f"--stages={number}", *short]
-
-        return Stage(f"stage{number}", command, length)
-
-    def fid(out: Path, seed: int, iterations: int | None) -> list[str]:
-        run = dpt.Experiment(dpt.parse([*flags(out, seed), "--gpus=1"]), seed, out)
-        network = f"--network={run.model_folder()}/network-snapshot-latest.pkl"
-        if tiny:
-            return [str(EDM / "evaluate.py"), f"--outdir={out / 'fid'}", f"--data={dataset}", network,
-                    "--per-class=100", "--metrics=fid", f"--seed={seed}"]
-        # The images of the training set are also those with pseudo-labels.
-        return [str(EDM / "fid.py"), "calc", network, f"--ref={run.stage1}/{run.zip_name}.zip",
-                f"--seeds=0-{(iterations * FID_UNIT if iterations else FID_IMAGES) - 1}",
-                f"--json={out / 'fid' / 'result.json'}"]
-
-    lengths = (PUBLISHED_LENGTH, DIFFUSION_IMAGES // UNIT, PUBLISHED_LENGTH)
+    dataset, labels, size = ("digits", 10, 8) if tiny else ("cifar10", 40, 32)
+    name = f"freematch-{labels}-seed{{seed}}-{dataset}-{size}x{size}"  # of the folder of stage 2, as run_all.sh has it
+    network = f"--network={{out}}/training-runs/{name}/network-snapshot-latest.pkl"
+    stages = [Stage(f"stage{number}", (str(ROOT / "run_all.sh"), f"--dataset={dataset}", "--seed={seed}", "--out={out}",
+                                       "--data-dir={data}", f"--stages={number}")) for number in (1, 2, 3)]
     if tiny:
-        lengths = (DIGITS_LENGTH, 80_000 // UNIT, DIGITS_LENGTH)
-    stages = [stage(i, length) for i, length in enumerate(lengths, start=1)]
-    stages.append(Stage("fid", fid, None if tiny else FID_IMAGES // FID_UNIT))
+        fid = ("EDM/evaluate.py", "--outdir={out}/fid", f"--data={dataset}", network, "--per-class=100",
+               "--metrics=fid", "--seed={seed}")
+    else:  # the images of the training set are also those with pseudo-labels
+        reference = f"{{out}}/saved_models/freematch_{dataset}_{labels}_{{seed}}/{name}.zip"
+        fid = ("EDM/fid.py", "calc", network, f"--ref={reference}", "--seeds=0-49999", "--json={out}/fid/result.json")
+    stages.append(Stage("fid", (str(ROOT / fid[0]), *fid[1:])))
     job = Job(f"dpt_{dataset}", tuple(stages), read_dpt)
     cells = tuple(Cell("DPT", column, job, column, printed) for column, printed in
                   {"stage1 error": None, "pseudo-label error": None, "FID": None, "stage3 error": DPT_ERROR}.items())
@@ -216,7 +185,7 @@ def dpt_table(scale: str, options: argparse.Namespace) -> Table:
                       "what the paper has for it is not at hand.")
 
 
-TABLES: dict[str, Callable[[str, argparse.Namespace], Table]] = {
+TABLES: Tables = {
     **{name: (lambda scale, options, name=name: accuracy_table(name, scale, options)) for name in ACCURACY},
     "imagenet": imagenet_table,
     "digits": digits_table,

@@ -7,36 +7,51 @@ table (table.json), or a folder that holds some. The file needs no server, no ne
 """
 from __future__ import annotations
 
+import base64
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from shared.cli import Parser, UserError, run_main
-from shared.report.__main__ import table_report, web_page
-from shared.report.table_report import TINY
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
+
+from shared.cli import Option, UserError, parse, run_main
+from shared.report.plots import svg_chart
+from shared.report.table_report import TINY, about, grids, hardware_text
 from shared.training.files import atomic, make_dir
 from shared.training.progress import duration
 
-FILES = ("table.json", "report.json", "result.json", "stats.jsonl", "metrics.json")
+FLAGS = (
+    Option("runs", required=True, many=True, metavar="RUN", help="output folder of a run, table or run_all.sh"),
+    Option("--out", default="report.html", metavar="FILE", help="the page"),
+    Option("--title", help="its title", default_help="the names of the folders"),
+)
+CONTENT_FILES, CURVE_FILES = ("table.json", "report.json", "result.json"), ("stats.jsonl", "metrics.json")
 DEEPEST = 5  # folders below RUN that are searched
 MOST_PICTURES = 12
 MOST_ROWS = 12  # of single runs beside a table of a paper; more are shown on request
 MOST_LINES = 10  # of a chart; where there are more, those that differ in the seed alone are averaged
+MOST_POINTS = 400  # of a line; more are not seen
 SEED = re.compile(r"[/_]seed_\d+(?=/|$)|/run(?=/|$)")
 # What a run logs about itself rather than about its method.
 HOUSEKEEPING = ("timestamp", "time", "Timing/", "Resources/", "Progress/", "images_per_second", "train/prefecth_time",
                 "train/run_time", "step", "seconds")
 STEPS = {"Progress/kimg": "thousands of images", "step": "step", "iteration": "iteration"}
+CAPTIONS = {"table": "Measured (dots) and printed (squares), with standard deviations"}
 Curve = tuple[list[float], list[float]]  # steps, values
+Part = dict[str, Any]  # of the page: "kind" and what page.html shows of this kind
+
+
+# ---------------------------------------------------------------- what is in the folders
 
 
 @dataclass
-class Found:
+class Output:
     """One folder and what is in it. curves: metric -> (steps, values); xlabel: what the steps are."""
     name: str
     folder: Path
@@ -45,33 +60,35 @@ class Found:
     xlabel: str = "step"
 
 
-def search(root: Path, prefix: str) -> list[Found]:
+def search(root: Path, prefix: str) -> list[Output]:
     """Return the folders at and below `root` that hold results, in order of their paths; names start with `prefix`."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; expected the output folder of a run")
     folders = [root, *(path for path in sorted(root.rglob("*"))
                        if path.is_dir() and len(path.relative_to(root).parts) <= DEEPEST)]
-    found = [read(folder, root, prefix) for folder in folders if any((folder / name).is_file() for name in FILES)]
+    names = CONTENT_FILES + CURVE_FILES
+    found = [read(folder, root.name if folder == root else f"{prefix}{folder.relative_to(root)}")
+             for folder in folders if any((folder / name).is_file() for name in names)]
     if not found:
-        raise UserError(f"{root} holds none of {', '.join(FILES)}; expected the output folder of a run")
+        raise UserError(f"{root} holds none of {', '.join(names)}; expected the output folder of a run")
     return found
 
 
-def read(folder: Path, root: Path, prefix: str) -> Found:
-    found = Found(root.name if folder == root else f"{prefix}{folder.relative_to(root)}", folder)
-    for name in FILES[:3]:
-        if (folder / name).is_file():
+def read(folder: Path, name: str) -> Output:
+    output = Output(name, folder)
+    for file in CONTENT_FILES:
+        if (folder / file).is_file():
             try:
-                found.files[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+                output.files[file] = json.loads((folder / file).read_text(encoding="utf-8"))
             except ValueError as error:
-                raise UserError(f"{folder / name} is damaged: {error}") from None
-    for name in FILES[3:]:
-        if (folder / name).is_file():
-            read_curves(found, folder / name)
-    return found
+                raise UserError(f"{folder / file} is damaged: {error}") from None
+    for file in CURVE_FILES:
+        if (folder / file).is_file():
+            read_curves(output, folder / file)
+    return output
 
 
-def read_curves(found: Found, path: Path) -> None:
+def read_curves(output: Output, path: Path) -> None:
     """Add the numbers of a file of JSON lines, each a number or {"mean": number}; a line cut short is left out."""
     for count, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
         try:
@@ -83,27 +100,114 @@ def read_curves(found: Found, path: Path) -> None:
         values = {key: value["mean"] if isinstance(value, dict) and "mean" in value else value
                   for key, value in line.items()}
         key = next((key for key in STEPS if isinstance(values.get(key), (int, float))), None)
-        found.xlabel = STEPS[key] if key else "line"
+        output.xlabel = STEPS[key] if key else "line"
         for name, value in values.items():
             if isinstance(value, (int, float)) and not name.startswith(HOUSEKEEPING):
-                steps, numbers = found.curves.setdefault(name, ([], []))
+                steps, numbers = output.curves.setdefault(name, ([], []))
                 steps.append(float(values[key]) if key else float(count))
                 numbers.append(float(value))
 
 
-def charts(runs: Sequence[Found]) -> list[str]:
-    """Return one chart per metric, with a line for every run that has it; losses and accuracies first."""
-    names = sorted({name for run in runs for name in run.curves},
+# ---------------------------------------------------------------- what the page shows of them
+
+
+def build(folders: Sequence[Path], title: str) -> str:
+    """Return the page about these folders: tables of papers, results of all runs, single runs, curves."""
+    outputs = [output for folder in folders for output in search(folder, f"{folder.name}/" * (len(folders) > 1))]
+    tables, others = ([output for output in outputs if ("table.json" in output.files) is table]
+                      for table in (True, False))
+    results = accuracies(outputs)
+    if tables and len(others) > MOST_ROWS:
+        results = [{**part, "fold": "Accuracy of every run"} for part in results]
+    shown = {output.name: parts_of(output) for output in others}
+    own = {name for name, parts in shown.items() if any(part["kind"] == "picture" for part in parts)}
+    sections = [
+        *({"title": output.name, "parts": parts_of(output)} for output in tables),
+        {"title": "Results", "parts": results},
+        *({"title": name, "parts": shown[name]} for name in shown if name in own),
+        {"title": "Single runs", "parts": [part for name, parts in shown.items() if parts and name not in own
+                                           for part in ({"kind": "h3", "text": name}, *parts)]},
+        {"title": "Curves", "parts": charts(outputs), "charts": True}]
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page.filters["breakable"] = breakable
+    return page.get_template("page.html").render(title=title, sections=[part for part in sections if part["parts"]])
+
+
+def breakable(text: Any) -> Markup:
+    """Let a path be broken after its slashes and underscores, or its column leaves no room on a phone."""
+    return Markup(re.sub(r"(?<=[/_])", "<wbr>", str(escape(text))))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, fold: str = "", **more: Any) -> Part:
+    """Return a table whose first column names the rows; with `fold` it is opened on request."""
+    return {"kind": "table", "head": head, "rows": rows, "caption": caption, "fold": fold, **more}
+
+
+def parts_of(output: Output) -> list[Part]:
+    """Return what is to be shown of one folder: tables, facts, confusion matrix and pictures."""
+    parts = paper_table(output.files["table.json"]) if "table.json" in output.files else []
+    for name in ("report.json", "result.json"):
+        content = output.files.get(name, {})
+        rows = [[key.replace("_", " "), number(value) if isinstance(value, float) else value]
+                for key, value in content.items() if isinstance(value, (str, int, float)) and value == value]
+        parts += [table(["", ""], rows, name, fold=name)] * bool(rows)
+        counts, classes = content.get("confusion_matrix"), content.get("classes")
+        if counts and classes and len(classes) == len(counts):
+            rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
+            parts.append(table(["true \\ predicted", *classes], rows, "Confusion matrix, images of the test set",
+                               fold="Confusion matrix", shaded=True))
+    pictures = sorted(output.folder.glob("*.png"))
+    for path in pictures[:MOST_PICTURES]:
+        data = path.read_bytes()
+        width = int.from_bytes(data[16:20], "big")  # of the PNG header
+        parts.append({"kind": "picture", "text": CAPTIONS.get(path.stem, path.stem.replace("_", " ")),
+                      "width": width, "data": data_address(data, "png")})
+    if len(pictures) > MOST_PICTURES:
+        parts.append({"kind": "p", "text": f"{len(pictures) - MOST_PICTURES} more pictures are in the folder."})
+    return parts
+
+
+def paper_table(content: Mapping[str, Any]) -> list[Part]:
+    """Return a table of a paper: measured, printed, and what stands behind every cell."""
+    notes = [TINY.replace("`", "")] * (content["scale"] == "tiny") + [content["note"]] * bool(content["note"])
+    parts: list[Part] = [{"kind": "aside", "text": note} for note in notes]
+    for title, head, rows in grids(content):
+        # Measured, printed, their distance: one below the other.
+        lines = [[row[0], *(text.replace(" (", "\n").replace("; ", "\n").rstrip(")") for text in row[1:])]
+                 for row in rows]
+        parts.append(table(head, lines, title.rstrip(":") or content["title"], fold=title.rstrip(":")))
+    parts.append({"kind": "p", "text": about(content)})
+    runs = [[f"{cell['row']}, {cell['column']}", run["seed"], run["commit"], duration(run["seconds"]),
+             hardware_text(run["hardware"]), ", ".join(run["configs"]) or "command line", run["folder"],
+             ", ".join(run["logs"])] for cell in content["cells"] for run in cell["runs"]]
+    head = ["cell", "seed", "commit", "time", "hardware", "configuration", "folder", "logs"]
+    return parts + [table(head, runs, "Runs", fold="Runs behind the cells")] * bool(runs)
+
+
+def accuracies(outputs: Sequence[Output]) -> list[Part]:
+    """Return the accuracies of all runs by protocol, as one table."""
+    found = {output.name: output.files["result.json"]["accuracy"] for output in outputs
+             if isinstance(output.files.get("result.json", {}).get("accuracy"), Mapping)}
+    protocols = list(dict.fromkeys(key for values in found.values() for key, value in values.items()
+                                   if isinstance(value, float)))
+    rows = [[name, *(f"{100 * values[key]:.2f}" if isinstance(values.get(key), float) else "–" for key in protocols)]
+            for name, values in found.items()]
+    head = ["run", *(key.replace("_", " ") for key in protocols)]
+    return [table(head, rows, "Accuracy in % on the test set, by protocol")] * bool(rows)
+
+
+def charts(outputs: Sequence[Output]) -> list[Part]:
+    """Return one chart per metric, with a line for every run that has it; accuracies and losses first."""
+    names = sorted({name for output in outputs for name in output.curves},
                    key=lambda name: (not any(word in name.lower() for word in ("acc", "top1", "fid")),
                                      "loss" not in name.lower(), name))
     drawn = []
     for name in names:
-        having = [run for run in runs if name in run.curves]
-        labels = dict.fromkeys(run.xlabel for run in having)
-        lines = {run.name: run.curves[name] for run in having}
-        drawn.append(web_page.chart(name, lines if len(lines) <= MOST_LINES else over_seeds(lines),
-                                    " or ".join(labels)))
-    return ['<div class="charts">', *filter(None, drawn), "</div>"] if any(drawn) else []
+        having = [output for output in outputs if name in output.curves]
+        lines = {output.name: output.curves[name] for output in having}
+        drawn += chart(name, lines if len(lines) <= MOST_LINES else over_seeds(lines),
+                       " or ".join(dict.fromkeys(output.xlabel for output in having)))
+    return drawn
 
 
 def over_seeds(lines: Mapping[str, Curve]) -> dict[str, Curve]:
@@ -116,109 +220,38 @@ def over_seeds(lines: Mapping[str, Curve]) -> dict[str, Curve]:
             for key, names in groups.items()}
 
 
-def accuracy_rows(runs: Sequence[Found]) -> list[str]:
-    """Return the accuracies of all runs by protocol, as one table."""
-    having = [(run.name, run.files["result.json"]["accuracy"]) for run in runs
-              if isinstance(run.files.get("result.json", {}).get("accuracy"), Mapping)]
-    if not having:
+def chart(title: str, lines: Mapping[str, Curve], xlabel: str) -> list[Part]:
+    """Return a line chart, told in words too; nothing without a finite value."""
+    thinned = {name: (thin(x), thin(y)) for name, (x, y) in lines.items()}
+    finite = [value for _, y in thinned.values() for value in y if math.isfinite(value)]
+    if not finite:
         return []
-    protocols = list(dict.fromkeys(key for _, accuracy in having for key, value in accuracy.items()
-                                   if isinstance(value, float)))
-    rows = [[name, *(f"{100 * accuracy[key]:.2f}" if isinstance(accuracy.get(key), float) else "–"
-                     for key in protocols)] for name, accuracy in having]
-    return [web_page.table(["run", *(key.replace("_", " ") for key in protocols)], rows,
-                           "Accuracy in % on the test set, by protocol")]
+    last = ", ".join(f"{name} {number(y[-1])}" for name, (_, y) in thinned.items())
+    text = f"{title} over {xlabel}, from {number(min(finite))} to {number(max(finite))}; last: {last}"
+    drawn = svg_chart(thinned, title, xlabel)
+    return [{"kind": "chart", "text": text, "data": data_address(drawn.encode(), "svg+xml")}]
 
 
-def facts(content: Mapping[str, Any], caption: str) -> str:
-    """Return the plain numbers and words of a result as a table that opens on request."""
-    rows = [[key.replace("_", " "), web_page.number(value) if isinstance(value, float) else value]
-            for key, value in content.items() if isinstance(value, (str, int, float)) and value == value]
-    return web_page.details(caption, web_page.table(["", ""], rows, caption)) if rows else ""
+def thin(values: Sequence[float]) -> list[float]:
+    """Return every n-th value, and the last one, so that about MOST_POINTS are left."""
+    step = -(-len(values) // MOST_POINTS)
+    return [*values[:-1:step], values[-1]]
 
 
-def paper_table(content: Mapping[str, Any]) -> list[str]:
-    """Return a table of a paper: measured, printed, and what stands behind every cell."""
-    notes = [TINY.replace("`", "")] * (content["scale"] == "tiny") + [content["note"]] * bool(content["note"])
-    parts = [f'<p class="note">{escape(note)}</p>' for note in notes]
-    for title, head, rows in table_report.grids(content):
-        # Measured, printed, their distance: one below the other.
-        lines = [[row[0], *(text.replace(" (", "\n").replace("; ", "\n").rstrip(")") for text in row[1:])]
-                 for row in rows]
-        grid = web_page.table(head, lines, title.rstrip(":") or content["title"])
-        parts.append(web_page.details(title.rstrip(":"), grid) if title else grid)
-    parts.append(f"<p>{escape(table_report.about(content))}</p>")
-    runs = [[f"{cell['row']}, {cell['column']}", run["seed"], run["commit"], duration(run["seconds"]),
-             table_report.hardware_text(run["hardware"]), ", ".join(run["configs"]) or "command line", run["folder"],
-             ", ".join(run["logs"])]
-            for cell in content["cells"] for run in cell["runs"]]
-    if runs:
-        head = ["cell", "seed", "commit", "time", "hardware", "configuration", "folder", "logs"]
-        parts.append(web_page.details("Runs behind the cells", web_page.table(head, runs, "Runs")))
-    return parts
+def number(value: float) -> str:
+    """Return a number short enough for a table: 0.9512, 1.3e-05, 1200."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e6 else f"{value:.4g}"
 
 
-def about(run: Found) -> list[str]:
-    """Return the section of one folder: tables, facts, confusion matrix and pictures."""
-    parts: list[str] = []
-    if "table.json" in run.files:
-        parts += paper_table(run.files["table.json"])
-    for name in ("report.json", "result.json"):
-        content = run.files.get(name, {})
-        if content:
-            parts.append(facts(content, name))
-        counts, classes = content.get("confusion_matrix"), content.get("classes")
-        if counts and classes and len(classes) == len(counts):
-            parts.append(web_page.details("Confusion matrix", web_page.matrix(
-                counts, classes, "Confusion matrix, images of the test set")))
-    pictures = sorted(run.folder.glob("*.png"))
-    known = {"table": "Measured (dots) and printed (squares), with standard deviations"}
-    parts += [web_page.picture(path, known.get(path.stem, path.stem.replace("_", " ")))
-              for path in pictures[:MOST_PICTURES]]
-    if len(pictures) > MOST_PICTURES:
-        parts.append(f"<p>{len(pictures) - MOST_PICTURES} more pictures are in the folder.</p>")
-    return [part for part in parts if part]
-
-
-def build(folders: Sequence[Path], title: str) -> str:
-    """Return the page about these folders: tables of papers, results of all runs, single runs, curves."""
-    runs = [run for folder in folders for run in search(folder, f"{folder.name}/" if len(folders) > 1 else "")]
-    links: dict[str, str] = {}
-    body: list[str] = []
-
-    def add(anchor: str, heading: str, parts: Sequence[str]) -> None:
-        if parts:
-            links[anchor] = heading
-            body.append(web_page.section(anchor, heading, parts))
-
-    tables, others = ([run for run in runs if ("table.json" in run.files) is table] for table in (True, False))
-    for i, run in enumerate(tables):
-        add(f"table{i}", run.name, about(run))
-    overview = accuracy_rows(runs)
-    if tables and overview and len(others) > MOST_ROWS:
-        overview = [web_page.details("Accuracy of every run", overview[0])]
-    add("results", "Results", overview)
-    short = []
-    for i, run in enumerate(others):
-        parts = about(run)
-        if any("<img" in part for part in parts):
-            add(f"run{i}", run.name, parts)
-        elif parts:
-            short += [f"<h3>{escape(run.name)}</h3>", *parts]
-    add("runs", "Single runs", short)
-    add("curves", "Curves", charts(runs))
-    return web_page.page(title, links, body)
+def data_address(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run, table or run_all.sh")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="[report.html]")
-    parser.add_argument("--title", default=None, help="[the names of the folders]")
-    options = parser.parse_args(argv)
-    folders = [folder.resolve() for folder in options.runs]
+    options = parse(__doc__, FLAGS, argv)
+    folders = [Path(folder).resolve() for folder in options.runs]
     text = build(folders, options.title or ", ".join(dict.fromkeys(folder.name for folder in folders)))
-    make_dir(options.out.parent)
+    make_dir(Path(options.out).parent)
     with atomic(options.out, "w") as file:
         file.write(text)
     print(f"{options.out}: {len(text) / 1e6:.1f} MB")

@@ -1,19 +1,20 @@
-"""Pictures of a report: image grids, curves, heat maps, confusion matrices. Each function writes one PNG file."""
+"""Pictures of a report: image grids, curves, heat maps, confusion matrices, as PNG files; charts for a page, as SVG."""
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from shared.training.files import atomic
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 # Above this many classes the counts inside the cells and the class names become unreadable and are left out.
 READABLE_CLASSES = 20
+LINE_STYLES = ("-", "--", ":", "-.", (0, (12, 4)), (0, (4, 2)), (0, (1, 2)))  # told apart without colours too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's palette
 
 
 def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: str = "",
@@ -44,7 +45,7 @@ def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: s
                 canvas[top:top + height * scale, left:left + width * scale] = pixels.repeat(scale, 0).repeat(scale, 1)
     names = [str(name) for name in rows]
     margin = 0.1 * max(len(name) for name in names) + 0.3  # inches
-    figure = _figure(canvas.shape[1] / 100 + margin, canvas.shape[0] / 100 + (0.4 if title else 0.1))
+    figure = Figure((canvas.shape[1] / 100 + margin, canvas.shape[0] / 100 + (0.4 if title else 0.1)))
     inches = figure.get_size_inches()
     axes = figure.add_axes((margin / inches[0], 0.05 / inches[1],
                             canvas.shape[1] / 100 / inches[0], canvas.shape[0] / 100 / inches[1]))
@@ -59,13 +60,13 @@ def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: s
 
 
 def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], path: str | os.PathLike,
-           xlabels: Mapping[str, str] | None = None, shares: bool = False, log_x: Collection[str] = ()) -> None:
+           xlabels: Mapping[str, str] | None = None, fractions: bool = False, log_x: Collection[str] = ()) -> None:
     """Write panels side by side: panel title -> line name -> (x, y). `xlabels`: panel title -> text below its axis.
 
-    Values that are not finite leave gaps in their line. shares: values from 0 to 1, to be compared between the panels.
+    Values that are not finite leave gaps in their line. fractions: all values are from 0 to 1, drawn on one scale.
     log_x: titles of the panels with a logarithmic x axis.
     """
-    figure = _figure(4.2 * max(1, len(panels)), 3.2)
+    figure = Figure((4.2 * max(1, len(panels)), 3.2))
     for position, (title, lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), position)
         for name, (x, y) in lines.items():
@@ -73,7 +74,7 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
         axes.set_title(title, fontsize=10)
         axes.set_xlabel((xlabels or {}).get(title, ""), fontsize=9)
         axes.grid(alpha=0.3)
-        if shares:
+        if fractions:
             axes.set_ylim(-0.02, 1.02)
         if title in log_x:
             axes.set_xscale("log")
@@ -89,18 +90,18 @@ def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str
 
     labels: what is written beside the rows and below the columns.
 
-    The colour is the share of the row (true class); the text in a cell is the count.
+    The colour is the fraction of the row (true class); the text in a cell is the count.
     """
     names = [str(name) for name in classes]
     size = min(12.0, max(3.2, 0.38 * len(names)))
-    figure = _figure((size + 0.8) * len(matrices), size + 0.9)
+    figure = Figure(((size + 0.8) * len(matrices), size + 0.9))
     for position, (title, counts) in enumerate(matrices.items(), start=1):
         counts = np.asarray(counts)
         if counts.shape != (len(names), len(names)):
             raise ValueError(f"{title}: expected counts for {len(names)} classes, got shape {counts.shape}")
-        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        fraction = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         axes = figure.add_subplot(1, len(matrices), position)
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(labels[1], fontsize=9)
         axes.set_ylabel(labels[0], fontsize=9)
@@ -111,7 +112,7 @@ def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str
         axes.set_yticks(range(len(names)), names, fontsize=8)
         for (row, column), count in np.ndenumerate(counts):
             if count:
-                colour = "white" if share[row, column] > 0.5 else "black"
+                colour = "white" if fraction[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=colour)
     figure.tight_layout()
     _save(figure, path)
@@ -129,7 +130,7 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] |
     rows = max(len(lines) for lines in panels.values())
     alike = len({tuple(lines) for lines in panels.values()}) == 1
     names = 0.08 * max(len(str(name)) for lines in panels.values() for name in lines)  # inches
-    figure = _figure(2.6 * across + names * (1 if alike else across) + 0.4, (1.1 + 0.28 * rows) * down + 0.5)
+    figure = Figure((2.6 * across + names * (1 if alike else across) + 0.4, (1.1 + 0.28 * rows) * down + 0.5))
     shown = {}
     for position, (panel, lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(down, across, position)
@@ -164,7 +165,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], pa
     values = np.asarray(values, np.float64)
     if values.shape != (len(rows), len(columns)):
         raise ValueError(f"expected values [{len(rows)}, {len(columns)}], got {list(values.shape)}")
-    figure = _figure(1.8 + 0.62 * len(columns), 1.3 + 0.42 * len(rows))
+    figure = Figure((1.8 + 0.62 * len(columns), 1.3 + 0.42 * len(rows)))
     axes = figure.add_subplot(1, 1, 1)
     drawn = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", aspect="auto")
     figure.colorbar(drawn, ax=axes, fraction=0.03)
@@ -183,14 +184,20 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], pa
     _save(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
-    # The canvas without pyplot: no window system is asked for, and nothing is left in a global list of figures.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=100)
-    FigureCanvasAgg(figure)
-    return figure
+def svg_chart(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, xlabel: str) -> str:
+    """Return a line chart as SVG: line name -> (x, y); values that are not finite leave gaps."""
+    figure = Figure((4.2, 2.8 + 0.17 * len(lines)), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, (x, y)) in enumerate(lines.items()):
+        axes.plot(x, y, linestyle=LINE_STYLES[number % 7], color=COLOURS[number % 7], label=f"{name}: {y[-1]:.4g}",
+                  marker="." if len(x) < 3 else None)
+    axes.set(title=title, xlabel=xlabel)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    drawn = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fewlabel"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:

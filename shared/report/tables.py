@@ -1,6 +1,6 @@
 """A table of a paper as a command: the runs it needs are run or continued, aggregated and compared with print.
 
-    python -m TorchSSL.tables cifar10 --list              # the runs, what is done, hours still needed
+    python -m TorchSSL.tables cifar10 --list              # the runs, and what is done
     python -m TorchSSL.tables cifar10 --only fixmatch     # run what is missing, write table.md, .csv, .json and .png
     python -m TorchSSL.tables cifar10 --scale tiny        # the same machinery on the digits, in minutes
 
@@ -12,150 +12,386 @@ the process that computes it.
 """
 from __future__ import annotations
 
-import argparse
+import hashlib
+import json
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
-from collections import Counter
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import IO, Any
 
-from shared.cli import Parser, UserError, nearest, run_main
-from shared.report.table_report import write_table
-from shared.report.table_runs import (
-    Cell,
-    Job,
-    Printed,
-    Stage,
-    Table,
-    Task,
-    Values,
-    estimate,
-    run_tasks,
-    submit,
-    untried,
-)
-from shared.training.files import lock, make_dir
-from shared.training.hardware import machine
+from shared.cli import Choice, Flag, Float, Int, Option, UserError, nearest, parse, run_main
+from shared.report.table_report import measure, write_table
+from shared.training.files import InUse, atomic, in_use, lock
+from shared.training.precision import commit, machine
 from shared.training.progress import duration
 
-__all__ = ["Cell", "Job", "Printed", "Stage", "Table", "Values", "main", "serve"]
+ROOT = Path(__file__).resolve().parents[2]
+LOCK = ".table.lock"  # of a run; the programs that it consists of may lock the same folder
+Values = Mapping[str, Mapping[str, float]]  # metric -> protocol -> value, in the unit of the table
 
 
-def options_of(paper: str, tables: Mapping[str, Callable[[str, argparse.Namespace], Table]], argv: Sequence[str] | None,
-               add_flags: Callable[[argparse.ArgumentParser], None] | None) -> argparse.Namespace:
-    parser = Parser(description="Run, aggregate and compare a table of the paper. Tables: " + ", ".join(tables))
-    parser.add_argument("table", nargs="?", help="which one; without it they are listed")
-    parser.add_argument("--scale", choices=("paper", "tiny"), default="paper",
-                        help="tiny: the digits and short runs, to try everything out in minutes [paper]")
-    parser.add_argument("--out", type=Path, default=Path("tables", paper), metavar="DIR",
-                        help=f"folder of the runs [./tables/{paper}]")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="the data sets [./data]")
-    parser.add_argument("--seeds", type=int, default=None, metavar="N", help="how many, fewer or more [the paper's]")
-    parser.add_argument("--only", default="", metavar="TEXT,...", help="rows or columns that contain one of these")
-    parser.add_argument("--list", action="store_true", help="only list the runs, with the hours needed")
-    parser.add_argument("--no-estimate", action="store_true", help="do not time a few steps before the paper's runs")
-    parser.add_argument("--aggregate", action="store_true", help="run nothing; write the table of what there is")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, without --gpus [1]")
-    parser.add_argument("--gpus", default="", metavar="0,1,...", help="one run at a time on each of these")
-    parser.add_argument("--slurm", default=None, metavar="PARTITION", help="every run as a SLURM job (submitit)")
-    parser.add_argument("--slurm-hours", type=float, default=48.0, metavar="H", help="time limit of a SLURM job [48]")
-    parser.add_argument("--slurm-gpus", type=int, default=1, metavar="N", help="GPUs of a SLURM job [1]")
-    parser.add_argument("--slurm-args", default="", metavar='"KEY=VALUE ..."', help="further options of sbatch, for "
-                        'instance "account=us cpus-per-task=8"')
-    parser.add_argument("--slurm-restarts", type=int, default=20, metavar="N", help="how often a job that the time "
-                        "limit ends goes on [20]")
-    parser.add_argument("--run", default=None, metavar="JOB/seed_S", help="only this run; what a SLURM job calls")
-    if add_flags:
-        add_flags(parser)
-    options = parser.parse_args(argv)
-    if options.table is not None and options.table not in tables:
+@dataclass(frozen=True)
+class Stage:
+    """One command of a run.
+
+    words: what follows `python`, or a shell script and its arguments. {out}, {data} and {seed} in them stand for the
+    folder of the run, that of the data sets, and the seed.
+    """
+    name: str
+    words: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What fills one or more cells: its stages run in order, once per seed.
+
+    name        folder of the run
+    stages      the commands; each continues what it finds in the folder when it is started again
+    read        folder of the finished run -> metric -> protocol -> value
+    configs     files whose content belongs to the identity of the run
+    first_seed  {seed} in the commands of seed 0
+    """
+    name: str
+    stages: tuple[Stage, ...]
+    read: Callable[[Path], Values]
+    configs: tuple[Path, ...] = ()
+    first_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A number of the paper: mean, and standard deviation where it is printed."""
+    mean: float
+    std: float | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    row: str
+    column: str
+    job: Job
+    metric: str
+    printed: Printed | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """source: where the printed numbers stand. protocols: the first is that of the paper. seeds: those of the paper.
+    base: a row with which the others are compared, seed by seed. runs: the folder of the runs, for tables that share
+    them; "": the table's own."""
+    name: str
+    title: str
+    source: str
+    unit: str
+    cells: tuple[Cell, ...]
+    protocols: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    note: str = ""
+    base: str = ""
+    runs: str = ""
+
+    def view(self, name: str, title: str, scale: str, keep: Callable[[Cell], bool]) -> Table:
+        """Return a table of the cells to keep, that shares the runs of this one."""
+        return replace(self, name=name, title=title, cells=tuple(filter(keep, self.cells)),
+                       runs=self.runs or f"{self.name}-{scale}")
+
+    def jobs(self) -> list[Job]:
+        return list({cell.job.name: cell.job for cell in self.cells}.values())
+
+    def first_seeds(self, count: int | None) -> tuple[int, ...]:
+        """Return so many seeds: the paper's, then the numbers after the last of them; None: the paper's."""
+        last = self.seeds[-1]
+        return self.seeds if count is None else (*self.seeds, *range(last + 1, last + 1 + count))[:count]
+
+
+# ---------------------------------------------------------------- one run
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job with one seed, in its folder."""
+    job: Job
+    seed: int
+    folder: Path
+    data_dir: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.job.name}/seed_{self.seed}"
+
+    def words(self, stage: Stage) -> list[str]:
+        """Return the words of a stage's command."""
+        values = {"{out}": self.folder, "{data}": self.data_dir, "{seed}": self.job.first_seed + self.seed}
+        words = list(stage.words)
+        for place, value in values.items():
+            words = [word.replace(place, str(value)) for word in words]
+        return words
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two runs the same: the commands, without the places of this machine, and the files."""
+        places = {str(self.folder): "{out}", str(self.data_dir): "{data}", str(ROOT): "{root}"}
+        commands = {stage.name: self.words(stage) for stage in self.job.stages}
+        for place, name in places.items():
+            commands = {key: [word.replace(place, name) for word in words] for key, words in commands.items()}
+        return {"commands": commands, "seed": self.seed,
+                "configs": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.job.configs}}
+
+    def record(self) -> dict[str, Any]:
+        """Return run.json, {} where there is none; raise UserError where the folder holds a run of another identity."""
+        path = self.folder / "run.json"
+        # Looked at first: another process writes run.json, under a hidden name until it is whole, before anything else.
+        holds_files = self.folder.exists() and any(not entry.name.startswith(".") for entry in self.folder.iterdir())
+        if not path.exists():
+            if holds_files:
+                raise UserError(f"{self.folder} holds files but no run.json: it is not a run of this table; move it "
+                                "away or give another --out")
+            return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(self.identity()))
+        changed = [key for key in wanted if found["identity"].get(key) != wanted[key]]
+        if changed:
+            raise UserError(f"{self.folder} was made with other {' and '.join(changed)} than the table's, so it does "
+                            "not count; move it away or give another --out")
+        return found
+
+    def finished(self) -> bool:
+        return self.record().get("state") == "finished"
+
+    def state(self) -> str:
+        """Return not run, running, interrupted or finished."""
+        state = self.record().get("state", "not run")
+        return "interrupted" if state == "running" and not in_use(self.folder, LOCK) else state
+
+    def write(self, **values: Any) -> None:
+        content = {"identity": self.identity(), **self.record(), **values}
+        with atomic(self.folder / "run.json", "w") as file:
+            json.dump(content, file, indent=1)
+
+
+def compute(task: Task, environment: Mapping[str, str], held: IO) -> None:
+    """Run or continue one run; the caller holds its lock."""
+    found = task.record()
+    done: dict[str, float] = found.get("stages", {})
+    processor: dict[str, float] = found.get("processor", {})
+    facts = {"commit": commit(), "hardware": machine(), "threads": environment.get("OMP_NUM_THREADS")}
+    earlier = [*found.get("earlier", []), {name: found[name] for name in facts}] if found else []
+    task.write(state="running", stages=done, earlier=earlier, **facts)
+    for path in task.job.configs:  # beside the log, for whoever looks at the run
+        shutil.copyfile(path, task.folder / path.name)
+    for stage in task.job.stages:
+        if stage.name not in done:
+            took = call(task.words(stage), task.folder / f"{stage.name}.log", environment, held)
+            done[stage.name], processor[stage.name] = (round(seconds, 2) for seconds in took)
+            task.write(stages=done, processor=processor)
+    try:
+        result = task.job.read(task.folder)
+    except (OSError, ValueError, LookupError, StopIteration) as error:
+        raise UserError(f"its result cannot be read, {type(error).__name__}: {error} (in {task.folder})") from error
+    task.write(state="finished", result=result)
+
+
+def call(words: Sequence[str], log: Path, environment: Mapping[str, str], held: IO) -> tuple[float, float]:
+    """Run a command, its output in `log`; return its seconds and those of processors on this machine.
+
+    Raises UserError with the last line of the log if it fails.
+    """
+    program = "bash" if words[0].endswith(".sh") else sys.executable
+    # Scripts that start scripts call them by the name `python`: the same one as ours.
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    with open(log, "ab") as output:
+        output.write(f"$ {Path(program).name} {shlex.join(words)}\n".encode())
+        output.flush()
+        start = time.monotonic()
+        process = subprocess.Popen([program, *words], stdout=output, stderr=subprocess.STDOUT, pass_fds=[held.fileno()],
+                                   stdin=subprocess.DEVNULL, env={**os.environ, "PATH": search, **environment})
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+        raise UserError(f"{words[0]} ended with status {process.returncode}: {last[:300]} (see {log})")
+    return time.monotonic() - start, used.ru_utime + used.ru_stime
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def run_tasks(tasks: Sequence[Task], slots: Sequence[Mapping[str, str]]) -> list[str]:
+    """Run the tasks, as many at a time as there are slots (environment variables of each); return what failed."""
+    free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
+    for slot in slots:
+        free.put(slot)
+
+    def attempt(task: Task, wait: bool) -> str | None:
+        """Return what went wrong, "" if nothing, None if another process computes the run."""
+        slot = free.get()
+        try:
+            with lock(task.folder, wait=wait, name=LOCK) as held:
+                if not task.finished():
+                    print(f"{task.name}: started", flush=True)
+                    compute(task, slot, held)
+                    print(f"{task.name}: done in {duration(sum(task.record()['stages'].values()))}", flush=True)
+            return ""
+        except InUse:
+            return None
+        except (UserError, OSError) as error:
+            print(f"{task.name}: {error}", file=sys.stderr, flush=True)
+            return f"{task.name}: {error}"
+        finally:
+            free.put(slot)
+
+    pool = ThreadPoolExecutor(len(slots))
+    try:
+        found = list(pool.map(lambda task: attempt(task, wait=False), tasks))
+        elsewhere = [task for task, problem in zip(tasks, found, strict=True) if problem is None]
+        found += pool.map(lambda task: attempt(task, wait=True), elsewhere)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C ends the commands under way, and no other begins
+    return [problem for problem in found if problem]
+
+
+class SlurmJob:
+    """A command as a SLURM job; where the time limit ends it, submitit puts it back into the queue, to go on."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def __call__(self) -> None:
+        subprocess.run(self.words, check=True)
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission  # an optional dependency
+
+        return DelayedSubmission(self)
+
+
+def submit(tasks: Sequence[Task], words: Sequence[str], options: SimpleNamespace) -> list[str]:
+    """Run every task as a SLURM job that calls this program for it; return what failed."""
+    try:
+        import submitit
+        executor = submitit.SlurmExecutor(options.out / "slurm", max_num_timeout=options.slurm_restarts)
+    except ImportError:
+        raise UserError("--slurm needs submitit: pip install 'fewlabel[slurm]'") from None
+    except RuntimeError as error:
+        raise UserError(f"--slurm: {error}") from None
+    more = dict(pair.partition("=")[::2] for pair in options.slurm_args.split())
+    executor.update_parameters(job_name="fewlabel", partition=options.slurm, time=int(60 * options.slurm_hours),
+                               gpus_per_node=options.slurm_gpus or None, additional_parameters=more)
+    jobs = {task.name: executor.submit(SlurmJob(sys.executable, *words, f"--run={task.name}")) for task in tasks}
+    failed = []
+    for name, job in jobs.items():
+        print(f"{name}: job {job.job_id}", flush=True)
+    for name, job in jobs.items():
+        error = job.exception()
+        print(f"{name}: {'failed' if error else 'done'}", flush=True)
+        failed += [f"{name}: {str(error).strip().splitlines()[-1]}"] * bool(error)
+    return failed
+
+
+# ---------------------------------------------------------------- command line
+
+FLAGS = (
+    Option("table", help="which one; without it they are listed"),
+    Option("--scale", Choice("paper", "tiny"), "paper", "tiny: the digits and short runs, to try everything out"),
+    Option("--out", metavar="DIR", help="folder of the runs", default_help="./tables/<paper>"),
+    Option("--data-dir", default="data", metavar="DIR", help="the data sets"),
+    Option("--seeds", Int(1), None, "how many, fewer or more", default_help="the paper's"),
+    Option("--only", default="", metavar="TEXT,...", help="rows or columns that contain one of these"),
+    Option("--list", Flag, False, "only list the runs"),
+    Option("--aggregate", Flag, False, "run nothing; write the table of what there is"),
+    Option("--jobs", Int(1), 1, "runs at a time, without --gpus"),
+    Option("--gpus", default="", metavar="0,1,...", help="one run at a time on each of these"),
+    Option("--slurm", metavar="PARTITION", help="every run as a SLURM job (submitit)"),
+    Option("--slurm-hours", Float(0, open=True), 48.0, "time limit of a SLURM job"),
+    Option("--slurm-gpus", Int(0), 1, "GPUs of a SLURM job"),
+    Option("--slurm-args", default="", metavar='"KEY=VALUE ..."',
+           help='further options of sbatch, for instance "account=us cpus-per-task=8"'),
+    Option("--slurm-restarts", Int(0), 20, "how often a job that the time limit ends goes on"),
+    Option("--run", metavar="JOB/seed_S", help="only this run; what a SLURM job calls"),
+)
+Tables = Mapping[str, Callable[[str, SimpleNamespace], Table]]
+
+
+def main(module: str, tables: Tables, flags: Sequence[Option] = (), argv: Sequence[str] | None = None) -> None:
+    """Serve `python -m <module> TABLE ...`; `tables`: name -> function of (scale, options) that returns the table."""
+    doc = f"Run, aggregate and compare a table of the paper. Tables: {', '.join(tables)}"
+    options = parse(doc, (*FLAGS, *flags), argv)
+    options.out = Path(options.out or Path("tables", module.partition(".")[0])).resolve()
+    options.data_dir = Path(options.data_dir).resolve()
+    if options.table is None:
+        for name, make in tables.items():
+            print(f"{name:24s} {make(options.scale, options).title}")
+        return
+    if options.table not in tables:
         raise UserError(f"no table {options.table}{nearest(options.table, tables)}; there are: {', '.join(tables)}")
-    if options.jobs < 1 or (options.seeds is not None and options.seeds < 1):
-        raise UserError("--jobs and --seeds must be at least 1")
-    return options
+    whole = tables[options.table](options.scale, options)
+    if options.scale == "tiny":  # nobody printed that
+        whole = replace(whole, cells=tuple(replace(cell, printed=None) for cell in whole.cells))
+    chosen = selected(whole, options.only)
+    own = f"{whole.name}-{options.scale}"
+    runs = options.out / (whole.runs or own)
+    folder = runs if whole.runs == whole.name else options.out / own
+    seeds = whole.first_seeds(options.seeds)
+
+    def task(job: Job, seed: int) -> Task:
+        return Task(job, seed, runs / job.name / f"seed_{seed}", options.data_dir)
+
+    tasks = [task(job, seed) for job in chosen.jobs() for seed in seeds]
+    if options.run is not None:
+        tasks = [one for one in tasks if one.name == options.run]
+        if not tasks:
+            raise UserError(f"--run {options.run}: the table {whole.name} has no such run")
+    if options.list:
+        for one in tasks:
+            print(f"{one.name}: {one.state()}")
+        return
+    missing = [one for one in tasks if not one.finished()]
+    failed: list[str] = []
+    if options.slurm is not None and options.run is None and not options.aggregate:
+        failed = submit(missing, ["-m", module, *(sys.argv[1:] if argv is None else argv)], options)
+    elif not options.aggregate:
+        if options.run is not None and hasattr(signal, "SIGUSR2"):
+            # A SLURM job gets it before its time is up; its first process asks for more, and SIGTERM ends the others.
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, machine()["cores"] // options.jobs)))
+        cards = [{"CUDA_VISIBLE_DEVICES": card} for card in options.gpus.split(",") if card]
+        failed = run_tasks(missing, cards or [{"OMP_NUM_THREADS": threads}] * options.jobs)
+    if options.run is None:
+        with lock(folder, wait=True):  # two of these commands that end at a time write one after the other
+            content = {"title": whole.title, "name": whole.name, "source": whole.source, "unit": whole.unit,
+                       "scale": options.scale, "protocols": list(whole.protocols), "seeds": list(seeds),
+                       "note": whole.note, "base": whole.base, "machine": machine(), "cells": []}
+            for cell in whole.cells:
+                of_cell = [task(cell.job, seed) for seed in seeds]
+                found = [(one.seed, one.folder, one.record()) for one in of_cell if one.finished()]
+                content["cells"].append(measure(cell, whole.protocols, folder, found))
+            print(write_table(content, folder))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(missing)} runs failed; the same command tries again. {failed[0]}")
 
 
 def selected(table: Table, only: str) -> Table:
     """Return the table with the rows and columns whose name contains one of the words, and the row to compare with."""
     words = [word.strip().lower() for word in only.split(",") if word.strip()]
-    names = {cell: f"{cell.row} {cell.column}".lower() for cell in table.cells}
+    names = [f"{cell.row} {cell.column}".lower() for cell in table.cells]
     for word in words:
-        if not any(word in name for name in names.values()):
+        if not any(word in name for name in names):
             raise UserError(f"--only {word}: the table {table.name} has no such row or column; rows: "
                             f"{', '.join(dict.fromkeys(cell.row for cell in table.cells))}")
-    chosen = tuple(cell for cell, name in names.items()
-                   if not words or cell.row == table.base or any(word in name for word in words))
-    return replace(table, cells=chosen)
+    return replace(table, cells=tuple(
+        cell for cell, name in zip(table.cells, names, strict=True)
+        if not words or cell.row == table.base or any(word in name for word in words)))
 
 
-def main(module: str, tables: Mapping[str, Callable[[str, argparse.Namespace], Table]],
-         add_flags: Callable[[argparse.ArgumentParser], None] | None = None, argv: Sequence[str] | None = None) -> None:
-    """Serve `python -m <module> TABLE ...`; `tables`: name -> function of (scale, options) that returns the table."""
-    options = options_of(module.partition(".")[0], tables, argv, add_flags)
-    options.out, options.data_dir = options.out.resolve(), options.data_dir.resolve()
-    if options.table is None:
-        for name, make in tables.items():
-            print(f"{name:24s} {make(options.scale, options).title}")
-        return
-    whole = tables[options.table](options.scale, options)
-    table = selected(whole, options.only)
-    own = f"{table.name}-{options.scale}"
-    runs = options.out / (table.runs or own)
-    folder = runs if table.runs == table.name else options.out / own
-    seeds = table.first_seeds(options.seeds)
-    tasks = [Task(job, seed, runs / job.name / f"seed_{seed}", options.data_dir)
-             for job in table.jobs() for seed in seeds]
-    if options.run is not None:
-        tasks = [task for task in tasks if task.name == options.run]
-        if not tasks:
-            raise UserError(f"--run {options.run}: the table {table.name} has no such run")
-    open_tasks = [task for task in tasks if not task.finished()]
-    cards = [card for card in options.gpus.split(",") if card]
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, machine()["cores"] // options.jobs)))
-    slots = [{"CUDA_VISIBLE_DEVICES": card} for card in cards] or [{"OMP_NUM_THREADS": threads}] * options.jobs
-    tiny = options.scale == "tiny"  # there the timing would take as long as the runs
-    if options.list or not (options.aggregate or options.no_estimate or options.run or tiny or not open_tasks):
-        show(table, tasks, make_dir(runs), slots, timed=not (options.no_estimate or tiny))
-    failed: list[str] = []
-    if not (options.list or options.aggregate):
-        if options.run is not None and hasattr(signal, "SIGUSR2"):
-            # A SLURM job gets it before its time is up; its first process asks for more, and SIGTERM ends the others.
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        if options.slurm is not None and options.run is None:
-            failed = submit(open_tasks, ["-m", module, *(sys.argv[1:] if argv is None else argv)], options)
-        else:
-            failed = run_tasks(open_tasks, slots)
-    if not (options.list or options.run):
-        with lock(folder, wait=True):  # two of these commands that end at a time write one after the other
-            print(write_table(whole, options.scale, folder, runs, seeds, options.data_dir))
-    if failed:
-        raise UserError(f"{len(failed)} of {len(open_tasks)} runs failed; the same command tries again. {failed[0]}")
-
-
-def show(table: Table, tasks: Sequence[Task], runs: Path, slots: Sequence[Mapping[str, str]], timed: bool) -> None:
-    """Print every run with its state, and the hours that are still needed on this machine; timed in the first slot."""
-    missing = [task for task in tasks if not task.finished()]
-    jobs = list({task.job.name: task.job for task in missing}.values())
-    seconds = estimate(jobs, runs / "estimates.json", tasks[0].data_dir, slots[0]) if timed else {}
-    for task in tasks:
-        needed = f", about {duration(seconds[task.job.name])}" if task in missing and task.job.name in seconds else ""
-        print(f"{task.name}: {task.state()}{needed}")
-    if seconds:
-        counted = [task for task in missing if task.job.name in seconds]
-        total = sum(seconds[task.job.name] for task in counted)
-        hardware = "one of " * ("CUDA_VISIBLE_DEVICES" in slots[0]) + machine()["hardware"]
-        at_once = f" ({total / 3600 / len(slots):.3g} with {len(slots)} at a time)" * (len(slots) > 1)
-        print(f"{table.title}: {len(missing)} of {len(tasks)} runs are missing, about {total / 3600:.3g} hours of "
-              f"{hardware}{at_once}, estimated from a few steps")
-        left_out = Counter(stage for task in counted for stage in untried(task.job))
-        if len(counted) < len(missing) or left_out:
-            print("not counted: " + ", ".join([f"{len(missing) - len(counted)} runs that could not be timed"] * (
-                len(counted) < len(missing)) + [f"{stage} of {count} runs" for stage, count in left_out.items()]))
-
-
-def serve(module: str, tables: Mapping[str, Callable[[str, argparse.Namespace], Table]],
-          add_flags: Callable[[argparse.ArgumentParser], None] | None = None) -> None:
+def serve(module: str, tables: Tables, flags: Sequence[Option] = ()) -> None:
     """Run `main` as a program."""
-    run_main(lambda: main(module, tables, add_flags))
+    run_main(lambda: main(module, tables, flags))

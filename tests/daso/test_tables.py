@@ -1,19 +1,19 @@
 """DASO.tables: every command is one that main.py understands; the tables on the digits share their runs."""
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from DASO import tables
 from DASO.lib.algorithms import ALGORITHMS
 from DASO.lib.config.config import experiment_name, parse
-from shared.report.table_runs import Task
 from shared.report.tables import Job
+from tests.shared.small_tables import commands
 
-OPTIONS = argparse.Namespace(data_dir=Path("/data"), imbalance=20, args="")
+OPTIONS = SimpleNamespace(imbalance=20, args="")
 
 
 def jobs(name: str, scale: str) -> dict[str, Job]:
@@ -24,17 +24,17 @@ def jobs(name: str, scale: str) -> dict[str, Job]:
 @pytest.mark.parametrize("name", list(tables.BUILDERS))
 def test_every_command_is_understood(name: str, scale: str) -> None:
     found = jobs(name, scale)
-    assert len({tuple(job.stages[-1].command(Path("/out"), 0, None)) for job in found.values()}) == len(found)
+    assert len({tuple(list(commands(job).values())[-1]) for job in found.values()}) == len(found)
     for job in found.values():
-        for stage in job.stages:
-            for iterations in (None, 5):
-                cfg, _ = parse(stage.command(Path("/out"), 3, iterations)[1:])
-                assert cfg.SEED == 3 and cfg.SOLVER.MAX_ITER == (iterations or stage.iterations), job.name
+        for words in commands(job, seed=3).values():
+            cfg, _ = parse(words[1:])
+            length = 300 if cfg.ALGORITHM.NAME == "cRT" else 1000 if cfg.DATASET.NAME == "digits" else 250_000
+            assert cfg.SEED == 3 and cfg.SOLVER.MAX_ITER == length, job.name
 
 
 def test_unlabelled_images_of_another_distribution() -> None:
     found = jobs("mismatched", "paper")
-    configs = {name: parse(job.stages[0].command(Path("/out"), 0, None)[1:])[0] for name, job in found.items()}
+    configs = {name: parse(commands(job)["train"][1:])[0] for name, job in found.items()}
     assert all(cfg.ALGORITHM.DASO.DIST_TEMP == 0.3 for name, cfg in configs.items() if "daso" in name)
     assert {(cfg.DATASET.CIFAR10.IMB_FACTOR_UL, cfg.DATASET.REVERSE_UL_DISTRIBUTION) for cfg in configs.values()
             if cfg.DATASET.NAME == "cifar10"} == {(1, False), (100, True)}
@@ -43,13 +43,13 @@ def test_unlabelled_images_of_another_distribution() -> None:
 
 
 def test_the_digits_have_a_row_for_every_learner() -> None:
-    commands = [job.stages[-1].command(Path("/out"), 0, None)[1:] for job in jobs("digits", "paper").values()]
-    assert {parse(command)[0].ALGORITHM.NAME for command in commands} | {"DARP_ESTIM"} == set(ALGORITHMS)
+    words = [commands(job)["train"][1:] for job in jobs("digits", "paper").values()]
+    assert {parse(each)[0].ALGORITHM.NAME for each in words} | {"DARP_ESTIM"} == set(ALGORITHMS)
 
 
 def test_classifier_retraining_takes_the_encoder_that_was_trained_for_it() -> None:
-    encoder, train = (parse(stage.command(Path("/out"), 2, None)[1:])[0]
-                      for stage in jobs("digits", "paper")["crt_on_supervised_digits"].stages)
+    encoder, train = (parse(words[1:])[0] for words in
+                      commands(jobs("digits", "paper")["crt_on_supervised_digits"], seed=2).values())
     assert train.ALGORITHM.CRT.TARGET_DIR == f"{encoder.OUTPUT_DIR}/{experiment_name(encoder, 2)}"
 
 
@@ -62,11 +62,10 @@ def test_tables_of_one_data_set(name: str, columns: int, rows: int) -> None:
     assert {cell.column.split()[0] for cell in table.cells} == {name.removesuffix("-lt")}
     assert {table.runs} == {other.runs for other in whole}
     printed = {(cell.row, cell.column): (cell.job.name, cell.printed) for other in whole for cell in other.cells}
-    commands = {name: job.stages[0].command(Path("/out"), 0, None) for other in ("matched", "mismatched")
-                for name, job in jobs(other, "paper").items()}
+    found = {name: commands(job) for other in ("matched", "mismatched") for name, job in jobs(other, "paper").items()}
     for cell in table.cells:
         assert printed[cell.row, cell.column] == (cell.job.name, cell.printed)
-        assert commands[cell.job.name] == cell.job.stages[0].command(Path("/out"), 0, None)
+        assert found[cell.job.name] == commands(cell.job)
 
 
 def test_no_printed_cell_is_left_out() -> None:
@@ -83,8 +82,7 @@ def test_tiny_tables_reuse_the_runs_of_the_digits(name: str) -> None:
     known, shared = jobs("digits", "paper"), 0
     for job in jobs(name, "tiny").values():
         if job.name in known:
-            ours, theirs = (Task(job, 1, Path("/out"), OPTIONS.data_dir).identity() for job in (job, known[job.name]))
-            assert ours == theirs
+            assert commands(job) == commands(known[job.name]) and job.configs == known[job.name].configs
             shared += 1
     assert shared == (10 if "matched" in tables.TABLES[name][1] else 0)
 

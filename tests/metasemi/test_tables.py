@@ -1,23 +1,24 @@
 """MetaSemi.tables and the Dockerfile: which runs a table needs, how results are read, which versions are installed."""
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from MetaSemi import tables, train_baseline, train_meta
 from shared.report.tables import Cell, main
 from tests.shared.programs import ROOT
+from tests.shared.small_tables import commands
 
-OPTIONS = argparse.Namespace(data_dir=Path("/data"), gpu=False, gpus="", processes=4)
+OPTIONS = SimpleNamespace(gpu=False, gpus="", processes="4")
 SCRIPTS = {"train_meta.py": train_meta, "train_baseline.py": train_baseline}
 
 
-def words(cell: Cell, seed: int = 0, iterations: int | None = None) -> list[str]:
-    return list(cell.job.stages[0].command(Path("/out"), seed, iterations))
+def words(cell: Cell, seed: int = 0) -> list[str]:
+    return commands(cell.job, seed)["train"]
 
 
 def test_published_commands() -> None:
@@ -39,15 +40,13 @@ def test_published_commands() -> None:
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
 def test_every_command_of_the_ablation_is_right(scale: str) -> None:
     for cell in tables.ablation_table(scale, OPTIONS).cells:
-        for iterations in (None, 5):
-            script, *flags = words(cell, 1, iterations)
-            options = SCRIPTS[Path(script).name].parse(flags)
-            assert options.mix_up == (cell.row in ("mix-up only", "MetaSemi (both)", "both, uncorrected"))
-            assert (Path(script).name == "train_meta.py") == (cell.row not in ("labels only", "mix-up only",
-                                                                               "all labels"))
-            if Path(script).name == "train_meta.py":
-                assert options.meta_lr == (0 if "uncorrected" in cell.row else 1)
-            assert options.total_steps == (iterations or cell.job.stages[0].iterations)
+        script, *flags = words(cell, 1)
+        options = SCRIPTS[Path(script).name].parse(flags)
+        assert options.mix_up == (cell.row in ("mix-up only", "MetaSemi (both)", "both, uncorrected"))
+        assert (Path(script).name == "train_meta.py") == (cell.row not in ("labels only", "mix-up only", "all labels"))
+        if Path(script).name == "train_meta.py":
+            assert options.meta_lr == (0 if "uncorrected" in cell.row else 1)
+        assert options.total_steps == (400_000 if scale == "paper" else 600)
 
 
 def test_all_methods_on_the_digits_train_alike() -> None:
@@ -76,10 +75,9 @@ def test_imagenet_keeps_the_global_batch() -> None:
         ("MetaSemi", "top-5"): 18.88}
     command = words(cells[-1])
     assert "--nproc_per_node=4" in command and "--batch-size=128" in command
-    alone = argparse.Namespace(**{**vars(OPTIONS), "processes": 1})
-    command = words(tables.imagenet_table("paper", alone).cells[-1], iterations=3)
+    alone = SimpleNamespace(**{**vars(OPTIONS), "processes": "1"})
+    command = words(tables.imagenet_table("paper", alone).cells[-1])
     assert Path(command[0]).name == "train_meta_imagenet.py" and "--batch-size=512" in command
-    assert "--iterations=3" in command
 
 
 def test_results_become_error_rates(tmp_path: Path) -> None:
@@ -93,10 +91,10 @@ def test_results_become_error_rates(tmp_path: Path) -> None:
 
 def test_table_on_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """The whole machinery, with a training of a few steps."""
-    monkeypatch.setattr(tables, "DIGITS_STEPS", 4)
+    monkeypatch.setattr(tables, "DIGITS_LENGTH", "--total-steps=4")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    argv = ["ablation", "--scale=tiny", "--seeds=1", "--only=metasemi", f"--out={tmp_path}", "--no-estimate"]
-    main("MetaSemi.tables", tables.TABLES, tables.add_flags, argv)
+    argv = ["ablation", "--scale=tiny", "--seeds=1", "--only=metasemi", f"--out={tmp_path}"]
+    main("MetaSemi.tables", tables.TABLES, tables.MORE_FLAGS, argv)
     assert "MetaSemi (both)" in capsys.readouterr().out
     assert {path.suffix for path in (tmp_path / "ablation-tiny").glob("table.*")} >= {".md", ".csv", ".json", ".png"}
 

@@ -4,18 +4,24 @@ A run writes its value, seed + its method's number, and a line into calls.txt fo
 """
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-from shared.report.tables import Cell, Job, Printed, Stage, Table, serve
+from shared.report.tables import Cell, Job, Printed, Stage, Table, Task, serve
 from shared.training.files import lock
 
 METHODS = {"plain": 1.0, "better": 2.0}
+
+
+def commands(job: Job, seed: int = 0) -> dict[str, list[str]]:
+    """Return the words of every stage of a job, run in /out with the data sets in /data."""
+    task = Task(job, seed, Path("/out"), Path("/data"))
+    return {stage.name: task.words(stage) for stage in job.stages}
 
 
 def read(folder: Path) -> dict[str, dict[str, float]]:
@@ -23,30 +29,23 @@ def read(folder: Path) -> dict[str, dict[str, float]]:
     return {"accuracy": {"last": value, "best": value + 0.5}}
 
 
-def table(scale: str, options: argparse.Namespace) -> Table:
+def table(scale: str, options: SimpleNamespace) -> Table:
     def job(method: str, value: float) -> Job:
-        def stage(name: str) -> Stage:
-            def command(out: Path, seed: int, iterations: int | None) -> list[str]:
-                if iterations and name == os.environ.get("SMALL_TABLES_UNTRIED"):
-                    return []
-                return ["-m", "tests.shared.small_tables", "compute", name, str(out), method, str(value + seed),
-                        *os.environ.get("SMALL_TABLES_FLAGS", "").split()]
-
-            return Stage(name, command, 10 if name == "first" else None)
-
-        return Job(method, (stage("first"), stage("second")), read)
+        further = os.environ.get("SMALL_TABLES_FLAGS", "").split()
+        return Job(method, tuple(Stage(name, ("-m", "tests.shared.small_tables", "compute", name, "{out}", method,
+                                              str(value), "{seed}", *further)) for name in ("first", "second")), read)
 
     cells = tuple(Cell(method, "digits", job(method, value), "accuracy", Printed(value + 1, 0.5))
                   for method, value in METHODS.items())
     return Table("small", "A small table", "nowhere", "Accuracy in %", cells, ("last", "best"))
 
 
-def again(scale: str, options: argparse.Namespace) -> Table:
+def again(scale: str, options: SimpleNamespace) -> Table:
     """Return a table that shows the same runs, compared with a row."""
     return replace(table(scale, options).view("again", "The same", scale, lambda cell: True), base="plain")
 
 
-def part(scale: str, options: argparse.Namespace) -> Table:
+def part(scale: str, options: SimpleNamespace) -> Table:
     """Return a table that shows some of the runs."""
     return table(scale, options).view("part", "A part", scale, lambda cell: cell.row == "better")
 
@@ -54,7 +53,7 @@ def part(scale: str, options: argparse.Namespace) -> Table:
 def compute(name: str, folder: Path, method: str, value: float) -> None:
     """Do one stage: slow where the file `slow` stands beside the table, failing where `fail-<method>` does, without a
     result where `lose-<method>` does."""
-    base = folder.parents[2] if folder.name.startswith("seed_") else folder  # of a table, or of a trial
+    base = folder.parents[2]
     while (base / "slow").exists() and name == "second":
         time.sleep(0.05)
     if (base / f"fail-{method}").exists():
@@ -68,6 +67,6 @@ def compute(name: str, folder: Path, method: str, value: float) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compute"]:
-        compute(sys.argv[2], Path(sys.argv[3]), sys.argv[4], float(sys.argv[5]))
+        compute(sys.argv[2], Path(sys.argv[3]), sys.argv[4], float(sys.argv[5]) + int(sys.argv[6]))
     else:
         serve("tests.shared.small_tables", {"small": table, "again": again, "part": part})

@@ -1,7 +1,6 @@
 """Tables of papers: run, continue, share a folder, refuse what does not belong, aggregate right."""
 from __future__ import annotations
 
-import argparse
 import csv
 import importlib
 import json
@@ -10,21 +9,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.report import table_runs
-from shared.report.aggregate import deviation, deviations_from_print, difference, mean
-from shared.report.table_report import anchor, compare
-from shared.report.table_runs import Job, Stage, extrapolate
-from shared.report.tables import main
+from shared.report.table_report import anchor, compare, deviations_from_print, difference, mean, std
 from tests.shared.programs import ROOT, one_line_error, run, start
-from tests.shared.small_tables import table
 
 SCRIPT = "tests/shared/small_tables.py"
 PROGRAM = (SCRIPT, "small")
@@ -43,7 +37,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def test_a_table_from_nothing_and_again(tmp_path: Path) -> None:
-    run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--jobs=2")
+    run(*PROGRAM, f"--out={tmp_path}", "--jobs=2")
     folder = tmp_path / "small-paper"
     content = json.loads((folder / "table.json").read_text())
     plain, better = content["cells"]
@@ -59,14 +53,14 @@ def test_a_table_from_nothing_and_again(tmp_path: Path) -> None:
     assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
     before = calls(tmp_path)
     assert len(before) == len(set(before)) == 12  # two methods, three seeds, two stages
-    again = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate")
+    again = run(*PROGRAM, f"--out={tmp_path}")
     assert calls(tmp_path) == before
     assert "started" not in again.stdout
 
 
 def test_tables_that_share_their_runs(tmp_path: Path) -> None:
     for name in ("small", "again"):
-        done = run(SCRIPT, name, f"--out={tmp_path}", "--no-estimate", "--seeds=2")
+        done = run(SCRIPT, name, f"--out={tmp_path}", "--seeds=2")
     assert len(calls(tmp_path)) == 8
     text = (tmp_path / "again-paper" / "table.md").read_text()
     assert "(../small-paper/plain/seed_0/run.json)" in text and "| plain | 1.50 ± 0.71 (printed" in text
@@ -75,21 +69,21 @@ def test_tables_that_share_their_runs(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_table_leaves_its_runs_to_the_whole(tmp_path: Path) -> None:
-    done = run(SCRIPT, "part", f"--out={tmp_path}", "--no-estimate", "--seeds=1")
+    done = run(SCRIPT, "part", f"--out={tmp_path}", "--seeds=1")
     assert "| better | 2.00 (printed" in done.stdout and "plain" not in done.stdout
     assert calls(tmp_path) == ["first better seed_0", "second better seed_0"]
-    run(SCRIPT, "small", f"--out={tmp_path}", "--no-estimate", "--seeds=1")
+    run(SCRIPT, "small", f"--out={tmp_path}", "--seeds=1")
     assert calls(tmp_path)[2:] == ["first plain seed_0", "second plain seed_0"]
 
 
 def test_more_seeds_than_the_paper_has(tmp_path: Path) -> None:
-    run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=5", "--only=plain")
+    run(*PROGRAM, f"--out={tmp_path}", "--seeds=5", "--only=plain")
     content = json.loads((tmp_path / "small-paper" / "table.json").read_text())
     assert [found["seed"] for found in content["cells"][0]["runs"]] == [0, 1, 2, 3, 4]
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
-    done = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", "--only=better")
+    done = run(*PROGRAM, f"--out={tmp_path}", "--seeds=1", "--only=better")
     with open(tmp_path / "small-paper" / "table.csv", newline="") as file:
         rows = {(row["row"], row["protocol"]): row for row in csv.DictReader(file)}
     assert rows["plain", "last"]["mean"] == "not run" and rows["plain", "last"]["runs"] == "0"
@@ -100,17 +94,17 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
 
 def test_killed_and_started_again(tmp_path: Path) -> None:
     (tmp_path / "slow").touch()
-    process = start(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", "--only=plain")
+    process = start(*PROGRAM, f"--out={tmp_path}", "--seeds=1", "--only=plain")
     wait_for(lambda: calls(tmp_path) == ["first plain seed_0"])
     record = tmp_path / "small-paper" / "plain" / "seed_0" / "run.json"
     wait_for(lambda: "first" in json.loads(record.read_text()).get("stages", {}))
-    listing = (*PROGRAM, f"--out={tmp_path}", "--list", "--no-estimate", "--seeds=1", "--only=plain")
+    listing = (*PROGRAM, f"--out={tmp_path}", "--list", "--seeds=1", "--only=plain")
     assert "plain/seed_0: running" in run(*listing).stdout
     process.kill()
     process.wait()
     (tmp_path / "slow").unlink()
     wait_for(lambda: "plain/seed_0: interrupted" in run(*listing).stdout)  # once the child that was left over has ended
-    run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", "--only=plain")
+    run(*PROGRAM, f"--out={tmp_path}", "--seeds=1", "--only=plain")
     # The first stage is not repeated; the second may have been finished by the child that was left over.
     assert calls(tmp_path).count("first plain seed_0") == 1
     assert json.loads(record.read_text())["state"] == "finished"
@@ -118,7 +112,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
 
 def test_two_at_once(tmp_path: Path) -> None:
-    both = [start(*PROGRAM, f"--out={tmp_path}", "--no-estimate") for _ in range(2)]
+    both = [start(*PROGRAM, f"--out={tmp_path}") for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert len(calls(tmp_path)) == len(set(calls(tmp_path))) == 12
@@ -126,7 +120,7 @@ def test_two_at_once(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    arguments = (*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1")
+    arguments = (*PROGRAM, f"--out={tmp_path}", "--seeds=1")
     run(*arguments)
     before = (tmp_path / "small-paper" / "table.json").read_text()
     refused = run(*arguments, SMALL_TABLES_FLAGS="--lr=1", status=2)
@@ -136,23 +130,23 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     foreign = tmp_path / "b" / "small-paper" / "plain" / "seed_0"
     foreign.mkdir(parents=True)
     (foreign / "value.json").write_text("99")
-    refused = run(*PROGRAM, f"--out={tmp_path / 'b'}", "--no-estimate", status=2)
+    refused = run(*PROGRAM, f"--out={tmp_path / 'b'}", status=2)
     assert "no run.json" in one_line_error(refused)
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     (tmp_path / "fail-plain").touch()
-    done = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", status=2)
+    done = run(*PROGRAM, f"--out={tmp_path}", "--seeds=1", status=2)
     assert "asked to fail" in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: 1 of 2 runs failed")
     assert "| plain | not run (printed" in done.stdout and "| better | 2.00 (printed" in done.stdout
     (tmp_path / "fail-plain").unlink()
-    assert "| plain | 1.00 (printed" in run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1").stdout
+    assert "| plain | 1.00 (printed" in run(*PROGRAM, f"--out={tmp_path}", "--seeds=1").stdout
 
 
 def test_a_run_without_a_result_does_not_stop_the_others(tmp_path: Path) -> None:
     (tmp_path / "lose-plain").touch()
-    done = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", status=2)
+    done = run(*PROGRAM, f"--out={tmp_path}", "--seeds=1", status=2)
     assert "plain/seed_0: its result cannot be read, FileNotFoundError" in done.stderr
     assert "Traceback" not in done.stderr and "| better | 2.00 (printed" in done.stdout
 
@@ -174,7 +168,7 @@ def test_jobs_of_slurm(tmp_path: Path, slurm: dict[str, str]) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "slow").touch()
-    process = start(*PROGRAM, f"--out={out}", "--no-estimate", "--seeds=1", "--slurm=main", "--slurm-hours=3",
+    process = start(*PROGRAM, f"--out={out}", "--seeds=1", "--slurm=main", "--slurm-hours=3",
                     "--slurm-gpus=2", "--slurm-args=account=us cpus-per-task=8", **slurm)
     record = out / "small-paper" / "plain" / "seed_0" / "run.json"
     wait_for(lambda: record.exists() and "first" in json.loads(record.read_text()).get("stages", {}))
@@ -193,70 +187,22 @@ def test_jobs_of_slurm(tmp_path: Path, slurm: dict[str, str]) -> None:
 
 def test_a_job_that_fails_is_named(tmp_path: Path, slurm: dict[str, str]) -> None:
     (tmp_path / "fail-plain").touch()
-    done = run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--seeds=1", "--slurm=main", status=2, **slurm)
+    done = run(*PROGRAM, f"--out={tmp_path}", "--seeds=1", "--slurm=main", status=2, **slurm)
     assert "1 of 2 runs failed" in done.stderr and "plain/seed_0" in done.stderr
 
 
 def test_without_slurm(tmp_path: Path) -> None:
-    assert "srun" in one_line_error(run(*PROGRAM, f"--out={tmp_path}", "--no-estimate", "--slurm=main", status=2))
-
-
-def test_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """5 s to start and 0.1 s an iteration, and a stage of 7 s without a length: 1000 iterations take 112 s. What stands
-    out is not timed for longer: the second training, at 1 s an iteration."""
-    asked = []
-
-    def trial(job: Job, iterations: Mapping[str, int], environment: Mapping[str, str]) -> dict[str, float]:
-        asked.append(dict(iterations))
-        seconds = {"train": 5 + 0.1 * iterations["train"], "draw": 7.0}
-        return seconds | ({"more": iterations["more"]} if "more" in iterations else {})
-
-    monkeypatch.setattr(table_runs, "trial", trial)
-    train, draw = Stage("train", lambda *_: [], 1000), Stage("draw", lambda *_: [])
-    assert extrapolate(Job("a", (train, draw), lambda _: {}), {}) == pytest.approx(112, rel=1e-6)
-    asked.clear()
-    job = Job("b", (train, draw, Stage("more", lambda *_: [], 50)), lambda _: {})
-    assert extrapolate(job, {}) == pytest.approx(162)
-    assert asked == [{"train": 2, "more": 2}, {"train": 8, "more": 8}, {"train": 32, "more": 8}]
-
-
-def test_an_estimate_says_what_it_leaves_out(tmp_path: Path) -> None:
-    done = run(*PROGRAM, f"--out={tmp_path}", "--list", "--only=plain", SMALL_TABLES_UNTRIED="second")
-    assert "3 of 3 runs are missing" in done.stdout and "not counted: second of 3 runs" in done.stdout
-
-
-def test_runs_are_timed_as_they_will_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                         capsys: pytest.CaptureFixture) -> None:
-    """On one of the GPUs that are given, and anew where a run has more threads or another GPU."""
-    seen = []
-
-    def one_hour(job: Job, environment: Mapping[str, str]) -> float:
-        seen.append(dict(environment))
-        return 3600.0
-
-    monkeypatch.setattr(table_runs, "extrapolate", one_hour)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for flags in (["--gpus=4,5"], ["--gpus=4,5"], ["--jobs=1"]):
-        main("tests.shared.small_tables", {"small": table}, argv=["small", f"--out={tmp_path}", "--list", *flags])
-    assert [set(environment) for environment in seen] == [{"CUDA_VISIBLE_DEVICES"}] * 2 + [{"OMP_NUM_THREADS"}] * 2
-    said = capsys.readouterr().out
-    assert "6 of 6 runs are missing, about 6 hours of one of" in said and "(3 with 2 at a time), estimated" in said
-
-
-def test_tiny_runs_are_listed_without_timing_them(tmp_path: Path) -> None:
-    done = run(*PROGRAM, f"--out={tmp_path}", "--scale=tiny", "--list", "--only=plain")
-    assert "not run" in done.stdout and "about" not in done.stdout
-    assert not list(tmp_path.rglob("estimates.json"))
+    assert "srun" in one_line_error(run(*PROGRAM, f"--out={tmp_path}", "--slurm=main", status=2))
 
 
 def test_list_runs_nothing(tmp_path: Path) -> None:
-    done = run(*PROGRAM, f"--out={tmp_path}", "--list", "--no-estimate")
+    done = run(*PROGRAM, f"--out={tmp_path}", "--list")
     assert done.stdout.count("not run") == 6 and not calls(tmp_path)
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["smal"], 'did you mean "small"'), (["small", "--only=zebra"], "rows: plain, better"),
-    (["small", "--seeds=0"], "at least 1"), (["small", "--run=plain/seed_9"], "no such run")])
+    (["small", "--seeds=0"], "x>=1"), (["small", "--run=plain/seed_9"], "no such run")])
 def test_bad_input(tmp_path: Path, arguments: list[str], words: str) -> None:
     assert words in one_line_error(run(SCRIPT, *arguments, f"--out={tmp_path}", status=2))
 
@@ -268,11 +214,11 @@ numbers = st.floats(-1e6, 1e6, allow_nan=False)
 def test_mean_and_deviation(values: list[float | None]) -> None:
     known = np.array([value for value in values if value is not None], np.float64)
     assert (mean(values) is None) == (len(known) == 0)
-    assert (deviation(values) is None) == (len(known) < 2)  # one seed has no deviation, not one of zero
+    assert (std(values) is None) == (len(known) < 2)  # one seed has no deviation, not one of zero
     if len(known):
         assert mean(values) == pytest.approx(known.mean(), rel=1e-9, abs=1e-6)
     if len(known) > 1:
-        assert deviation(values) == pytest.approx(known.std(ddof=1), rel=1e-6, abs=1e-6)
+        assert std(values) == pytest.approx(known.std(ddof=1), rel=1e-6, abs=1e-6)
 
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=12))
@@ -303,7 +249,7 @@ def test_rows_are_compared_seed_by_seed(a: dict[int, float], b: dict[int, float]
 @pytest.mark.parametrize("paper", ["DASO", "DDAE", "EDM", "MetaSemi", "TorchSSL"])
 def test_every_cell_links_to_its_own_evidence(paper: str) -> None:
     module = importlib.import_module(f"{paper}.tables")
-    options = argparse.Namespace(data_dir=Path("/data"), imbalance=20, args="", gpu=False, gpus="", processes=1)
+    options = SimpleNamespace(data_dir=Path("/data"), imbalance=20, args="", gpu=False, gpus="", processes=1)
     for make in getattr(module, "BUILDERS", module.TABLES).values():
         for scale in ("paper", "tiny"):
             cells = make(scale, options).cells

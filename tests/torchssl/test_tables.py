@@ -1,25 +1,23 @@
 """TorchSSL.tables: every command is one that its script understands; the tables on the digits share their runs."""
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from EDM import evaluate, fid
-from shared.cli import parse
-from shared.report.table_runs import Task
+from shared import cli
 from shared.report.tables import Job
 from tests.shared.programs import ROOT
+from tests.shared.small_tables import commands
 from TorchSSL import tables
 from TorchSSL.make_configs import LEARNERS
 
-OPTIONS = argparse.Namespace(data_dir=Path("/data"))
+OPTIONS = SimpleNamespace()
 ON_DIGITS = [name for name in tables.TABLES if name not in ("dpt", "digits")]
 
 
@@ -31,31 +29,25 @@ def jobs(name: str, scale: str) -> dict[str, Job]:
 @pytest.mark.parametrize("name", list(tables.TABLES))
 def test_every_command_is_understood(name: str, scale: str) -> None:
     for job in jobs(name, scale).values():
-        for stage in job.stages:
-            for iterations in (None, 5):
-                script, *flags = stage.command(Path("/out"), 3, iterations)
-                if stage.name == "fid":  # scripts of the other paper, see below
-                    continue
+        for script, *flags in commands(job, seed=3).values():
+            if name != "dpt":
                 options = importlib.import_module(f"TorchSSL.{Path(script).stem}").parse(flags)
-                if name != "dpt":
-                    assert options.seed == 3 and options.num_train_iter == (iterations or stage.iterations), job.name
+                length = 300 if options.dataset == "digits" else 2_000_000 if options.dataset == "imagenet" else 2 ** 20
+                assert options.seed == 3 and options.num_train_iter == length, job.name
 
 
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
 def test_the_fid_of_dpt_is_that_of_its_stage_2(scale: str) -> None:
     """The snapshot and the data set are those of the run's own commands, and the flags are understood."""
-    stages = {stage.name: stage for stage in next(iter(jobs("dpt", scale).values())).stages}
-    script, *flags = stages["fid"].command(Path("/out"), 3, None)
-    done = subprocess.run([sys.executable, *stages["stage2"].command(Path("/out"), 3, None), "--dry-run"],
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    stages = commands(next(iter(jobs("dpt", scale).values())), seed=3)
+    script, *flags = stages["fid"]
+    done = subprocess.run(["bash", *stages["stage2"], "--dry-run"], capture_output=True, text=True, check=True)
     said = {flag.partition("=")[0]: flag.partition("=")[2] for flag in flags if "=" in flag}
     assert f"--outdir={Path(said['--network']).parent} " in done.stdout
     assert scale == "tiny" or f"--data={said['--ref']} " in done.stdout
-    declared = evaluate.FLAGS if scale == "tiny" else fid.CALC_FLAGS
-    assert Path(script).stem == ("evaluate" if scale == "tiny" else "fid")
-    given = parse("", declared, [flag for flag in flags if flag != "calc"])
-    assert given.network == said["--network"]
-    assert getattr(given, "seeds", None) == (None if scale == "tiny" else list(range(50_000)))
+    assert Path(script) == ROOT / "EDM" / ("evaluate.py" if scale == "tiny" else "fid.py")
+    given = cli.parse("", evaluate.FLAGS if scale == "tiny" else fid.CALC_FLAGS, [f for f in flags if f != "calc"])
+    assert given.network == said["--network"] and (scale == "tiny" or given.seeds == list(range(50_000)))
 
 
 def test_published_rows_are_whole() -> None:
@@ -70,7 +62,7 @@ def test_the_digits_have_every_learner_and_the_labels_alone() -> None:
     assert rows[0] == table.base == tables.SUPERVISED and len(rows) == len(LEARNERS) + 1
     alone, all_labels = (next(cell.job for cell in table.cells if cell.row.startswith(name))
                          for name in (tables.SUPERVISED, tables.ALL_LABELS))
-    words = [list(job.stages[0].command(Path("/out"), 0, None)) for job in (alone, all_labels)]
+    words = [commands(job)["train"] for job in (alone, all_labels)]
     assert set(words[0]) - set(words[1]) == {"--all_labels=False"} and not set(words[1]) - set(words[0])
 
 
@@ -79,8 +71,7 @@ def test_tiny_tables_reuse_the_runs_of_the_digits(name: str) -> None:
     assert tables.TABLES[name]("tiny", OPTIONS).runs == tables.digits_table("paper", OPTIONS).runs
     known = jobs("digits", "paper")
     for job in jobs(name, "tiny").values():
-        ours, theirs = (Task(job, 1, Path("/out"), OPTIONS.data_dir).identity() for job in (job, known[job.name]))
-        assert ours == theirs
+        assert commands(job) == commands(known[job.name]) and job.configs == known[job.name].configs
 
 
 def test_results_are_percents_by_protocol(tmp_path: Path) -> None:
