@@ -16,7 +16,7 @@ from shared.cli import UserError
 from shared.distributed import World
 from shared.training.checkpoint import load_newest, previous_path, read_checkpoint
 from shared.training.files import atomic, lock, make_dir
-from shared.training.hardware import computed_on
+from shared.training.precision import computed_on
 from shared.training.run import Run, plain
 from TorchSSL.core.data import TrainingData, write_split
 from TorchSSL.core.evaluation import check_fits, strip_prefix
@@ -24,24 +24,26 @@ from TorchSSL.core.evaluation import check_fits, strip_prefix
 LATEST, BEST, CONFIG, RESULT = "latest_model.pth", "model_best.pth", "config.json", "result.json"
 
 
-def open_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any], data: TrainingData,
-                world: World) -> None:
+def open_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any], inputs: Mapping[str, str],
+                data: TrainingData, world: World) -> None:
     """Make the folder this run's own (rank 0 writes, all ranks call).
 
-    A folder of the same configuration is continued. A folder of another configuration or program is an error, or with
+    A folder of the same configuration and inputs is continued. A folder of another run or program is an error, or with
     --overwrite moved aside as `<name>.replaced-1`. Raises UserError.
     """
-    distributed.on_main(lambda: _take_folder(folder, options, config), world)
+    distributed.on_main(lambda: _take_folder(folder, options, config, inputs), world)
     if world.main:
         write_split(data, options, folder)
+        values = {key: value for key, value in vars(options).items() if key != "given"}
         with atomic(folder / CONFIG, "w") as file:
-            json.dump({**_without_given(options), **plain(config)}, file, indent=1, sort_keys=True)
+            json.dump({**plain(values), **plain(config), "inputs": inputs}, file, indent=1, sort_keys=True)
     distributed.barrier(world)
 
 
-def _take_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any]) -> None:
+def _take_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any],
+                 inputs: Mapping[str, str]) -> None:
     with lock(folder):  # a run that is still going on there is not moved
-        reason = _foreign_owner(folder, options, config)
+        reason = _foreign_owner(folder, options, config, inputs)
         if reason and not options.overwrite:
             raise UserError(f"{folder} holds another run ({reason}); choose another --save_name, or give --overwrite "
                             "to move it aside and start anew")
@@ -53,7 +55,8 @@ def _take_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, An
     make_dir(folder)
 
 
-def _foreign_owner(folder: Path, options: SimpleNamespace, config: Mapping[str, Any]) -> str:
+def _foreign_owner(folder: Path, options: SimpleNamespace, config: Mapping[str, Any],
+                   inputs: Mapping[str, str]) -> str:
     """Return why the folder belongs to another run, or ''."""
     latest = folder / LATEST
     if not any(path.exists() for path in (latest, previous_path(latest), folder / BEST)):
@@ -65,11 +68,10 @@ def _foreign_owner(folder: Path, options: SimpleNamespace, config: Mapping[str, 
     saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     changed = [f"{key} was {saved[key]!r}, is {value!r}" for key, value in plain(config).items()
                if key in saved and saved[key] != value]
+    before = saved.get("inputs", {})  # older versions wrote none
+    changed += [f"the content of {name} has changed" for name, digest in inputs.items()
+                if before.get(name, digest) != digest]
     return "; ".join(changed[:4])
-
-
-def _without_given(options: SimpleNamespace) -> dict[str, Any]:
-    return plain({key: value for key, value in vars(options).items() if key != "given"})
 
 
 def resume_from(folder: Path, options: SimpleNamespace) -> str:

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from shared import distributed
 from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
-from shared.data.datasets import NAMES, report
-from shared.data.pool import Pool
-from shared.distributed import World
-from shared.training.batchnorm import sync_batchnorm
+from shared.data.datasets import NAMES
+from shared.data.parallel import Prefetched
+from shared.data.photographs import PhotographSet
+from shared.data.pool import PhotographPool, Pool, make_pool
+from shared.distributed import World, sync_batchnorm
 from shared.training.checkpoint import keep_layout
 from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA
@@ -27,7 +28,7 @@ from shared.training.log import Log
 from shared.training.precision import autocast, default_precision, set_arithmetic
 from shared.training.run import Run
 from TorchSSL.core.algorithm import Algorithm, Batch, Setting
-from TorchSSL.core.data import Batches, TrainingData, load_training_data, rows_of_rank
+from TorchSSL.core.data import Batches, TrainingData, input_fingerprints, load_training_data, report, rows_of_rank
 from TorchSSL.core.evaluation import (
     LOGGED_CLASSES,
     confusion_matrix,
@@ -38,7 +39,6 @@ from TorchSSL.core.evaluation import (
     predict,
 )
 from TorchSSL.core.options import method_config, relaunch
-from TorchSSL.core.photographs import Ahead, PhotographPool, PhotographSet, make_pool
 from TorchSSL.core.run_folder import LATEST, load_foreign, open_folder, resume_from, write_best, write_result
 
 FREQUENT_EVAL = 1000      # evaluations come at least this often ...
@@ -76,17 +76,18 @@ def train(options: SimpleNamespace, algorithm: type[Algorithm]) -> None:
     batches = Batches(data, options, world, learner.views, batch_size, learner.labeled_views)
     warm_up = learner.supervised_steps
     total = warm_up + options.num_train_iter
-    make_batch = Ahead(batches, total - 1) if isinstance(data.unlabeled, PhotographSet) else batches
+    make_batch = Prefetched(batches, total - 1) if isinstance(data.unlabeled, PhotographSet) else batches
 
     # Run folder, log and checkpoint.
     config = {**method_config(options), "precision": precision, "num_classes": data.num_classes,
               "labeled_images": len(data.labeled), "unlabeled_images": len(data.unlabeled)}
     facts = {"options": {**vars(options), "given": sorted(options.given), "num_classes": data.num_classes},
              "mean": data.mean, "std": data.std, "classes": data.unlabeled.classes}
-    open_folder(folder, options, config, data, world)
+    inputs = input_fingerprints(data, options)
+    open_folder(folder, options, config, inputs, data, world)
     log = Log(folder, world, every=min(100, options.num_eval_iter), image_batch=sum(batches.counts),
               tensorboard=options.use_tensorboard, desc=options.save_name)
-    run = Run(folder, config, keep=trainer.parts(), world=world, log=log, checkpoint=LATEST,
+    run = Run(folder, config, keep=trainer.parts(), world=world, log=log, inputs=inputs, checkpoint=LATEST,
               resume=resume_from(folder, options), extra=lambda: {**facts, "it": trainer.iteration},
               save_seconds=options.save_seconds, save_every=options.num_save_iter)
     load_foreign(run, trainer, options)
