@@ -30,7 +30,7 @@ from shared.data.images import ImageSet
 from shared.distributed import World
 from shared.report.plots import curves
 from shared.training.files import atomic, make_dir
-from shared.training.hardware import computed_on
+from shared.training.precision import computed_on
 from shared.training.progress import progress
 
 BATCH = 128     # per process
@@ -133,7 +133,7 @@ def measure(encoder: Encoder, images: ImageSet, level: int, size: int, seed: int
             both = torch.cat(pairs[name], dim=1)
             uniform = uniformity(both).mean() if both.shape[1] > 1 else both.new_zeros(())
             sums[place] += len(batch.items) * torch.stack([alignment(*both), uniform]).double()
-    align, uniform = (distributed.sum_(sums, world) / len(images)).T.tolist()
+    align, uniform = (distributed.all_sum(sums, world) / len(images)).T.tolist()
     return {"align": dict(zip(names, align, strict=True)), "uniform": dict(zip(names, uniform, strict=True))}
 
 

@@ -200,7 +200,7 @@ def test_accuracy(net: Classifier, items: TestItems, encoder: Encoder) -> float:
         with autocast(world.device, encoder.precision):
             logits = net(batch.images, items.noise(batch, "test noise 0"))
         correct += (logits.argmax(1) == batch.labels).sum()
-    return 100 * int(distributed.sum_(correct, world)) / len(items)
+    return 100 * int(distributed.all_sum(correct, world)) / len(items)
 
 
 if __name__ == "__main__":

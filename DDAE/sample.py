@@ -23,7 +23,7 @@ from shared.data.writers import PngWriter
 from shared.distributed import World
 from shared.training.precision import set_arithmetic
 from shared.training.progress import Progress
-from shared.training.seeds import split_batches
+from shared.training.randomness import split_batches
 
 # Which image a number stands for.
 SAMPLER = (

@@ -41,7 +41,7 @@ from shared.data.images import ImageSet, read_images, shape_text, with_classes
 from shared.distributed import World, start
 from shared.report.plots import confusion_matrices, image_grid
 from shared.training.files import atomic, make_dir
-from shared.training.hardware import computed_on
+from shared.training.precision import computed_on
 from shared.training.record import Record
 
 METRICS = MetricNames({

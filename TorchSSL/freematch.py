@@ -115,7 +115,7 @@ class FreeMatch(Algorithm):
         label = strong.detach().argmax(1)
         # Sums over the global batch, independent of the number of ranks; gradients flow through the first.
         mean = distributed.sum_with_gradient((probabilities * mask[:, None]).sum(0), world)
-        hist = distributed.sum_(self.histogram(label, mask), world)
+        hist = distributed.all_sum(self.histogram(label, mask), world)
         kept = hist.sum()
         mean, hist = mean / kept.clamp(min=1), hist / kept.clamp(min=1)
         expected, actual = relative(self.p_model, self.label_hist), relative(mean, hist)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shared.cli import Diverged, UserError
-from shared.lazy import optimizers_alone
+from shared.cpu.batchnorm import GlobalBatchNorm
 
 Result = TypeVar("Result")
 
@@ -47,7 +47,6 @@ def start(device: str | None = None) -> World:
     `device`: "cpu", "cuda", "cuda:1", "mps" or None for a GPU where there is one. Raises UserError when a machine has
     fewer GPUs than processes on it, or the device asked for is absent.
     """
-    optimizers_alone()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     here = _device(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
@@ -64,9 +63,8 @@ def start(device: str | None = None) -> World:
 def _fresh_store(rank: int, size: int) -> dist.Store:
     """Return torchrun's store below a prefix that only the processes started together with this one know.
 
-    torchrun keeps its store when it starts all processes again (--max-restarts). Addresses of the dead are still in it,
-    and a process that finds those would wait for them in vain. So rank 0 answers each call with its own name, until all
-    that live have taken it up.
+    torchrun keeps its store when it starts all processes again (--max-restarts), with the addresses of dead processes
+    in it, for which a new one would wait forever. So rank 0 answers each call with its own name until all have it.
     """
     # As long as torch waits for the others itself: rank 0 may decode a data set before it comes here.
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
@@ -110,9 +108,7 @@ def _device(asked: str | None, local_rank: int, local_size: int) -> torch.device
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
-        # Destroying the group holds Python's lock and waits for gloo's threads; one that is just dropping the tensor
-        # of a finished collective needs that lock, and both would wait for ever. Let them finish first.
-        time.sleep(0.1)
+        time.sleep(0.1)  # gloo's threads may need Python's lock, which the next line holds; otherwise a deadlock
         dist.destroy_process_group()
 
 
@@ -123,7 +119,7 @@ def barrier(world: World) -> None:
 
 
 @torch.no_grad()
-def sum_(tensor: torch.Tensor, world: World) -> torch.Tensor:
+def all_sum(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """Return the sum over ranks, without gradient; the tensor itself for one rank."""
     if world.size == 1:
         return tensor.detach()
@@ -138,12 +134,12 @@ def sum_with_gradient(tensor: torch.Tensor, world: World) -> torch.Tensor:
         return tensor
     # All ranks descend the same loss of the sum, and gradients are averaged over ranks: the identity, times ranks for
     # that average, lets each part count once.
-    return sum_(tensor, world) + (tensor - tensor.detach()) * world.size
+    return all_sum(tensor, world) + (tensor - tensor.detach()) * world.size
 
 
 def mean(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """Return the mean over ranks, without gradient; the tensor itself for one rank."""
-    return sum_(tensor, world) / world.size if world.size > 1 else tensor.detach()
+    return all_sum(tensor, world) / world.size if world.size > 1 else tensor.detach()
 
 
 @torch.no_grad()
@@ -221,6 +217,24 @@ def data_parallel(net: torch.nn.Module, world: World, **options: Any) -> torch.n
     ids = [world.device] if world.device.type == "cuda" else None
     options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, **options}
     return torch.nn.parallel.DistributedDataParallel(net, device_ids=ids, **options)
+
+
+def sync_batchnorm(net: torch.nn.Module, world: World) -> torch.nn.Module:
+    """Make every batch norm of `net` use the statistics of the global batch; return the network.
+
+    The layers are replaced in place and keep their names, parameters and buffers (a network that is itself a batch norm
+    is returned replaced). With one rank nothing changes. On GPUs it is torch's SyncBatchNorm; elsewhere, where that
+    refuses to work, GlobalBatchNorm. Convert before `data_parallel`.
+    """
+    if world.size == 1:
+        return net
+    if world.device.type == "cuda":
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if isinstance(net, torch.nn.modules.batchnorm._BatchNorm):
+        return GlobalBatchNorm.take_over(net)
+    for name, child in net.named_children():
+        setattr(net, name, sync_batchnorm(child, world))
+    return net
 
 
 def unwrap(net: torch.nn.Module) -> torch.nn.Module:

@@ -11,7 +11,7 @@ import numpy as np
 
 from DASO.lib.evaluation import MEDIAN_OF, summary
 from shared.training.files import atomic
-from shared.training.hardware import computed_on
+from shared.training.precision import computed_on
 
 if TYPE_CHECKING:
     from DASO.lib.trainer import Trainer

@@ -20,8 +20,7 @@ from DASO.lib.models.ema import ModelEMA
 from DASO.lib.models.semi import SemiModel, build_model
 from DASO.lib.solver import Scheduler, average_gradients, make_optimizer
 from DASO.lib.statistics import PseudoLabelStatistics
-from shared.distributed import World
-from shared.training.batchnorm import sync_batchnorm
+from shared.distributed import World, sync_batchnorm
 from shared.training.precision import autocast, default_precision
 from shared.training.run import Run
 

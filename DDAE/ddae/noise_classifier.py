@@ -184,7 +184,7 @@ def accuracy_by_level(classify: Callable[[Tensor, int, Tensor], Tensor], items: 
         noise = items.noise(batch, "test noise 0")
         for place, level in enumerate(levels):
             correct[place] += (classify(batch.images, level, noise).argmax(1) == batch.labels).sum()
-    return dict(zip(levels, (distributed.sum_(correct, world).double() / len(items)).tolist(), strict=True))
+    return dict(zip(levels, (distributed.all_sum(correct, world).double() / len(items)).tolist(), strict=True))
 
 
 def report_by_level(run: Run, name: str, accuracies: Mapping[int, float], compare: Sequence[str]) -> None:

@@ -25,8 +25,7 @@ from shared.distributed import World
 from shared.training.checkpoint import write_checkpoint
 from shared.training.files import atomic
 from shared.training.fingerprint import fingerprint, fingerprints
-from shared.training.hardware import computed_on
-from shared.training.precision import autocast, set_arithmetic
+from shared.training.precision import autocast, computed_on, set_arithmetic
 from shared.training.randomness import torch_rng
 from shared.training.run import Run
 
@@ -236,7 +235,7 @@ def test_heads(heads: LinearHeads, examples: Iterable[tuple[Mapping[str, Tensor]
         logits = heads(flat).unflatten(1, (-1, len(labels))).mean(1)
         counts[:-1] += (logits.argmax(2) == labels).sum(1)
         counts[-1] += len(labels)
-    *correct, total = distributed.sum_(counts, world).tolist()
+    *correct, total = distributed.all_sum(counts, world).tolist()
     return {key: number / total for key, number in zip(heads.keys, correct, strict=True)}
 
 

@@ -33,9 +33,8 @@ from shared.training.checkpoint import keep_layout
 from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA
 from shared.training.files import atomic, make_dir
-from shared.training.hardware import computed_on
 from shared.training.log import Log
-from shared.training.precision import autocast
+from shared.training.precision import autocast, computed_on
 from shared.training.randomness import torch_rng
 from shared.training.run import Run
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shared.cli import UserError
-from shared.distributed import World, sum_
+from shared.distributed import World, all_sum
 
 DISTANCES_AT_ONCE = 1 << 24  # float64 values of one block of a distance matrix: 128 MiB
 SUBSET_SEED = 2020           # which images form the subsets of KID and the splits of the inception score
@@ -45,7 +45,7 @@ class Moments:
     def over_ranks(self, world: World) -> Moments:
         """Return the moments of what all ranks have added."""
         total = Moments(len(self.sums) - 1, self.sums.device)
-        total.sums = sum_(self.sums, world)
+        total.sums = all_sum(self.sums, world)
         return total
 
     @property

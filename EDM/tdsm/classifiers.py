@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from EDM.training.layers import FourierEmbedding, Init, Linear, PositionalEmbedding
 from EDM.training.networks import constructor_kwargs, edm_coefficients, expect, vp_time
 from shared.cli import UserError
-from shared.training.batchnorm import BatchNorm2d
+from shared.cpu.batchnorm import BatchNorm2d
 from shared.training.checkpoint import read_checkpoint
 
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet34_64": (3, 4, 6, 3)}

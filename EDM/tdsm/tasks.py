@@ -19,9 +19,8 @@ from EDM.training.dataset import TrainingSet
 from EDM.training.snapshots import Snapshot, expect_kind, read_snapshot
 from EDM.training.training_loop import Denoising
 from shared.cli import UserError
-from shared.distributed import World
+from shared.distributed import World, sync_batchnorm
 from shared.report.plots import curves
-from shared.training.batchnorm import sync_batchnorm
 from shared.training.files import atomic
 from shared.training.randomness import numpy_rng, torch_rng
 from shared.training.run import Run

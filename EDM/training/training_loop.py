@@ -29,9 +29,8 @@ from shared.training.checkpoint import keep_layout
 from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA, half_life_beta, power_law_beta
 from shared.training.files import atomic
-from shared.training.hardware import computed_on
 from shared.training.log import Log
-from shared.training.precision import default_precision
+from shared.training.precision import computed_on, default_precision
 from shared.training.randomness import torch_rng
 from shared.training.run import Run
 
@@ -160,7 +159,7 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
         ema.update(net, method.ema_beta(nimg))
 
         # Log.
-        sums = distributed.sum_(torch.cat([sums, replaced[None]]), world)
+        sums = distributed.all_sum(torch.cat([sums, replaced[None]]), world)
         losses.add(values_per_step, sums[:2])
         log.add(loss=sums[0] / values_per_step, non_finite_gradients=sums[2], **statistics)
         tick = schedule.tick(step)

@@ -29,13 +29,11 @@ from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
 from shared.data.photographs import Photographs, Request
 from shared.data.pool import batches, choose_decoder
-from shared.distributed import World
-from shared.training.batchnorm import sync_batchnorm
+from shared.distributed import World, sync_batchnorm
 from shared.training.checkpoint import load_newest, read_checkpoint
 from shared.training.files import atomic
-from shared.training.hardware import computed_on
 from shared.training.log import Log
-from shared.training.precision import dtype_of, set_arithmetic
+from shared.training.precision import computed_on, dtype_of, set_arithmetic
 from shared.training.randomness import numpy_rng
 from shared.training.run import Run
 

@@ -95,7 +95,7 @@ def meta_step(net: nn.Module, optimizer: torch.optim.Optimizer, labeled: Tensor,
     """Do one step: correct the pseudo-labels, then descend the losses of passes 5 and 6 with learning rate `rate`.
 
     net: any module that maps images to logits, not wrapped in DistributedDataParallel (gradients are averaged here);
-    left in train mode. For several ranks to equal one, convert it with shared.training.batchnorm.sync_batchnorm before.
+    left in train mode. For several ranks to equal one, convert it with shared.distributed.sync_batchnorm before.
     labeled [n, ...], unlabeled [m, ...]: this rank's part of the batch, normalised; labels: int64 [n].
     rate: the learning rate and meta-rate of this step. weight: of the unlabelled loss. lam: mix-up coefficients [n, 1]
     of the labelled images (n = m, partners share a position), None for no mix-up.

@@ -105,7 +105,7 @@ def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor] | None], wo
         if say is not None and number % every == 0:
             say(evaluation_line(number, count, time.perf_counter() - started, found.tolist(), total.tolist()))
     net.train(was_training)
-    correct, loss, images_seen = distributed.sum_(total, world).tolist()
+    correct, loss, images_seen = distributed.all_sum(total, world).tolist()
     return 100 * correct / images_seen, loss / images_seen
 
 

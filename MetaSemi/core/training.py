@@ -23,12 +23,11 @@ from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
 from shared.data.datasets import load_dataset
 from shared.data.pool import Pool
-from shared.training.batchnorm import sync_batchnorm
+from shared.distributed import sync_batchnorm
 from shared.training.checkpoint import keep_layout, load_newest, read_checkpoint
 from shared.training.files import atomic
-from shared.training.hardware import computed_on
-from shared.training.precision import default_precision, dtype_of, set_arithmetic
 from shared.training.log import Log
+from shared.training.precision import computed_on, default_precision, dtype_of, set_arithmetic
 from shared.training.run import Run
 
 CHECKPOINT, BEST, LABELS, RESULT = "checkpoint.pth", "model_best.pth", "label_indices.txt", "result.json"

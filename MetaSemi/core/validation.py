@@ -42,6 +42,6 @@ def validate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: Wo
                 say(f"Test: [{number}/{count}] Test Loss {loss:.3f} (avg={averages[0]:.3f}) "
                     f"Acc1 {acc1:.3f} (avg={averages[1]:.3f}) Acc5 {acc5:.3f} (avg={averages[2]:.3f})")
     net.train(was_training)
-    loss, acc1, acc5, images_seen = distributed.sum_(total, world).tolist()
+    loss, acc1, acc5, images_seen = distributed.all_sum(total, world).tolist()
     say(f" * Prec@1 {acc1 / images_seen:.5f} Prec@5 {acc5 / images_seen:.5f}")
     return acc1 / images_seen, acc5 / images_seen, loss / images_seen

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared.cli import UserError, nearest
-from shared.training.batchnorm import BatchNorm2d
+from shared.cpu.batchnorm import BatchNorm2d
 from shared.training.dropout import Dropout
 
 WIDE_BN_EPS = 0.001

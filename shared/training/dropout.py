@@ -1,7 +1,7 @@
 """Dropout as a function of the training step.
 
-The mask of a layer is an integer hash of (seed, step, layer, global sample index, element), so it depends neither on
-the state of a random number generator nor on how a batch is shared among ranks or accumulation rounds.
+The mask of a layer is an integer hash of (seed, step, layer, global sample index, element). It depends neither on the
+state of a random number generator nor on how ranks or accumulation rounds share a batch.
 """
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MIXERS = (0x85EBCA6B, 0xC2B2AE35)  # of the finaliser of MurmurHash3
 
 
 class Dropout(torch.nn.Module):
-    """Zero a share `p` of the elements of x [N, ...] in training mode and divide the rest by 1 - p.
+    """Zero the fraction `p` of the elements of x [N, ...] in training mode, and divide the rest by 1 - p if `rescale`.
 
-    Once `set_dropout_keys` was called the mask follows from its keys; before, it comes from torch's own generator.
-    `rescale` False leaves the rest as it is. `shape` at the call: the mask is drawn for that shape and broadcast.
+    After `set_dropout_keys` the mask follows from its keys; before, it comes from torch's own generator. `shape` at the
+    call: the mask is drawn for that shape and broadcast.
     """
 
     def __init__(self, p: float, rescale: bool = True) -> None:
@@ -60,12 +60,12 @@ class Dropout(torch.nn.Module):
 def set_dropout_keys(net: torch.nn.Module, seed: int, step: int, sample_indices: Sequence[int]) -> None:
     """Choose the masks of the next forward of `net` in all its Dropout layers.
 
-    `sample_indices` [N]: the place of each image of that forward in the global batch of `step`.
+    `sample_indices` [N]: position of each image of that forward in the global batch of `step`.
     """
     layers = [module for module in net.modules() if isinstance(module, Dropout)]
     base = numpy_rng(seed, step, "dropout").integers(2**64, dtype=np.uint64)
     counter = np.arange(len(layers), dtype=np.uint64)[:, None] << np.uint64(32)
-    number = _mix(_mix(base + counter) + np.asarray(sample_indices, np.uint64))  # [layers, N], 64 random bits
+    number = _mix64(_mix64(base + counter) + np.asarray(sample_indices, np.uint64))  # [layers, N], 64 random bits
     number = number | np.uint64(1)
     halves = torch.from_numpy(np.stack([number, number >> np.uint64(32)], axis=1).astype(np.uint32).view(np.int32))
     device = next(net.parameters()).device
@@ -75,18 +75,16 @@ def set_dropout_keys(net: torch.nn.Module, seed: int, step: int, sample_indices:
 
 @contextlib.contextmanager
 def derived_dropout_keys(net: torch.nn.Module, rows: torch.Tensor, tags: torch.Tensor) -> Iterator[None]:
-    """Give the forwards of `net` inside of it masks of their own, then those of before.
+    """Give the forwards of `net` in this context their own masks; then restore the former ones.
 
-    rows, tags: int64 [M] on the network's device. The mask of input i is a function of the keys of input rows[i]
-    before and of tags[i] >= 0. Layers without keys are left alone.
+    rows, tags: int64 [M] on the network's device. The mask of input i is a function of the former keys of input rows[i]
+    and of tags[i] >= 0. Layers without keys are left alone.
     """
     layers = [module for module in net.modules() if isinstance(module, Dropout) and module.keys is not None]
     before = [layer.keys for layer in layers]
     if layers:
         number = (torch.stack(before)[:, :, rows].to(torch.int64) + (tags + 1) * 0x9E3779B9) & 0xFFFFFFFF
-        for factor in MIXERS:
-            number = ((number ^ (number >> 15)) * factor) & 0xFFFFFFFF
-        number = (number ^ (number >> 16)).to(torch.int32)
+        number = _mix32(number)
         number[:, 0] |= 1
         for layer, keys in zip(layers, number, strict=True):
             layer.keys = keys
@@ -97,7 +95,7 @@ def derived_dropout_keys(net: torch.nn.Module, rows: torch.Tensor, tags: torch.T
             layer.keys = keys
 
 
-def _mix(number: np.ndarray) -> np.ndarray:
+def _mix64(number: np.ndarray) -> np.ndarray:
     """A bijection of 64-bit numbers whose every output bit depends on every input bit (SplitMix64, Steele et al.)."""
     with np.errstate(over="ignore"):
         number = number + np.uint64(0x9E3779B97F4A7C15)
@@ -108,11 +106,14 @@ def _mix(number: np.ndarray) -> np.ndarray:
 
 def _hash(shape: tuple[int, ...], channels_last: bool, device: torch.device) -> torch.Tensor:
     """Return well-mixed int32 numbers [1, *shape], all different: a function of the element's position alone."""
-    number = torch.arange(math.prod(shape), dtype=torch.int64, device=device)
-    for factor in MIXERS:
-        number = ((number ^ (number >> 15)) * factor) & 0xFFFFFFFF
-    number = (number ^ (number >> 16)).to(torch.int32).view(1, *shape)
+    number = _mix32(torch.arange(math.prod(shape), dtype=torch.int64, device=device)).view(1, *shape)
     return number.contiguous(memory_format=torch.channels_last) if channels_last else number
 
 
 _cached_hash = lru_cache(maxsize=64)(_hash)
+
+
+def _mix32(number: torch.Tensor) -> torch.Tensor:
+    for factor in MIXERS:
+        number = ((number ^ (number >> 15)) * factor) & 0xFFFFFFFF
+    return (number ^ (number >> 16)).to(torch.int32)

@@ -13,9 +13,8 @@ from shared.distributed import unwrap
 class EMA:
     """A copy of a network whose parameters follow it: ema <- beta ema + (1 - beta) net.
 
-    `module` is in eval mode, in fp32 (fp64 where the network is) and without gradients. Floating-point buffers are
-    copied from the network at each update with buffers="copy" (batch-norm statistics stay current) and left as they
-    were with buffers="keep".
+    `module` is in eval mode, in fp32 (fp64 if the network is) and without gradients. buffers: "copy" takes the
+    network's at each update, so that batch-norm statistics stay current; "keep" leaves them as they were.
     """
 
     def __init__(self, net: torch.nn.Module, buffers: str = "copy") -> None:
@@ -44,7 +43,7 @@ class EMA:
 def half_life_beta(batch: int, halflife_nimg: float, nimg: float, rampup_ratio: float | None) -> float:
     """Return beta for one step of `batch` images such that weights halve every `halflife_nimg` images.
 
-    `rampup_ratio`: the half-life is at most this share of the `nimg` images seen so far (None: no ramp). At nimg = 0
+    `rampup_ratio`: the half-life is at most this fraction of the `nimg` images seen so far (None: no ramp). At nimg = 0
     with a ramp the result is 0: the average starts as a copy. (EDM, arXiv 2206.00364, appendix F.2)
     """
     if rampup_ratio is not None:
@@ -53,10 +52,10 @@ def half_life_beta(batch: int, halflife_nimg: float, nimg: float, rampup_ratio: 
 
 
 def power_law_beta(batch: int, nimg: float, sigma_rel: float) -> float:
-    """Return beta for one step of `batch` images, `nimg` seen before, such that the average weights the images of a
-    run by a power of their time: its width stays the share `sigma_rel` of the run, however long that becomes.
+    """Return beta for one step of `batch` images after `nimg`: images are weighted by a power of their time in the run.
 
-    At nimg = 0 the result is 0: the average starts as a copy. (EDM2, arXiv 2312.02696, section 3.1)
+    The standard deviation of that profile stays the fraction `sigma_rel` of the run, however long it becomes. At
+    nimg = 0 the result is 0: the average starts as a copy. (EDM2, arXiv 2312.02696, section 3.1)
     """
     return (nimg / (nimg + batch)) ** (power_law_exponent(sigma_rel) + 1)
 
@@ -64,7 +63,7 @@ def power_law_beta(batch: int, nimg: float, sigma_rel: float) -> float:
 def power_law_exponent(sigma_rel: float) -> float:
     """Return the exponent gamma of the profile t^gamma whose standard deviation is `sigma_rel` of the run.
 
-    0 < sigma_rel <= 1 / sqrt(12), where gamma = 0: the plain average. Raises ValueError outside of it.
+    0 < sigma_rel <= 1 / sqrt(12), at which gamma is 0, the plain average. Raises ValueError otherwise.
     """
     if not 0 < sigma_rel <= 12 ** -0.5:
         raise ValueError(f"sigma_rel: expected a number above 0 and at most {12 ** -0.5:.4f}, got {sigma_rel}")

@@ -180,7 +180,7 @@ class Log:
         if not means or not self.world.main:
             return
         rate = self._bar.rate()
-        self._bar.note("  ".join(f"{name} {value:.4g}" for name, value in means.items()))
+        self._bar.figures = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         self._lines.write(self._bar.line() + "\n")
         self._lines.flush()
         speed = {"images_per_second": rate * self.image_batch} if self.image_batch else {"steps_per_second": rate}

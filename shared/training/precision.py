@@ -1,37 +1,36 @@
-"""The number format a network computes in, and what that allows the kernels to do.
+"""What computes: the number format of a network, the kernels it allows, and the hardware that results name.
 
 fp32 is the default on CPUs, bf16 on GPUs that have it in hardware (older ones emulate it, more slowly than fp32).
 """
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
 
-from shared.lazy import lazy
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = lazy("torch")
+import torch
 
 
 def dtype_of(precision: str) -> torch.dtype | None:
-    """Return what autocast computes in for "bf16" or "fp16"; None, no autocast, for "fp32"."""
+    """Return the dtype of autocast for "bf16" or "fp16"; None, no autocast, for "fp32"."""
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 itself. CPUs count as such: PyTorch has kernels for all of them."""
+    """Return whether the device computes in bf16 itself. CPUs count as such: PyTorch has kernels for all of them."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def default_precision(device: torch.device, strict: bool = False) -> str:
-    """Return what is computed in where nothing is asked for: "bf16" on a GPU that has it, else "fp32"."""
+    """Return the precision if none is asked for: "bf16" on a GPU that has it, else "fp32"."""
     return "bf16" if device.type == "cuda" and not strict and has_bf16(device) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Return the context in which a network computes in `precision` (fp32: none at all)."""
+    """Return the context in which a network computes in `precision`; for fp32 it does nothing."""
     dtype = dtype_of(precision)
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
@@ -48,3 +47,39 @@ def set_arithmetic(strict: bool, tf32: bool = True, benchmark: bool = True, dete
     torch.backends.cuda.matmul.allow_tf32 = False
     if strict:
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def processor() -> str:
+    """Return the name of the processor ("AMD EPYC 7B13"), or its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def computed_on(device: torch.device) -> dict[str, Any]:
+    """Return {device, hardware, threads, torch, python} for a result file."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {"device": device.type, "hardware": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version()}
+
+
+def machine() -> dict[str, Any]:
+    """Return {hardware, cores, torch, python} of this machine, all of its GPUs included."""
+    cards = torch.cuda.device_count()
+    return {"hardware": f"{cards} x {torch.cuda.get_device_name(0)}" if cards else processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch": torch.__version__, "python": platform.python_version()}
+
+
+def commit() -> str:
+    """Return the commit of the code that runs, with "-changed" if files differ from it; "unknown" outside git."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        return subprocess.run(["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*",
+                               "--dirty=-changed"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

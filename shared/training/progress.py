@@ -1,10 +1,12 @@
-"""Progress of long work: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from tqdm import tqdm
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 10.0
@@ -22,26 +24,20 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts `total` units up. Use `advance`, then `close`; `note` sets the figures shown beside the count."""
+    """Counts `total` units up: call `advance`, then `close`. `figures`: text shown beside the count."""
 
     def __init__(self, desc: str, total: int | None, unit: str = "it", initial: int = 0, shown: bool = True) -> None:
         self.desc, self.total, self.unit, self.count, self.initial = desc, total, unit, initial, initial
         self.shown, self.figures = shown, ""
         self.started = self.last_line = time.monotonic()
-        self.bar: Any = None
+        self.bar = None
         if shown and sys.stderr.isatty():
-            from tqdm import tqdm
-
             self.bar = tqdm(desc=desc, total=total, unit=unit, initial=initial, dynamic_ncols=True, smoothing=0.05)
-
-    def note(self, figures: str) -> None:
-        self.figures = figures
-        if self.bar is not None:
-            self.bar.set_postfix_str(figures, refresh=False)
 
     def advance(self, count: int = 1) -> None:
         self.count += count
         if self.bar is not None:
+            self.bar.set_postfix_str(self.figures, refresh=False)
             self.bar.update(count)
         elif self.shown and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
@@ -60,10 +56,7 @@ class Progress:
 
     def print(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
+        tqdm.write(text) if self.bar is not None else print(text, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -73,9 +66,7 @@ class Progress:
 def progress(items: Iterable[Item], desc: str, total: int | None = None, unit: str = "it",
              shown: bool = True) -> Iterator[Item]:
     """Iterate over `items` and show how far it is."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
-    counter = Progress(desc, total, unit, shown=shown)
+    counter = Progress(desc, len(items) if total is None and hasattr(items, "__len__") else total, unit, shown=shown)
     try:
         for item in items:
             yield item

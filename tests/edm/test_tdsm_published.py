@@ -24,7 +24,7 @@ from EDM.tdsm.noise import noise_of_classifier
 from EDM.tdsm.transition import transition_matrix
 from EDM.training.snapshots import read_snapshot, save_snapshot
 from shared.cli import UserError
-from shared.training.batchnorm import BatchNorm2d
+from shared.cpu.batchnorm import BatchNorm2d
 
 KWARGS = dict(img_resolution=8, img_channels=3, label_dim=10, model_type="ClassifierSong", encoder_type="resnet18",
               augment_dim=9, dropout=0.13, embedding_type="positional", decoder_type="standard", model_channels=8)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from shared.distributed import World, data_parallel, start, stop
-from shared.training.batchnorm import BatchNorm2d, GlobalBatchNorm, sync_batchnorm
+from shared.cpu.batchnorm import BatchNorm2d, GlobalBatchNorm
+from shared.distributed import World, data_parallel, start, stop, sync_batchnorm
 
 BATCH, STEPS = 12, 3
 

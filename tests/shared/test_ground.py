@@ -1,7 +1,4 @@
 """Stateless randomness, the average of weights, complete-or-absent files, and the world of ranks."""
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +8,6 @@ from shared.distributed import World, start
 from shared.training.ema import EMA, half_life_beta
 from shared.training.files import atomic, make_dir
 from shared.training.randomness import numpy_rng, torch_rng
-from tests.shared.programs import environment
 
 
 def test_draws_depend_on_seed_step_and_purpose_only():
@@ -97,27 +93,3 @@ def test_more_gpus_than_there_are(monkeypatch):
         start()
     with pytest.raises(UserError, match="unknown device 'gpu'"):
         start("gpu")
-
-
-def optimizer_steps() -> list:
-    torch.manual_seed(0)
-    found = []
-    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
-        net, graded = torch.nn.Linear(5, 3), []
-        optimizer = kind(net.parameters(), lr=0.1)
-        optimizer.register_step_post_hook(lambda *_, graded=graded: graded.append(torch.is_grad_enabled()))
-        for _ in range(3):
-            optimizer.zero_grad()
-            net(torch.ones(2, 5)).square().sum().backward()
-            optimizer.step()
-        optimizer.load_state_dict(optimizer.state_dict())
-        found.append((graded, net.weight.tolist()))
-    return found
-
-
-def test_optimizers_take_the_same_steps_without_torch_compile():
-    program = "import sys\nfrom tests.shared.test_ground import optimizer_steps, start\n" \
-              "start('cpu')\nprint(optimizer_steps())\nsys.exit('torch._dynamo' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", program], env=environment(), text=True, capture_output=True)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.strip() == str(optimizer_steps())

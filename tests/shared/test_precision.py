@@ -1,8 +1,18 @@
-"""shared/training/precision.py: what is computed in where nothing is asked for, and which kernels may do it."""
+"""What is computed in if nothing is asked for, by which kernels, and on what: a result names it."""
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
-from shared.training.precision import autocast, default_precision, has_bf16, set_arithmetic
+from shared.training.precision import (
+    autocast,
+    computed_on,
+    default_precision,
+    has_bf16,
+    processor,
+    set_arithmetic,
+)
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -61,3 +71,16 @@ def test_fast_kernels_keep_what_was_asked_of_fp32(arithmetic_restored):
     assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
     set_arithmetic(strict=False)
     assert torch.backends.cudnn.allow_tf32
+
+
+def test_the_processor_has_its_name():
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    assert processor() == (named[0] if named else platform.processor() or platform.machine())
+
+
+def test_a_result_says_device_threads_and_versions():
+    found = computed_on(torch.device("cpu"))
+    assert found == {"device": "cpu", "hardware": processor(), "threads": torch.get_num_threads(),
+                     "torch": torch.__version__, "python": platform.python_version()}

@@ -10,8 +10,7 @@ import torchvision
 from torch.nn import functional as F
 
 from shared.cli import UserError
-from shared.distributed import World
-from shared.training.batchnorm import sync_batchnorm
+from shared.distributed import World, sync_batchnorm
 from TorchSSL.core.networks import (
     ResNet50,
     WideBlock,

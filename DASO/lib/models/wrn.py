@@ -4,9 +4,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import resnet34
 
 from shared.cli import UserError
-from shared.training.batchnorm import BatchNorm2d
+from shared.cpu.batchnorm import BatchNorm2d
 from shared.training.checkpoint import read_checkpoint
 
 SLOPE = 0.1  # of the leaky rectifiers
@@ -71,8 +72,6 @@ class ResNet34(nn.Module):
 
     def __init__(self, weights: str = "") -> None:
         super().__init__()
-        from torchvision.models import resnet34
-
         self.net = resnet34()
         self.net.fc = nn.Identity()
         if weights:

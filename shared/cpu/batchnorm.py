@@ -1,4 +1,4 @@
-"""Batch normalisation that gets its sums right: over all ranks of a run, and over large batches on a CPU."""
+"""Batch norm with accurate statistics on CPUs: of large batches, and of the global batch of several ranks."""
 from __future__ import annotations
 
 import torch
@@ -7,48 +7,28 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from shared.distributed import World
-
-PART = 2048  # values a channel that are added up in one go
-
-
-def sync_batchnorm(net: nn.Module, world: World) -> nn.Module:
-    """Make every batch norm of `net` use the statistics of the global batch; return the network.
-
-    The layers are replaced in place and keep their names, parameters and buffers (a network that is itself a batch norm
-    is returned replaced). With one rank nothing changes. On GPUs it is torch's SyncBatchNorm; elsewhere, where that
-    refuses to work, GlobalBatchNorm. Convert before wrapping in DistributedDataParallel.
-    """
-    if world.size == 1:
-        return net
-    if world.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    if isinstance(net, nn.modules.batchnorm._BatchNorm):
-        return GlobalBatchNorm.take_over(net)
-    for name, child in net.named_children():
-        setattr(net, name, sync_batchnorm(child, world))
-    return net
+PART = 2048  # values of a channel that are added up at a time
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """torch's layer, with accurate statistics where torch's own are not.
 
     On a CPU, torch adds up a channels_last fp32 batch value by value in fp32. From several hundred images of 32x32 on,
-    outputs are then off by 5e-5, and the gradients of a wide residual network by several times what rounding alone
-    does; added up in parts, as here, they are as exact as without channels_last.
+    outputs are then off by 5e-5, and gradients of a wide residual network by several times their rounding error. Sums
+    of parts, as here, are as exact as without channels_last.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training and self.affine and adds_up_badly(input)):
+        if not (self.training and self.affine and loses_precision(input)):
             return super().forward(input)
         output, mean, variance = _Normalise.apply(input, self.weight, self.bias, self.eps)
         if self.track_running_stats:
-            follow(self, mean, variance, input.numel() // input.shape[1])
+            update_running(self, mean, variance, input.numel() // input.shape[1])
         return output
 
 
-def adds_up_badly(x: Tensor) -> bool:
-    """Whether torch's own batch statistics of [N, C, H, W] lose digits: fp32 values in channels_last, and many."""
+def loses_precision(x: Tensor) -> bool:
+    """Return whether torch's own batch statistics of [N, C, H, W] are inaccurate: many fp32 values in channels_last."""
     return (x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() // x.shape[1] > 16 * PART
             and not torch.compiler.is_compiling() and x.is_contiguous(memory_format=torch.channels_last))
 
@@ -62,22 +42,22 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def combine(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance [C] of the union of parts, from those of the parts [P, C] and their sizes [P].
+    """Return mean and variance [C] of the union of parts, from means and variances [P, C] and sizes [P] of the parts.
 
-    Sums of squares would cancel where a mean is large beside its deviation.
+    Not by sums of squares, which cancel if the mean is large beside the standard deviation.
     """
-    shares = (counts / counts.sum()).unsqueeze(1)
-    mean = (means * shares).sum(0)
-    return mean, ((variances + (means - mean) ** 2) * shares).sum(0)
+    fractions = (counts / counts.sum()).unsqueeze(1)
+    mean = (means * fractions).sum(0)
+    return mean, ((variances + (means - mean) ** 2) * fractions).sum(0)
 
 
 @torch.no_grad()
-def follow(layer: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
+def update_running(layer: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
     """Move the running statistics of a layer towards those of a batch of `count` values a channel."""
     layer.num_batches_tracked.add_(1)
-    share = 1.0 / layer.num_batches_tracked.item() if layer.momentum is None else layer.momentum
-    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), share)
-    layer.running_var.lerp_((variance * (count / (count - 1))).to(layer.running_var.dtype), share)
+    momentum = 1.0 / layer.num_batches_tracked.item() if layer.momentum is None else layer.momentum
+    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
+    layer.running_var.lerp_((variance * (count / (count - 1))).to(layer.running_var.dtype), momentum)
 
 
 class _Normalise(torch.autograd.Function):
@@ -122,16 +102,16 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
             return super().forward(input)
-        output, mean, variance, count = _NormaliseTogether.apply(input, self.weight, self.bias, self.eps)
+        output, mean, variance, count = _NormaliseGlobal.apply(input, self.weight, self.bias, self.eps)
         if self.training and self.running_mean is not None and self.track_running_stats:
-            follow(self, mean, variance, count)
+            update_running(self, mean, variance, count)
         return output
 
 
-class _NormaliseTogether(torch.autograd.Function):
+class _NormaliseGlobal(torch.autograd.Function):
     """(x - mean) / sqrt(variance + eps) * weight + bias with mean and variance over all dimensions but 1 of all ranks.
 
-    Gradients are those of torch's SyncBatchNorm: of the input exact, of weight and bias this rank's share, which
+    Gradients are those of torch's SyncBatchNorm: exact for the input, this rank's part for weight and bias, which
     data-parallel training then averages.
     """
 
