@@ -36,6 +36,7 @@ __all__ = ["Bool", "Choice", "Diverged", "Flag", "Float", "Int", "IntList", "Int
 
 # OS errors (disk full, no permission): one line, no traceback.
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+LARGEST_YAML = 1_000_000  # characters
 
 
 class UserError(Exception):
@@ -115,7 +116,10 @@ def read_yaml(path: str | os.PathLike, flag: str) -> Any:
     """Return the plain values of a YAML file that `flag` names; UserError if it cannot be read or holds more."""
     try:
         with open(path, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
+            text = stream.read(LARGEST_YAML + 1)
+        if len(text) > LARGEST_YAML:
+            raise UserError(f"{flag}: {path} is refused, a configuration has at most {LARGEST_YAML:,} characters")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"{flag}: cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

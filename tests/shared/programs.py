@@ -5,14 +5,17 @@ import io
 import os
 import pickletools
 import re
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 
+from shared import cli
+from shared.cli import Option
 from tests.shared.clean import script_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +119,25 @@ def help_flags(parse: Callable[[list[str]], Any]) -> set[str]:
     with redirect_stdout(out), pytest.raises(SystemExit):
         parse(["--help"])
     return set(re.findall(r"--[A-Za-z][\w-]*", out.getvalue()))
+
+
+class Declared(BaseException):
+    """A script has declared its options, {title: options}."""
+
+
+@cache
+def declared_options(script: str, command: str = "") -> tuple[Option, ...]:
+    """Return the options that a script of the project gives to `shared.cli.parse`. command: words before its flags."""
+    def declared(_: str, groups: dict[str, Sequence[Option]]) -> None:
+        raise Declared(groups)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of runpy, that the module has been imported before
+        patch.setattr(cli, "_build_parser", declared)
+        patch.setattr(sys, "argv", [script, *command.split()])
+        with pytest.raises(Declared) as ended:
+            runpy.run_module(script.removesuffix(".py").replace("/", "."), run_name="__main__")
+    return tuple(option for group in ended.value.args[0].values() for option in group)
 
 
 def pickled_names(file: Path) -> set[str]:

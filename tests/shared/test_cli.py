@@ -187,6 +187,7 @@ def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path):
     ("- 1", "one `key: value` per line"),
     ("a: !!python/object/apply:os.system ['true']", "is not plain YAML"),
     ("a: [1", "is not plain YAML"),
+    (f"lr: 1 # {'x' * 1_000_000}", "is refused, a configuration has at most 1,000,000 characters"),
 ])
 def test_mistakes_in_a_file_are_named(tmp_path, text, message):
     with pytest.raises(UserError) as error:

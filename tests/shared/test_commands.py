@@ -8,18 +8,21 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from shared.cli import Parser, UserError, parse
+from shared.cli import UserError, parse
 from shared.report import tables
-from tests.shared.programs import ROOT, environment
+from tests.shared.programs import ROOT, declared_options, environment
 
 PUBLISHED = Path(__file__).with_name("published_commands.txt")
 READMES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
 MODULES_OF_OTHERS = {"pytorch_fid", "pip", "venv", "pytest"}
+WITH_COMMANDS = ("EDM/fid.py",)
 
 
 class Understood(Exception):
@@ -77,33 +80,24 @@ def understand(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
         understand_shell(script, arguments)
         return
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    if script == "EDM/fid.py":
-        command, *arguments = arguments
-        module.FLAGS = {"calc": module.CALC_FLAGS, "ref": module.REF_FLAGS}[command]
-    if script == "DASO/main.py":
-        from DASO.lib.config.config import parse as read
+    read = getattr(module, "parse", None)
+    if module.__name__.endswith(".tables"):  # they look up rows and columns
+        monkeypatch.setattr(tables, "selected", partial(understood, tables.selected))
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.delitem(sys.modules, module.__name__)
+        with pytest.raises((Understood, SystemExit)) as ended:
+            runpy.run_module(module.__name__, run_name="__main__")
+        assert ended.type is Understood or ended.value.code == 0
+    elif read in (None, parse):  # the script has no checks of its own beyond its declarations
+        command = arguments.pop(0) if script in WITH_COMMANDS else ""
+        parse("", declared_options(script, command), arguments)
     else:
-        read = getattr(module, "parse", None)
-    if read is parse:  # the script has no checks of its own beyond its declarations
-        parse("", module.FLAGS, arguments)
-        return
-    if read is not None:
         read(arguments)
-        return
-    # Tables look up rows and columns; others, which have no more to say about their flags, come as far as the parser.
-    place, name = (tables, "selected") if module.__name__.endswith(".tables") else (Parser, "parse_args")
-    original = getattr(place, name)
 
-    def understood(*given: object) -> None:
-        original(*given)
-        raise Understood
 
-    monkeypatch.setattr(place, name, understood)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    monkeypatch.delitem(sys.modules, module.__name__)
-    with pytest.raises((Understood, SystemExit)) as ended:
-        runpy.run_module(module.__name__, run_name="__main__")
-    assert ended.type is Understood or ended.value.code == 0
+def understood(original: Callable[..., Any], *given: Any) -> None:
+    original(*given)
+    raise Understood
 
 
 def names_an_absent_file(error: UserError, arguments: list[str]) -> bool:
