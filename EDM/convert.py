@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from EDM.tdsm.classifiers import CLASSIFIERS, CAS_class
+from EDM.training.networks import PRECONDITIONERS
 from EDM.training.snapshots import read_snapshot, write_snapshot
 from shared.cli import Flag, Option, UserError, parse, run_main
 from shared.training.files import make_dir
@@ -29,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if Path(dest).exists() and not flags.overwrite:
         raise UserError(f"{dest} exists already; choose another name or add --overwrite")
     snapshot = read_snapshot(src)
-    net = snapshot.build()  # proves that the copy will load
+    networks = {**PRECONDITIONERS, **CLASSIFIERS, "CAS_class": CAS_class}
+    net = snapshot.build(networks, "a network of EDM or TDSM")  # proves that the copy will load
     make_dir(Path(dest).absolute().parent)
     write_snapshot(dest, snapshot)
     count = sum(parameter.numel() for parameter in net.parameters())

@@ -26,8 +26,7 @@ from shared.training.randomness import numpy_rng
 from shared.training.run import Run
 
 CHECKPOINT = "checkpoint.pt"
-AT_ONCE = 500  # images of a forward pass without gradient
-MEAN, STD = 0.5, 0.5  # images are scaled to [-1, 1]
+BATCH = 500  # images of a forward pass without gradient
 
 
 class SmallCNN(torch.nn.Module):
@@ -97,18 +96,20 @@ def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *,
     others = [p for p in net.parameters() if p.ndim <= 1]
     optimizer = torch.optim.SGD([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=recipe.lr,
                                 momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay)
-    config = dict(classifier=kind, steps=steps, seed=seed, flip=flip, images=len(images), digest=digest(images))
+    config = dict(classifier=kind, steps=steps, seed=seed, flip=flip, images=len(images))
     log = Log(folder, world, every=max(1, min(100, steps // 4)), image_batch=recipe.batch, tensorboard=False, desc=desc)
-    run = Run(folder, config, dict(net=net, optimizer=optimizer), world, log=log, inputs={"--weights": weights},
-              checkpoint=CHECKPOINT, restart=restart)
+    run = Run(folder, config, dict(net=net, optimizer=optimizer), world, log=log,
+              inputs={"the images": images, "--weights": weights}, checkpoint=CHECKPOINT, restart=restart,
+              ignore=("digest",))  # of the images, in the settings of older versions
     policy = WeakPolicy(flip=flip, pad=max(1, images.size[0] // 8), pad_mode="zero")
+    mean = std = (0.5,) * images.channels  # scales to [-1, 1]
     pixels, labels = torch.from_numpy(np.array(images.images)), torch.from_numpy(images.labels)
     pixels, labels = pixels.to(world.device), labels.to(world.device)
     net.train()
     for step in run.steps(steps):
         rng = numpy_rng(seed, step, "classifier batch")
         chosen = torch.from_numpy(rng.integers(0, len(images), recipe.batch)).to(world.device)
-        batch = weak(pixels[chosen], draw_weak(recipe.batch, rng, images.size, policy), *unit_range(images.channels))
+        batch = weak(pixels[chosen], draw_weak(recipe.batch, rng, images.size, policy), mean, std)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad(set_to_none=True)
@@ -119,25 +120,12 @@ def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *,
     return net.eval().requires_grad_(False)
 
 
-def unit_range(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and the deviation that scale images to [-1, 1], for shared/augment/views.py."""
-    return (MEAN,) * channels, (STD,) * channels
-
-
-def digest(images: ImageSet) -> str:
-    """Return a short text that tells image sets apart, pixels and labels."""
-    found = hashlib.sha256(np.ascontiguousarray(images.labels))
-    for start in range(0, len(images), 4096):
-        found.update(np.ascontiguousarray(images.images[start:start + 4096]))
-    return found.hexdigest()[:16]
-
-
 @torch.no_grad()
 def predict(net: torch.nn.Module, images: ImageSet, device: torch.device) -> np.ndarray:
     """Return the class that the network sees in every image, int64 [N]."""
     found = []
-    for start in range(0, len(images), AT_ONCE):
-        batch = torch.from_numpy(np.array(images.images[start:start + AT_ONCE])).to(device)
+    for start in range(0, len(images), BATCH):
+        batch = torch.from_numpy(np.array(images.images[start:start + BATCH])).to(device)
         found.append(net(batch.float() / 127.5 - 1).argmax(1).cpu())
     return torch.cat(found).numpy()
 

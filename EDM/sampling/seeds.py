@@ -166,7 +166,7 @@ def _own_precision(net: torch.nn.Module, device: torch.device) -> str:
 
 
 def load_sampler(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dict[str, Any]]:
-    """Load the networks of generate.py's flags; return the sampler, and the settings that a folder of images records."""
+    """Load the networks of generate.py's flags; return the sampler, and the settings to record beside its images."""
     def network(path: str) -> torch.nn.Module:
         if world.main:
             print(f"Loading network from \"{path}\"...")

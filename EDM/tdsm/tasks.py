@@ -16,7 +16,7 @@ from EDM.tdsm.classifiers import CLASSIFIERS, class_logits, volmin_transition
 from EDM.tdsm.loss import ClassifierLoss, TDSMLoss, VolMinLoss, log_matrix, noisy_log_posterior
 from EDM.tdsm.noise import Noise
 from EDM.training.dataset import TrainingSet
-from EDM.training.snapshots import Snapshot, expect_kind, read_snapshot
+from EDM.training.snapshots import Snapshot, read_snapshot
 from EDM.training.training_loop import Denoising
 from shared.cli import UserError
 from shared.distributed import World, sync_batchnorm
@@ -38,7 +38,7 @@ class TDSM(Denoising):
         super().__init__(options, dataset, world)
         classifier, loss = None, options["loss_kwargs"]
         if snapshot is not None and not np.array_equal(label_noise.matrix, np.eye(dataset.label_dim)):
-            classifier = snapshot.build().to(world.device, memory_format=torch.channels_last)
+            classifier = snapshot.build(CLASSIFIERS).to(world.device, memory_format=torch.channels_last)
         settings = {name: loss[name] for name in ("tau", "temp", "relative_tau", "renormalise", "full_gradient",
                                                   "label_dropout") if name in loss}
         self.loss_fn = TDSMLoss(self.loss_fn, label_noise.matrix, classifier, **settings,
@@ -50,7 +50,7 @@ def classifier_snapshot(path: str | None, dataset: TrainingSet) -> Snapshot | No
     """Read the classifier's snapshot; raise UserError unless it is one, for images and classes of the data set."""
     if path is None:
         return None
-    snapshot = expect_kind(read_snapshot(path), CLASSIFIERS, "a classifier of noisy images")
+    snapshot = read_snapshot(path).expect(CLASSIFIERS, "a classifier of noisy images")
     for name, value, unit in (("label_dim", dataset.label_dim, "classes"),
                               ("img_channels", dataset.num_channels, "image channels"),
                               ("img_resolution", dataset.resolution, "pixels a side")):

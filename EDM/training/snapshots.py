@@ -18,14 +18,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from EDM.tdsm.classifiers import CLASSIFIERS, CAS_class
 from EDM.training.networks import PRECONDITIONERS
 from EDM.training.published import Record, describe, is_plain, local_file, read_pickle, read_zip
 from shared.cli import UserError, nearest
@@ -33,7 +34,7 @@ from shared.training.files import atomic
 
 FORMAT = "fewlabel network snapshot"
 MAX_HEADER, MAX_TENSORS = 1 << 25, 10_000  # of a .safetensors file; a transition matrix is part of the header
-NETWORKS = {**PRECONDITIONERS, **CLASSIFIERS, "CAS_class": CAS_class}
+Networks = Mapping[str, Callable[..., torch.nn.Module]]  # by class name
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,19 @@ class Snapshot:
     source: str = "snapshot"
     loss_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> torch.nn.Module:
-        """Return the network in eval mode, float32 on the CPU, without gradients. Raises UserError."""
-        if self.class_name not in NETWORKS:
-            raise UserError(f"{self.source}: holds a {self.class_name}{nearest(self.class_name, NETWORKS)}, "
-                            f"expected one of {', '.join(NETWORKS)}")
+    def expect(self, networks: Networks, what: str) -> Snapshot:
+        """Return the snapshot itself; raise UserError unless its network is one of `networks`, which are `what`."""
+        if self.class_name not in networks:
+            raise UserError(f"{self.source}: holds a {self.class_name}{nearest(self.class_name, networks)}, "
+                            f"expected {what} ({', '.join(networks)})")
+        return self
+
+    def build(self, networks: Networks = PRECONDITIONERS, what: str = "a denoiser") -> torch.nn.Module:
+        """Return the network in eval mode, float32 on the CPU, without gradients. Raises UserError; see `expect`."""
+        self.expect(networks, what)
         try:
             with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
-                net = NETWORKS[self.class_name](**self.init_kwargs)
+                net = networks[self.class_name](**self.init_kwargs)
         except (UserError, TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
             raise UserError(f"{self.source}: no {self.class_name} can be made from its constructor arguments "
                             f"({error})") from None
@@ -89,20 +95,13 @@ def load_network(path: str | os.PathLike, device: str | torch.device = "cpu") ->
 
     Raises UserError when the file is missing, damaged, hostile, no snapshot, or holds a classifier.
     """
-    return expect_kind(read_snapshot(path), PRECONDITIONERS, "a denoiser").build().to(device)
-
-
-def expect_kind(snapshot: Snapshot, kind: Mapping[str, Any], what: str) -> Snapshot:
-    """Return the snapshot; raise UserError, saying that `what` is expected, for a network of another kind."""
-    if snapshot.class_name in NETWORKS and snapshot.class_name not in kind:
-        raise UserError(f"{snapshot.source}: holds a {snapshot.class_name}, expected {what} ({', '.join(kind)})")
-    return snapshot
+    return read_snapshot(path).build().to(device)
 
 
 def save_snapshot(path: str | os.PathLike, net: torch.nn.Module,
                   dataset_kwargs: Mapping[str, Any] | None = None,
                   loss_kwargs: Mapping[str, Any] | None = None) -> None:
-    """Write `net` (one of NETWORKS; of a training run, the EMA) to `path`: complete or not at all."""
+    """Write `net` (of a training run, the EMA) to `path`: complete or not at all."""
     write_snapshot(path, Snapshot(type(net).__name__, dict(net.init_kwargs), net.state_dict(),
                                   dict(dataset_kwargs or {}), str(path), dict(loss_kwargs or {})))
 
@@ -114,8 +113,6 @@ def write_snapshot(path: str | os.PathLike, snapshot: Snapshot) -> None:
                  **(dict(loss_kwargs=_plain(snapshot.loss_kwargs)) if snapshot.loss_kwargs else {}))
     tensors = {name: _stored(tensor) for name, tensor in snapshot.state_dict.items()}
     if Path(path).suffix == ".safetensors":
-        from safetensors.torch import save
-
         data = save(tensors, dict(format=FORMAT, about=json.dumps(about), sha256=_digest(about, tensors)))
         with atomic(path) as file:
             file.write(data)
@@ -180,8 +177,6 @@ def _from_torch(file: Path, source: str) -> Snapshot:
 
 
 def _from_safetensors(file: Path, source: str) -> Snapshot:
-    from safetensors import SafetensorError, safe_open
-
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > MAX_HEADER or stream.read(length).count(b'"data_offsets"') > MAX_TENSORS:

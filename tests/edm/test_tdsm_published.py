@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from EDM.tdsm.classifiers import (
+    CLASSIFIERS,
     BasicBlock,
     CAS_class,
     ConditionalResNet,
@@ -96,7 +97,7 @@ def test_a_published_classifier_computes_the_same(kind: type, tmp_path: Path, pu
     snapshot = read_snapshot(tmp_path / "network-snapshot-000000.pkl")
     x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 2.0])
     with torch.no_grad():
-        assert torch.equal(class_logits(snapshot.build()(x, sigma)), class_logits(net(x, sigma)))
+        assert torch.equal(class_logits(snapshot.build(CLASSIFIERS)(x, sigma)), class_logits(net(x, sigma)))
     noise = noise_of_classifier(snapshot, 10)
     if kind is EDMPrecond_classifier:
         assert np.allclose(noise.matrix, transition_matrix("sym", 0.4, 10))
@@ -117,7 +118,7 @@ def test_ours_and_those_of_the_accuracy_score_come_back(tmp_path: Path) -> None:
     for net in (EDMPrecond_classifier(**KWARGS), CAS_class(8, 1, 4, "cnn")):
         save_snapshot(tmp_path / "net.pkl", net.eval(), dict(path="x"), dict(noise_type="clean"))
         snapshot = read_snapshot(tmp_path / "net.pkl")
-        built = snapshot.build()
+        built = snapshot.build({**CLASSIFIERS, "CAS_class": CAS_class})
         assert snapshot.loss_kwargs == dict(noise_type="clean")
         assert all(torch.equal(a, b) for a, b in zip(built.state_dict().values(), net.state_dict().values(),
                                                      strict=True))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from EDM import dataset_tool, generate, train_classifier, train_noise
-from EDM.tdsm.classifiers import volmin_transition
+from EDM.tdsm.classifiers import CLASSIFIERS, volmin_transition
 from EDM.tdsm.transition import transition_matrix
 from EDM.training.config import RESULT_FILE
 from EDM.training.snapshots import load_network, read_snapshot
@@ -262,7 +262,7 @@ def test_every_classifier(arch, precond, tmp_path, data):
                   f"--arch={arch}", f"--precond={precond}", "--optimizer=sgd", "--averaged=1")
     snapshot = read_snapshot(snapshot_of(folder))
     assert snapshot.class_name.startswith(precond[:3].upper().rstrip("_"))
-    assert snapshot.build().label_dim == 3
+    assert snapshot.build(CLASSIFIERS).label_dim == 3
 
 
 # ----------------------------------------------------------------------------------------------------------- mistakes
