@@ -26,7 +26,7 @@ class Int:
 
     def __init__(self, low: int | None = None, high: int | None = None) -> None:
         self.low, self.high = low, high
-        self.range = _describe(low, high, "")
+        self.range = _describe(low, high)
 
     def convert(self, text: str) -> int:
         try:
@@ -43,8 +43,7 @@ class Int:
 class Float:
     """A finite number from `low` to `high`.
 
-    open: True excludes the bounds, "low" or "high" one of them. non_finite: also take inf, and nan where there
-    is no bound.
+    open: True excludes the bounds, "low" or "high" one of them. non_finite: also take inf, and nan without a bound.
     """
 
     metavar = "FLOAT"
@@ -62,15 +61,14 @@ class Float:
             raise ValueError(f"{text!r} is not a valid float.") from None
         if not math.isfinite(value) and not self.non_finite:
             raise ValueError(f"{text} is not a finite number.")
-        low, high = (bound if bound is not None else math.nan for bound in (self.low, self.high))
-        inside = ((self.low is None or value > low or (value == low and "low" not in self.open))
-                  and (self.high is None or value < high or (value == high and "high" not in self.open)))
-        if not inside:
+        above = self.low is None or value > self.low or (value == self.low and "low" not in self.open)
+        below = self.high is None or value < self.high or (value == self.high and "high" not in self.open)
+        if not (above and below):
             raise ValueError(f"{value} is not in the range {self.range}.")
         return value
 
 
-def _describe(low: float | None, high: float | None, open: str) -> str:
+def _describe(low: float | None, high: float | None, open: str = "") -> str:
     """Return a range as in x>=1 or 0<=x<1; '' without bounds."""
     least, most = (f"{bound:g}" if isinstance(bound, float) else bound for bound in (low, high))
     left, right = "<" if "low" in open else "<=", "<" if "high" in open else "<="
