@@ -27,9 +27,9 @@ from shared.training.checkpoint import read_checkpoint
 from shared.training.files import atomic
 
 ONLINE, AVERAGED = "module.nn_model.", "ema_model.nn_model."
-# What a published file may begin the names of a network with, longest first.
-ONLINE_PREFIXES = (ONLINE, "nn_model.", "module.")
-AVERAGED_PREFIXES = ("ema_model.module.nn_model.", AVERAGED, "ema_model.")
+# What the names of a network's tensors may begin with in a published file, longest first.
+PREFIXES = {"MODEL": (ONLINE, "nn_model.", "module."),
+            "EMA": ("ema_model.module.nn_model.", AVERAGED, "ema_model.")}
 NETWORK_KEYS = ("model_type", "net_type", "network", "diffusion")  # must agree between a checkpoint and its config
 LISTED_EPOCHS = 20
 SIGMA_RANGE = (0.002, 80.0)  # of the levels at which a snapshot is probed, within what its network allows
@@ -69,7 +69,7 @@ def load_model(config: Config, epoch: int = -1, device: str | torch.device = "cp
     """
     path, _ = find_checkpoint(config, epoch)
     net = make_network(config)
-    load_weights(net, averaged_weights(read_model(path, config), path), path)
+    load_weights(net, read_model(path, config), "EMA", path)
     return net.eval().requires_grad_(False).to(device), make_diffusion(config, **options)
 
 
@@ -88,25 +88,15 @@ def read_model(path: Path, config: Config) -> dict[str, Any]:
     return content
 
 
-def averaged_weights(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the tensors of the averaged network under their plain names."""
-    return _stripped(content.get("EMA"), AVERAGED_PREFIXES, "EMA", path)
-
-
-def online_weights(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Return the tensors of the trained network under their plain names."""
-    return _stripped(content.get("MODEL"), ONLINE_PREFIXES, "MODEL", path)
-
-
 def average_updates(content: Mapping[str, Any]) -> int:
     """Return how often the average was updated; published counters are scalars or have shape [1]."""
     step = content["EMA"].get("step", 0)
     return int(step.reshape(-1)[0]) if isinstance(step, Tensor) else int(step)
 
 
-def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load tensors by name; UserError for a missing, superfluous or differently shaped one. `net` is then unchanged."""
-    own = net.state_dict()
+def load_weights(net: nn.Module, content: Mapping[str, Any], entry: str, path: Path) -> None:
+    """Load the tensors of the entry MODEL or EMA by name; UserError, and an unchanged `net`, if they do not fit."""
+    own, tensors = net.state_dict(), _plain_names(content.get(entry), entry, path)
     missing, extra = [n for n in own if n not in tensors], [n for n in tensors if n not in own]
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which this network has not"
@@ -116,7 +106,7 @@ def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
         if tensor.shape != tensors[name].shape:
             raise UserError(f"{path}: checkpoint of another network, {name} has shape {tuple(tensors[name].shape)}, "
                             f"expected {tuple(tensor.shape)}; give the config that it was trained with")
-    net.load_state_dict(dict(tensors))
+    net.load_state_dict(tensors)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, Any], path: Path) -> None:
@@ -155,15 +145,15 @@ def _stored(value: Any) -> Any:
     return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _stripped(tensors: Any, prefixes: tuple[str, ...], entry: str, path: Path) -> dict[str, Tensor]:
+def _plain_names(tensors: Any, entry: str, path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict):
         raise UserError(f"{path}: lacks the entry {entry}")
-    for prefix in prefixes:
+    for prefix in PREFIXES[entry]:
         found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
                  if isinstance(name, str) and name.startswith(prefix) and isinstance(tensor, Tensor)}
         if found:
             return found
-    raise UserError(f"{path}: its entry {entry} holds no network (no name begins with {prefixes[0]})")
+    raise UserError(f"{path}: its entry {entry} holds no network (no name begins with {PREFIXES[entry][0]})")
 
 
 def _difference(saved: Any, ours: Any, key: str) -> str:

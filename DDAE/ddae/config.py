@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from DDAE.ddae.diffusion import DDPM, EDM
-from DDAE.ddae.model import UNet
+from DDAE.ddae.model import UNet, check_names
 from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, nearest, read_value, read_yaml
 from shared.training.precision import has_bf16
 
@@ -51,11 +51,11 @@ KEYS = (
     Option("network.use_res_for_updown", Bool, False, "resample by residual blocks (DDPM++)"),
     Option("network.augment_dim", Int(0), 0, "length of the augmentation labels"),
     Option("network.self_condition", Text, None, "block whose feature conditions the rest of the decoder (DDAE++)"),
-    Option("linear.n_epoch", Int(1), required=True, help="epochs of the linear probe"),
-    Option("linear.batch_size", Int(1), required=True, unit="images per process"),
-    Option("linear.lrate", Float(0, open=True), required=True, help="learning rate, times the number of processes"),
-    Option("linear.timestep", Int(0), required=True, help="noise level of the features"),
-    Option("linear.blockname", Text, required=True, help="decoder block of the features"),
+    Option("linear.n_epoch", Int(1), 15, "epochs of the linear probe"),
+    Option("linear.batch_size", Int(1), 128, unit="images per process"),
+    Option("linear.lrate", Float(0, open=True), 1e-3, "learning rate, times the number of processes"),
+    Option("linear.timestep", Int(0), None, "noise level of the features"),
+    Option("linear.blockname", Text, None, "decoder block of the features"),
     Option("linear.flip", Bool, True, "mirror half of the training images"),
     Option("linear.pad", Int(0), 4, "crop from images padded by so many black pixels", unit="pixels"),
 )
@@ -82,21 +82,20 @@ DIFFUSION_KEYS = {
 class Config(SimpleNamespace):
     """One experiment, as a file of config/ describes it: the keys above as attributes.
 
-    network, diffusion, optim_args: dicts of the keys that are given. linear: all keys of the section, or None. source:
-    the file it was read from.
+    network, diffusion, optim_args: dicts of the keys that are given. linear: all keys of the section. source: the file
+    it was read from.
     """
 
     def probe(self) -> SimpleNamespace:
         """Return the settings of the linear probe; UserError if the file has none."""
-        if self.linear is None:
-            names = [option.key.removeprefix("linear.") for option in KEYS if option.key.startswith("linear.")]
-            raise UserError(f"{self.source}: needs a section `linear` with {', '.join(names)}")
+        if self.linear.timestep is None or self.linear.blockname is None:
+            raise UserError(f"{self.source}: needs a section `linear` with timestep and blockname")
         return self.linear
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys and values as plain containers."""
-        linear = None if self.linear is None else dict(vars(self.linear))
-        return {key: value for key, value in vars(self).items() if key != "source"} | {"linear": linear}
+        plain = {key: value for key, value in vars(self).items() if key != "source"}
+        return {**plain, "linear": dict(vars(self.linear))}
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -145,18 +144,17 @@ def _read(raw: Mapping[str, Any], origin: Mapping[str, str], source: str) -> Con
             listed = f"; known are {', '.join(inside)}" if len(inside) > 1 else ""
             raise UserError(f'{origin[key]}: unknown key "{key}"{nearest(key, known)}{listed}')
     values = {key: read_value(known[key], value, origin[key]) for key, value in raw.items()}
-    has_probe = any(key.startswith("linear.") for key in values)
     for key, option in known.items():
-        if option.required and values.get(key) is None and (has_probe or not key.startswith("linear.")):
+        if option.required and values.get(key) is None:
             raise UserError(f"{source}: lacks the key {key}")
-    top = {key: values.get(key, option.default) for key, option in known.items() if "." not in key}
-    sections = {section: {key.removeprefix(f"{section}."): value for key, value in values.items()
-                          if key.startswith(f"{section}.")} for section in SECTIONS}
-    if has_probe:
-        defaults = {key.removeprefix("linear."): option.default for key, option in known.items()
-                    if key.startswith("linear.")}
-        sections["linear"] = SimpleNamespace(**{**defaults, **sections["linear"]})
-    return Config(**{**top, **sections, "linear": sections["linear"] or None}, source=source)
+    complete = {key: values.get(key, option.default) for key, option in known.items()}
+    top = {key: value for key, value in complete.items() if "." not in key}
+    sections = {section: _section(values, section) for section in SECTIONS}
+    return Config(**{**top, **sections, "linear": SimpleNamespace(**_section(complete, "linear"))}, source=source)
+
+
+def _section(values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    return {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{section}.")}
 
 
 def make_network(config: Config) -> UNet:
@@ -165,9 +163,8 @@ def make_network(config: Config) -> UNet:
         net = UNet(**config.network)
     except UserError as error:
         raise UserError(f"{config.source}: network: {error}") from None
-    if config.linear is not None and config.linear.blockname not in net.widths:
-        raise UserError(f"{config.source}: linear.blockname: this network has no block {config.linear.blockname!r}; it "
-                        f"has {', '.join(net.block_names)}")
+    if config.linear.blockname is not None:
+        check_names([config.linear.blockname], net.widths, f"{config.source}: linear.blockname: ")
     return net
 
 

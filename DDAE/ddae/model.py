@@ -7,7 +7,6 @@ fp32.
 """
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.cli import UserError, nearest
-from shared.cpu.kernels import ChannelsLastGroupNorm, attention, repeat_then_convolve
+from shared.cpu.kernels import attention, group_norm, repeat_then_convolve
 from shared.cpu.winograd import convolve
 from shared.training.dropout import Dropout
 
@@ -41,8 +40,16 @@ class UNet(nn.Module):
                  ch_mults: Sequence[int] = (1, 2, 2, 2), is_attn: Sequence[bool] = (False, True, False, False),
                  attn_channels_per_head: int | None = None, dropout: float = 0.1, n_blocks: int = 2,
                  use_res_for_updown: bool = False, augment_dim: int = 0, self_condition: str | None = None) -> None:
-        _check(image_shape, n_channels, ch_mults, is_attn, n_blocks)
         super().__init__()
+        if not ch_mults or len(is_attn) != len(ch_mults):
+            raise UserError(f"is_attn: expected one of true and false for each of the {len(ch_mults)} ch_mults, got "
+                            f"{list(is_attn)}")
+        if n_channels % 32:
+            raise UserError(f"n_channels: expected a multiple of 32, got {n_channels}")
+        factor = 2 ** (len(ch_mults) - 1)
+        if len(image_shape) != 3 or image_shape[1] % factor or image_shape[2] % factor:
+            raise UserError(f"image_shape: expected [channels, height, width], height and width being multiples of "
+                            f"{factor} for {len(ch_mults)} ch_mults, got {list(image_shape)}")
         self.image_shape, self.n_channels, self.augment_dim = tuple(image_shape), n_channels, augment_dim
         levels, emb_channels, d_k = len(ch_mults), 4 * n_channels, attn_channels_per_head
 
@@ -136,11 +143,11 @@ class UNet(nn.Module):
         return x, kept
 
 
-def check_names(names: Sequence[str], known: Mapping[str, int]) -> None:
+def check_names(names: Sequence[str], known: Mapping[str, int], source: str = "") -> None:
     """Raise UserError for a block that does not exist, naming the known ones."""
     for name in names:
         if name not in known:
-            raise UserError(f"this network has no block {name!r}{nearest(str(name), known)}; it has "
+            raise UserError(f"{source}this network has no block {name!r}{nearest(str(name), known)}; it has "
                             f"{', '.join(known)}")
 
 
@@ -165,38 +172,19 @@ class SemanticCondition(nn.Module):
 
 
 def use_channels_last(net: UNet) -> None:
-    """Let `net` compute in [N, H, W, C] memory order where that is faster: on GPUs, and on a CPU if it is wide. Numbers
-    change by rounding only."""
+    """Let `net` compute in [N, H, W, C] memory order where that is faster; numbers change by rounding only."""
     if next(net.parameters()).is_cuda or net.n_channels >= 64:
         net.to(memory_format=torch.channels_last)  # images follow the weights of the first convolution
 
 
 def store_bf16_weights(net: UNet) -> None:
-    """Round the weights of convolutions and linear layers to bf16, which autocast would do in every call. For a network
-    that is not trained further; under autocast its numbers stay the same."""
+    """Round the weights to bf16 once and for all, as autocast does in every call; for a trained network."""
     # Where a repetition is fused with a convolution, weights are summed before they are rounded.
     fused = {module.conv1 if isinstance(module, ResidualBlock) else module.conv for module in net.modules()
              if isinstance(module, Upsample) or isinstance(module, ResidualBlock) and module.up}
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in fused:
             module.weight.data = module.weight.data.to(torch.bfloat16)
-
-
-def _check(image_shape: Sequence[int], n_channels: int, ch_mults: Sequence[int], is_attn: Sequence[bool],
-           n_blocks: int) -> None:
-    if len(image_shape) != 3:
-        raise UserError(f"image_shape: expected [channels, height, width], got {list(image_shape)}")
-    if not ch_mults or len(is_attn) != len(ch_mults):
-        raise UserError(f"is_attn: expected one of true and false for each of the {len(ch_mults)} ch_mults, got "
-                        f"{list(is_attn)}")
-    if n_channels % 32 or n_channels < 32:
-        raise UserError(f"n_channels: expected a multiple of 32, got {n_channels}")
-    if n_blocks < 1 or min(ch_mults) < 1:
-        raise UserError(f"n_blocks and ch_mults: expected numbers above 0, got {n_blocks} and {list(ch_mults)}")
-    factor = 2 ** (len(ch_mults) - 1)
-    if image_shape[1] % factor or image_shape[2] % factor:
-        raise UserError(f"image_shape: height and width must be multiples of {factor} for {len(ch_mults)} ch_mults, "
-                        f"got {image_shape[1]} x {image_shape[2]}")
 
 
 class GroupNorm(nn.Module):
@@ -212,12 +200,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        if ChannelsLastGroupNorm.pays(x):
-            return ChannelsLastGroupNorm.apply(x, self.weight, self.bias, self.groups, 1e-5)
-        # Under autocast PyTorch would make float32 tensors of half-precision ones; the kernel sums in float32 anyway.
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(x.device.type, enabled=False) if half else contextlib.nullcontext():
-            return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
+        return group_norm(x, self.groups, self.weight, self.bias, 1e-5)
 
 
 class TimeEmbedding(nn.Module):
@@ -245,8 +228,6 @@ class TimeEmbedding(nn.Module):
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps height and width."""
-
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
@@ -274,7 +255,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = F.silu(self.norm1(x))
         if self.up:
-            x, h = repeat(x), repeat_and_convolve(self.conv1, h)
+            x, h = repeat(x), repeat_then_convolve(h, self.conv1.weight, self.conv1.bias)
         elif self.down:
             x, h = F.avg_pool2d(x, 2), self.conv1(F.avg_pool2d(h, 2))
         else:
@@ -320,7 +301,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(n_channels, n_channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        return repeat(x) if self.conv is None else repeat_and_convolve(self.conv, x)
+        return repeat(x) if self.conv is None else repeat_then_convolve(x, self.conv.weight, self.conv.bias)
 
 
 class Downsample(nn.Module):
@@ -337,8 +318,7 @@ class Downsample(nn.Module):
 class ResampleBlock(nn.Module):
     """A residual block that doubles or halves height and width."""
 
-    def __init__(self, n_channels: int, time_channels: int, dropout: float, up: bool = False, down: bool = False
-                 ) -> None:
+    def __init__(self, n_channels: int, time_channels: int, dropout: float, up: bool, down: bool) -> None:
         super().__init__()
         self.op = ResidualBlock(n_channels, n_channels, time_channels, dropout, up=up, down=down)
 
@@ -376,8 +356,3 @@ class MiddleBlock(nn.Module):
 def repeat(x: Tensor) -> Tensor:
     """Double height and width of x [N, C, H, W] by repeating every pixel."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-def repeat_and_convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return conv(repeat(x)) for a 3x3 convolution, at 4/9 of its multiplications."""
-    return F.conv_transpose2d(x, repeat_then_convolve(conv.weight), conv.bias, stride=2, padding=1)

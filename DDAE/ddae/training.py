@@ -6,23 +6,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from DDAE.ddae.checkpoints import (
-    average_updates,
-    averaged_weights,
-    find_checkpoint,
-    load_optimizer,
-    load_weights,
-    online_weights,
-    read_model,
-    write_model,
-)
+from DDAE.ddae import checkpoints
+from DDAE.ddae.checkpoints import load_weights, write_model
 from DDAE.ddae.config import Config, make_diffusion
-from DDAE.ddae.data import Batch
+from DDAE.ddae.data import Batch, TrainBatches
 from DDAE.ddae.diffusion import DDPM, EDM
 from DDAE.ddae.model import UNet, use_channels_last
 from DDAE.ddae.sampling import write_sheet
@@ -46,18 +38,9 @@ EMA_POWER = 2 / 3
 FREE_KEYS = ("n_epoch", "n_sample", "save_model", "save_dir", "linear", "classes")
 
 
-class Batches(Protocol):
-    """Serves the global batch of a step, this process's part of it."""
-
-    per_epoch: int
-
-    def __call__(self, step: int) -> Batch: ...
-
-
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of a step for this process's n images. level: [n], of the diffusion model. noise: [n, C, H, W].
-    augment: parameters of the augmentation or None."""
+    """Random numbers of a step for n images: levels [n], noise [n, C, H, W], parameters of the augmentation or None."""
 
     level: Tensor
     noise: Tensor
@@ -92,7 +75,7 @@ def make_optimizer(config: Config, net: torch.nn.Module, strict: bool) -> torch.
     return torch.optim.AdamW(net.parameters(), **{"lr": config.lrate, **config.optim_args}, **fast)
 
 
-def train(config: Config, net: UNet, batches: Batches, world: World, *,
+def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
           draw: Callable[[DDPM | EDM, Batch, int, int], Draws] = draw,
           gpus: int = 1,                      # processes that batch_size and lrate are multiplied by
           precision: str = "fp32",            # fp32, bf16 or fp16
@@ -209,13 +192,13 @@ def train(config: Config, net: UNet, batches: Batches, world: World, *,
 
 def load_epoch(config: Config, net: UNet, ema: EMA, optimizer: torch.optim.Optimizer, log: Log) -> int:
     """Load the checkpoint of config.load_epoch, ours or published; return how often its average was updated."""
-    path, _ = find_checkpoint(config, config.load_epoch)
-    content = read_model(path, config)
-    load_weights(net, online_weights(content, path), path)
-    load_weights(ema.module, averaged_weights(content, path), path)
-    load_optimizer(optimizer, content, path)
+    path, _ = checkpoints.find_checkpoint(config, config.load_epoch)
+    content = checkpoints.read_model(path, config)
+    load_weights(net, content, "MODEL", path)
+    load_weights(ema.module, content, "EMA", path)
+    checkpoints.load_optimizer(optimizer, content, path)
     log.print(f"loading model at {path}")
-    return average_updates(content)
+    return checkpoints.average_updates(content)
 
 
 def preview(config: Config, diffusion: DDPM | EDM, net: UNet, epoch: int, seed: int, device: torch.device) -> Tensor:

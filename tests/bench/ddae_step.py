@@ -9,19 +9,25 @@ bar is missed or they differ.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
+import json
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from DDAE.ddae.batches import Batch
 from DDAE.ddae.config import Config, make_diffusion, make_network, read_config
-from DDAE.ddae.model import UNet, use_channels_last
-from DDAE.ddae.training import draw, make_optimizer, training_step
-from shared.cpu.allocator import keep_freed_memory
+from DDAE.ddae.data import Batch
+from DDAE.ddae.model import UNet
+from DDAE.ddae.training import draw, train
+from shared.distributed import World
+from shared.training.checkpoint import read_checkpoint
 from shared.training.ema import EMA
 from tests.bench import eager_ddae
 from tests.bench.unit import unit
@@ -30,59 +36,71 @@ CONFIGS = Path(__file__).parents[2] / "DDAE" / "config"
 # Images, and the most units a step may take, per precision.
 BARS = {"DDPM_ddpm": (32, {"fp32": 95, "bf16": 46}), "EDM_ddpmpp": (16, {"fp32": 142, "bf16": 63})}
 GPU_RATIO = 4.0
-LR, DECAY = 1e-4, 0.999
+DECAY = 0.999
 
 
-class Way:
-    """A network, its optimizer and average, and `step(number)`, which returns the loss."""
+class Stopwatch:
+    """The same batch in every step, and the seconds between its requests: those of `inner` steps each."""
 
-    def __init__(self, net: UNet, config: Config, images: int, way: str, device: torch.device, compiled: bool) -> None:
-        self.net, self.config, self.way, self.device = net.to(device), config, way, device
-        self.diffusion = make_diffusion(config)
+    per_epoch = 10**9
+
+    def __init__(self, config: Config, images: int, device: torch.device, warm: int = 1, inner: int = 1) -> None:
         generator = torch.Generator().manual_seed(0)
         pixels = torch.rand([images, *config.network["image_shape"]], generator=generator).to(device)
         self.batch = Batch(pixels, torch.zeros(images, dtype=torch.int64, device=device), np.arange(images),
                            slice(0, images), images)
-        self.scaler = None
-        if way == "original":
-            net.forward = lambda *inputs: eager_ddae.forward(net, *inputs)
-            self.optimizer = torch.optim.Adam(net.parameters(), lr=LR, foreach=False)
-            self.scaler = torch.amp.GradScaler(device.type) if device.type == "cuda" else None
-        else:
-            use_channels_last(net)
-            self.optimizer = make_optimizer(config, net, strict=False)
-        self.ema = EMA(net, buffers="keep")
-        if compiled and way != "original":
-            net.compile()
+        self.warm, self.inner, self.times, self.units = warm, inner, [], []
 
-    def step(self, number: int) -> float:
-        draws = draw(self.diffusion, self.batch, 0, number)
-        if self.way == "original":
-            return self._original_step(draws)
-        loss, _ = training_step(self.net, self.diffusion, self.optimizer, self.ema, self.batch, draws, seed=0,
-                                step=number, lr=LR, decay=DECAY, at_once=len(self.batch.images), precision=self.way)
-        return loss
+    def __call__(self, step: int) -> Batch:
+        if step >= self.warm and (step - self.warm) % self.inner == 0:
+            if self.batch.images.is_cuda:
+                torch.cuda.synchronize()
+            if step > self.warm:
+                self.times.append((time.perf_counter() - self.start) / self.inner)
+            if not self.batch.images.is_cuda:
+                self.units.append(unit())
+            self.start = time.perf_counter()
+        return self.batch
 
-    def _original_step(self, draws) -> float:
-        images, half = 2 * self.batch.images - 1, self.scaler is not None
-        self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.float16, enabled=half):
-            loss = self.diffusion.loss(self.net, images, draws.level, draws.noise)
-        (self.scaler.scale(loss) if half else loss).backward()
-        if half:
-            self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0, foreach=False)
-        if half:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
+
+def run(net: UNet, config: Config, way: str, batches: Stopwatch, steps: int, compiled: bool) -> tuple[float, Any]:
+    """Train for some steps; return the first loss and the optimizer's state."""
+    device = batches.batch.images.device
+    if way == "original":
+        return original(net.to(device), config, batches, steps)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        config.save_dir = folder
+        train(config, net, batches, World(device=device), gpus=1, precision=way, seed=0, steps=steps, compile=compiled,
+              constant_ema=True, log_every=1 if steps == 1 else 50)
+        stats = (Path(folder) / "stats.jsonl").read_text().splitlines()
+        return json.loads(stats[0])["loss"], read_checkpoint(Path(folder) / "checkpoint.pt")["optimizer"]
+
+
+def original(net: UNet, config: Config, batches: Stopwatch, steps: int) -> tuple[float, Any]:
+    """The published step."""
+    device, diffusion = batches.batch.images.device, make_diffusion(config)
+    net.forward = lambda *inputs: eager_ddae.forward(net, *inputs)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lrate, foreach=False)
+    half, ema, losses = device.type == "cuda", EMA(net, buffers="keep"), []
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    for step in range(steps):
+        batch = batches(step)
+        draws = draw(diffusion, batch, 0, step)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.float16, enabled=half):
+            loss = diffusion.loss(net, 2 * batch.images - 1, draws.level, draws.noise)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0, foreach=False)
+        scaler.step(optimizer)
+        scaler.update()
         with torch.no_grad():
-            for average, parameter in zip(self.ema.module.parameters(), self.net.parameters(), strict=True):
+            for average, parameter in zip(ema.module.parameters(), net.parameters(), strict=True):
                 average.lerp_(parameter, 1 - DECAY)
-        if self.device.type == "cuda":
+        if half:
             torch.cuda.synchronize()
-        return loss.item()
+        losses.append(loss.item())
+    return losses[0], optimizer.state_dict()
 
 
 def first_update(net: UNet, config: Config, way: str, device: torch.device) -> tuple[float, torch.Tensor]:
@@ -91,17 +109,17 @@ def first_update(net: UNet, config: Config, way: str, device: torch.device) -> t
     for module in net.modules():
         if hasattr(module, "p"):
             module.p = 0.0
-    way = Way(net, config, 2, way, device, compiled=False)
-    loss = float(way.step(0))
-    return loss, torch.cat([way.optimizer.state[p]["exp_avg"].flatten() for p in way.net.parameters()])
+    loss, state = run(net, config, way, Stopwatch(config, 2, device), 1, compiled=False)
+    return loss, torch.cat([entry["exp_avg"].cpu().flatten() for entry in state["state"].values()])
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> bool:
-    config = read_config(CONFIGS / f"{name}.yaml", [f"network.n_channels={args.channels}"])
-    torch.manual_seed(0)
-    net = make_network(config)
     images, bars = BARS[name]
     images = args.images or images
+    config = read_config(CONFIGS / f"{name}.yaml", [f"network.n_channels={args.channels}", "save_model=false",
+                                                    f"batch_size={images}"])
+    torch.manual_seed(0)
+    net = make_network(config)
     reference_loss, reference = first_update(net, config, "original", device)
     held = True
     for way in (way for way in args.ways if way != "original"):
@@ -112,29 +130,18 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> bool:
               flush=True)
 
     results: dict[str, float] = {}
+    warm, inner = (1, 1) if device.type == "cpu" else (5, 20)
     for way in args.ways:  # the original first: what the allocator is told cannot be taken back
-        if way != "original" and device.type == "cpu":
-            keep_freed_memory()
-        runner = Way(copy.deepcopy(net), config, images, way, device, args.compile)
-        for number in range(1 if device.type == "cpu" else 5):
-            runner.step(number)  # warms up
-        times, units = [], [unit()]
-        for number in range(args.repeats):
-            start = time.perf_counter()
-            for inner in range(1 if device.type == "cpu" else 20):
-                runner.step(number * 20 + inner)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) / (1 if device.type == "cpu" else 20))
-            units.append(unit() if device.type == "cpu" else units[0])
-        results[way] = min(times)
+        watch = Stopwatch(config, images, device, warm, inner)
+        run(copy.deepcopy(net), config, way, watch, warm + args.repeats * inner + 1, args.compile)
+        results[way] = min(watch.times)
         ratio = f", {results['original'] / results[way]:.2f} x as fast as the original" if "original" in results else ""
         if device.type == "cpu":
             # The best of each: what other processes take away belongs to neither.
-            value, bar = results[way] / min(units), bars.get(way)
+            value, bar = results[way] / min(watch.units), bars.get(way)
             held &= bar is None or value <= bar
-            print(f"{name} {way:>8}: {value:6.1f} units of {min(units):.4f} s on {torch.get_num_threads()} threads"
-                  + (f" (bar {bar})" if bar else "") + ratio, flush=True)
+            print(f"{name} {way:>8}: {value:6.1f} units of {min(watch.units):.4f} s on {torch.get_num_threads()} "
+                  "threads" + (f" (bar {bar})" if bar else "") + ratio, flush=True)
         else:
             print(f"{name} {way:>8}: {1000 * results[way]:.2f} ms, {images / results[way]:.0f} images a second{ratio}",
                   flush=True)

@@ -1,17 +1,12 @@
-"""DDAE/README.md: its flags exist; every script answers --help at once."""
+"""DDAE/README.md: it has commands of every script, and its flags exist."""
 from __future__ import annotations
 
 import importlib
 import re
 import shlex
-import subprocess
-import sys
-import time
-
-import pytest
 
 from shared.report import tables
-from tests.shared.programs import ROOT, environment, help_flags
+from tests.shared.programs import ROOT, help_flags
 
 TEXT = (ROOT / "DDAE/README.md").read_text()
 SCRIPTS = ("train", "sample", "fid", "extract_cifar10_pngs", "linear", "contrastive", "noisy_classifier_WRN",
@@ -41,17 +36,3 @@ def test_flags_in_the_text_exist() -> None:
         known |= help_flags(parse)
     prose = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
     assert set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", prose)) <= known
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_answers_at_once(script: str) -> None:
-    times = []
-    for _ in range(3):  # the best of them: other processes may be at work
-        start = time.perf_counter()
-        result = subprocess.run([sys.executable, str(ROOT / "DDAE" / (script.replace(".", "/") + ".py")), "--help"],
-                                env=environment(), capture_output=True, text=True)
-        times.append(time.perf_counter() - start)
-        assert result.returncode == 0 and "usage:" in result.stdout, result.stderr
-        if times[-1] < 0.5:
-            break
-    assert min(times) < 0.5
