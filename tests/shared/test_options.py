@@ -64,6 +64,17 @@ def test_defaults_lie_inside(script: str, command: str) -> None:
             assert is_inside(option.type, option.type.convert(str(option.default))), option.name
 
 
+@pytest.mark.parametrize("script, command", CASES, ids=[f"{s} {c}".strip() for s, c in CASES])
+def test_help_names_every_option(script: str, command: str, capsys: pytest.CaptureFixture) -> None:
+    options = declared_options(script, command)
+    with pytest.raises(SystemExit) as left:
+        parse("Doc.", options, ["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    assert all((option.name if option.is_flag else option.placeholder) in text for option in options
+               if not option.hidden)
+
+
 @pytest.mark.parametrize("option", [*DASO_KEYS.values(), *DDAE_KEYS, *DIFFUSION_KEYS["DDPM"], *DIFFUSION_KEYS["EDM"]],
                          ids=lambda option: option.key)
 def test_values_of_keys_outside_are_refused(option: Option) -> None:
