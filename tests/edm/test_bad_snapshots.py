@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import random
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from EDM.training import snapshots
 from EDM.training.networks import EDMPrecond
 from EDM.training.published import Record, describe, is_plain
 from EDM.training.snapshots import FORMAT, load_network, load_training_state, read_snapshot, save_snapshot
@@ -98,12 +98,15 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_harmful_safetensors_are_refused_at_once(name: str, tmp_path: Path) -> None:
+def test_harmful_safetensors_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a header of endlessly many tensors, of which none is looked at."""
     path = write_safetensors(tmp_path / "x.safetensors", HEADERS[name], bytes(24) if "empty" not in name else b"")
-    started = time.perf_counter()
+    looked_at: list[object] = []
+    if name == "100,000 empty tensors":
+        monkeypatch.setattr(snapshots, "safe_open", lambda *args, **options: looked_at.append(args))
     with pytest.raises(UserError) as error:
         load_network(path)
-    assert time.perf_counter() - started < 2 and "\n" not in str(error.value) and "x.safetensors" in str(error.value)
+    assert not looked_at and "\n" not in str(error.value) and "x.safetensors" in str(error.value)
 
 
 def test_a_header_as_long_as_it_likes_is_not_read(tmp_path: Path) -> None:
@@ -115,8 +118,7 @@ def test_a_header_as_long_as_it_likes_is_not_read(tmp_path: Path) -> None:
         load_network(path)
 
 
-def test_what_unfolds_without_end_is_refused_at_once(net: EDMPrecond, tmp_path: Path) -> None:
-    started = time.perf_counter()
+def test_what_unfolds_without_end_is_refused(net: EDMPrecond, tmp_path: Path) -> None:
     assert not is_plain(doubled(40)) and is_plain(doubled(5))
     write_published(tmp_path / "x.pkl", net, {**NETWORK, "channel_mult": doubled(30)})
     with pytest.raises(UserError, match="not plain keywords"):
@@ -133,7 +135,6 @@ def test_what_unfolds_without_end_is_refused_at_once(net: EDMPrecond, tmp_path: 
         module.state = dict(_init_kwargs={}, **wrong)
         with pytest.raises(UserError):
             describe(module, "x")
-    assert time.perf_counter() - started < 5
 
 
 def test_snapshots_name_nothing_but_tensors(net: EDMPrecond, tmp_path: Path) -> None:
