@@ -31,8 +31,7 @@ from shared.option_types import (
 )
 
 __all__ = ["Bool", "Choice", "Diverged", "Flag", "Float", "Int", "IntList", "IntTuple", "MachineError", "Option",
-           "Parser", "Text", "UserError", "is_bounded", "nearest", "parse", "read_value", "read_yaml",
-           "run_main"]
+           "Text", "UserError", "is_bounded", "nearest", "parse", "read_value", "read_yaml", "run_main"]
 
 # OS errors (disk full, no permission): one line, no traceback.
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -266,11 +265,11 @@ def _complete_switches(words: Sequence[str], options: Iterable[Option]) -> list[
     return complete
 
 
-def _build_parser(doc: str, groups: Mapping[str, Sequence[Option]]) -> Parser:
+def _build_parser(doc: str, groups: Mapping[str, Sequence[Option]]) -> _Parser:
     arguments = [option.placeholder for options in groups.values() for option in options if not option.is_flag]
-    parser = Parser(usage=" ".join(["%(prog)s [OPTIONS]", *arguments]), description=doc.strip(),
-                    formatter_class=partial(_HelpFormatter, max_help_position=32), allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = _Parser(usage=" ".join(["%(prog)s [OPTIONS]", *arguments]), description=doc.strip(),
+                     formatter_class=partial(_HelpFormatter, max_help_position=32), allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS)
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # `--p-mean -1e-3`: a value, not a flag
     for title, options in groups.items():
         group = parser.add_argument_group(title) if title else parser
@@ -288,7 +287,7 @@ def _build_parser(doc: str, groups: Mapping[str, Sequence[Option]]) -> Parser:
     return parser
 
 
-class Parser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors, with the nearest known name."""
 
     def error(self, message: str) -> NoReturn:
