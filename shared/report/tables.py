@@ -311,7 +311,7 @@ FLAGS = (
     Option("--jobs", Int(1), 1, "runs at a time, without --gpus"),
     Option("--gpus", default="", metavar="0,1,...", help="one run at a time on each of these"),
     Option("--slurm", metavar="PARTITION", help="every run as a SLURM job (submitit)"),
-    Option("--slurm-hours", Float(0, open=True), 48.0, "time limit of a SLURM job"),
+    Option("--slurm-hours", Float(0, 1e6, open="low"), 48.0, "time limit of a SLURM job"),
     Option("--slurm-gpus", Int(0), 1, "GPUs of a SLURM job"),
     Option("--slurm-args", default="", metavar='"KEY=VALUE ..."',
            help='further options of sbatch, for instance "account=us cpus-per-task=8"'),
