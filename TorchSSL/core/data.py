@@ -195,9 +195,11 @@ def input_fingerprints(data: TrainingData, options: SimpleNamespace) -> dict[str
         "--aug_path": fingerprint_arrays(*content(extra)) if options.aug_path else None})
 
 
-def content(images: ImageSet | PhotographSet) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the fingerprint of images is made of, beside their class names; photographs count by their names."""
-    return images.files if isinstance(images, PhotographSet) else images.images, images.labels
+def content(images: ImageSet | PhotographSet) -> tuple[np.ndarray | list[str], np.ndarray]:
+    """Return the parts of the fingerprint of a set, beside its class names; photographs count by their names."""
+    if isinstance(images, PhotographSet):
+        return ["/".join(file.split("/")[-2:]) for file in images.files.tolist()], images.labels
+    return images.images, images.labels
 
 
 def write_split(data: TrainingData, options: SimpleNamespace, folder: Path) -> None:

@@ -78,11 +78,11 @@ class WideResNet(nn.Module):
         rotation_head: add `rot_classifier`, 4 more logits on the same feature; forward then returns both.
         in_channels: colour channels of the images.
         bn_momentum: weight of the new batch in the running statistics of batch norm.
-        leaky_slope: negative slope of LeakyReLU, at least 0.
+        leaky_slope: negative slope of LeakyReLU.
         n_stages: 3, or 4 for WideResNetVar.
 
     Raises:
-        UserError: for a depth, width, stride or slope out of range.
+        UserError: for a depth or width that makes no such network.
     """
 
     def __init__(self, num_classes: int, depth: int = 28, widen_factor: int = 2, first_stride: int = 1,
@@ -94,8 +94,6 @@ class WideResNet(nn.Module):
         if widen_factor < 1 or (widen_factor == 1 and first_stride != 1):
             raise UserError(f"widen_factor: expected 1 or more, and 2 or more with first stride {first_stride}; "
                             f"got {widen_factor}")
-        if leaky_slope < 0:
-            raise UserError(f"leaky_slope: expected 0 or more, got {leaky_slope}")
         widths = [16] + [16 * widen_factor * 2**i for i in range(n_stages)]
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         for i in range(n_stages):

@@ -155,7 +155,6 @@ def test_torchvision_constructors(name: str) -> None:
     ({"name": "WideResNet", "depth": 27}, ["depth", "27"]),
     ({"name": "WideResNet", "depth": 4}, ["depth", "4"]),
     ({"name": "WideResNet", "widen_factor": 1, "first_stride": 2}, ["widen_factor"]),
-    ({"name": "WideResNet", "leaky_slope": -0.1}, ["leaky_slope"]),
 ])
 def test_networks_that_do_not_exist(arguments: dict[str, object], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
