@@ -1,9 +1,8 @@
-"""The augmentation pipe of EDM: 13 image transformations, each applied to an image with a small probability and told to
-the network, so that generated images stay free of them ("Elucidating the Design Space of Diffusion-Based Generative
-Models", Karras et al., arXiv 2206.00364, appendix F.2; geometry and colour after StyleGAN2-ADA, arXiv 2006.06676).
+"""The augmentation pipe of EDM: 13 image transformations, each applied to an image with a small probability.
 
-Random numbers and their use are apart: `draw` makes the parameters of a batch, `apply` transforms the images. Nothing
-waits for the device.
+The network is told which, so generated images stay free of them (Karras et al., arXiv 2206.00364, appendix F.2; geometry
+and colour after StyleGAN2-ADA, arXiv 2006.06676). `draw` makes the parameters of a batch, `apply` transforms the images.
+Nothing waits for the device.
 """
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.04
         0.0017677118642428036, -0.007800708325034148)
 MARGIN = 6  # half the taps: what the filters need beyond the image
 
-# Per augmentation: the raw numbers per image, in the order in which they are drawn. The last ones decide whether it is
-# applied ("gate"); a uniform number is in [0, 1), a count is an integer below it.
+# Per augmentation: the raw numbers per image, in drawing order. A "gate" decides whether it is applied; a uniform number
+# is in [0, 1), an integer is one below the given one.
 DRAWS: dict[str, tuple[str | int, ...]] = {
     "xflip": (2, "gate"), "yflip": (2, "gate"), "rotate_int": (4, "gate"),
     "translate_int": ("uniform", "uniform", "gate"), "scale": ("normal", "gate"), "rotate_frac": ("uniform", "gate"),
@@ -31,7 +30,7 @@ DRAWS: dict[str, tuple[str | int, ...]] = {
 }
 GEOMETRY = ("scale", "rotate_frac", "aniso", "translate_frac")
 COLOUR = ("brightness", "contrast", "lumaflip", "hue", "saturation")
-# The parameters of an image: numbers drawn, scaled to their range, and 0 where the augmentation is not applied.
+# The parameters of an image: the numbers drawn, scaled to their range; 0 if the augmentation is not applied.
 COLUMNS = ("xflip", "yflip", "rotate_int", "translate_int_x", "translate_int_y", "scale", "rotate_frac", "aniso",
            "aniso_direction", "translate_frac_x", "translate_frac_y", "brightness", "contrast", "lumaflip", "hue",
            "saturation")
@@ -80,8 +79,7 @@ class AugmentPipe:
         return self.parameters(numbers)
 
     def parameters(self, numbers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the parameters [N, 16] that follow from the raw numbers ([N] each, at least one), which are those that
-        DRAWS lists for the augmentations in use."""
+        """Return the parameters [N, 16] of the raw numbers that DRAWS lists for the augmentations in use, [N] each."""
         columns = dict.fromkeys(COLUMNS, torch.zeros_like(numbers[0], dtype=torch.float32))
         rest = iter(numbers)
         for name, multiplier in self.multipliers.items():
@@ -266,10 +264,10 @@ def _doubling(size: int, device: torch.device) -> torch.Tensor:
     """Return [2(3·size - 2), size]: continue a line by size - 1 mirrored pixels on each side and double its length."""
     line = _mirror(torch.arange(-(size - 1), 2 * size - 1), size)
     columns = F.one_hot(line, size).T.double()[:, None]  # what becomes of each single pixel
-    spread = columns.new_zeros(size, 1, 2 * len(line) - 1)
-    spread[:, :, ::2] = columns
+    spaced = columns.new_zeros(size, 1, 2 * len(line) - 1)
+    spaced[:, :, ::2] = columns
     taps = torch.tensor(SYM6, dtype=torch.float64).flip(0)[None, None]
-    return F.conv1d(spread, taps, padding=MARGIN)[:, 0].T.float().to(device)
+    return F.conv1d(spaced, taps, padding=MARGIN)[:, 0].T.float().to(device)
 
 
 @lru_cache(maxsize=16)

@@ -31,15 +31,15 @@ class Init:
         scheme, distribution = self.mode.split("_")
         field = math.prod(shape[2:])
         fan_in, fan_out = shape[1] * field, shape[0] * field
-        share, fan = (2, fan_in + fan_out) if scheme == "xavier" else (1, fan_in)  # variance: share / fan
+        gain, fan = (2, fan_in + fan_out) if scheme == "xavier" else (1, fan_in)  # variance: gain / fan
 
-        def draw(size: Sequence[int], gain: float) -> torch.nn.Parameter:
+        def draw(size: Sequence[int], factor: float) -> torch.nn.Parameter:
             # In place: fresh memory costs as much as the numbers.
             if distribution == "uniform":
-                values = torch.rand(size).mul_(2).sub_(1).mul_(math.sqrt(3 * share / fan))
+                values = torch.rand(size).mul_(2).sub_(1).mul_(math.sqrt(3 * gain / fan))
             else:
-                values = torch.randn(size).mul_(math.sqrt(share / fan))
-            return torch.nn.Parameter(values.mul_(gain))
+                values = torch.randn(size).mul_(math.sqrt(gain / fan))
+            return torch.nn.Parameter(values.mul_(factor))
 
         weight = draw(shape, self.weight)
         return weight, draw(shape[:1], self.bias) if bias else None
@@ -225,7 +225,7 @@ class UNetBlock(torch.nn.Module):
         qkv = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype)).flatten(2).transpose(1, 2).chunk(3, dim=2)
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv)
         out = attention(q, k, v).transpose(2, 3).reshape(n, c, height, width)
-        # Attention leaves it pixel by pixel in memory, which would spread through a network that stores channels apart.
+        # Attention leaves channels last in memory; the rest of an NCHW network would follow.
         return out.contiguous() if x.is_contiguous() else out
 
 

@@ -1,27 +1,28 @@
 """RandAugment's 14 image operations (Cubuk et al. 2020) on batches, byte for byte those of Pillow.
 
-Images are uint8 [N, C, H, W] with C = 3 (Pillow's mode RGB) or 1 (mode L), on any device. Which operation an image
-gets, and how much of it, is known on the host, so that images are grouped by operation without waiting for the device:
-`apply` sorts the batch, and every operation then works on one contiguous part.
+Images are uint8 [N, C, H, W] with C = 3 (Pillow's mode RGB) or 1 (mode L), on any device. Operations and magnitudes are
+known on the host, so images are grouped by operation without waiting for the device: `apply` sorts the batch, and every
+operation works on one contiguous part.
 """
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# From which range the magnitude v of an operation is drawn, uniformly. The geometric ones stand together: they are
-# computed in one go.
+# Range of the magnitude v of an operation, drawn uniformly. The geometric ones stand together: one call computes them.
 RANGES = {
     "Identity": (0, 1),
     "Rotate": (-30, 30),         # degrees, counter-clockwise
     "ShearX": (-0.3, 0.3),
     "ShearY": (-0.3, 0.3),
-    "TranslateX": (-0.3, 0.3),   # share of the width
-    "TranslateY": (-0.3, 0.3),   # share of the height
+    "TranslateX": (-0.3, 0.3),   # fraction of the width
+    "TranslateY": (-0.3, 0.3),   # fraction of the height
     "Posterize": (4, 8),         # int(v) bits are kept
     "Solarize": (0, 256),        # values from v on are inverted
-    "Brightness": (0.05, 0.95),  # share of the image, the rest being black,
+    "Brightness": (0.05, 0.95),  # fraction of the image, the rest being black,
     "Contrast": (0.05, 0.95),    # or its mean grey,
     "Color": (0.05, 0.95),       # or its grey image,
     "Sharpness": (0.05, 0.95),   # or its smoothed image
@@ -29,7 +30,6 @@ RANGES = {
     "Equalize": (0, 1),
 }
 OPERATIONS = tuple(RANGES)
-GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -57,25 +57,21 @@ def apply_sorted(images: Tensor, operations: np.ndarray, v: np.ndarray) -> None:
     """Apply one operation an image, in place. operations: integers [N], ascending. v: their magnitudes [N]."""
     starts = np.searchsorted(operations, np.arange(len(OPERATIONS) + 1))
 
-    def part(first: str, last: str) -> slice:
-        return slice(starts[OPERATIONS.index(first)], starts[OPERATIONS.index(last) + 1])
-
-    def update(here: slice, function, *parameters: np.ndarray) -> None:
+    def update(first: str, last: str, function: Callable, parameters: Callable[[slice], np.ndarray] | None) -> None:
+        here = slice(starts[OPERATIONS.index(first)], starts[OPERATIONS.index(last) + 1])
         if here.start < here.stop:
-            images[here] = function(images[here], *(to_device(array, images.device) for array in parameters))
+            given = () if parameters is None else (to_device(parameters(here), images.device),)
+            images[here] = function(images[here], *given)
 
-    here = part(GEOMETRIC[0], GEOMETRIC[-1])
-    update(here, affine, fixed_point(np.array(OPERATIONS)[operations[here]], v[here], *images.shape[2:]))
-    here = part("Posterize", "Posterize")
-    update(here, posterize, v[here].astype(np.int64))
-    here = part("Solarize", "Solarize")
-    update(here, solarize, np.ceil(v[here]).astype(np.int16))
-    for name, function in {"Brightness": brightness, "Contrast": contrast, "Color": color,
-                           "Sharpness": sharpness}.items():
-        here = part(name, name)
-        update(here, function, v[here].astype(np.float32))
-    update(part("AutoContrast", "AutoContrast"), autocontrast)
-    update(part("Equalize", "Equalize"), equalize)
+    names, (height, width) = np.array(OPERATIONS), images.shape[2:]
+    update("Rotate", "TranslateY", affine, lambda here: fixed_point(names[operations[here]], v[here], height, width))
+    update("Posterize", "Posterize", posterize, lambda here: v[here].astype(np.int64))
+    update("Solarize", "Solarize", solarize, lambda here: np.ceil(v[here]).astype(np.int16))
+    for name, function in (("Brightness", brightness), ("Contrast", contrast), ("Color", color),
+                           ("Sharpness", sharpness)):
+        update(name, name, function, lambda here: v[here].astype(np.float32))
+    update("AutoContrast", "AutoContrast", autocontrast, None)
+    update("Equalize", "Equalize", equalize, None)
 
 
 def per_image(parameter: Tensor) -> Tensor:
@@ -143,7 +139,7 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
 def autocontrast(images: Tensor) -> Tensor:
     """Stretch every channel to 0..255; a channel of one value stays."""
     low, high = images.amin((2, 3)).double(), images.amax((2, 3)).double()
-    # Tensor by tensor: number by tensor would be a product with a rounded reciprocal, another table in 11 % of cases.
+    # Tensor / tensor: number / tensor multiplies by a rounded reciprocal, which gives another table in 11 % of cases.
     scale = (torch.full_like(low, 255) / (high - low)).unsqueeze(2)
     level = torch.arange(256, dtype=torch.float64, device=images.device)
     stretched = level * scale + (-low.unsqueeze(2) * scale)
@@ -161,7 +157,7 @@ def equalize(images: Tensor) -> Tensor:
     below = histogram.cumsum(2) - histogram
     level = torch.arange(256, device=images.device)
     flat = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
-    table = torch.where(step > 0, flat, level).to(torch.uint8)  # one level alone makes the step 0 as well
+    table = torch.where(step > 0, flat, level).to(torch.uint8)  # the step is 0 for one level alone, too
     return look_up(images, table)
 
 
@@ -171,12 +167,12 @@ def look_up(images: Tensor, table: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Blends: float32, as separate steps, because a fused multiply-add rounds one byte in a million differently
+# Blends: float32, in separate steps: a fused multiply-add rounds one byte in a million differently
 
-def blend(degenerate: Tensor, images: Tensor, share: Tensor) -> Tensor:
-    """Return trunc(d + share (x - d)) of images x and degenerates d, broadcast to each other; share: float32 [N]."""
+def blend(degenerate: Tensor, images: Tensor, fraction: Tensor) -> Tensor:
+    """Return trunc(d + fraction (x - d)) of images x and degenerates d, which broadcast; fraction: float32 [N]."""
     degenerate = degenerate.float()
-    return (images.float() - degenerate).mul_(per_image(share)).add_(degenerate).to(torch.uint8)
+    return (images.float() - degenerate).mul_(per_image(fraction)).add_(degenerate).to(torch.uint8)
 
 
 def grey(images: Tensor) -> Tensor:
@@ -187,22 +183,22 @@ def grey(images: Tensor) -> Tensor:
     return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
 
 
-def brightness(images: Tensor, share: Tensor) -> Tensor:
-    return images.float().mul_(per_image(share)).to(torch.uint8)
+def brightness(images: Tensor, fraction: Tensor) -> Tensor:
+    return images.float().mul_(per_image(fraction)).to(torch.uint8)
 
 
-def contrast(images: Tensor, share: Tensor) -> Tensor:
+def contrast(images: Tensor, fraction: Tensor) -> Tensor:
     pixels = images.shape[2] * images.shape[3]
     total = grey(images).sum((1, 2, 3), keepdim=True)
-    return blend((2 * total + pixels) // (2 * pixels), images, share)  # the mean, halves upward
+    return blend((2 * total + pixels) // (2 * pixels), images, fraction)  # the mean, halves upward
 
 
-def color(images: Tensor, share: Tensor) -> Tensor:
-    return blend(grey(images), images, share)
+def color(images: Tensor, fraction: Tensor) -> Tensor:
+    return blend(grey(images), images, fraction)
 
 
-def sharpness(images: Tensor, share: Tensor) -> Tensor:
-    return blend(smooth(images), images, share)
+def sharpness(images: Tensor, fraction: Tensor) -> Tensor:
+    return blend(smooth(images), images, fraction)
 
 
 def smooth(images: Tensor) -> Tensor:

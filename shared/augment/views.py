@@ -1,7 +1,7 @@
 """Weak and strong augmentation of whole batches on the device: uint8 images in, normalised floats out.
 
 Draws and their application are separate. `draw_weak` and `draw_strong` take a host generator and return small arrays
-for the *global* batch, of which each rank takes its part (`draws[world.slice(n)]`); `weak` and `strong` apply them:
+for the *global* batch; each rank takes its part (`draws[world.slice(n)]`); `weak` and `strong` apply them:
 
     draws = draw_weak(n, numpy_rng(seed, step, "weak"), size, policy)
     labelled = weak(images, draws, mean, std)
@@ -11,7 +11,8 @@ Nothing here waits for the device.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -50,8 +51,19 @@ class WeakPolicy:
             raise UserError("weak augmentation: a subpixel shift needs pad_mode zero and no crop")
 
 
+class Draws:
+    """Parameters of N augmentations; `draws[part]` are those of some of them."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, part: slice | np.ndarray) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[part] for name, value in values.items() if isinstance(value, np.ndarray)})
+
+
 @dataclass(frozen=True)
-class WeakDraws:
+class WeakDraws(Draws):
     """Parameters of N weak augmentations.
 
     flip: bool [N]. top, left: [N], where the window begins in the (flipped) image, int64, or float32 for a subpixel
@@ -64,19 +76,13 @@ class WeakDraws:
     window: tuple[int, int]
     pad_mode: str = "reflect"
 
-    def __len__(self) -> int:
-        return len(self.flip)
-
-    def __getitem__(self, part: slice | np.ndarray) -> WeakDraws:
-        return WeakDraws(self.flip[part], self.top[part], self.left[part], self.window, self.pad_mode)
-
 
 @dataclass(frozen=True)
-class StrongDraws:
+class StrongDraws(Draws):
     """Parameters of N strong augmentations: K operations one after another, then Cutout.
 
     operations: int64 [N, K], positions in OPERATIONS. magnitudes: float64 [N, K], within RANGES. cutout_fraction:
-    float64 [N], side of the square as a share of the width. cutout_centre: float64 [N, 2], (x, y) in pixels.
+    float64 [N], side of the square as a fraction of the width. cutout_centre: float64 [N, 2], (x, y) in pixels.
     """
 
     operations: np.ndarray
@@ -84,19 +90,9 @@ class StrongDraws:
     cutout_fraction: np.ndarray
     cutout_centre: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.operations)
-
-    def __getitem__(self, part: slice | np.ndarray) -> StrongDraws:
-        return StrongDraws(self.operations[part], self.magnitudes[part], self.cutout_fraction[part],
-                           self.cutout_centre[part])
-
 
 def draw_weak(n: int, rng: np.random.Generator, size: tuple[int, int], policy: WeakPolicy | None = None) -> WeakDraws:
-    """Draw n weak augmentations of images of `size` (height, width) from the host generator `rng`.
-
-    Raises UserError where the image is too small for the padding or the crop.
-    """
+    """Draw n weak augmentations of images of `size` (height, width); UserError if they are too small for the policy."""
     policy = policy or WeakPolicy()
     window = (policy.crop, policy.crop) if policy.crop else tuple(size)
     if policy.pad_mode == "reflect" and policy.pad >= min(size):
@@ -116,8 +112,10 @@ def draw_weak(n: int, rng: np.random.Generator, size: tuple[int, int], policy: W
 
 def draw_strong(n: int, rng: np.random.Generator, size: tuple[int, int], n_operations: int = 3,
                 max_cutout: float = 0.5) -> StrongDraws:
-    """Draw n strong augmentations of images of `size` (height, width): operations uniformly with replacement, their
-    magnitudes uniformly within RANGES, the side of the cutout up to `max_cutout` of the width.
+    """Draw n strong augmentations of images of `size` (height, width).
+
+    Operations are drawn uniformly with replacement, magnitudes uniformly within RANGES, the side of the cutout up to
+    `max_cutout` of the width.
     """
     operations = rng.integers(0, len(OPERATIONS), (n, n_operations))
     low, high = np.array(list(RANGES.values()), dtype=np.float64).T

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from shared.cpu.kernels import is_channels_last
 
-# Where the polynomials are evaluated, beside infinity: of those tried, these points keep rounding errors smallest.
+# Where the polynomials are evaluated, besides infinity; of those tried, these points give the smallest rounding errors.
 POINTS = (0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2))
-PIXELS_AT_ONCE = 4096  # so that the tiles of a part of the batch are still in the cache when they are needed
+PIXELS = 4096  # of a part of the batch, whose tiles then stay in the processor's cache
 
 
 def _matrices() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -36,7 +36,7 @@ OF_TILES, OF_WEIGHTS, TO_RESULTS = _matrices()
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x [N, C, H, W] convolved by `weight` [K, C, 3, 3] or [K, C, 1, 1], of the same height and width."""
-    if Winograd.pays(x, weight):
+    if Winograd.is_faster(x, weight):
         return Winograd.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
@@ -45,8 +45,8 @@ class Winograd(torch.autograd.Function):
     """A 3x3 convolution with padding 1. x [N, C, H, W] channels_last, H and W multiples of 4; weight [K, C, 3, 3]."""
 
     @staticmethod
-    def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
-        """Whether this can be computed here, and faster: the transforms cost as much a channel as 50 of the others."""
+    def is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Return whether this works for x and is faster: its transforms cost per channel what 50 channels save."""
         n, c, height, width = x.shape
         return (weight.shape[2] == 3 and min(c, len(weight)) >= 128 and n * height * width >= 512
                 and height % 4 == width % 4 == 0 and x.device.type == "cpu" and is_channels_last(x)
@@ -88,7 +88,7 @@ class Winograd(torch.autograd.Function):
 
 def _parts(images: torch.Tensor, pixels: int) -> tuple[torch.Tensor, ...]:
     """Split [N, ...], of so many pixels an image."""
-    return images.split(max(1, PIXELS_AT_ONCE // pixels))
+    return images.split(max(1, PIXELS // pixels))
 
 
 def _transformed(weight: torch.Tensor) -> torch.Tensor:

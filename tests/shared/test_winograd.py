@@ -29,7 +29,7 @@ def outcome(compute, given: list[torch.Tensor | None], dtype: torch.dtype) -> li
 @pytest.mark.parametrize(("shape", "biased"), [((2, 128, 160, 16, 16), True), ((1, 130, 128, 8, 12), False),
                                                ((5, 8, 4, 4, 4), True)])
 def test_results_and_gradients_are_those_of_a_direct_convolution(shape, biased, monkeypatch):
-    monkeypatch.setattr(winograd, "PIXELS_AT_ONCE", 2 * shape[3] * shape[4])  # parts of two images and one of one
+    monkeypatch.setattr(winograd, "PIXELS", 2 * shape[3] * shape[4])  # parts of two images and one of one
     given = inputs(*shape, biased)
     found = outcome(Winograd.apply, given, torch.float32)
     expected = outcome(lambda *values: F.conv2d(*values, padding=1), given, torch.float64)
@@ -41,15 +41,15 @@ def test_results_and_gradients_are_those_of_a_direct_convolution(shape, biased, 
 
 def test_only_wide_channels_last_float32_on_a_cpu():
     x, weight, _ = inputs(2, 128, 128, 16, 16, False)
-    assert Winograd.pays(x, weight)
-    assert not Winograd.pays(x.contiguous(), weight)
-    assert not Winograd.pays(x.bfloat16(), weight.bfloat16())
-    assert not Winograd.pays(x[:, :, :15], weight)
-    assert not Winograd.pays(x[:1], weight)
-    assert not Winograd.pays(x, weight[:64])
-    assert not Winograd.pays(x, weight[:, :, :1, :1])
+    assert Winograd.is_faster(x, weight)
+    assert not Winograd.is_faster(x.contiguous(), weight)
+    assert not Winograd.is_faster(x.bfloat16(), weight.bfloat16())
+    assert not Winograd.is_faster(x[:, :, :15], weight)
+    assert not Winograd.is_faster(x[:1], weight)
+    assert not Winograd.is_faster(x, weight[:64])
+    assert not Winograd.is_faster(x, weight[:, :, :1, :1])
     with torch.autocast("cpu", torch.bfloat16):
-        assert not Winograd.pays(x, weight)
+        assert not Winograd.is_faster(x, weight)
         assert convolve(x, weight, None).dtype == torch.bfloat16
 
 
