@@ -1,1 +1,0 @@
-from shared.data.safe import *  # noqa: F403

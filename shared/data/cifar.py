@@ -1,1 +1,0 @@
-from shared.data.formats import *  # noqa: F403

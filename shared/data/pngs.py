@@ -1,1 +1,0 @@
-from shared.data.writers import *  # noqa: F403

@@ -1,1 +1,0 @@
-from shared.data.classes import *  # noqa: F403
