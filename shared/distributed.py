@@ -170,17 +170,6 @@ def _checksum(tensor: torch.Tensor) -> torch.Tensor:
     return (bits * torch.arange(1, 2 * len(bits), 2, dtype=torch.int32, device=bits.device)).sum(dtype=torch.int64)
 
 
-@torch.no_grad()
-def broadcast_module(net: torch.nn.Module, world: World) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
-    if world.size > 1:
-        for tensor in net.state_dict().values():
-            # A collective wants contiguous memory, which a channels_last weight is not.
-            value = tensor.contiguous()
-            dist.broadcast(value, src=0)
-            tensor.copy_(value)
-
-
 def broadcast_value(value: Any, world: World) -> Any:
     """Return rank 0's picklable `value` on every rank."""
     if world.size == 1:
@@ -191,7 +180,7 @@ def broadcast_value(value: Any, world: World) -> Any:
 
 
 def on_main(action: Callable[[], Result], world: World) -> Result:
-    """Return on every process what `action` returns on the main one; a UserError of it ends all, reported once."""
+    """Return what `action` returns on rank 0 to every rank; its UserError ends all ranks and is reported once."""
     result, error = None, None
     if world.main:
         try:
@@ -206,17 +195,21 @@ def on_main(action: Callable[[], Result], world: World) -> Result:
     return result
 
 
-def data_parallel(net: torch.nn.Module, world: World, **options: Any) -> torch.nn.Module:
-    """Wrap `net` so that gradients are averaged over ranks; return it unchanged for one rank.
+def data_parallel(net: torch.nn.Module, world: World) -> torch.nn.Module:
+    """Give all ranks the weights of rank 0, and wrap `net` so that gradients are averaged; one rank: `net` itself.
 
     Buffers are not broadcast at each forward: state that has to agree is computed from the global batch.
     """
     if world.size == 1:
         return net
-    broadcast_module(net, world)
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            value = tensor.contiguous()  # a collective refuses the memory of a channels_last weight
+            dist.broadcast(value, src=0)
+            tensor.copy_(value)
     ids = [world.device] if world.device.type == "cuda" else None
-    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, **options}
-    return torch.nn.parallel.DistributedDataParallel(net, device_ids=ids, **options)
+    return torch.nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False,
+                                                     gradient_as_bucket_view=True)
 
 
 def sync_batchnorm(net: torch.nn.Module, world: World) -> torch.nn.Module:

@@ -17,9 +17,9 @@ from shared.cli import UserError, is_bounded
 from shared.training.files import atomic
 
 # What a pickled number of NumPy is made of, under the names of NumPy 1 and 2.
-NUMPY_NUMBERS = [(np.float64(0).__reduce__()[0], f"{module}.multiarray.scalar") for module in ("numpy.core",
-                                                                                            "numpy._core")]
-NUMPY_NUMBERS += [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1"))]
+NUMPY_NUMBERS = [*((np.float64(0).__reduce__()[0], f"{module}.multiarray.scalar") for module in ("numpy.core",
+                                                                                              "numpy._core")),
+                 np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1"))]
 # What torch.load raises for a damaged file, besides pickle.UnpicklingError.
 READ_ERRORS = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
                OverflowError, MemoryError, struct.error, OSError, zipfile.BadZipFile)
@@ -30,17 +30,15 @@ def previous_path(path: Path) -> Path:
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any], keep_former: bool = True) -> None:
-    """Write tensors and plain values to `path`; the file that was there stays as `<path>.previous`.
+    """Write tensors and plain values to `path`; the former file stays as `<path>.previous`, unless it is damaged.
 
-    keep_former: False where that file is damaged, and must not take the place of a good previous one. Raises OSError
-    on a full disk.
+    keep_former: False for a damaged one, which must not replace a good previous file. Raises OSError on a full disk.
     """
     with atomic(path, previous=previous_path(path) if keep_former else None) as file:
         try:
             torch.save(dict(content), file)
         except RuntimeError as error:
-            # PyTorch's writer complains of its own state; what the system said is the cause.
-            if isinstance(error.__context__, OSError):
+            if isinstance(error.__context__, OSError):  # what PyTorch's writer failed of
                 raise error.__context__ from None
             raise
 
@@ -55,10 +53,10 @@ def is_readable(path: Path) -> bool:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the dict in a torch.save file: tensors (on the CPU) and plain values only.
+    """Return the dict of tensors (on the CPU) and plain values in a torch.save file.
 
-    Every record's CRC is checked first, so a changed byte is found. Raises UserError for a file that is absent, cut
-    short, damaged, or holds anything but tensors and plain values; such a file is never loaded in another way.
+    The CRC of every record is checked first, so a changed byte is found. Raises UserError for a file that is absent,
+    damaged, or holds anything else; nothing of it is run.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,7 +100,7 @@ def weights_in(content: Mapping[str, Any], name: str, source: str | os.PathLike)
 def load_newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return (file, content) of `path`, or of `<path>.previous` with a warning if `path` is damaged or missing.
 
-    None where neither exists; UserError where there is something but nothing readable.
+    None if neither exists; UserError if neither is readable.
     """
     problems = []
     for candidate in (path, previous_path(path)):
@@ -122,7 +120,7 @@ def load_newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def keep_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded state the memory layout of its parameters: fused optimizers walk through both without looking."""
+    """Give loaded state the memory layout of its parameters; fused optimizers take it for granted."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

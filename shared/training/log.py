@@ -25,17 +25,15 @@ from shared.training.progress import Progress
 
 
 class Log:
-    """Means of what the steps compute, and lines of text; only rank 0 writes.
+    """Means of the steps' numbers, and lines of text; only rank 0 writes.
 
-    outdir        the run's folder; nothing is written before the run calls `open`
-    world         this process; means are over all ranks
-    every         steps between two lines with the means of what was added; None: no lines but those of `record`
-    image_batch   images per step, to show images per second
-    tensorboard   whether to write TensorBoard scalars to `outdir/tensorboard`, or the name of the folder in `outdir`
-    stats_name    file name of the numbers in `outdir`, one JSON object a line
-    desc          what the bar says is going on
-
-    `step` counts the steps done; the run keeps it.
+    outdir            the run's folder; nothing is written before the run calls `open`
+    world             this process; means are over all ranks
+    every             steps between two lines of means; None: only `record` writes numbers
+    image_batch       images per step, to show images per second
+    tensorboard       whether to write scalars to `outdir/tensorboard`, or the name of the folder in `outdir`
+    stats_name        file name of the numbers in `outdir`, one JSON object a line
+    desc              what the bar says is going on
     """
 
     def __init__(self, outdir: str | os.PathLike, world: World, *, every: int | None = 100,
@@ -43,62 +41,52 @@ class Log:
                  desc: str = "train") -> None:
         self.outdir, self.world, self.every, self.image_batch = Path(outdir), world, every, image_batch
         self.tensorboard, self.stats_name, self.desc = tensorboard, stats_name, desc
-        self.step = 0
-        self.check: Callable[[], None] = lambda: None  # raises Diverged after a loss that was not finite
+        self.step = 0  # the run counts it up
+        self.check: Callable[[], None] = lambda: None  # the run's: raises Diverged after a loss that was not finite
         self._sums: dict[str, torch.Tensor | float] = {}
         self._counts: dict[str, int] = {}
         self._bad: tuple[str, int] | None = None
         self._bad_on_device: torch.Tensor | None = None
-        self._bar: Progress | None = None
-        self._lines = self._stats = self._board = None
+        self._lines = self._stats = self._board = self._bar = None
 
-    # ---------------------------------------------------------------------------------------------------- files
-
-    def open(self, step: int = 0, stats_bytes: int = 0) -> None:
-        """Open the files of a run that has done `step` steps.
-
-        stats_bytes: the length of the file of numbers at that step; lines behind it belong to steps to be done again.
-        """
+    def open(self, step: int, stats_bytes: int) -> None:
+        """Open the files of a run that has done `step` steps. stats_bytes: length of the file of numbers then."""
         self.step = step
         if not self.world.main:
             return
         self._lines = open(self.outdir / "log.txt", "a", encoding="utf-8")
         stats = self.outdir / self.stats_name
         self._stats = open(stats, "r+b" if stats.exists() else "w+b")
-        self._stats.truncate(stats_bytes)
+        self._stats.truncate(stats_bytes)  # later lines belong to steps that will be done again
         self._stats.seek(0, os.SEEK_END)
         if self.tensorboard:
             folder = self.tensorboard if isinstance(self.tensorboard, str) else "tensorboard"
             self._board = SummaryWriter(str(self.outdir / folder), purge_step=step or None)
 
-    def flush(self) -> None:
-        """Write out what is buffered."""
-        for file in (self._stats, self._lines, self._board):
-            if file is not None:
-                file.flush()
-
     def state(self, group: dist.ProcessGroup | None) -> dict[str, Any]:
-        """Return what a checkpoint holds of the log (a collective): its length, and what was added since its last line.
+        """Return what a checkpoint holds of the log (a collective): its length, and the sums since its last line.
 
         group: of all ranks, for tensors on the CPU; None for a single rank.
         """
         sums = torch.tensor([float(value) for value in self._sums.values()], dtype=torch.float64)
         if group is not None:
             dist.all_reduce(sums, group=group)
-        means = (sums / self.world.size).tolist()
         self.flush()
         return {"stats_bytes": self._stats.tell() if self._stats is not None else 0, "log_counts": dict(self._counts),
-                "log_sums": dict(zip(self._sums, means, strict=True))}
+                "log_sums": dict(zip(self._sums, (sums / self.world.size).tolist(), strict=True))}
 
     def load_state(self, saved: Mapping[str, Any]) -> None:
-        """Continue with the sums of a checkpoint."""
         self._sums, self._counts = dict(saved.get("log_sums", {})), dict(saved.get("log_counts", {}))
+
+    def flush(self) -> None:
+        for file in (self._stats, self._lines, self._board):
+            if file is not None:
+                file.flush()
 
     # -------------------------------------------------------------------------------------------------- numbers
 
     def add(self, **values: torch.Tensor | float) -> None:
-        """Add the step's numbers. Tensors stay on their device; the names of losses contain "loss", and these must be
-        finite."""
+        """Add the step's numbers. Tensors stay on their device; those whose names contain "loss" must be finite."""
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 value = value.detach().float().mean()
@@ -126,10 +114,7 @@ class Log:
         return self._bad
 
     def means(self) -> dict[str, float]:
-        """Return the means of what was added since the last call, over steps and ranks (a collective), and start anew.
-
-        Raises Diverged after a loss that was not finite.
-        """
+        """Return the means since the last call, over steps and ranks (a collective); Diverged after a bad loss."""
         self.check()
         names = list(self._sums)
         if not names:
@@ -157,9 +142,11 @@ class Log:
 
     def print(self, text: str, console: str | None = None) -> None:
         """Append `text` to log.txt and print it, or the shorter `console`, on the console (rank 0)."""
-        if not self.world.main:
-            return
-        (self._bar.print if self._bar is not None else print)(text if console is None else console)
+        if self.world.main:
+            (self._bar.print if self._bar is not None else print)(text if console is None else console)
+            self._write(text)
+
+    def _write(self, text: str) -> None:
         if self._lines is not None:
             self._lines.write(text + "\n")
             self._lines.flush()
@@ -169,25 +156,18 @@ class Log:
         self._bar = Progress(self.desc, total, "it", initial=self.step, shown=self.world.main)
 
     def advance(self, step: int, is_last: bool) -> None:
-        """Note that `step` steps are done; write a line if one is due."""
+        """Note that `step` steps are done; write a line of means if one is due."""
         self.step = step
         self._bar.advance()
-        if self.every is not None and (step % self.every == 0 or is_last):
-            self._write_means()
-
-    def _write_means(self) -> None:
-        means = self.means()
-        if not means or not self.world.main:
-            return
-        rate = self._bar.rate()
-        self._bar.figures = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self._lines.write(self._bar.line() + "\n")
-        self._lines.flush()
-        speed = {"images_per_second": rate * self.image_batch} if self.image_batch else {"steps_per_second": rate}
-        self.record({**means, **speed})
+        means = self.means() if self.every and (step % self.every == 0 or is_last) else {}
+        if means and self.world.main:
+            rate = self._bar.rate()
+            self._bar.figures = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+            self._write(self._bar.line())
+            speed = {"images_per_second": rate * self.image_batch} if self.image_batch else {"steps_per_second": rate}
+            self.record({**means, **speed})
 
     def stop(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
+        self._bar = None

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,13 @@ from shared.training.fingerprint import fingerprint, fingerprints
 class Record:
     """The settings and inputs of one output, a file or a folder.
 
-    output     path
-    settings   plain values: everything that decides about the content besides the inputs
-    inputs     name as the user knows it -> path, ImageSet, array, fingerprint, or None (not given)
-
-    Nothing is read before `is_complete` or `write`. `replaces`: whether `is_complete` found an output of something
-    else that may be overwritten.
+    settings: plain values, everything that decides about the content besides the inputs. inputs: name as the user knows
+    it -> path, ImageSet, array, fingerprint, or None (not given); nothing is read before a method is called.
     """
 
     def __init__(self, output: str | os.PathLike, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
         self.output, self.settings = Path(output), json.loads(json.dumps(dict(settings), default=str))
         self._inputs = dict(inputs)
-        self._digests: dict[str, str] | None = None
-        self.replaces = False
 
     @property
     def path(self) -> Path:
@@ -47,18 +42,16 @@ class Record:
             return self.output / ".record.json"
         return self.output.with_name(f".{self.output.name}.record.json")
 
-    @property
+    @cached_property
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the inputs, by name."""
-        if self._digests is None:
-            self._digests = fingerprints(self._inputs)
-        return self._digests
+        return fingerprints(self._inputs)
 
     def is_complete(self, overwrite: bool = False) -> bool:
         """Return whether the output is there and was made from the same; then print so.
 
-        False for an output without a record, one that was changed since, or one that was begun (see `begin`). Raises
-        UserError if it was made, or begun, from something else, unless `overwrite`; then the record is removed.
+        False for an output without a record, one that was changed since, or one that was only begun (see `begin`). For
+        one of something else raises UserError, or with `overwrite` removes the record and returns False.
         """
         saved = self._read()
         if not saved:
@@ -68,8 +61,7 @@ class Record:
             if not overwrite:
                 raise UserError(f"{reason}; give --overwrite to make it anew, or another output")
             print(f"{reason}: it is made anew", flush=True)
-            self.path.unlink(missing_ok=True)
-            self.replaces = True
+            self.path.unlink()
             return False
         if saved.get("output") != fingerprint(self.output):
             return False
@@ -80,24 +72,6 @@ class Record:
         """Return whether the output that is there, if any, was made from the same inputs, be it with other settings."""
         saved = self._read()
         return not saved or saved.get("inputs") == self.inputs
-
-    def _read(self) -> dict[str, Any]:
-        """Return what was recorded of an output that still exists, or {}."""
-        try:
-            saved = json.loads(self.path.read_text(encoding="utf-8")) if self.output.exists() else {}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError):
-            raise UserError(f"{self.path}: cannot be read; remove it to make {self.output} anew") from None
-        return saved if isinstance(saved, dict) else {}
-
-    def _changes(self, saved: Mapping[str, Any]) -> str:
-        before, inputs = saved.get("settings", {}), saved.get("inputs", {})
-        changed = [f"{name} was {_short(before.get(name))}, is {_short(self.settings.get(name))}"
-                   for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
-        changed += [f"the content of {name} has changed" for name in {**inputs, **self.inputs}
-                    if inputs.get(name) != self.inputs.get(name)]
-        return "; ".join(changed[:4])
 
     def begin(self) -> None:
         """Record what the output is going to be made from, for programs that continue a folder made in part."""
@@ -112,7 +86,19 @@ class Record:
             json.dump({"program": Path(sys.argv[0]).name, "settings": self.settings, "inputs": self.inputs,
                        "output": output}, file, indent=1)
 
+    def _read(self) -> dict[str, Any]:
+        """Return the record of an output that is there, or {}."""
+        if not self.output.exists() or not self.path.exists():
+            return {}
+        try:
+            return dict(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"{self.path}: cannot be read; remove it to make {self.output} anew") from None
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:50]}..."
+    def _changes(self, saved: Mapping[str, Any]) -> str:
+        before, inputs = saved.get("settings", {}), saved.get("inputs", {})
+        changed = [f"{name} was {str(before.get(name))[:50]}, is {str(self.settings.get(name))[:50]}"
+                   for name in {**before, **self.settings} if before.get(name) != self.settings.get(name)]
+        changed += [f"the content of {name} has changed" for name in {**inputs, **self.inputs}
+                    if inputs.get(name) != self.inputs.get(name)]
+        return "; ".join(changed[:4])

@@ -11,7 +11,6 @@ of an uninterrupted run.
 """
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,16 +49,15 @@ class Run:
     config            plain values; a checkpoint of another config is not continued (see `restart`)
     keep              name -> object with state_dict / load_state_dict, or a network; equal on all ranks
     world             this process; only rank 0 writes
-    log               its lines and numbers
-    inputs            name as the user knows it ("--data") -> path, ImageSet, array or fingerprint; their content is
-                      treated as the config is (shared/training/fingerprint.py)
+    inputs            name in messages ("--data") -> path, ImageSet, array or fingerprint; a checkpoint of another
+                      content is not continued
     checkpoint        file name in `outdir`; the one before stays as `<name>.previous`
     resume            "auto": continue what is in the folder; "never": start anew; otherwise a checkpoint file,
                       which is continued whatever its config and inputs
-    restart           what to do about a checkpoint of another config or input: False raises UserError, True starts anew
+    restart           start anew in place of a UserError about another config or input
     ignore            config keys that may change between restarts (workers, devices, paths)
     extra             called at each save: further plain values or tensors for the file
-    save_seconds      save when this many seconds have passed, None: never by the clock
+    save_seconds      save when this many seconds have passed; None: never by the clock
     save_every        save after every so many steps
 
     Attributes: `step` (the next step), `finished`, `state` (a dict of plain values saved with the rest),
@@ -71,8 +70,8 @@ class Run:
                  extra: Callable[[], Mapping[str, Any]] = dict, save_seconds: float | None = 600.0,
                  save_every: int | None = None) -> None:
         self.outdir, self.world, self.keep, self.log = Path(outdir), world, dict(keep), log
-        self.config, self.ignore = dict(config), set(ignore)
-        self.extra, self.save_seconds, self.save_every = extra, save_seconds, save_every
+        self.config, self.ignore, self.extra = dict(config), set(ignore), extra
+        self.save_seconds, self.save_every = save_seconds, save_every
         self.step, self.finished, self.state, self.seconds = 0, False, {}, 0.0
         self.resumed_from: Path | None = None
         self._path = self.outdir / checkpoint
@@ -83,7 +82,7 @@ class Run:
         distributed.on_main(self._take_folder, world)
         stats_bytes = self._load(resume, restart)
         self._host_group = dist.new_group(backend="gloo") if world.size > 1 else None
-        own = weakref.ref(self)  # no circle: the folder's lock ends with the last reference to the run
+        own = weakref.ref(self)  # the folder's lock ends with the last reference to the run, so no circle of them
         log.check = lambda: own() and own()._check_finite()
         try:
             log.open(self.step, stats_bytes)
@@ -193,22 +192,26 @@ class Run:
         self.log.step = self.step  # whoever continues from elsewhere has set it since
         self.log.start(total)
         try:
-            with self._machine_errors():
-                while self.step < total:
-                    started = time.monotonic()
-                    yield self.step
-                    self.step += 1
-                    self.seconds += time.monotonic() - started
-                    self._after_step(total)
-                self._check_finite(weights=True)
-                self.finished = True
-                self.save()
-                self.log.flush()
+            while self.step < total:
+                started = time.monotonic()
+                yield self.step
+                self.step += 1
+                self.seconds += time.monotonic() - started
+                self._after_step(total)
+            self._check_finite(weights=True)
+            self.finished = True
+            self.save()
+            self.log.flush()
+        except OSError as error:
+            if error.errno not in MACHINE_ERRORS:
+                raise
+            raise MachineError(f"{error.strerror}: {error.filename or self.outdir}; the last checkpoint is whole: mend "
+                               "this, and the same command continues from it") from None
         finally:
             self.log.stop()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            with contextlib.suppress(OSError):  # already reported by the original error
+            with suppress(OSError):  # already reported by the original error
                 self.log.flush()
 
     def _after_step(self, total: int) -> None:
@@ -278,17 +281,6 @@ class Run:
         if self.world.size > 1:
             distributed.check_equal(dict(self._tensors()), self.world, f"after step {self.step}; nothing was saved, "
                                     f"{self.outdir} keeps its last checkpoint, from which the same command continues")
-
-    @contextlib.contextmanager
-    def _machine_errors(self) -> Iterator[None]:
-        """Turn a full or read-only disk into one line that says how to go on."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in MACHINE_ERRORS:
-                raise
-            raise MachineError(f"{error.strerror}: {error.filename or self.outdir}; the last checkpoint is whole: mend "
-                               "this, and the same command continues from it") from None
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
