@@ -109,7 +109,7 @@ def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
     train, test = real_images(flags)
     outdir = Path(flags.outdir)
     world = start(flags.device)
-    settle(flags, train)
+    set_defaults(flags, train)
     record = record_of(flags, train, test)
     if record.is_complete(flags.overwrite or record.has_same_inputs()):  # other metrics may replace the result
         return json.loads(record.output.read_text(encoding="utf-8"))
@@ -197,7 +197,7 @@ def generated_images(flags: SimpleNamespace, train: ImageSet, outdir: Path) -> I
     return images
 
 
-def settle(flags: SimpleNamespace, train: ImageSet) -> None:
+def set_defaults(flags: SimpleNamespace, train: ImageSet) -> None:
     """Set the defaults that depend on the images."""
     flags.classifier = flags.classifier or default_network(train)
     flags.classifier_steps = flags.classifier_steps or RECIPES[flags.classifier].steps

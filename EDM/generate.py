@@ -96,7 +96,7 @@ def check(flags: SimpleNamespace) -> None:
         raise UserError("--class and --classes cannot be specified at the same time")
     if flags.guide_network is not None and flags.guidance is None:
         raise UserError("--guide-network needs --guidance, for instance --guidance=2")
-    if flags.network_2 == "None":  # the published default, in so many words
+    if flags.network_2 == "None":  # the published default
         flags.network_2 = None
     if flags.affine_weight and flags.network_2 is None:
         raise UserError("--affine_weight needs --network_2, a network trained on the noisy labels")
@@ -127,15 +127,16 @@ def generate(flags: SimpleNamespace) -> None:
     pictures = [Path(flags.grid)] if flags.grid else []
     pictures += [root / sheet] if sheet else []
 
-    def claim() -> bool:
+    def prepare() -> bool:
         """Make the folders ready; return whether everything is there already."""
-        if is_archive and files.claim_archive(outdir, everything, flags.overwrite):
+        if is_archive and files.is_complete(outdir, everything, flags.overwrite):
             return True
         for index, folder in folders.items():
-            files.claim_folder(folder, {**settings, "class": index}, [s.path for s in planned[index]], flags.overwrite)
+            images = [sample.path for sample in planned[index]]
+            files.prepare_folder(folder, {**settings, "class": index}, images, flags.overwrite)
         return not is_archive and all(path.exists() for path in [*pictures, *(s.path for s in samples)])
 
-    if on_main(claim, world):
+    if on_main(prepare, world):
         if world.main:
             print(f"complete: {outdir}")
         return stop()
@@ -171,7 +172,7 @@ def generate(flags: SimpleNamespace) -> None:
 
 
 def published_sheet(flags: SimpleNamespace, sampler: SeedSampler, samples: list, is_archive: bool) -> str | None:
-    """Return the name of the square sheet that goes beside the images of a TDSM network; None where none does.
+    """Return the name of the square sheet that goes beside the images of a TDSM network; None if there is none.
 
     As published it holds a single batch; unlike there, the images are also written one by one.
     """

@@ -28,6 +28,7 @@ from shared.cli import UserError
 from shared.distributed import World, barrier
 from shared.training.checkpoint import read_checkpoint
 from shared.training.files import make_dir
+from TorchSSL.core.networks import build_network, first_stride_for
 
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth",  # as torch-fidelity names it, then pytorch-fid
                    "pt_inception-2015-12-05-6726825d.pth")
@@ -216,8 +217,6 @@ def preprocess(images: Tensor) -> Tensor:
 
 
 def _classifier(content: Mapping[str, Any], file: str, sha256: str, device: torch.device) -> Detector:
-    from TorchSSL.core.networks import build_network, first_stride_for
-
     try:
         options, state = content["options"], content["ema_model"]
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}

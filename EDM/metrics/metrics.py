@@ -22,7 +22,7 @@ from torch import Tensor
 from shared.cli import UserError
 from shared.distributed import World, all_sum
 
-DISTANCES_AT_ONCE = 1 << 24  # float64 values of one block of a distance matrix: 128 MiB
+BLOCK_DISTANCES = 1 << 24  # float64 values of one block of a distance matrix: 128 MiB
 SUBSET_SEED = 2020           # which images form the subsets of KID and the splits of the inception score
 
 
@@ -188,7 +188,7 @@ class Manifold:
 def manifold_metrics(generated: Tensor, reference: Tensor, k: int = 3, k_density: int = 5) -> Manifold:
     """Return precision and recall with k neighbours, density and coverage with k_density.
 
-    The distances are computed in blocks: beside the features there are never more than DISTANCES_AT_ONCE of them.
+    The distances are computed in blocks: beside the features there are never more than BLOCK_DISTANCES of them.
     Raises UserError where a set has no k-th neighbour.
     """
     check_neighbours(k, k_density, len(generated), len(reference))
@@ -229,8 +229,8 @@ def _neighbour_distances(features: Tensor, centre: Tensor, ks: tuple[int, ...]) 
 
 def _distance_blocks(x: Tensor, y: Tensor, centre: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows of x, distances [rows, N] to all of y), float64."""
-    size = max(1, DISTANCES_AT_ONCE // (2 * len(y)))
-    columns = max(1, DISTANCES_AT_ONCE // (2 * y.shape[1]))
+    size = max(1, BLOCK_DISTANCES // (2 * len(y)))
+    columns = max(1, BLOCK_DISTANCES // (2 * y.shape[1]))
     for start in range(0, len(x), size):
         rows = slice(start, min(start + size, len(x)))
         part = x[rows].double() - centre

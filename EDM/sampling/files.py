@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from shared.cli import UserError
-from shared.data.writers import read_pngs, write_png
+from shared.data.images import ImageSet
+from shared.data.writers import read_pngs, write_npz, write_png, write_zip
+from shared.report.plots import image_grid
 from shared.training.files import atomic, make_dir
 
 RECORD = "generate.json"
@@ -45,7 +47,7 @@ def class_folder(class_index: int, label_dim: int) -> str:
     return f"{class_index:0{len(str(label_dim - 1))}d}"
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any], images: Sequence[Path], overwrite: bool) -> None:
+def prepare_folder(folder: Path, settings: Mapping[str, Any], images: Sequence[Path], overwrite: bool) -> None:
     """Make `folder` the place of images with these settings, recorded in its generate.json.
 
     Images that are there already may stay when the record says that they have the same settings. Otherwise raises
@@ -81,7 +83,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], images: Sequence[Pat
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the settings that are recorded in a file; None where there is none, or something else."""
+    """Return the settings that are recorded in a file, or None."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -108,7 +110,7 @@ def archive_record(archive: Path) -> Path:
     return archive.with_name(archive.name + "." + RECORD)
 
 
-def claim_archive(archive: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
+def is_complete(archive: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
     """Return whether `archive` is already what `settings` (images included) describe; with `overwrite`, delete it.
 
     Raises UserError when it exists and holds something else.
@@ -128,9 +130,6 @@ def claim_archive(archive: Path, settings: Mapping[str, Any], overwrite: bool) -
 def pack(archive: Path, samples: Sequence[Sample], labels: Sequence[int], label_dim: int,
          settings: Mapping[str, Any]) -> None:
     """Move finished samples into an EDM dataset .zip or an .npz (images, labels, classes), in the order given."""
-    from shared.data.images import ImageSet
-    from shared.data.writers import write_npz, write_zip
-
     images = ImageSet(read_pngs([sample.path for sample in samples]), np.asarray(labels, dtype=np.int64),
                       tuple(map(str, range(label_dim))), archive.stem)
     with atomic(archive_record(archive), "w") as file:
@@ -149,8 +148,6 @@ def write_sheet(path: Path, samples: Sequence[Sample]) -> None:
 
 def write_grid(path: Path, samples: Sequence[Sample], labels: Sequence[int]) -> None:
     """Write a contact sheet: a row of the first images per class, or a square of the first if labels are all -1."""
-    from shared.report.plots import image_grid
-
     rows: dict[str, list[Path]] = {}
     if set(labels) == {-1}:
         first = [sample.path for sample in samples[:GRID_SIDE**2]]

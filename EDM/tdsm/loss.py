@@ -22,7 +22,7 @@ from shared import distributed
 from shared.training.dropout import derived_dropout_keys
 
 VOLUME_WEIGHT = 1e-4  # of log det T in VolMinNet
-PIXELS_AT_ONCE = 8192  # of candidates on a CPU, whose caches hold the features of no more
+PIXELS_IN_CACHE = 8192  # of candidates on a CPU, whose caches hold the features of no more
 
 
 def clean_class_weights(logits: torch.Tensor, observed: torch.Tensor, log_transition: torch.Tensor,
@@ -90,8 +90,8 @@ class TDSMLoss:
     add up to 1 unless `renormalise`. relative_tau: tau is in units of 1/K. temp: divides the logits.
     full_gradient: train the network on all classes of the mixture, as equation 8 has it; otherwise, as published, on
     the observed one alone, while the others are constants.
-    label_dropout: share of images trained without class, by the plain loss.
-    pairs_at_once: most (image, class) pairs in one forward without gradient; None: four times the batch on a GPU, on a
+    label_dropout: fraction of images trained without class, by the plain loss.
+    pair_batch: most (image, class) pairs in one forward without gradient; None: four times the batch on a GPU, on a
     CPU what its caches hold.
 
     After a call `statistics` holds scalars on the device: dsm (the plain loss of the observed class), candidates (pairs
@@ -100,13 +100,13 @@ class TDSMLoss:
 
     def __init__(self, levels: DenoisingLoss, transition: np.ndarray, classifier: torch.nn.Module | None, *,
                  tau: float = 0.01, temp: float = 1.0, relative_tau: bool = False, renormalise: bool = False,
-                 full_gradient: bool = False, label_dropout: float = 0.0, pairs_at_once: int | None = None,
+                 full_gradient: bool = False, label_dropout: float = 0.0, pair_batch: int | None = None,
                  device: torch.device | str = "cpu") -> None:
         self.levels, self.classifier, self.temp = levels, classifier, temp
         self.num_classes = len(transition)
         self.tau = tau / self.num_classes if relative_tau else tau
         self.renormalise, self.full_gradient, self.label_dropout = renormalise, full_gradient, label_dropout
-        self.pairs_at_once = pairs_at_once
+        self.pair_batch = pair_batch
         self.log_transition = log_matrix(transition, device)
         self.statistics: dict[str, torch.Tensor] = {}
 
@@ -140,8 +140,8 @@ class TDSMLoss:
         if self.full_gradient:
             own, others = pairs.denoise_with_batch(net, *given, labels)
         else:
-            at_once = 4 * len(images) if images.is_cuda else max(1, PIXELS_AT_ONCE // images[0, 0].numel())
-            others = pairs.denoise(distributed.unwrap(net), *given, self.pairs_at_once or at_once)
+            batch = 4 * len(images) if images.is_cuda else max(1, PIXELS_IN_CACHE // images[0, 0].numel())
+            others = pairs.denoise(distributed.unwrap(net), *given, self.pair_batch or batch)
             own = net(noisy, sigma, labels, augment_labels=augment_labels)
         mixture = own_weight * own + others
         kept_mass = own_weight.flatten() + (weights * candidates).sum(1)
@@ -173,17 +173,17 @@ class Pairs:
 
     @torch.no_grad()
     def denoise(self, net: torch.nn.Module, noisy: torch.Tensor, sigma: torch.Tensor,
-                augment_labels: torch.Tensor | None, at_once: int) -> torch.Tensor:
-        """Return Σ w D(x_t, y) over the pairs of each image, without gradient, in forwards of at most `at_once`."""
+                augment_labels: torch.Tensor | None, batch: int) -> torch.Tensor:
+        """Return Σ w D(x_t, y) over the pairs of each image, without gradient, in forwards of at most `batch`."""
         total = torch.zeros_like(noisy)
         if not len(self.rows):
             return total
-        parts = -(-len(self.rows) // at_once)  # of equal size, as a small one would cost more an image
+        parts = -(-len(self.rows) // batch)  # of equal size, as a small one would cost more an image
         for rows, classes, weights in zip(*(values.tensor_split(parts) for values in
                                             (self.rows, self.classes, self.weights)), strict=True):
             count = len(rows)
-            if noisy.is_cuda and count < at_once:  # few different shapes, as kernels are chosen for each anew
-                filler = min(1 << (count - 1).bit_length(), at_once) - count
+            if noisy.is_cuda and count < batch:  # few different shapes, as kernels are chosen for each anew
+                filler = min(1 << (count - 1).bit_length(), batch) - count
                 rows, classes = F.pad(rows, (0, filler)), F.pad(classes, (0, filler))
             labels = F.one_hot(classes, self.num_classes).to(torch.float32)
             with derived_dropout_keys(net, rows, classes):

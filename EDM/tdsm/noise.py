@@ -167,7 +167,7 @@ def noise_of_flags(flags: SimpleNamespace, num_classes: int) -> Noise | None:
         raise UserError("--noise_type=file needs the file: --transition=T.npy or T.json")
     if noise_type in ("sym", "asym"):
         if flags.noise_rate is None:
-            raise UserError(f"--noise_type={noise_type} needs --noise_rate, the share of wrong labels, such as 0.4")
+            raise UserError(f"--noise_type={noise_type} needs --noise_rate, the fraction of wrong labels, such as 0.4")
         rate = transition.check_rate(flags.noise_rate)
         matrix = transition.transition_matrix(noise_type, rate, num_classes, kind)
         return Noise(noise_type, rate, kind, num_classes, matrix, "as the flags say")

@@ -42,7 +42,7 @@ class TDSM(Denoising):
         settings = {name: loss[name] for name in ("tau", "temp", "relative_tau", "renormalise", "full_gradient",
                                                   "label_dropout") if name in loss}
         self.loss_fn = TDSMLoss(self.loss_fn, label_noise.matrix, classifier, **settings,
-                                pairs_at_once=options.get("pairs_gpu"), device=world.device)
+                                pair_batch=options.get("pairs_gpu"), device=world.device)
         self.loss_kwargs = {**loss, **label_noise.record()}
 
 

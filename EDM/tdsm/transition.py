@@ -43,7 +43,7 @@ ARCHIVES = {CIFAR10.archive: "cifar10", CIFAR100.archive: "cifar100", "train-ima
 
 
 def dataset_kind(path: str | os.PathLike) -> str | None:
-    """Return the first key of CLASSES that occurs in the base name of `path`; None where none does."""
+    """Return the first key of CLASSES that occurs in the base name of `path`, or None."""
     name = os.path.basename(os.path.abspath(path)).lower()
     return next((kind for kind in CLASSES if kind in name), None)
 
@@ -97,8 +97,8 @@ def transition_matrix(noise_type: str, noise_rate: float, num_classes: int, data
 
 def realised_transition(clean: Sequence[int] | np.ndarray, noisy: Sequence[int] | np.ndarray,
                         num_classes: int) -> np.ndarray:
-    """Return the shares float64 [K, K] with which the labels `clean` became `noisy`; the identity's row where a class
-    does not occur."""
+    """Return the fractions float64 [K, K] with which the labels `clean` became `noisy`; the identity's row for a class
+    that does not occur."""
     counts = np.zeros((num_classes, num_classes))
     np.add.at(counts, (np.asarray(clean, np.int64), np.asarray(noisy, np.int64)), 1)
     totals = counts.sum(1, keepdims=True)
@@ -301,7 +301,7 @@ def plan_noise(noise_type: str | None, noise_rate: float | None, transition_file
         matrix = load_transition(transition_file)
         return LabelNoise("matrix", None, seed or 0, kind, matrix, str(transition_file))
     if noise_rate is None:
-        raise UserError(f"--noise_type={noise_type} needs --noise_rate, the share of labels to flip, such as 0.4")
+        raise UserError(f"--noise_type={noise_type} needs --noise_rate, the fraction of labels to flip, such as 0.4")
     rate = check_rate(noise_rate)
     if noise_type == "asym":
         asym_targets(kind)

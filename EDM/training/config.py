@@ -35,8 +35,8 @@ def choose_folder(flags: SimpleNamespace, options: dict[str, Any], inputs: Mappi
     """Return the run's folder and, when an earlier run in it is taken up again, a line that says so.
 
     inputs: fingerprints of what the run reads. With --nosubdir the folder is --outdir itself; a run with other options
-    or inputs in there raises UserError. Otherwise it is the newest numbered folder of this description if that run has
-    the same options and inputs (the number of GPUs aside) and is neither finished nor being worked on, else a new
+    or inputs in there raises UserError. Otherwise it is the newest numbered folder of a run with this description,
+    these options and inputs (the number of GPUs aside), finished or not, which no process works in; else it has a new
     number: 1 + the largest one. A run taken up again without --seed keeps the seed it was started with:
     `options["seed"]` is set to it.
     """
@@ -44,14 +44,12 @@ def choose_folder(flags: SimpleNamespace, options: dict[str, Any], inputs: Mappi
         return flags.outdir, _continue_in(flags, options, inputs)
     runs = _numbered_runs(flags.outdir)
     same = re.compile(r"\d+-" + re.escape(run_description(flags, "GPUS")).replace("gpusGPUS", r"gpus\d+"))
-    newest = next((name for _, name in reversed(runs) if same.fullmatch(name)), None)
-    if newest is not None:
-        folder = os.path.join(flags.outdir, newest)
+    for folder in (os.path.join(flags.outdir, name) for _, name in reversed(runs) if same.fullmatch(name)):
         former = read_options(folder)
-        if (former is not None and (Path(folder) / LOCK).exists() and not is_finished(folder)
+        if (former is not None and (Path(folder) / LOCK).exists()  # the original writes none
                 and not differences(former, options, inputs, flags.seed is None) and not in_use(folder)):
             options["seed"] = former["seed"]
-            return folder, f"Continuing the unfinished run {folder}"
+            return folder, None if is_finished(folder) else f"Continuing the unfinished run {folder}"
     number = runs[-1][0] + 1 if runs else 0
     return os.path.join(flags.outdir, f"{number:05d}-{run_description(flags, world_size)}"), None
 

@@ -148,7 +148,7 @@ class InfiniteOrder:
     than `window` x size positions before, so that passes differ. The sequence is a function of (size, seed) alone:
     position n is image n of the run whatever the number of processes, of which rank r takes those with n mod W = r.
 
-    size: number of items; seed: of NumPy's legacy generator; window: share of the set, 0 repeats one permutation.
+    size: number of items; seed: of NumPy's legacy generator; window: fraction of the set, 0 repeats one permutation.
     """
 
     def __init__(self, size: int, seed: int, window: float = 0.5) -> None:

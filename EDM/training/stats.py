@@ -44,7 +44,7 @@ class TickSchedule:
         return step == self.steps - 1
 
     def tick(self, step: int) -> int | None:
-        """Return the number of the tick that follows `step`, None where none does.
+        """Return the number of the tick that follows `step`, or None.
 
         The first step has one, then every kimg_per_tick thousand images (rounded up to whole steps), and the last.
         """
@@ -55,13 +55,13 @@ class TickSchedule:
         return number + 1 if self.is_last(step) else None
 
     def snapshot(self, step: int) -> str | None:
-        """Return the name of the snapshot to be written after `step`, None where none is."""
+        """Return the name of the snapshot to be written after `step`, or None."""
         tick = self.tick(step)
         due = tick is not None and (self.is_last(step) or tick % self.snapshot_ticks == 0)
         return f"network-snapshot-{self.nimg(step + 1) // 1000:06d}.pkl" if due else None
 
     def state_dump(self, step: int) -> str | None:
-        """Return the name of the training state to be written after `step`, None where none is."""
+        """Return the name of the training state to be written after `step`, or None."""
         tick = self.tick(step)
         due = tick is not None and (self.is_last(step) or (tick % self.state_dump_ticks == 0 and tick > 0))
         return f"training-state-{self.nimg(step + 1) // 1000:06d}.pt" if due else None

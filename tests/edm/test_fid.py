@@ -85,7 +85,8 @@ class TestReference:
                 archive.write(file, file.name)
         np.savez(tmp_path / "images.npz", images=pixels(50, seed=0), labels=np.arange(50) % CLASSES)
         for name in ("real.zip", "images.npz"):
-            call("ref", place, f"--data={tmp_path / name}", f"--dest={tmp_path / 'out.npz'}", "--features", "--overwrite")
+            call("ref", place, f"--data={tmp_path / name}", f"--dest={tmp_path / 'out.npz'}", "--features",
+                 "--overwrite")
             with np.load(place / "real.npz") as ours, np.load(tmp_path / "out.npz") as other:
                 assert all(np.array_equal(ours[key], other[key]) for key in ("mu", "sigma", "features", "labels"))
 

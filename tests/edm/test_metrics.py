@@ -173,7 +173,7 @@ class TestManifold:
     @pytest.mark.parametrize("at_once", [1, 500, 1 << 24])
     def test_blocks_change_nothing(self, monkeypatch, at_once):
         generated, real = two_sets(70, 90, 5)
-        monkeypatch.setattr(metrics, "DISTANCES_AT_ONCE", at_once)
+        monkeypatch.setattr(metrics, "BLOCK_DISTANCES", at_once)
         ours = metrics.manifold_metrics(generated, real, 3, 5)
         expected = brute_force(generated.double().numpy(), real.double().numpy(), 3, 5)
         assert vars(ours) == pytest.approx(vars(expected))

@@ -115,10 +115,10 @@ def one_pass_a_class(net: torch.nn.Module, levels, matrix: np.ndarray, batch: di
 
 
 @pytest.mark.parametrize("kind", ["EDM", "VP", "VE"])
-@pytest.mark.parametrize("pairs_at_once", [None, 4])
-def test_one_flat_pass_is_one_pass_a_class(kind: str, pairs_at_once: int | None, batch: dict) -> None:
+@pytest.mark.parametrize("pair_batch", [None, 4])
+def test_one_flat_pass_is_one_pass_a_class(kind: str, pair_batch: int | None, batch: dict) -> None:
     levels, matrix, net = LOSSES[f"{kind}Loss"](), random_transition(3), network(f"{kind}Precond")
-    loss_fn = TDSMLoss(levels, matrix, Says(logits()), tau=0.05, pairs_at_once=pairs_at_once)
+    loss_fn = TDSMLoss(levels, matrix, Says(logits()), tau=0.05, pair_batch=pair_batch)
     gradients = []
     for loss in (one_pass_a_class(net, levels, matrix, batch, 0.05), loss_fn(net, **batch)):
         net.zero_grad()
@@ -141,7 +141,7 @@ def test_the_cost_is_that_of_the_candidates(classes: int, sharpness: float, batc
             return x
 
     said = sharpness * torch.randn(N, classes, generator=torch.Generator().manual_seed(2))
-    loss_fn = TDSMLoss(EDMLoss(), transition_matrix("sym", 0.4, classes), Says(said), tau=0.01, pairs_at_once=16)
+    loss_fn = TDSMLoss(EDMLoss(), transition_matrix("sym", 0.4, classes), Says(said), tau=0.01, pair_batch=16)
     loss_fn(Net(), **{**batch, "labels": torch.eye(classes)[batch["labels"].argmax(1)]})
     pairs = round(float(loss_fn.statistics["candidates"]) * N)
     assert sum(seen) == N + pairs
@@ -220,11 +220,11 @@ def test_images_without_class_learn_by_the_plain_loss(batch: dict) -> None:
 
 def test_dropout_of_other_classes_depends_on_neither_parts_nor_ranks(batch: dict) -> None:
     """Each (image, class) pair has a mask of its own, which follows from the image's place in the global batch."""
-    def loss(pairs_at_once: int | None, places: slice) -> torch.Tensor:
+    def loss(pair_batch: int | None, places: slice) -> torch.Tensor:
         net = network(dropout=0.5)
         set_dropout_keys(net, 7, 0, np.arange(N)[places])
         loss_fn = TDSMLoss(EDMLoss(), random_transition(3), Says(logits()[places]), tau=0.0,
-                           pairs_at_once=pairs_at_once)
+                           pair_batch=pair_batch)
         return loss_fn(net, **{name: value[places] for name, value in batch.items()})
 
     whole = loss(None, slice(None))

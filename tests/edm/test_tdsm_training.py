@@ -329,7 +329,7 @@ MISTAKES = [
     (train_noise, (), "--cls: the snapshot of a classifier is needed"),
     (train_noise, ("--cond=0", "--noise_type=clean"), "this script learns from labels: add --cond=1"),
     (train_classifier, ("--cond=0",), "this script learns from labels: add --cond=1"),
-    (train_classifier, ("--noise_type=sym",), "--noise_type=sym needs --noise_rate, the share of wrong labels"),
+    (train_classifier, ("--noise_type=sym",), "--noise_type=sym needs --noise_rate, the fraction of wrong labels"),
     (train_classifier, ("--noise_rate=0.4",), "--noise_rate needs --noise_type"),
     (train_classifier, ("--noise_type=file",), "--noise_type=file needs the file"),
     (train_classifier, ("--transition=T.txt",), "expected a transition matrix in a .json or .npy file"),

@@ -3,6 +3,7 @@ import copy
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -160,19 +161,20 @@ def test_transfer_starts_from_the_weights_of_a_snapshot(tmp_path, data, whole):
 
 # ------------------------------------------------------------------------------------------------------- folders
 
-def test_folders_are_numbered_and_finished_runs_are_left_alone(tmp_path, data):
+def test_folders_are_numbered_and_a_run_is_known_by_its_options(tmp_path, data, capsys):
     few = ("--duration=0.0001", "--batch=1000")
     name = "tiny-cond-ddpmpp-edm-gpus1-batch1000-fp32"
-    for number in range(2):
-        train(tmp_path, data, *few)
+    for number, own in enumerate((few, (*few, "--lr=1e-3"))):
+        train(tmp_path, data, *own)
         assert (tmp_path / f"{number:05d}-{name}" / RESULT_FILE).exists()
-    (tmp_path / f"00001-{name}" / RESULT_FILE).unlink()  # as if it had been interrupted
-    train(tmp_path, data, *few, "--lr=1e-3")
-    assert (tmp_path / f"00002-{name}").exists()  # other options: another run
-    os.rename(tmp_path / f"00002-{name}", tmp_path / "00002-other")
+    capsys.readouterr()
+    train(tmp_path, data, *few)  # finished, and not the newest one of this name
+    assert f"complete: {tmp_path / f'00000-{name}'}" in capsys.readouterr().out
+    os.rename(tmp_path / f"00001-{name}", tmp_path / "00001-other")
+    (tmp_path / f"00000-{name}" / RESULT_FILE).unlink()  # as if it had been interrupted
     train(tmp_path, data, *few)
-    assert (tmp_path / f"00001-{name}" / RESULT_FILE).exists()
-    assert sorted(os.listdir(tmp_path)) == [f"00000-{name}", f"00001-{name}", "00002-other"]
+    assert (tmp_path / f"00000-{name}" / RESULT_FILE).exists()
+    assert sorted(os.listdir(tmp_path)) == [f"00000-{name}", "00001-other"]
 
 
 def test_an_interrupted_run_keeps_its_random_seed(tmp_path, data):
@@ -183,6 +185,21 @@ def test_an_interrupted_run_keeps_its_random_seed(tmp_path, data):
     (tmp_path / RESULT_FILE).unlink()
     main(command)
     assert read_options(tmp_path)["seed"] == seed
+
+
+def test_a_run_is_known_by_the_content_of_its_data(tmp_path, data):
+    few, name = ("--duration=0.0001", "--batch=1000"), "00000-tiny-cond-ddpmpp-edm-gpus1-batch1000-fp32"
+    train(tmp_path, data, *few)
+    (tmp_path / name / RESULT_FILE).unlink()  # as if it had been interrupted
+    (tmp_path / "moved").mkdir()
+    moved = Path(shutil.copy(data, tmp_path / "moved"))
+    train(tmp_path, moved, *few)
+    assert (tmp_path / name / RESULT_FILE).exists()  # the same images at another place
+    write_set(moved, seed=1)
+    with pytest.raises(UserError, match="other options .another content of --data"):
+        train(tmp_path / name, moved, *few, "--nosubdir")
+    train(tmp_path, moved, *few)
+    assert (tmp_path / name.replace("00000", "00001") / RESULT_FILE).exists()
 
 
 def test_files_of_a_run(whole):

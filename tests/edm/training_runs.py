@@ -14,9 +14,10 @@ TINY = ("--cond=1", "--cbase=8", "--cres=1,1", "--num-blocks=1", "--attn-resolut
 STEPS = 63
 
 
-def write_set(path: Path, count: int = 24, size: int = 8, channels: int = 3, labels: bool = True) -> Path:
+def write_set(path: Path, count: int = 24, size: int = 8, channels: int = 3, labels: bool = True,
+              seed: int = 0) -> Path:
     """Write a ZIP of random images with three classes."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     names = []
     with zipfile.ZipFile(path, "w") as archive:
         for number in range(count):
