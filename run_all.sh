@@ -34,7 +34,8 @@
 #   --generate-args "..."   further flags of generate.py
 #   --stage3-args "..."     further flags of stage 3's learner
 #   --classifier-args "..." further flags of train_classifier.py, for tdsm
-#   --overwrite             make anew what was made with other settings or from other inputs
+#   --overwrite             make anew what other settings or inputs have made, but for the diffusion models: for these
+#                           remove the run folder, or give another --out
 #   -n, --dry-run           print the commands and run nothing
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -50,7 +51,7 @@ for name in "$stage1" "$stage3"; do
 done
 
 # The folders of the published commands, as typed in TorchSSL/, but models as typed in EDM/.
-saved=./saved_models images=./data-aug models=training-runs elsewhere=()
+saved=./saved_models images=./data-aug models=training-runs elsewhere=() report_flags=()
 [ -z "$out" ] || saved=$out/saved_models images=$out/data-aug models=$out/training-runs
 [ -z "$data_dir" ] || elsewhere=("--data_dir=$data_dir")
 from_edm() { [[ $1 == /* ]] && echo "$1" || echo "../TorchSSL/${1#./}"; }
@@ -76,10 +77,8 @@ set_names() {
     # The published folder of images does not tell data sets and seeds apart, and the published training command numbers
     # its folder: both are kept for the published experiment alone.
     published=""
-    if [ "$dataset $labels $seed $out$stage2_args$generate_args $stage1 $stage3" = "cifar10 40 1  freematch freematch" ]
-    then
+    [ "$dataset $labels $seed $stage1 $stage3$out$stage2_args$generate_args" != "cifar10 40 1 freematch freematch" ] ||
         published=1 generated=$images/nums_$last
-    fi
 }
 
 look_at_data() {
@@ -101,11 +100,11 @@ stage_1() {
     fi
     step pseudo-labels TorchSSL "Generate pseudo-labels"
     run python get_labels.py "${which[@]}" "${elsewhere[@]}" --load_path "$run1/$checkpoint" --save_path "$run1/" \
-        ">>" "${run1#./}/get_labels.log"
+        "${anew[@]}" ">>" "${run1#./}/get_labels.log"
     step "pseudo-data set" TorchSSL "Make a data set with pseudo-labels in place of the true ones"
-    run python pseudo_dataset.py "${from[@]}" --save_path "$run1"
+    run python pseudo_dataset.py "${from[@]}" --save_path "$run1" "${anew[@]}"
     step zip TorchSSL "Convert it for EDM"
-    run python dataset_tool.py "--source=$pseudo" "--dest=$run1/$zip_name.zip"
+    run python dataset_tool.py "--source=$pseudo" "--dest=$run1/$zip_name.zip" "${anew[@]}"
 }
 
 stage_2() {
@@ -117,24 +116,15 @@ stage_2() {
             "${diffusion[@]}" "--seed=$seed" "${more2[@]}"
     fi
     numbered
-    generate "generated images" "$model" "$generated"
+    generate "generated images" "$model" "$(from_edm "$generated")"
 }
 
-# The published command numbers its folder: ask which one has these settings and this data.
+# The published command numbers its folder: ask train.py which one has these settings and this data.
 numbered() {
     [ -n "$published" ] || return 0
     model=$models/00000-$zip_name-cond-ddpmpp-edm-gpus$gpus-batch512-fp32
-    if [[ -z $dry_run && -e $root/TorchSSL/$run1/$zip_name.zip ]]; then
-        model=$(cd "$root/EDM" && python train.py "--outdir=$models" "--data=$data" --cond=1 --arch=ddpmpp \
-            "${diffusion[@]}" --dry-run | sed -n 's/^Output directory: *//p')
-    fi
-}
-
-generate() {  # step, run folder of the diffusion model, folder of the images
-    local snapshot=$2/network-snapshot-latest.pkl
-    [[ $snapshot == /* ]] || snapshot=./$snapshot
-    step "$1" EDM "Generate the images 0 to $last of every class"
-    run bash generate.sh "$last" "$(from_edm "$3")" "$snapshot" "$gpus" "${more_generate[@]}"
+    [[ -n $dry_run || ! -e $root/EDM/$data ]] || model=$(cd "$root/EDM" && python train.py "--outdir=$models" \
+        "--data=$data" --cond=1 --arch=ddpmpp "${diffusion[@]}" --dry-run | sed -n 's/^Output directory: *//p')
 }
 
 stage_3() {
@@ -166,7 +156,7 @@ learner() {  # name of the learner, its file in TorchSSL/config if it is FreeMat
     # The published script of this name would take every label there is.
     [ "$1" != fullysupervised ] || command+=(--all_labels=False)
     [ "$saved" = ./saved_models ] || command+=("--save_dir=$saved")
-    command+=("${elsewhere[@]}")
+    command+=("${elsewhere[@]}" "${anew[@]}")
 }
 
 controls() {
@@ -178,7 +168,7 @@ controls() {
     run "${command[@]}" "${more1[@]}" "--num_train_iter=$((2 * $(iterations)))"
     step "real images" TorchSSL "Pseudo-labelled real images: all of them, and as many of every class"
     run python pseudo_folder.py "--dataset=$dataset" "--labels=$run1/pseudo_label.npy" "--dest=$images/$name" \
-        "--per_class=$((last + 1))" "--seed=$seed" "${elsewhere[@]}"
+        "--per_class=$((last + 1))" "--seed=$seed" "${elsewhere[@]}" "${anew[@]}"
     train_again "control real_all" "Control: all pseudo-labelled real images in place of generated ones" \
         "$saved/${name}_real_all" "$images/$name/real_all"
     train_again "control real_balanced" "Control: as many pseudo-labelled real images of every class" \
@@ -191,11 +181,11 @@ iterations() {
         grep -Eo '(^|--)num_train_iter[:= ]+[0-9]+' | grep -Eo '[0-9]+$' | tail -n 1 || echo 1048576
 }
 
-report() {  # further flags
+report() {
     numbered
     step report TorchSSL "The report"
     run python report.py "--out=$(typed)" "--dataset=$dataset" "--stage1=$run1" "--stage2=$(from_torchssl "$model")" \
-        "--images=$generated" "--stage3=$run3" "${elsewhere[@]}" "$@"
+        "--images=$generated" "--stage3=$run3" "${elsewhere[@]}" "${report_flags[@]}"
 }
 
 [ "${BASH_SOURCE[0]}" != "$0" ] || for_every_seed "$labels" TorchSSL report.py

@@ -35,19 +35,16 @@ stage_1() {
     step classifier DASO "Stage 1: train DASO on the long-tailed images"
     daso "${more1[@]}"
     step pseudo-labels DASO "Label the unlabelled images"
-    run python get_labels.py --run "$run1" --per_class $((last + 1))
+    run python get_labels.py --run "$run1" --per_class $((last + 1)) "${anew[@]}"
     step zip EDM "Convert them for EDM"
-    run python dataset_tool.py "--source=$(from_edm "$run1/pseudo_label.npz")" "--dest=$data"
+    run python dataset_tool.py "--source=$(from_edm "$run1/pseudo_label.npz")" "--dest=$data" "${anew[@]}"
 }
 
 stage_2() {
-    local snapshot=$model/network-snapshot-latest.pkl
     step "diffusion model" EDM "Stage 2: train the diffusion model on the pseudo-labels"
     run "${launch[@]}" train.py "--outdir=$model" --nosubdir "--data=$data" --cond=1 --arch=ddpmpp "${diffusion[@]}" \
         "--seed=$seed" "${more2[@]}"
-    [[ $snapshot == /* ]] || snapshot=./$snapshot
-    step "generated images" EDM "Generate the images 0 to $last of every class"
-    run bash generate.sh "$last" "$(from_edm "$generated")" "$snapshot" "$gpus" "${more_generate[@]}"
+    generate "generated images" "$model" "$(from_edm "$generated")"
 }
 
 stage_3() {
@@ -71,7 +68,7 @@ iterations() {
 # Run DASO with further keys and values.
 daso() {
     local section elsewhere=()
-    section=DATASET.$(tr a-z A-Z <<< "$dataset")
+    section=DATASET.$(tr '[:lower:]' '[:upper:]' <<< "$dataset")
     [ -z "$data_dir" ] || elsewhere=(DATASET.ROOT "$data_dir")
     run python main.py --config-file "configs/$dataset/fixmatch_daso.yaml" "$section.NUM_LABELED_HEAD" "$labelled" \
         "$section.IMB_FACTOR_L" "$imbalance" "$section.NUM_UNLABELED_HEAD" "$unlabelled" \

@@ -25,7 +25,7 @@ experiment() {  # of one seed
         "$generated_tdsm"
     [[ $stages != *2* || -z $judge ]] || judge
     [ -z "$controls" ] || controls
-    report_tdsm
+    report
 }
 
 set_names_of_tdsm() {
@@ -36,6 +36,10 @@ set_names_of_tdsm() {
     model_tdsm=$models/$zip_name-$kind
     generated_tdsm=$images/${name}_$tag/nums_$last
     run3_tdsm=${run3}_$tag
+    report_flags=("--tdsm_stage3=$run3_tdsm" "--tdsm_images=$generated_tdsm"
+                  "--tdsm_stage2=$(from_torchssl "$model_tdsm")")
+    [ -z "$matrix" ] || report_flags+=("--tdsm_transition=$matrix")
+    [ -z "$judge" ] || report_flags+=("--judged=$(from_torchssl "$model_tdsm-judged")")
 }
 
 stage_2_tdsm() {
@@ -45,7 +49,7 @@ stage_2_tdsm() {
         [ -z "$held_out" ] || how=(--method=held_out "--held_out=$held_out")
         step transition TorchSSL "How the pseudo-labels err, estimated from stage 1"
         run python estimate_transition.py "--dataset=$dataset" "${elsewhere[@]}" "--load_path=$run1/$checkpoint" \
-            "--save_path=$run1" "--dest=$matrix" "--seed=$seed" "${how[@]}"
+            "--save_path=$run1" "--dest=$matrix" "--seed=$seed" "${how[@]}" "${anew[@]}"
         noise=(--noise_type=file "--transition=$(from_edm "$matrix")" "${noise_classifier[@]}") learned=()
     fi
     step "noise classifier" EDM "Stage 2, TDSM: a classifier of noisy images, corrected for wrong labels"
@@ -55,7 +59,7 @@ stage_2_tdsm() {
     run "${launch[@]}" train_noise.py "--outdir=$model_tdsm" --nosubdir "--data=$data" --cond=1 --arch=ddpmpp \
         "--cls=$model_tdsm-classifier/network-snapshot-latest.pkl" "${learned[@]}" "${diffusion[@]}" "--seed=$seed" \
         "${more2[@]}"
-    generate "generated images tdsm" "$model_tdsm" "$generated_tdsm"
+    generate "generated images tdsm" "$model_tdsm" "$(from_edm "$generated_tdsm")"
 }
 
 # How many generated images show their class.
@@ -67,16 +71,8 @@ judge() {
         [[ $kind == plain && -n $only_tdsm ]] && continue
         step "judged $kind" EDM "How many generated images show their class, by a judge trained with all true labels"
         run python evaluate.py "--outdir=$model_tdsm-judged-$kind" "--data=$dataset" "--images=$(from_edm "$folder")" \
-            --metrics=accuracy "--judge-dir=$models/judge-$dataset"
+            --metrics=accuracy "--judge-dir=$models/judge-$dataset" "${anew[@]}"
     done
-}
-
-report_tdsm() {
-    local flags=("--tdsm_stage3=$run3_tdsm" "--tdsm_images=$generated_tdsm"
-                 "--tdsm_stage2=$(from_torchssl "$model_tdsm")")
-    [ -z "$matrix" ] || flags+=("--tdsm_transition=$matrix")
-    [ -z "$judge" ] || flags+=("--judged=$(from_torchssl "$model_tdsm-judged")")
-    report "${flags[@]}"
 }
 
 for_every_seed "$labels" TorchSSL report.py

@@ -3,7 +3,7 @@
 
 set -eo pipefail
 dataset=digits labels="" images_per_class="" seed=1 seeds=1 controls="" gpus="" stages=1,2,3 data_dir="" out=""
-stage1=freematch stage2=edm stage3="" imbalance="" transition="" held_out="" only_tdsm=""
+stage1=freematch stage2=edm stage3="" imbalance="" transition="" held_out="" only_tdsm="" overwrite=""
 stage1_args="" stage2_args="" generate_args="" stage3_args="" classifier_args=""
 source "$root/shared/stages.sh"
 arguments=("$@")
@@ -45,8 +45,20 @@ launch=(python)
 [ "$gpus" = 1 ] || launch=(torchrun --standalone "--nproc_per_node=$gpus")
 [ -z "$data_dir" ] || data_dir=$(absolute "$data_dir")
 [ -z "$out" ] || out=$(absolute "$out")
+anew=()
+[ -z "$overwrite" ] || anew=(--overwrite)
 
-# Run `experiment` for every seed, then report on all of them; stop at the first mistake in --...-args before that.
+# The folder of the report, as typed in any of the papers' folders.
+typed() { [ -n "$out" ] && echo "$report" || echo "..${report#"$root"}"; }
+
+generate() {  # step, run folder of the diffusion model, folder of the images; both as typed in EDM/
+    local snapshot=$2/network-snapshot-latest.pkl
+    [[ $snapshot == /* ]] || snapshot=./$snapshot
+    step "$1" EDM "Generate the images 0 to $last of every class"
+    run bash generate.sh "$last" "$3" "$snapshot" "$gpus" "${more_generate[@]}" "${anew[@]}"
+}
+
+# Run `experiment` for every seed, then report on all of them. Before that, let the programs read the --...-args.
 for_every_seed() {  # what tells the reports of runs/ apart, folder and name of the script that writes them
     local last_seed=$((seed + seeds - 1)) folders=() span=$seed
     [ "$seeds" = 1 ] || span=$seed-$last_seed
@@ -54,7 +66,7 @@ for_every_seed() {  # what tells the reports of runs/ apart, folder and name of 
     if [ -z "$dry_run" ]; then
         source "$root/shared/env.sh" ""
         [ -z "$stage1_args$stage2_args$generate_args$stage3_args$classifier_args" ] ||
-            (dry_run=1 && experiment) | python "$root/TorchSSL/check_data.py" --commands
+            bash "$0" "${arguments[@]}" --dry-run | python "$root/TorchSSL/check_data.py" --commands
         hold "$reports"
     fi
     if [[ -n $one_thread && -z $OMP_NUM_THREADS ]]; then
@@ -75,5 +87,3 @@ for_every_seed() {  # what tells the reports of runs/ apart, folder and name of 
     run python "$3" "--out=$(typed)" "${folders[@]}"
 }
 
-# The folder of the report, as typed in any of the papers' folders.
-typed() { [ -n "$out" ] && echo "$report" || echo "..${report#"$root"}"; }

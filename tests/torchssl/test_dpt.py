@@ -1,7 +1,9 @@
 """run_all.sh prints the published commands and refuses mistakes in one line, before anything is installed or run."""
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,3 +210,38 @@ def test_tdsm_with_the_published_experiment_leaves_its_commands_as_they_are():
     found = commands("--dataset=cifar10", "--gpus=4", "--stage2=tdsm")
     assert [command for command in found if command in PUBLISHED] == PUBLISHED
     assert sum("tdsm" in command for command in found) == 5
+
+
+FAKE = """#!/bin/sh
+case "$1" in -c | -) exec {python} "$@" ;; esac
+echo "$(basename "$PWD"): $*" >> {log}
+case "$*" in *train.py*--dry-run*) echo "Output directory:        training-runs/00003-ours" ;; esac
+"""
+
+
+def test_the_published_training_numbers_its_folder_and_is_asked_for_it(tmp_path):
+    """In a copy of the scripts, with a `python` that only notes how it is called."""
+    for name in ("run_all.sh", "recipes", "shared/env.sh", "shared/stages.sh", "TorchSSL/config", "EDM/generate.sh"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    (tmp_path / "pyproject.toml").write_text("[project]\ndependencies = []\n")
+    zipped = tmp_path / "TorchSSL/saved_models/freematch_cifar10_40_1/freematch-40-seed1-cifar10-32x32.zip"
+    zipped.parent.mkdir(parents=True)
+    zipped.touch()
+    (tmp_path / "bin").mkdir()
+    log, fake = tmp_path / "calls", tmp_path / "bin" / "python"
+    fake.write_text(FAKE.format(python=sys.executable, log=log))
+    fake.chmod(0o755)
+    done = subprocess.run(["bash", tmp_path / "run_all.sh", "--dataset=cifar10"], text=True, capture_output=True,
+                          env=environment(PATH=f"{fake.parent}:/usr/bin:/bin"), check=True)
+    calls = log.read_text().splitlines()
+    train = [call for call in calls if call.startswith("EDM: train.py --outdir=training-runs --data=")]
+    assert len(train) == 3 and train[1] == train[2] == f"{train[0]} --dry-run"
+    assert "--network=./training-runs/00003-ours/network-snapshot-latest.pkl" in " ".join(calls)
+    assert "--stage2=../EDM/training-runs/00003-ours " in calls[-1]
+    assert "bash generate.sh 1000 ../TorchSSL/data-aug/nums_1000 ./training-runs/00003-ours/" in done.stdout
+    printed = done.stdout.splitlines()
+    commands = [at for at, line in enumerate(printed) if line.startswith(("python ", "bash "))]
+    assert len(commands) == 9 and all(re.fullmatch(r"# \d+\.\d s", printed[at + 1]) for at in commands)
+    history = [json.loads(line) for line in (tmp_path / "runs/cifar10_40_1/commands.jsonl").read_text().splitlines()]
+    assert [entry["command"] for entry in history] == [printed[at] for at in commands]
