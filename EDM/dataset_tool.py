@@ -91,13 +91,14 @@ Relabel = Callable[[Labels], tuple[Labels, dict[str, Any]]]
 def main(argv: Sequence[str] | None = None) -> None:
     o = parse(__doc__, FLAGS, argv)
     relabel = plan_noise(o.noise_type, o.noise_rate, o.transition, o.dataset, o.seed, o.source, o.dest)
-    settings = {name: value for name, value in vars(o).items()
-                if name not in ("source", "dest", "transition", "overwrite", "given")}
-    inputs = {"--source": o.source if os.path.exists(o.source) else None, "--transition": o.transition}
+    inputs = {"--source": o.source, "--transition": o.transition}
+    if _is_digits(o.source):
+        inputs["--source"] = load_dataset(DIGITS, "test" if o.eval else "train")
     if Path(o.source).name in (MNIST_TRAIN, MNIST_TEST):
         inputs["the labels beside --source"] = _mnist_labels(Path(o.source))
-    record = Record(o.dest, settings | ({} if inputs["--source"] else {"source": o.source}), inputs)
-    into_zip = o.dest.lower().endswith(".zip")  # a folder has to be empty
+    names = ("max_images", "transform", "resolution", "eval", "noise_type", "noise_rate", "dataset", "seed")
+    record = Record(o.dest, {name: getattr(o, name) for name in names}, inputs)
+    into_zip = o.dest.lower().endswith(".zip")  # a folder has to be empty, as published
     if into_zip and record.is_complete(overwrite=o.overwrite):
         return
     convert(o.source, o.dest, o.max_images, o.transform, o.resolution, test_split=o.eval, relabel=relabel)
@@ -122,11 +123,8 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
     complete, and not at all after an error. Raises UserError for what cannot be read, and for images that end up
     unequal, not square, not gray or RGB, or of a side that is no power of two (from an .npz: no multiple of 4).
     """
-    _check_arguments(source, dest, max_images, transform, resolution)
     source, dest = Path(source), Path(dest)
-    if test_split and source.name not in (*CIFAR, MNIST_TEST) and str(source) != DIGITS:
-        raise UserError(f"--eval takes the test images of {', '.join(CIFAR)} or {DIGITS}; {source} has one part: leave "
-                        f"it out (MNIST's test images are the source {MNIST_TEST})")
+    _check_arguments(source, transform, resolution, test_split)
     total, chunks = _open_source(source, test_split)
     work = ((chunk, transform, resolution) for chunk in _first(chunks, max_images))
     make_dir(dest.absolute().parent)
@@ -151,19 +149,21 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
     check.finish(source, labels)
 
 
-def _check_arguments(source: str | os.PathLike, dest: str | os.PathLike, max_images: int | None, transform: str | None,
-                     resolution: tuple[int, int] | None) -> None:
-    if not os.fspath(dest):
-        raise UserError("--dest output filename or directory must not be an empty string")
-    if max_images is not None and max_images < 1:
-        raise UserError(f"--max-images must be at least 1, got {max_images}")
+def _is_digits(source: str | os.PathLike) -> bool:
+    return os.fspath(source) == DIGITS and not os.path.exists(source)
+
+
+def _check_arguments(source: Path, transform: str | None, resolution: tuple[int, int] | None, test_split: bool) -> None:
     if transform is not None and resolution is None:
         raise UserError(f"must specify --resolution=WxH when using {transform} transform")
     if transform == "center-crop-wide" and resolution[1] > resolution[0]:
         raise UserError(f"--resolution={resolution[0]}x{resolution[1]} is not wide, as center-crop-wide needs it; use "
                         "--transform=center-crop")
-    if not os.path.exists(source) and os.fspath(source) != DIGITS:
+    if not source.exists() and not _is_digits(source):
         raise UserError(f"Missing input file or directory: {source}")
+    if test_split and source.name not in (*CIFAR, MNIST_TEST) and not _is_digits(source):
+        raise UserError(f"--eval takes the test images of {', '.join(CIFAR)} or {DIGITS}; {source} has one part: leave "
+                        f"it out (MNIST's test images are the source {MNIST_TEST})")
 
 
 class _Checks:
@@ -288,7 +288,7 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
 
 def _open_source(source: Path, test_split: bool) -> tuple[int, Iterator[_Chunk]]:
     """Return (number of images, the stream of them)."""
-    if str(source) == DIGITS and not source.exists():
+    if _is_digits(source):
         digits = load_dataset(DIGITS, "test" if test_split else "train")
         return len(digits), _from_pixels(source, iterate(digits))
     if source.is_dir() and source.name.endswith("_lmdb"):

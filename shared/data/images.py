@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -222,13 +222,6 @@ def _read_by_folder(files: ImageFiles, channels: int | None, classes: Sequence[s
     return Stored(decode(kept, channels, allocate), labels, found.names, notes=tuple(notes))
 
 
-class _Chunk(NamedTuple):
-    path: Path
-    members: tuple[Member, ...]
-    start: int
-    target: str  # file of the array
-
-
 def decode(files: ImageFiles, channels: int | None, allocate: Allocate) -> np.ndarray:
     """Decode all files into one uint8 array [N, C, H, W] on all cores.
 
@@ -239,33 +232,31 @@ def decode(files: ImageFiles, channels: int | None, allocate: Allocate) -> np.nd
                         "images named by class")
     first = to_chw(open_image(next(files.read()), f"{files.path}/{files.names[0]}"), channels)
     array = allocate((len(files), *first.shape))
-    chunks = (_Chunk(files.path, files.members[i:i + CHUNK], i, str(array.filename))
-              for i in range(0, len(files), CHUNK))
+    chunks = ((files.path, files.members[i:i + CHUNK], channels, first.shape[1:]) for i in range(0, len(files), CHUNK))
     progress = Progress(f"decoding {files.path.name}", len(files), "images")
-    gray_so_far = channels is None and first.shape[0] == 1
-    # Closed before anything else happens to the array: a worker that still writes into it must not find it replaced.
     with closing(progress), closing(ordered_map(_decode_chunk, chunks)) as results:
-        for colour_found in results:
-            progress.advance(min(CHUNK, len(array) - progress.count))
-            if colour_found and gray_so_far:
+        for images in results:
+            if images.shape[1] > array.shape[1]:  # gray up to here
                 break
+            array[progress.count:progress.count + len(images)] = images
+            progress.advance(len(images))
         else:
             return array
-    return decode(files, 3, allocate)  # gray at first, but not all through
+    return decode(files, 3, allocate)
 
 
-def _decode_chunk(chunk: _Chunk) -> bool:
-    """Decode into the array on disk and return whether any image had colour."""
-    array, colour_found = np.lib.format.open_memmap(chunk.target, "r+"), False
-    for index, data in enumerate(read_members(chunk.path, chunk.members), chunk.start):
-        name = f"{chunk.path}/{chunk.members[index - chunk.start].name}"
-        image = open_image(data, name)
-        if image.size != array.shape[:1:-1]:
-            raise UserError(f"{name} is {image.width}x{image.height}, the images before it "
-                            f"{array.shape[3]}x{array.shape[2]}; make them equal with dataset_tool.py --resolution")
-        colour_found |= image.mode not in ("L", "LA")
-        array[index] = to_chw(image, array.shape[1])
-    return colour_found
+def _decode_chunk(chunk: tuple[Path, tuple[Member, ...], int | None, tuple[int, int]]) -> np.ndarray:
+    """Return uint8 [n, C, H, W]."""
+    path, members, channels, size = chunk
+    images = []
+    for member, data in zip(members, read_members(path, members), strict=True):
+        image = open_image(data, f"{path}/{member.name}")
+        if image.size != size[::-1]:
+            raise UserError(f"{path}/{member.name} is {image.width}x{image.height}, the images before it "
+                            f"{size[1]}x{size[0]}; make them equal with dataset_tool.py --resolution")
+        images.append(to_chw(image, channels))
+    most = max(map(len, images))
+    return np.stack([np.broadcast_to(image, (most, *size)) for image in images])
 
 
 def _read_npz(path: Path, allocate: Allocate) -> Stored:

@@ -24,16 +24,6 @@ TRAIN_SIDE, EVAL_SIDE = 256, 224  # of a training image before its crop; of one 
 Decoded = TypeVar("Decoded")
 
 
-class Files(Protocol):
-    """Encoded images by position, each with a label."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, position: int) -> str: ...
-
-    def get(self, position: int) -> tuple[bytes, float]: ...
-
-
 class View(Protocol):
     """What becomes of a decoded photograph: uint8 [size, size, 3]. side: of the shorter side before a central crop."""
 
@@ -68,10 +58,11 @@ class Photograph:
 class Photographs:
     """Photographs by position, each with a label in 0..num_classes-1.
 
+    files: encoded images: has a length, `name(position)` and `get(position)`, which returns (content, label).
     `bad`: position -> why it cannot be used; filled as they are met, with skip_bad. Safe to be read by many threads.
     """
 
-    def __init__(self, files: Files, num_classes: int, skip_bad: bool = False) -> None:
+    def __init__(self, files: Any, num_classes: int, skip_bad: bool = False) -> None:
         self.files, self.num_classes, self.skip_bad = files, num_classes, skip_bad
         self.bad: dict[int, str] = {}
 

@@ -172,25 +172,6 @@ def read_gzip(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------- pickles, arrays
 
-class _Reader(pickle.Unpickler):
-    def __init__(self, stream: IO[bytes], allowed: Allowed, source: str, encoding: str,
-                 persistent: Callable[[Any], Any] | None) -> None:
-        super().__init__(stream, encoding=encoding)
-        self._allowed, self._source, self._persistent = allowed, source, persistent
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._allowed[module, name]
-        except KeyError:
-            raise UserError(f"{self._source}: refused, it asks for {module}.{name}, which is not part of such a file; "
-                            "nothing of it was run") from None
-
-    def persistent_load(self, identity: Any) -> Any:
-        if self._persistent is None:
-            raise pickle.UnpicklingError("it refers to data outside of it")
-        return self._persistent(identity)
-
-
 def restricted_load(stream: IO[bytes], allowed: Allowed, source: str, encoding: str = "latin1",
                     persistent_load: Callable[[Any], Any] | None = None) -> Any:
     """Read one pickled object from `stream`, resolving only the (module, name) pairs in `allowed`.
@@ -198,8 +179,20 @@ def restricted_load(stream: IO[bytes], allowed: Allowed, source: str, encoding: 
     `source` names the file in messages; `persistent_load` resolves references to data beside the pickle. Raises
     UserError for any other name and for a file that is cut short or is not a pickle.
     """
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) not in allowed:
+                raise UserError(f"{source}: refused, it asks for {module}.{name}, which is not part of such a file; "
+                                "nothing of it was run")
+            return allowed[module, name]
+
+        def persistent_load(self, identity: Any) -> Any:
+            if persistent_load is None:
+                raise pickle.UnpicklingError("it refers to data outside of it")
+            return persistent_load(identity)
+
     try:
-        return _Reader(stream, allowed, source, encoding, persistent_load).load()
+        return Reader(stream, encoding=encoding).load()
     except UserError:
         raise
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,

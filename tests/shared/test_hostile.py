@@ -194,4 +194,4 @@ def test_bombs_are_refused_and_stay_small(tmp_path: Path) -> None:
     found = watched(tmp_path, {name: call for name, (_, *call) in files.items()}, times=1)
     for name, answer in found["answers"].items():
         assert answer.startswith(str(tmp_path)) and "\n" not in answer, f"{name}: {answer}"
-    assert found["peak"] < 500
+    assert found["grown"] < 450

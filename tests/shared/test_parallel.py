@@ -69,7 +69,7 @@ def test_workers_end_with_the_program() -> None:
     pids = {int(process.stdout.readline()) for _ in range(2)}
     process.send_signal(signal.SIGKILL)
     process.wait()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while time.monotonic() < end and any(running(pid) for pid in pids):
         time.sleep(0.05)
     assert not [pid for pid in pids if running(pid)]

@@ -4,8 +4,8 @@
 
 CALLS.json: name -> [module, function, arguments...]. TIMES: 2 for every call to be made twice, as what is imported at
 the first one is none of the file's doing. Prints as JSON: `answers`, name -> the UserError, or what else came of it;
-`events`, name -> what the interpreter was seen to do in the last call that a reader has no business with; `peak`, the
-largest resident memory in MB.
+`events`, name -> what the interpreter was seen to do in the last call that a reader has no business with; `grown`, by
+how many MB the resident memory went beyond that of the imported modules.
 """
 from __future__ import annotations
 
@@ -52,20 +52,27 @@ def answer(function: Any, arguments: list) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def memory(kind: str) -> float:
+    """Return the resident memory in MB: VmRSS, or VmHWM for the largest so far."""
+    return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) / 1024
+
+
 def main() -> None:
     global seen
     sys.addaudithook(watch)
     answers, events = {}, {}
-    for name, (module, attribute, *arguments) in json.loads(Path(sys.argv[1]).read_text()).items():
+    calls = json.loads(Path(sys.argv[1]).read_text())
+    for module, *_ in calls.values():
+        importlib.import_module(module)
+    before = memory("VmRSS")
+    for name, (module, attribute, *arguments) in calls.items():
         function = getattr(importlib.import_module(module), attribute)
         for _ in range(int(sys.argv[2]) - 1):
             answer(function, arguments)
         seen = []
         answers[name] = answer(function, arguments)
         events[name], seen = seen, None
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-    print(json.dumps({"answers": answers, "events": events, "peak": peak}))
+    print(json.dumps({"answers": answers, "events": events, "grown": memory("VmHWM") - before}))
 
 
 if __name__ == "__main__":
