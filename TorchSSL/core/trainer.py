@@ -131,7 +131,7 @@ class Trainer:
         self.precision = precision
         self.iteration = 0
         self.forward = distributed.data_parallel(compiled(net, options, world.device), world)
-        self.draw: tuple[int, list[int], int] = (0, [], 0)  # step, sizes of the batch's parts, forward passes so far
+        self.step, self.sizes, self.passes = 0, [0], 0  # of the run, of the batch's parts, forward in this step
         if options.dropout > 0:
             for module in (self.forward, self.ema.module):
                 module.register_forward_pre_hook(self.choose_dropout)
@@ -157,18 +157,19 @@ class Trainer:
 
     def begin(self, step: int, batch: Batch) -> None:
         """Prepare dropout, the only draws of a network, so that they depend on the step alone."""
-        self.draw = step, [len(part) for part in (batch.labeled, *batch.views, *batch.labeled_views)], 0
+        self.step, self.passes = step, 0
+        self.sizes = [len(part) for part in (batch.labeled, *batch.views, *batch.labeled_views)]
         if self.options.net_from_name:  # torchvision's networks draw from PyTorch's generator
             torch.manual_seed((self.options.seed * 1_000_003 + step) * 4096 + self.world.rank)
 
     def choose_dropout(self, net: nn.Module, inputs: tuple[Tensor]) -> None:
         """Give a forward pass dropout masks of its own, the same on any number of ranks."""
         if net.training:
-            step, sizes, passes = self.draw
             count = len(inputs[0])
-            rows = rows_of_rank(sizes if count == sum(sizes) else [count], self.world)
-            set_dropout_keys(net, self.options.seed, step, (passes << 32) + rows)
-            self.draw = step, sizes, passes + 1
+            sizes = self.sizes if count == sum(self.sizes) else [count]  # the whole batch, or one part of it
+            rows = rows_of_rank(sizes, self.world)
+            set_dropout_keys(net, self.options.seed, self.step, (self.passes << 32) + rows)
+            self.passes += 1
 
     def descend(self, loss: Tensor) -> None:
         """Take one optimiser step down the gradient of `loss` [], clipped to --clip."""
