@@ -13,50 +13,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from MetaSemi.core import options as shared_options
-from MetaSemi.core.schedules import compute_weight, learning_rate
+from MetaSemi.core.data import SmallImages
+from MetaSemi.core.evaluation import accuracy
+from MetaSemi.core.meta import MetaGradient, compute_weight, meta_step
+from MetaSemi.core.options import DATA_AND_NETWORK, EPSILON, META, MIX_UP, OPTIMISATION, OURS, RUNNING, read_options
+from MetaSemi.core.training import Training
 from shared.cli import Choice, Float, Option, run_main
 
 LINE = ("Step {step:05d} Dtime: {dtime:.3f} Btime: {btime:.3f} Lloss: {label_loss:.3f} (avg {label_loss_avg:.3f}) "
         "Uloss: {unlabel_loss:.3f} (avg {unlabel_loss_avg:.3f}) Lacc: {label_acc:.3f} (avg {label_acc_avg:.3f}) "
         "Uacc: {unlabel_acc:.3f} (avg {unlabel_acc_avg:.3f}) LR: {rate:.4f}")
-
-
 FLAGS = {
-    "data and network": shared_options.DATA_AND_NETWORK,
-    "method": (
-        *shared_options.MIX_UP,
-        Option("--weight", Float(0), 1.0, "final weight of the unlabelled loss"),
-        shared_options.EPSILON,
-    ),
-    "optimisation": shared_options.OPTIMISATION,
-    "running": shared_options.RUNNING,
-    "beyond the published flags": (
-        *shared_options.META,
-        Option("--eval-gate", Choice("random", "half"), "random", "Shake-Shake gate in the gradient of evaluation "
-               "mode"),
-        *shared_options.OURS,
-    ),
+    "data and network": DATA_AND_NETWORK,
+    "method": (*MIX_UP, Option("--weight", Float(0), 1.0, "final weight of the unlabelled loss"), EPSILON),
+    "optimisation": OPTIMISATION,
+    "running": RUNNING,
+    "beyond the published flags": (*META, Option("--eval-gate", Choice("random", "half"), "random", "Shake-Shake gate "
+                                                 "in the gradient of evaluation mode"), *OURS),
 }
 
 
 def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     """Return the options of a command line (None: this process's); UserError."""
-    return shared_options.read_options("train_meta", __doc__, FLAGS, argv)
+    return read_options("train_meta", __doc__, FLAGS, argv)
 
 
 def main() -> None:
     options = parse()
-    # These load torch: only once the command line is known to be right.
-    from MetaSemi.core.meta import MetaGradient, meta_step
-    from MetaSemi.core.meters import accuracy
-    from MetaSemi.core.training import Training
-
-    training = Training(options, unlabeled=True)
+    training = Training(options, SmallImages, unlabeled=True)
     meta = MetaGradient(options.epsilon, options.meta_grad == "exact", options.local_meta, options.meta_lr,
                         training.autocast)
-    for step, batch in training.steps():
-        rate = learning_rate(step, options.lr, options.warmup, options.gamma, options.milestones)
+    for step, rate, batch in training.steps():
         weight = compute_weight(options.weight, step, options.warmup)
         result = meta_step(training.net, training.optimizer, batch.labeled, batch.labels, batch.unlabeled, rate=rate,
                            weight=weight, lam=training.mixing(step), meta=meta, world=training.world)
@@ -65,7 +52,7 @@ def main() -> None:
                   "unlabel_acc": accuracy(result.unlabel_logits, batch.truth)[0][0]}
         if options.mix_up:
             values["interp_loss"] = result.interp_loss
-        training.log(LINE, rate, result.loss, **values)
+        training.log(LINE, result.loss, **values)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from MetaSemi.core import options as shared_options
+from torch import Tensor
+
+from MetaSemi.core.evaluation import accuracy
+from MetaSemi.core.meta import MetaGradient, StepResult, meta_step
+from MetaSemi.core.options import (
+    ALPHA,
+    EPSILON,
+    IMAGENET_DATA,
+    IMAGENET_OPTIMISATION,
+    IMAGENET_OURS,
+    IMAGENET_RUNNING,
+    META,
+    read_imagenet_options,
+)
+from MetaSemi.core.training import Training
+from MetaSemi.imagenet.source import RecordImages
 from shared.cli import run_main
 
 LINE = ("Ep[{epoch}/{epochs}] It[{step}/{length}] Bt {btime:.3f} Dt {dtime:.3f} "
@@ -21,49 +36,40 @@ LINE = ("Ep[{epoch}/{epochs}] It[{step}/{length}] Bt {btime:.3f} Dt {dtime:.3f} 
         "Lacc1: {label_acc1:.3f} (avg {label_acc1_avg:.3f}) Lacc5: {label_acc5:.3f} (avg {label_acc5_avg:.3f}) "
         "Uacc1: {unlabel_acc1:.3f} (avg {unlabel_acc1_avg:.3f}) Uacc5: {unlabel_acc5:.3f} (avg {unlabel_acc5_avg:.3f}) "
         "LR: {rate:.3E} ")
-
-
 FLAGS = {
-    "data and network": shared_options.IMAGENET_DATA,
-    "method": (shared_options.ALPHA, shared_options.EPSILON),
-    "optimisation": shared_options.IMAGENET_OPTIMISATION,
-    "running": shared_options.IMAGENET_RUNNING,
-    "beyond the published flags": (*shared_options.META, *shared_options.IMAGENET_OURS),
+    "data and network": IMAGENET_DATA,
+    "method": (ALPHA, EPSILON),
+    "optimisation": IMAGENET_OPTIMISATION,
+    "running": IMAGENET_RUNNING,
+    "beyond the published flags": (*META, *IMAGENET_OURS),
 }
 
 
 def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     """Return the options of a command line (None: this process's); UserError."""
-    return shared_options.read_imagenet_options("train_meta_imagenet", __doc__, FLAGS, argv)
+    return read_imagenet_options("train_meta_imagenet", __doc__, FLAGS, argv)
 
 
 def main() -> None:
     options = parse()
-    # These load torch: only once the command line is known to be right.
-    from MetaSemi.core.imagenet_training import Training
-    from MetaSemi.core.meta import MetaGradient, meta_step
-
-    training = Training(options, unlabeled=True)
+    training = Training(options, RecordImages, unlabeled=True)
     if options.evaluate:
-        training.validate()
+        training.measure()
         return
     meta = MetaGradient(options.epsilon, options.meta_grad == "exact", options.local_meta, options.meta_lr,
                         training.autocast)
-    for step, rate, images in training.steps():
-        result = meta_step(training.net, training.optimizer, images.labeled, images.labels, images.unlabeled, rate=rate,
+    for step, rate, batch in training.steps():
+        result = meta_step(training.net, training.optimizer, batch.labeled, batch.labels, batch.unlabeled, rate=rate,
                            lam=training.mixing(step), meta=meta, world=training.world)
-        training.log(LINE, result.loss, **figures(result, images.labels, images.truth))
+        training.log(LINE, result.loss, **figures(result, batch.labels, batch.truth))
 
 
-def figures(result, labels, truth) -> dict:
+def figures(result: StepResult, labels: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """Return the numbers of a step to log; the label loss is that of the mixed images, the accuracies of pass 1 and 6.
 
-    result: StepResult; labels, truth: int64 [n], of the labelled and of the unlabelled images.
+    labels, truth: int64 [n], of the labelled and of the unlabelled images.
     """
-    from MetaSemi.core.meters import accuracy
-    from MetaSemi.core.validation import top5
-
-    topk = (1, top5(result.label_logits.shape[1]))
+    topk = (1, min(5, result.label_logits.shape[1]))
     labeled, unlabeled = accuracy(result.label_logits, labels, topk), accuracy(result.unlabel_logits, truth, topk)
     return {"label_loss": result.interp_loss, "unlabel_loss": result.unlabel_loss, "label_acc1": labeled[0][0],
             "label_acc5": labeled[1][0], "unlabel_acc1": unlabeled[0][0], "unlabel_acc5": unlabeled[1][0]}

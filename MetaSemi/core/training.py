@@ -1,191 +1,290 @@
-"""What train_meta.py and train_baseline.py share: data, network, run folder, log, evaluation. The method is theirs."""
+"""What the four training scripts share: network, run folder, log, evaluation. The method is theirs, the images come
+from a source: data sets in memory (data.py) or photographs in record files (imagenet/source.py).
+"""
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import math
 import statistics
 import time
-import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
 
-from MetaSemi.core.data import NORMALISATION, Batch, Batches, in_order, split, streams
-from MetaSemi.core.meters import Best, Meters, evaluate
-from MetaSemi.core.model import ConvLarge, SmallNet, shakeshake26
-from MetaSemi.core.noise import set_noise
+from MetaSemi.core.evaluation import Best, Meters, evaluate
+from MetaSemi.core.model import set_noise
 from shared import distributed
+from shared.augment.randaugment import to_device
 from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
-from shared.data.datasets import load_dataset
-from shared.data.pool import Pool
-from shared.distributed import sync_batchnorm
+from shared.distributed import World, sync_batchnorm
 from shared.training.checkpoint import keep_layout, load_newest, read_checkpoint
 from shared.training.files import atomic
 from shared.training.log import Log
 from shared.training.precision import computed_on, default_precision, dtype_of, set_arithmetic
+from shared.training.randomness import numpy_rng
 from shared.training.run import Run
 
-CHECKPOINT, BEST, LABELS, RESULT = "checkpoint.pth", "model_best.pth", "label_indices.txt", "result.json"
-TEST_BATCH = 100
-# A step is a fifth faster on a CPU when freed memory is kept, and ConvLarge with batches of 128 then takes 2.5 GB in
-# place of 1.5: beyond this batch size it is given back.
-KEEP_MEMORY_UP_TO = 64
+CHECKPOINT, BEST, RESULT = "checkpoint.pth", "model_best.pth", "result.json"
 MEDIAN_OF = 20  # evaluations that the median accuracy is taken over
 
 
-class Training:
-    """A run of either script; iterate over `steps`, and give each step's numbers to `log`.
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a step's batch, on its device.
 
-    unlabeled: whether batches have unlabelled images. Attributes for the method: `net`, `optimizer`, `world`,
-    `autocast` (dtype or None).
+    labeled, unlabeled: float32 [b, C, H, W], augmented and normalised; labels, truth: int64 [b]. unlabeled, truth: None
+    if the method has no use for them. truth is for metrics only, no loss may look at it.
     """
 
-    def __init__(self, options: argparse.Namespace, unlabeled: bool) -> None:
+    labeled: Tensor
+    labels: Tensor
+    unlabeled: Tensor | None = None
+    truth: Tensor | None = None
+
+
+class Source:
+    """Where images come from, and the published names and lines of the scripts that take them.
+
+    Attributes: batch (images of a kind in the global batch), length (steps between evaluations), first and total (steps
+    of a new run), layout (memory order of images and network). A source also has the methods
+    network() -> untrained network, stream(first, stop) -> this rank's batches of these steps, rate(step) -> learning
+    rate, place(step) -> what the log's lines say of a step, `step` among it, test_batches() -> (batches for `evaluate`,
+    their number), facts(state) -> entries of result.json, and str(source) -> the log's line about the images.
+    """
+
+    network_entry, best_entry = "model", "best_acc"  # in checkpoints
+    lines = ("Test: [{number}/{count}] Time {each:.3f} (avg={each:.3f}) Test Loss {loss:.3f} (avg={loss_avg:.3f}) "
+             "Acc {acc1:.3f} (avg={acc1_avg:.3f})", " * Accuracy {acc1:.5f}")
+    best_line = "Best Accuracy: {:.5f}"
+    rate_tag, test_tags = "train/lr", ("test/accuracy",)
+    by_epoch = False              # scalars of evaluations are over epochs
+    log_every: int | None = None  # steps between lines of stats.jsonl besides those of evaluations
+    keep_memory_up_to = math.inf  # images in a batch; beyond it a CPU gives freed memory back to the system
+    inputs: Mapping[str, str] = MappingProxyType({})  # fingerprints of the images, by the flag that names them
+
+    def stored(self, net: nn.Module) -> Any:
+        """Return what a checkpoint keeps of the network: an object with state_dict and load_state_dict."""
+        return net
+
+    def config(self) -> dict[str, Any]:
+        """Return what must agree, besides the options, for a run to be continued."""
+        return {}
+
+    def check(self, folder: Path) -> None:
+        """Raise UserError if the run in `folder` has other images; nothing is written yet."""
+
+    def opened(self, folder: Path) -> None:
+        """Write what belongs to the images into the folder of the run (rank 0)."""
+
+
+class Training:
+    """A run of any of the scripts; iterate over `steps`, and give each step's numbers to `log`.
+
+    make_source: called with (options, world, unlabeled). unlabeled: whether batches have unlabelled images. Attributes
+    for the method: `net`, `optimizer`, `world`, `autocast` (dtype or None).
+    """
+
+    def __init__(self, options: SimpleNamespace, make_source: type[Source], unlabeled: bool) -> None:
         self.options = options
-        self.world = world = distributed.start("cuda" if options.gpu else "cpu")
-        if world.device.type == "cpu" and options.batch_size <= KEEP_MEMORY_UP_TO:
+        device = options.device if hasattr(options, "device") else "cuda" if options.gpu else "cpu"
+        self.world = world = distributed.start(device)
+        if world.device.type == "cpu" and options.batch_size <= make_source.keep_memory_up_to:
             keep_freed_memory()
-        self.precision = choose_precision(options, world.device)
+        self.precision = options.precision
+        if self.precision == "auto":
+            self.precision = default_precision(world.device, options.strict)
         self.autocast = dtype_of(self.precision)
         set_arithmetic(options.strict)
 
         # Everything is read and checked before the folder is touched; what is said before goes into its log later.
         self.run: Run | None = None
         self.unwritten: list[str] = []
-        self.say("Called with args:")
         shown = {key: value for key, value in vars(options).items() if key not in ("method", "given")}
+        self.say("Called with args:")
         self.say(str(argparse.Namespace(**shown)))
         self.say("Loading data...")
         folder = Path(options.save_path)
-        train, test = (load_dataset(options.dataset, part, options.data_path, options.download)
-                       for part in ("train", "test"))
-        rng = random.Random(options.seed)
-        labeled, rest = split(train.labels, options.num_label // options.num_classes, rng)
-        if unlabeled and not len(rest):
-            raise UserError(f"--num-label {options.num_label}: no unlabelled images are left of {len(train)}; give "
-                            "fewer labels")
-        warn_of_split(options, train.labels[labeled])
-        check_labels(options, folder, label_text(labeled))
-        config = {**options.method, "precision": self.precision}
-        resume = resume_from(options, folder, config)
-        pools = streams(labeled, rest if unlabeled else None, options.total_steps * options.batch_size, rng)
-        layout = torch.contiguous_format if options.strict else torch.channels_last
-        self.batches = Batches(train, pools, options.dataset, options.batch_size, options.seed, world, layout)
-        self.test = Pool(test, *NORMALISATION[options.dataset], world.device)
-        self.say(f"{len(labeled)} labelled and {len(rest)} unlabelled images, {len(test)} test images; {world.size} "
-                 f"process(es) on {world.device.type}, {self.precision}")
+        self.source = source = make_source(options, world, unlabeled)
+        source.check(folder)
+        config = {**options.method, "precision": self.precision, **source.config()}
+        resume = self.resume_from(folder, config)
+        self.say(f"{source}; {world.size} process(es) on {world.device.type}, {self.precision}")
+
         self.say("Building model and optimizer...")
-        self.net = make_network(options, train.channels)
-        if not options.strict:
-            self.net = self.net.to(memory_format=torch.channels_last)
-        self.net = sync_batchnorm(self.net.to(world.device), world).train()
+        torch.manual_seed(options.seed)
+        net = source.network().to(memory_format=source.layout)
+        self.net = sync_batchnorm(net.to(world.device), world).train()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=options.lr, momentum=options.momentum,
                                          weight_decay=options.weight_decay, fused=not options.strict)
         self.meters, self.best = Meters(), Best()
 
-        self.run = Run(folder, config, world=world, log=Log(folder, world, every=None, tensorboard="."),
-                       checkpoint=CHECKPOINT, keep={"model": self.net, "optimizer": self.optimizer,
-                                                    "best_acc": self.best, "meters": self.meters},
-                       resume=resume, restart=options.overwrite, save_every=options.test_freq)
-        self.meters.to(world.device)
-        adopt(self.optimizer, fused=not options.strict)
+        images = source.batch * (2 if unlabeled else 1)
+        log = Log(folder, world, every=source.log_every, image_batch=images, tensorboard=False)
+        self.run = Run(folder, config, world=world, log=log, checkpoint=CHECKPOINT, inputs=source.inputs,
+                       keep={source.network_entry: source.stored(self.net), "optimizer": self.optimizer,
+                             source.best_entry: self.best, "meters": self.meters},
+                       resume=resume, restart=options.overwrite, save_every=source.length,
+                       save_seconds=getattr(options, "save_seconds", 600.0), extra=self.extra)
+        # The command line's settings and this run's kernels and memory order, whatever the checkpoint was made with.
+        for group in self.optimizer.param_groups:
+            group |= {"momentum": options.momentum, "weight_decay": options.weight_decay, "fused": not options.strict}
+        keep_layout(self.optimizer)
         if self.run.resumed_from is None:
-            self.run.step = options.start_step
+            self.run.step = source.first
         elif resume != "auto":
-            self.run.state["resumed"] = str(Path(options.resume).resolve())
-        if world.main:
-            with atomic(folder / LABELS, "w") as file:
-                file.write(label_text(labeled))
+            content = read_checkpoint(resume)
+            if "step" not in content:  # one of the original code
+                self.run.step = int(content["epoch"]) * source.length
+            self.run.state["resumed"] = str(Path(resume).resolve())
+        self.board = None
+        if world.main and not getattr(options, "evaluate", False):
+            self.board = SummaryWriter(str(folder), purge_step=self.run.step or None)
+            source.opened(folder)
         parameters = sum(value.numel() for value in self.net.parameters())
         self.say(f"{self.net}\n{self.optimizer}", f"{type(self.net).__name__}, {parameters:,} parameters")
-        if options.compile:
+        if getattr(options, "compile", False):
             self.net.compile()
 
-    def steps(self) -> Iterator[tuple[int, Batch]]:
-        """Yield (step, this rank's batch) to the end of the training; then write the result."""
+    def resume_from(self, folder: Path, config: Mapping[str, Any]) -> str:
+        """Return "auto" to continue what the folder holds, or the checkpoint of --resume, any whose network fits.
+
+        The same command given again continues behind what it has reached since.
+        """
+        newest = load_newest(folder / CHECKPOINT)
+        if self.options.resume is None:
+            if newest is None and getattr(self.options, "evaluate", False):
+                raise UserError(f"--evaluate: give --resume FILE; {folder} holds no run")
+            return "auto"
+        path = Path(self.options.resume)
+        if not path.is_file():
+            raise UserError(f"--resume: there is no file {path}; leave it out to start from the beginning")
+        if self.source.network_entry not in read_checkpoint(path):
+            raise UserError(f"--resume: {path} holds no {self.source.network_entry}; expected a checkpoint.pth or "
+                            "model_best.pth")
+        if newest is None:
+            return str(path)
+        saved: Mapping[str, Any] = newest[1].get("config", {})
+        same = all(saved.get(key) == value for key, value in json.loads(json.dumps(config)).items())
+        resumed = newest[1].get("state", {}).get("resumed")
+        return "auto" if same and str(path.resolve()) in (str(newest[0].resolve()), resumed) else str(path)
+
+    def extra(self) -> dict[str, int]:
+        """Return further entries of a checkpoint."""
+        return {"epoch": self.run.step // self.source.length} if self.source.by_epoch else {}
+
+    def steps(self) -> Iterator[tuple[int, float, Batch]]:
+        """Yield (step, learning rate, this rank's batch) to the end of the training; then write the result."""
         self.say("Start training...")
+        total = min(self.source.total, getattr(self.options, "iterations", None) or self.source.total)
+        stream = self.source.stream(self.run.step, total)
         self.batch_time, self.data_time, self.timed = 0.0, 0.0, 0
         last = time.perf_counter()
-        for step in self.run.steps(self.options.total_steps):
+        for step in self.run.steps(total):
+            # What the network draws depends on the step; dropout of torchvision's networks on the rank, too.
             set_noise(self.net, self.options.seed, step, self.world)
-            batch = self.batches(step)
+            torch.manual_seed((self.options.seed * 1_000_003 + step) * 4096 + self.world.rank & (1 << 63) - 1)
+            batch = next(stream)
+            self.rate = self.source.rate(step)
             self.data_time += time.perf_counter() - last
-            yield step, batch
+            yield step, self.rate, batch
             self.timed += 1
             self.batch_time += time.perf_counter() - last
-            self.finish_step(step)
+            self.finish_step(step, step + 1 == total)
             last = time.perf_counter()
         self.write_result()
         distributed.stop()
 
-    def mixing(self, step: int) -> torch.Tensor | None:
-        """Return the mix-up coefficients of `step` [b, 1], None without --mix-up."""
-        return self.batches.mixing(step, self.options.alpha) if self.options.mix_up else None
+    def mixing(self, step: int) -> Tensor | None:
+        """Return the mix-up coefficients [b, 1] of this rank's labelled images, from Beta(alpha, alpha); None without
+        mix-up."""
+        if not getattr(self.options, "mix_up", True):
+            return None
+        return mixing(self.options.seed, step, self.options.alpha, self.source.batch, self.world)
 
-    def log(self, line: str, rate: float, total: torch.Tensor, **values: torch.Tensor) -> None:
+    def log(self, line: str, total: Tensor, **values: Tensor) -> None:
         """Give the numbers of the step at hand, tensors [] which are read now and then.
 
-        line: of the log, with {step}, {dtime}, {btime}, {rate}, and {name} and {name_avg} of each of `values`, which
-        also become scalars. total: the loss, which must remain finite.
+        line: of the log, with the names of `Source.place`, {btime}, {dtime}, {rate}, and {name} and {name_avg} of each
+        of `values`, which also become scalars. total: the loss, which must remain finite.
         """
         self.run.log.add(loss=total)
-        self.meters.add(values)
-        self.line, self.rate = line, rate
+        means = distributed.mean(torch.stack([value.detach().float() for value in values.values()]), self.world)
+        self.meters.add(dict(zip(values, means, strict=True)))
+        self.line = line
 
-    def finish_step(self, step: int) -> None:
-        if step % self.options.print_freq == 0:
+    def finish_step(self, step: int, is_last: bool) -> None:
+        place = self.source.place(step)
+        if place["step"] % self.options.print_freq == 0:
             figures = {}
-            for name, (last, average) in self.meters.read(self.world).items():
+            for name, (last, average) in self.meters.read().items():
                 figures |= {name: last, f"{name}_avg": average}
-            self.say(self.line.format(step=step, total=self.options.total_steps, rate=self.rate, **figures,
-                                      dtime=self.data_time / self.timed, btime=self.batch_time / self.timed))
-        if (step + 1) % self.options.test_freq == 0 or step + 1 == self.options.total_steps:
+            self.say(self.line.format(**place, rate=self.rate, btime=self.batch_time / self.timed,
+                                      dtime=self.data_time / self.timed, **figures))
+            if self.source.by_epoch:
+                self.scalars({self.source.rate_tag: self.rate}, step)
+        if (step + 1) % self.source.length == 0 or is_last:
             self.evaluate(step)
 
-    def evaluate(self, step: int) -> None:
-        """Measure the test set, write scalars, and keep the weights if they are the best so far."""
-        self.run.log.means()  # all losses were finite, or this ends the run
-        accuracy, loss = evaluate(self.net, in_order(self.test, TEST_BATCH, self.world), self.world, self.say,
-                                  self.options.print_freq, -(-len(self.test) // TEST_BATCH))
-        state, improved = self.run.state, self.best.offer(accuracy)
-        self.say(f" * Accuracy {accuracy:.5f}")
-        self.say(f"Best Accuracy: {self.best.value:.5f}")
-        averages = {f"train/{name.replace('_', '-')}": average
-                    for name, (_, average) in self.meters.read(self.world).items()}
-        self.run.log.record({**averages, "train/lr": self.rate, "test/accuracy": accuracy})
-        self.meters.reset()
-        state["accuracies"] = [*state.get("accuracies", []), accuracy / 100][-MEDIAN_OF:]
-        state["test_loss"] = loss
-        if improved:
-            state["best_step"] = step
-            self.write_best(step)
+    def measure(self) -> tuple[float, float, float]:
+        """Return (top-1, top-5 in percent, cross-entropy) on the test images, and say so."""
+        batches, count = self.source.test_batches()
+        return evaluate(self.net, batches, self.world, self.say, self.source.lines, self.options.print_freq, count)
 
-    def write_best(self, step: int) -> None:
-        if self.world.main:
-            with atomic(self.run.outdir / BEST) as file:
-                torch.save({"step": step + 1, "model": self.net.state_dict(), "best_acc": self.best.value,
-                            "optimizer": self.optimizer.state_dict()}, file)
+    def evaluate(self, step: int) -> None:
+        """Measure the test images, write scalars, and keep the weights if they are the best so far."""
+        source, state = self.source, self.run.state
+        means = self.run.log.means()  # all losses were finite, or this ends the run
+        averages = {f"train/{name.replace('_', '-')}": average for name, (_, average) in self.meters.read().items()}
+        if (step + 1) % source.length == 0:
+            self.meters.reset()
+        acc1, acc5, loss = self.measure()
+        tests = dict(zip(source.test_tags, (acc1, acc5), strict=False))
+        where = step // source.length if source.by_epoch else step
+        self.scalars({**averages, **({} if source.by_epoch else {source.rate_tag: self.rate}), **tests}, where)
+        self.run.log.record({**means, **averages, source.rate_tag: self.rate, **tests, "test/loss": loss,
+                             **({"epoch": where} if source.by_epoch else {})})
+        improved = acc1 > self.best.value
+        self.best.value = max(acc1, self.best.value)
+        self.say(source.best_line.format(self.best.value))
+        state["accuracies"] = [*state.get("accuracies", []), acc1 / 100][-MEDIAN_OF:]
+        state |= {"acc5": acc5 / 100, "test_loss": loss}
+        if improved:
+            state["best_epoch" if source.by_epoch else "best_step"] = where
+            if self.world.main:
+                with atomic(self.run.outdir / BEST) as file:
+                    torch.save({"epoch" if source.by_epoch else "step": where + 1, source.best_entry: self.best.value,
+                                source.network_entry: source.stored(self.net).state_dict(),
+                                "optimizer": self.optimizer.state_dict()}, file)
+
+    def scalars(self, values: Mapping[str, float], where: int) -> None:
+        for name, value in values.items() if self.board is not None else ():
+            self.board.add_scalar(name, value, where)
 
     def write_result(self) -> None:
         """Write result.json: accuracies as fractions, by each protocol."""
-        state, options = self.run.state, self.options
+        state = self.run.state
+        facts = self.source.facts(state)  # on all ranks
+        if note := facts.pop("note", ""):
+            self.say(note)
         if not self.world.main or "accuracies" not in state:
             return
-        result = {
-            "script": options.method["script"], "dataset": options.dataset, "seed": options.seed,
-            "num_labels": options.num_label, "iterations": options.total_steps, "mix_up": options.mix_up,
-            "accuracy": {"last": state["accuracies"][-1],
-                         "median_of_last_20": statistics.median(state["accuracies"]),
-                         "best_on_test": self.best.value / 100, "best_iteration": state.get("best_step")},
-            "test_loss": state["test_loss"], "test_images": len(self.test), "seconds": self.run.seconds,
-            "precision": self.precision, "processes": self.world.size, **computed_on(self.world.device)}
+        accuracies = {"last": state["accuracies"][-1], "median_of_last_20": statistics.median(state["accuracies"]),
+                      "best_on_test": self.best.value / 100, **facts.pop("accuracy")}
+        result = {"script": self.options.method["script"], "seed": self.options.seed, "iterations": self.run.step,
+                  **facts, "accuracy": accuracies, "test_loss": state["test_loss"], "seconds": self.run.seconds,
+                  "precision": self.precision, "processes": self.world.size, **computed_on(self.world.device)}
         with atomic(self.run.outdir / RESULT, "w") as file:
             json.dump(result, file, indent=1)
+        self.board.flush()
 
     def say(self, message: str, console: str | None = None) -> None:
         """Write a line of log.txt in the published form, and onto the console, where `console` may be shorter."""
@@ -202,73 +301,7 @@ class Training:
             self.unwritten.clear()
 
 
-def make_network(options: argparse.Namespace, channels: int) -> torch.nn.Module:
-    """Return the untrained network, whose weights follow from --seed."""
-    torch.manual_seed(options.seed)
-    if options.architecture == "convlarge":
-        return ConvLarge(channels, options.num_classes)
-    if options.architecture == "shakeshake":
-        return shakeshake26(options.num_classes, random_eval=getattr(options, "eval_gate", "random") == "random")
-    return SmallNet(channels, options.num_classes)
-
-
-def adopt(optimizer: torch.optim.Optimizer, fused: bool) -> None:
-    """Make what a checkpoint has put into an optimizer its own: kernels as chosen here, memory as of the parameters."""
-    for group in optimizer.param_groups:
-        group["fused"] = fused
-    keep_layout(optimizer)
-
-
-def choose_precision(options: argparse.Namespace, device: torch.device) -> str:
-    """Return fp32 or bf16."""
-    if options.precision != "auto":
-        return options.precision
-    return default_precision(device, options.strict)
-
-
-# ------------------------------------------------------------------------------------------------- the labelled set
-
-def label_text(labeled: np.ndarray) -> str:
-    """Return the content of label_indices.txt: the labelled positions in the order taken, one a line."""
-    return "".join(f"{position}\n" for position in labeled.tolist())
-
-
-def warn_of_split(options: argparse.Namespace, labels: np.ndarray) -> None:
-    counts = np.bincount(labels, minlength=options.num_classes)
-    if options.num_label % options.num_classes:
-        warnings.warn(f"--num-label {options.num_label} is no multiple of {options.num_classes} classes: "
-                      f"{counts.sum()} images are labelled", stacklevel=2)
-    elif counts.min() < options.num_label // options.num_classes:
-        warnings.warn(f"class {counts.argmin()} has only {counts.min()} images, all of them are labelled", stacklevel=2)
-
-
-def check_labels(options: argparse.Namespace, folder: Path, text: str) -> None:
-    """Refuse to continue a run with labelled images other than its own; UserError."""
-    if options.overwrite or not (options.resume or (folder / CHECKPOINT).exists()):
-        return
-    beside = Path(options.resume).parent if options.resume else folder
-    if (beside / LABELS).exists() and (beside / LABELS).read_text(encoding="utf-8") != text:
-        raise UserError(f"{beside / LABELS} lists other labelled images than --seed {options.seed} --num-label "
-                        f"{options.num_label} of {options.dataset}; give the options of that run, or another "
-                        "--save-path")
-
-
-def resume_from(options: argparse.Namespace, folder: Path, config: Mapping[str, Any]) -> str:
-    """Return "auto" to continue what the folder holds, or the checkpoint of --resume, any whose network fits.
-
-    The same command given again continues behind what it has reached since.
-    """
-    if options.resume is None:
-        return "auto"
-    path = Path(options.resume)
-    if not path.is_file():
-        raise UserError(f"--resume: there is no file {path}; leave it out to start from the beginning")
-    if "model" not in read_checkpoint(path):
-        raise UserError(f"--resume: {path} holds no model; expected a checkpoint.pth or model_best.pth")
-    newest = load_newest(folder / CHECKPOINT)
-    if newest is None:
-        return str(path)
-    own = path.resolve() == newest[0].resolve() or newest[1].get("state", {}).get("resumed") == str(path.resolve())
-    saved: Mapping[str, Any] = newest[1].get("config", {})
-    same = all(saved.get(key) == value for key, value in json.loads(json.dumps(config)).items())
-    return "auto" if own and same else str(path)
+def mixing(seed: int, step: int, alpha: float, batch: int, world: World) -> Tensor:
+    """Return this rank's part of `batch` coefficients from Beta(alpha, alpha), float32 [b, 1] on its device."""
+    drawn = numpy_rng(seed, step, "mix-up").beta(alpha, alpha, (batch, 1)).astype(np.float32)
+    return to_device(drawn[world.slice(batch)], world.device)

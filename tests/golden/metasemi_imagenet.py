@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from MetaSemi import train_imagenet, train_meta_imagenet
-from MetaSemi.core.meta import MetaGradient, meta_step, supervised_step
-from MetaSemi.core.meters import Meters
-from MetaSemi.core.schedules import CosAnnealingLR
-from MetaSemi.core.validation import validate
+from MetaSemi.core.evaluation import Meters, evaluate
+from MetaSemi.core.meta import CosAnnealingLR, MetaGradient, meta_step, supervised_step
+from MetaSemi.imagenet.source import RecordImages
 from MetaSemi.imagenet.views import CentreCrop
 from shared.data.photographs import Photographs, Request
 from shared.data.pool import batches
@@ -80,18 +79,18 @@ def run_epochs(case: dict[str, Any], found: Recorder, tmp_path: Path) -> dict[st
         see(lr=rate, loss=result.loss, **{f"state/{name}": value for name, value in net.state_dict().items()})
         meters.add(values)
         if place % options.print_freq == 0:
-            figures = {key: number for name, (last, average) in meters.read(World()).items()
+            figures = {key: number for name, (last, average) in meters.read().items()
                        for key, number in ((name, last), (f"{name}_avg", average))}
             found.lines.append(script.LINE.format(epoch=epoch, epochs=options.epochs, step=place, length=case["steps"],
                                                   rate=rate, btime=0.0, dtime=0.0, **figures))
             found.scalars.append(("train/learning-rate", rate, step))
         if place + 1 == case["steps"]:
             found.scalars += [(f"train/{name.replace('_', '-')}", average, epoch)
-                              for name, (_, average) in meters.read(World()).items()]
+                              for name, (_, average) in meters.read().items()]
             meters.reset()
             # The original counts batches of its own size, not those given here.
-            acc1, acc5, _ = validate(net, zip(given["test_img"], given["test_gt"], strict=True), World(),
-                                     found.lines.append, options.print_freq, 1)
+            acc1, acc5, _ = evaluate(net, zip(given["test_img"], given["test_gt"], strict=True), World(),
+                                     found.lines.append, RecordImages.lines, options.print_freq, 1)
             see(val_top1_top5=[acc1, acc5])
     return seen
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from MetaSemi.core.data import NORMALISATION, Stream, split, streams
-from MetaSemi.core.meters import accuracy, evaluate
-from MetaSemi.core.schedules import CosAnnealingLR, compute_weight, learning_rate
-from MetaSemi.core.training import label_text
+from MetaSemi.core.data import NORMALISATION, Stream, label_text, split, streams
+from MetaSemi.core.evaluation import accuracy, evaluate
+from MetaSemi.core.meta import CosAnnealingLR, compute_weight, learning_rate
 from shared.augment.views import WeakDraws, normalise, weak
 from shared.distributed import World
 from tests.golden.cases import arrays, index

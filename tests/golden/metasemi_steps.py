@@ -9,9 +9,16 @@ import pytest
 import torch
 
 from MetaSemi import train_baseline, train_meta
-from MetaSemi.core.meta import MetaGradient, StepResult, meta_step, pseudo_labels, supervised_step
-from MetaSemi.core.meters import evaluate
-from MetaSemi.core.schedules import compute_weight, learning_rate
+from MetaSemi.core.evaluation import evaluate
+from MetaSemi.core.meta import (
+    MetaGradient,
+    StepResult,
+    compute_weight,
+    learning_rate,
+    meta_step,
+    pseudo_labels,
+    supervised_step,
+)
 from shared.distributed import World
 from tests.golden.cases import _fill_module
 from tests.golden.metasemi_cases import TRAINING, Tolerances, network_of, parts, stored, tensor

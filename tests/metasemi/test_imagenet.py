@@ -15,10 +15,10 @@ import pytest
 import torch
 import torchvision
 
-from MetaSemi.core import imagenet_training
-from MetaSemi.core.classifiers import make_classifier
 from MetaSemi.core.options import CLASSIFIERS
+from MetaSemi.core.training import Training
 from MetaSemi.imagenet.records import RecordFile
+from MetaSemi.imagenet.source import make_classifier
 from shared.cli import UserError
 from shared.training.checkpoint import read_checkpoint
 from tests.metasemi import photographs
@@ -62,7 +62,7 @@ class KilledAt:
         self.step = step
 
     def __call__(self) -> None:
-        step_of = imagenet_training.Training.log
+        step_of = Training.log
         count = iter(range(self.step + 1))
 
         def log(training, *args, **values):
@@ -70,7 +70,7 @@ class KilledAt:
                 os.kill(os.getpid(), signal.SIGKILL)
             step_of(training, *args, **values)
 
-        imagenet_training.Training.log = log
+        Training.log = log
 
 
 def test_the_readme_ends_in_nine_files(tree: Path) -> None:

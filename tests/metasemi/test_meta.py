@@ -15,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from MetaSemi.core.meta import MetaGradient, corrected, divergence, meta_step, pseudo_labels, supervised_step
-from MetaSemi.core.model import ConvLarge, ResNet32x32, ShakeShakeBlock, SmallNet
-from MetaSemi.core.noise import set_noise
+from MetaSemi.core.model import ConvLarge, ResNet32x32, ShakeShakeBlock, SmallNet, set_noise
 from shared.distributed import World
 from tests.metasemi import tiny
 

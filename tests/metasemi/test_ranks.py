@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from MetaSemi.core.data import Batches, streams
+from MetaSemi.core.training import mixing
 from shared.data.datasets import load_dataset
 from shared.distributed import World
 from shared.training.checkpoint import read_checkpoint
@@ -62,7 +63,7 @@ def test_ranks_share_one_batch_in_order() -> None:
     def batch(world: World):
         pools = streams(range(20), range(20, 300), 600, random.Random(0))
         batches = Batches(images, pools, "digits", 6, 1, world)
-        return batches(5), batches.mixing(5, 0.5)
+        return batches(5), mixing(1, 5, 0.5, 6, world)
 
     whole, lam = batch(World())
     parts = [batch(World(rank, 3)) for rank in range(3)]
