@@ -123,8 +123,10 @@ def _files_below(path: Path) -> Files:
     found = []
     for folder, below, names in os.walk(path, onerror=_refuse, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted((file.relative_to(path).as_posix(), file.stat()) for file in found)
+        inside = Path(folder).relative_to(path).as_posix()
+        above = "" if inside == "." else f"{inside}/"  # as text: a data set has many files
+        found += [(above + name, os.stat(os.path.join(folder, name))) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def _refuse(error: OSError) -> None:
