@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 from typing import IO, Any
 
@@ -227,36 +227,37 @@ def call(words: Sequence[str], log: Path, environment: Mapping[str, str], held: 
 
 def run_tasks(tasks: Sequence[Task], slots: Sequence[Mapping[str, str]]) -> list[str]:
     """Run the tasks, as many at a time as there are slots (environment variables of each); return what failed."""
-    free: SimpleQueue[Mapping[str, str]] = SimpleQueue()
-    for slot in slots:
-        free.put(slot)
+    waiting: SimpleQueue[Task] = SimpleQueue()
+    for task in tasks:
+        waiting.put(task)
+    failed: list[str] = []
 
-    def attempt(task: Task, wait: bool) -> str | None:
-        """Return what went wrong, "" if nothing, None if another process computes the run."""
-        slot = free.get()
+    def work(environment: Mapping[str, str]) -> None:
+        while True:
+            try:
+                task = waiting.get_nowait()
+                with lock(task.folder, name=LOCK) as held:
+                    if not task.finished():
+                        print(f"{task.name}: started", flush=True)
+                        compute(task, environment, held)
+                        print(f"{task.name}: done in {duration(sum(task.record()['stages'].values()))}", flush=True)
+            except Empty:
+                return
+            except InUse:  # another process computes it: look again when the others are done
+                time.sleep(1)
+                waiting.put(task)
+            except (UserError, OSError) as error:
+                failed.append(f"{task.name}: {error}")
+                print(failed[-1], file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(len(slots)) as pool:
         try:
-            with lock(task.folder, wait=wait, name=LOCK) as held:
-                if not task.finished():
-                    print(f"{task.name}: started", flush=True)
-                    compute(task, slot, held)
-                    print(f"{task.name}: done in {duration(sum(task.record()['stages'].values()))}", flush=True)
-            return ""
-        except InUse:
-            return None
-        except (UserError, OSError) as error:
-            print(f"{task.name}: {error}", file=sys.stderr, flush=True)
-            return f"{task.name}: {error}"
-        finally:
-            free.put(slot)
-
-    pool = ThreadPoolExecutor(len(slots))
-    try:
-        found = list(pool.map(lambda task: attempt(task, wait=False), tasks))
-        elsewhere = [task for task, problem in zip(tasks, found, strict=True) if problem is None]
-        found += pool.map(lambda task: attempt(task, wait=True), elsewhere)
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C ends the commands under way, and no other begins
-    return [problem for problem in found if problem]
+            list(pool.map(work, slots))
+        except KeyboardInterrupt:  # the commands under way get it too, and no other begins
+            while not waiting.empty():
+                waiting.get()
+            raise
+    return failed
 
 
 class SlurmJob:

@@ -6,14 +6,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 from shared.report.tables import Cell, Job, Printed, Stage, Table, Task, serve
-from shared.training.files import lock
 
 METHODS = {"plain": 1.0, "better": 2.0}
 
@@ -32,7 +29,7 @@ def read(folder: Path) -> dict[str, dict[str, float]]:
 def table(scale: str, options: SimpleNamespace) -> Table:
     def job(method: str, value: float) -> Job:
         further = os.environ.get("SMALL_TABLES_FLAGS", "").split()
-        return Job(method, tuple(Stage(name, ("-m", "tests.shared.small_tables", "compute", name, "{out}", method,
+        return Job(method, tuple(Stage(name, ("-m", "tests.shared.small_stage", name, "{out}", method,
                                               str(value), "{seed}", *further)) for name in ("first", "second")), read)
 
     cells = tuple(Cell(method, "digits", job(method, value), "accuracy", Printed(value + 1, 0.5))
@@ -50,23 +47,5 @@ def part(scale: str, options: SimpleNamespace) -> Table:
     return table(scale, options).view("part", "A part", scale, lambda cell: cell.row == "better")
 
 
-def compute(name: str, folder: Path, method: str, value: float) -> None:
-    """Do one stage: slow where the file `slow` stands beside the table, failing where `fail-<method>` does, without a
-    result where `lose-<method>` does."""
-    base = folder.parents[2]
-    while (base / "slow").exists() and name == "second":
-        time.sleep(0.05)
-    if (base / f"fail-{method}").exists():
-        print("error: asked to fail", file=sys.stderr)
-        sys.exit(2)
-    with lock(folder), open(base / "calls.txt", "a") as file:  # as trainers lock the folder they write into
-        file.write(f"{name} {method} {folder.name}\n")
-    if name == "second" and not (base / f"lose-{method}").exists():
-        (folder / "value.json").write_text(json.dumps(value))
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["compute"]:
-        compute(sys.argv[2], Path(sys.argv[3]), sys.argv[4], float(sys.argv[5]) + int(sys.argv[6]))
-    else:
-        serve("tests.shared.small_tables", {"small": table, "again": again, "part": part})
+    serve("tests.shared.small_tables", {"small": table, "again": again, "part": part})
