@@ -8,84 +8,100 @@ real_balanced/, N images of every class under these labels: a control for genera
 """
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
+import math
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from shared.cli import Parser, UserError, run_main
+import numpy as np
 
-FINAL = "model_final.pth.tar"
+from DASO.lib.config.config import Config, parse
+from DASO.lib.data.sets import load_data
+from DASO.lib.report import rates
+from DASO.lib.trainer import FINAL, Trainer, device_of
+from shared.cli import Flag, Int, Option, UserError, run_main
+from shared.cli import parse as parse_flags
+from shared.data.classes import class_balanced_draw
+from shared.data.images import ImageSet, read_images
+from shared.data.writers import write_folder, write_npz
+from shared.distributed import start
+from shared.training.files import atomic, make_dir
+from shared.training.record import Record
+
+FLAGS = (
+    Option("--run", required=True, help="folder of a finished run of main.py", metavar="DIR"),
+    Option("--dest", help="where to write", default_help="the run's folder", metavar="DIR"),
+    Option("--per_class", Int(0), 0, "also write so many real images of every class", unit="images"),
+    Option("--overwrite", Flag, False, "replace labels that another classifier gave"),
+)
 
 
-def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a finished run of main.py")
-    parser.add_argument("--dest", type=Path, metavar="DIR", help="where to write [the run's folder]")
-    parser.add_argument("--per_class", type=int, default=0, metavar="N", help="also write N real images of every class")
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    options = parse_options()
-    from DASO.lib.config.config import parse
-
-    config = options.run / "config.yaml"
-    if not config.is_file() or not (options.run / FINAL).is_file():
-        raise UserError(f"--run {options.run}: expected the folder of a finished run, with config.yaml and {FINAL}")
-    cfg, _ = parse(["--config-file", str(config)])
-    import numpy as np
-
-    from DASO.lib.checkpoints import load_weights
-    from DASO.lib.data.sets import load_data
-    from DASO.lib.trainer import Trainer
-    from DASO.main import device_of
-    from shared.data.classes import class_balanced_draw
-    from shared.data.images import ImageSet
-    from shared.data.writers import write_folder, write_npz
-    from shared.distributed import start
-    from shared.training.files import atomic, make_dir
-
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_flags(__doc__, FLAGS, argv)
+    run = Path(options.run)
+    if not (run / "config.yaml").is_file() or not (run / FINAL).is_file():
+        raise UserError(f"--run {run}: expected the folder of a finished run, with config.yaml and {FINAL}")
+    cfg, _ = parse(["--config-file", str(run / "config.yaml")])
     data = load_data(cfg)
     if data.unlabelled is None:
-        raise UserError(f"--run {options.run}: {cfg.ALGORITHM.NAME} has no unlabelled images to label")
-    trainer = Trainer(cfg, data, start(device_of(cfg)), options.run)
-    load_weights(trainer, options.run / FINAL)
-    pseudo = trainer.predict(trainer.batches.unlabelled).argmax(1).cpu().numpy()
-    real = data.labelled.subset(np.arange(len(data.labelled) - data.generated))
-    everything = real.concatenate(data.unlabelled)
-    labelled = ImageSet(everything.images, np.concatenate([real.labels, pseudo]), everything.classes, everything.name)
+        raise UserError(f"--run {run}: {cfg.ALGORITHM.NAME} has no unlabelled images to label")
+    trainer = Trainer(cfg, data, start(device_of(cfg)), run)
+    dest = make_dir(options.dest or run)
+    record = Record(dest / "pseudo_label.npz", {},
+                    {"--run": run / FINAL, "DATASET.ROOT": trainer.inputs()["DATASET.ROOT"]})
+    if not record.is_complete(options.overwrite):
+        write_labels(trainer, dest)
+        record.write()
+    if options.per_class:
+        write_balanced(dest, options, cfg)
 
-    dest = make_dir(options.dest or options.run)
-    write_npz(labelled, dest / "pseudo_label.npz")
+
+def write_labels(trainer: Trainer, dest: Path) -> None:
+    """Label the images of a run; write pseudo_label.npz and pseudo_label.json."""
+    data = trainer.data
+    trainer.load_weights(trainer.folder / FINAL)
+    pseudo = trainer.predict(trainer.batches.unlabelled).argmax(1).cpu().numpy()
+    everything = data.real_labelled.concatenate(data.unlabelled)
+    labels = np.concatenate([data.real_labelled.labels, pseudo])
     report = describe(pseudo, data.unlabelled.labels, data.num_classes)
-    report |= {"images": len(labelled), "classes": list(labelled.classes), "labelled_counts": data.real_counts.tolist()}
+    report |= {"images": len(labels), "classes": list(everything.classes), "labelled_counts": data.real_counts.tolist()}
     with atomic(dest / "pseudo_label.json", "w") as file:
         json.dump(report, file, indent=1)
-    if options.per_class:
-        chosen = class_balanced_draw(labelled.labels, options.per_class, cfg.SEED)
-        write_folder(labelled.subset(chosen), dest / "real_balanced")
+    write_npz(ImageSet(everything.images, labels, everything.classes, everything.name), dest / "pseudo_label.npz")
     agreement = "not known" if report["agreement"] is None else f"{report['agreement']:.4f}"
     print(f"{len(pseudo)} pseudo-labels, a class {report['pseudo_label_counts']}; truth {report['true_label_counts']}; "
           f"agreement {agreement}\nwrote {dest / 'pseudo_label.npz'}")
 
 
-def describe(pseudo: Any, truth: Any, num_classes: int) -> dict[str, Any]:
+def write_balanced(dest: Path, options: SimpleNamespace, cfg: Config) -> None:
+    """Write real_balanced/, a sub-folder a class."""
+    folder, source = dest / "real_balanced", dest / "pseudo_label.npz"
+    record = Record(folder, {"--per_class": options.per_class, "SEED": cfg.SEED}, {"pseudo_label.npz": source})
+    if record.is_complete(options.overwrite):
+        return
+    if options.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    images = read_images(source)
+    write_folder(images.subset(class_balanced_draw(images.labels, options.per_class, cfg.SEED)), folder)
+    record.write()
+
+
+def describe(pseudo: np.ndarray, truth: np.ndarray, num_classes: int) -> dict[str, Any]:
     """Return counts, and agreement, recall and precision of pseudo-labels int64 [N] where the truth is known (not -1).
     """
-    import numpy as np
+    confusion = np.zeros((num_classes + 1, num_classes), np.int64)  # the last row: truth unknown
+    np.add.at(confusion, (truth, pseudo), 1)
+    known, found = confusion[:num_classes], rates(confusion)
+    return {"pseudo_label_counts": confusion.sum(0).tolist(), "true_label_counts": known.sum(1).tolist(),
+            "agreement": float(known.trace() / known.sum()) if known.any() else None,
+            "recall": as_json(found["recall"]), "precision": as_json(found["precision"])}
 
-    known = truth >= 0
-    right = np.bincount(truth[known & (pseudo == truth)], minlength=num_classes)
-    true, predicted = (np.bincount(part[known], minlength=num_classes) for part in (truth, pseudo))
 
-    def share(of: np.ndarray) -> list[float | None]:
-        return [float(part / whole) if whole else None for part, whole in zip(right, of, strict=True)]
-
-    return {"pseudo_label_counts": np.bincount(pseudo, minlength=num_classes).tolist(),
-            "true_label_counts": true.tolist(), "agreement": float(right.sum() / known.sum()) if known.any() else None,
-            "recall": share(true), "precision": share(predicted)}
+def as_json(rates_by_class: Iterable[float]) -> list[float | None]:
+    return [None if math.isnan(rate) or rate < 0 else float(rate) for rate in rates_by_class]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a learner on long-tailed, partly labelled data.
 
-    python main.py --config-file configs/cifar10/fixmatch_daso.yaml \
+    python main.py --config-file configs/cifar10/fixmatch_daso.yaml \\
         DATASET.CIFAR10.NUM_LABELED_HEAD 500 DATASET.CIFAR10.NUM_UNLABELED_HEAD 4000 SEED 1
     python main.py --config-file configs/digits/fixmatch_daso.yaml SEED 0      (a first try, no download)
     torchrun --nproc_per_node 2 main.py --config-file ...                       (two processes, the same numbers)
@@ -10,42 +10,31 @@ The same command again continues the run; with --eval-only it measures its newes
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 from pathlib import Path
 
 from DASO.lib.config.config import Config, experiment_name, parse
-from shared.cli import run_main
+from DASO.lib.trainer import device_of, evaluate_only, train
+from shared import distributed
+from shared.cli import UserError, run_main
 
 
 def main() -> None:
-    cfg, eval_only = parse()
-    from DASO.lib.algorithms import algorithm_of  # loads torch: only once the command line is known to be right
-    from DASO.lib.loop import check_batches, evaluate_only, train
-    from shared import distributed
-
-    algorithm_of(cfg.ALGORITHM.NAME)
+    cfg, eval_only = parse(doc=__doc__)
     world = distributed.start(device_of(cfg))
-    check_batches(cfg, world)
+    if cfg.SOLVER.IMS_PER_BATCH % world.size:
+        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared evenly by {world.size} "
+                        "processes; choose a multiple of their number")
     seed = distributed.broadcast_value(seed_of(cfg), world)
     folder = Path(cfg.OUTPUT_DIR) / experiment_name(cfg, seed)
     cfg = cfg.replaced({"SEED": seed, "OUTPUT_DIR": str(folder)})
-    if eval_only:
-        values = evaluate_only(cfg, folder, world)
-        if world.main:
-            print(json.dumps(values, indent=4, sort_keys=True))
-    else:
+    if not eval_only:
         train(cfg, folder, world)
-
-
-def device_of(cfg: Config) -> str | None:
-    """Return the device that GPU_ID means: for 0 the CPU where there is no GPU, this process's own under torchrun."""
-    import torch
-
-    if cfg.GPU_ID < 0 or cfg.GPU_ID == 0 and not torch.cuda.is_available():
-        return "cpu"
-    return None if int(os.environ.get("WORLD_SIZE", 1)) > 1 else f"cuda:{cfg.GPU_ID}"
+        return
+    values = evaluate_only(cfg, folder, world)
+    if world.main:
+        print(json.dumps(values, indent=4, sort_keys=True))
 
 
 def seed_of(cfg: Config) -> int:

@@ -6,71 +6,54 @@ Each RUN is a run's folder; classes stand in the order of their labelled images,
 """
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.cli import Parser, UserError, run_main
+from shared.cli import Choice, Option, UserError, parse, run_main
+from shared.report.plots import curves
 
-PANELS = ("Recall of pseudo-labels", "Precision of pseudo-labels", "Test accuracy")
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, which holds summary.json")
-    parser.add_argument("--out", default="pseudo_labels.png", metavar="PNG", help="the figure (default: %(default)s)")
-    parser.add_argument("--kind", choices=("main", "linear", "semantic"), default="main",
-                        help="which of DASO's pseudo-labels (default: main, those that are learned)")
-    return parser.parse_args(argv)
+PANELS = {"recall": "Recall of pseudo-labels", "precision": "Precision of pseudo-labels", "accuracy": "Test accuracy"}
+FLAGS = (
+    Option("runs", many=True, required=True, help="a run's folder, which holds summary.json", metavar="RUN"),
+    Option("--out", default="pseudo_labels.png", help="the figure", metavar="PNG"),
+    Option("--kind", Choice("main", "linear", "semantic"), "main",
+           "which of DASO's pseudo-labels; main: those that are learned"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(argv)
-    curves = [read_run(Path(run), options.kind) for run in options.runs]
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8))
-    for axis, title, name in zip(axes, PANELS, ("recall", "precision", "accuracy"), strict=True):
-        for label, values in curves:
-            numbers = [float("nan") if value is None or value < 0 else value for value in values.get(name, [])]
-            if numbers:
-                axis.plot(range(len(numbers)), numbers, marker="o", label=label)
-        top = 100 if name == "accuracy" else 1
-        axis.set(title=title, xlabel="class, most frequent first", ylim=(-.02 * top, 1.02 * top))
-        axis.grid(alpha=0.3)
-    axes[2].legend(fontsize=8)
-    figure.tight_layout()
-    try:
-        figure.savefig(options.out, dpi=130)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out {options.out}: cannot be written ({error})") from None
-    pyplot.close(figure)
-    print(f"{options.out}: {', '.join(label for label, _ in curves)}")
+    options = parse(__doc__, FLAGS, argv)
+    runs = {Path(run).resolve().name: read_run(Path(run), options.kind) for run in options.runs}
+    panels = {title: {run: (range(len(values[name])), values[name]) for run, values in runs.items() if name in values}
+              for name, title in PANELS.items()}
+    curves(panels, options.out, dict.fromkeys(panels, "class, most frequent first"), fractions=True)
+    print(f"{options.out}: {', '.join(runs)}")
 
 
-def read_run(folder: Path, kind: str) -> tuple[str, dict[str, list[Any]]]:
-    """Return a run's name and its newest numbers by class: recall and precision (where known), accuracy. UserError."""
+def read_run(folder: Path, kind: str) -> dict[str, list[float]]:
+    """Return a run's newest fractions by class: recall, precision (where known) and accuracy. UserError."""
     file = folder / "summary.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        accuracy = content["accuracy"]
-        split = "test" if "test/classes" in accuracy else "valid"
-        values = {"accuracy": accuracy[f"{split}/classes"]["median20"]}
-        labels = content["pseudo_labels"]
+        split = "test" if "test/classes" in content["accuracy"] else "valid"
+        accuracy = content["accuracy"][f"{split}/classes"]["median20"]
+        values = {"accuracy": [value / 100 for value in as_numbers(accuracy)]}
+        for name in ("recall", "precision"):
+            if f"pseudo_labels/{kind}/{name}" in content["pseudo_labels"]:
+                values[name] = as_numbers(content["pseudo_labels"][f"pseudo_labels/{kind}/{name}"])
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); name the folder of a run that has been evaluated"
                         ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not the summary of a run of main.py") from None
-    for name in ("recall", "precision"):
-        if f"pseudo_labels/{kind}/{name}" in labels:
-            values[name] = labels[f"pseudo_labels/{kind}/{name}"]
-    return folder.resolve().name.split("_seed_")[0], values
+    return values
+
+
+def as_numbers(values: Sequence[Any]) -> list[float]:
+    """Return values by class with NaN, which leaves a gap, for what is unknown (None or negative)."""
+    return [float("nan") if value is None or value < 0 else value for value in values]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Evaluation: predictions in eval mode and the published numbers, overall, a class, and for rare and frequent ones."""
+"""Evaluation: predictions in eval mode and the published numbers, overall, by class, for frequent and rare classes."""
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,20 +13,7 @@ from DASO.lib.losses import log_prior
 from DASO.lib.models.semi import SemiModel
 from shared.distributed import World, gather
 
-MEDIAN_OF = 20
-# The accuracies whose course is kept, by split.
-TRACKED = ("top1", "top1_la")
-
-
-@contextlib.contextmanager
-def eval_mode(net: torch.nn.Module) -> Iterator[None]:
-    """Put a network into eval mode for the block, then back into the mode it was in."""
-    was_training = net.training
-    try:
-        net.eval()
-        yield
-    finally:
-        net.train(was_training)
+FEW, MANY = 20, 100  # labelled images: a class with more than MANY is many-shot, with fewer than FEW few-shot
 
 
 @torch.no_grad()
@@ -36,13 +21,17 @@ def predict(net: SemiModel, pool: ViewedPool, batch_size: int, world: World) -> 
     """Return float32 logits [N, K] of all images in order, on the device; every rank computes a part of them."""
     part = -(-len(pool) // world.size)  # the last parts repeat the last image: all ranks gather equal shapes
     indices = np.minimum(np.arange(world.rank * part, (world.rank + 1) * part), len(pool) - 1)
-    with eval_mode(net):
+    was_training = net.training
+    net.eval()
+    try:
         logits = torch.cat([net.evaluate(images) for images in pool.evaluation_batches(indices, batch_size)])
+    finally:
+        net.train(was_training)
     return gather(logits, world)[:len(pool)]
 
 
 def accuracy(logits: Tensor, labels: Tensor, top: tuple[int, ...] = (1, 5)) -> list[Tensor]:
-    """Return the share in percent of images whose label is among the `top` most probable classes, for each."""
+    """Return for each of `top` the percentage of images whose label is among so many most probable classes."""
     ranked = logits.topk(min(max(top), logits.shape[1]), dim=1).indices == labels[:, None]
     return [ranked[:, :k].any(1).float().mean() * 100 for k in top]
 
@@ -55,8 +44,8 @@ def class_accuracies(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def metrics(logits: Tensor, labels: Tensor, prior: Tensor, split: str, classwise: bool = True) -> dict[str, float]:
-    """Return the published numbers of a split under their names: `cost` (nats), `top1` and `top5` (percent), the same
-    for logits - log(prior) as `*_la`, and per-class accuracies.
+    """Return the published numbers of a split by name: `cost` (nats), `top1` and `top5` (percent), the same for
+    logits - log(prior) as `*_la`, and per-class accuracies.
     """
     values = {}
     for suffix, prefix, chosen in ("", "", logits), ("_la", "logit_adjusted_", logits - log_prior(prior)):
@@ -69,31 +58,21 @@ def metrics(logits: Tensor, labels: Tensor, prior: Tensor, split: str, classwise
     return values
 
 
-def extend_history(history: dict[str, list[float]], found: Mapping[str, float], split: str) -> dict[str, float]:
-    """Append an evaluation's tracked accuracies and their medians of the last 20; return the medians by name."""
-    medians = {}
-    for name in TRACKED:
-        key = f"{split}/{name}"
-        history.setdefault(key, []).append(found[key])
-        medians[f"{key}_median20"] = float(np.median(history[key][-MEDIAN_OF:]))
-        history.setdefault(f"{key}_median20", []).append(medians[f"{key}_median20"])
-    return medians
+def shots(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the classes [*] of each group, "many", "medium" and "few", by their labelled images [K].
 
-
-def summary(courses: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
-    """Return for every course of accuracies its last value, the median of the last 20 and the best, side by side.
-
-    courses: name -> values, numbers or lists of numbers (one a class).
+    More than 100, 20 to 100, fewer than 20, as Liu et al. (CVPR 2019) divide ImageNet-LT. If a data set is so small
+    that a group is empty, the classes are divided into thirds by frequency.
     """
-    found = {}
-    for name, values in courses.items():
-        numbers = np.array(values, np.float64)
-        found[name] = {"last": numbers[-1].tolist(), "median20": np.median(numbers[-MEDIAN_OF:], axis=0).tolist(),
-                       "best": numbers.max(0).tolist()}
-    return found
+    groups = {"many": np.flatnonzero(counts > MANY), "medium": np.flatnonzero((counts >= FEW) & (counts <= MANY)),
+              "few": np.flatnonzero(counts < FEW)}
+    if all(len(group) for group in groups.values()):
+        return groups
+    thirds = np.array_split(np.argsort(-counts, kind="stable"), 3)
+    return dict(zip(groups, (np.sort(third) for third in thirds), strict=True))
 
 
 def grouped(accuracies: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return the mean accuracy of each group of classes; groups without a measured class are left out."""
+    """Return the mean accuracy of each group of classes; groups without an evaluated class are left out."""
     means = {name: accuracies[classes] for name, classes in groups.items()}
     return {name: float(np.nanmean(part)) for name, part in means.items() if len(part) and not np.isnan(part).all()}

@@ -4,16 +4,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from DASO.lib.config.config import Config
 from shared.distributed import World
 from shared.training.checkpoint import keep_layout
-
-if TYPE_CHECKING:
-    from DASO.lib.config.config import Config
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
@@ -31,13 +29,12 @@ def make_optimizer(parameters: list[torch.nn.Parameter], cfg: Config) -> torch.o
 
 def learning_rate(cfg: Config, it: int, max_iter: int | None = None) -> float:
     """Return the rate of iteration `it` (from 0) by SOLVER.LR_SCHEDULER_NAME. max_iter: in place of SOLVER.MAX_ITER."""
-    solver = cfg.SOLVER
-    warm = 1.0
+    solver, warm = cfg.SOLVER, 1.0
     if it < solver.WARMUP_ITERS:
-        share = it / solver.WARMUP_ITERS
         warm = solver.WARMUP_FACTOR
         if solver.WARMUP_METHOD == "linear":
-            warm = solver.WARMUP_FACTOR * (1 - share) + share
+            fraction = it / solver.WARMUP_ITERS
+            warm = solver.WARMUP_FACTOR * (1 - fraction) + fraction
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         return solver.BASE_LR * warm * solver.GAMMA ** bisect_right(sorted(solver.STEPS), it)
     total = max_iter or solver.MAX_ITER
@@ -47,12 +44,12 @@ def learning_rate(cfg: Config, it: int, max_iter: int | None = None) -> float:
 class Scheduler:
     """Sets the rate of each iteration. Without SOLVER.APPLY_SCHEDULER the rate of the first one stays, as published.
 
-    max_iter: in place of SOLVER.MAX_ITER. `step` is called behind every iteration.
+    max_iter: length of the cosine, in place of SOLVER.MAX_ITER.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, cfg: Config, max_iter: int | None = None) -> None:
-        self.optimizer, self.cfg, self.max_iter, self.iteration = optimizer, cfg, max_iter, 0
-        self._set()
+        self.optimizer, self.cfg, self.max_iter = optimizer, cfg, max_iter
+        self._set(0)
 
     @property
     def lr(self) -> float:
@@ -60,11 +57,11 @@ class Scheduler:
         return self.optimizer.param_groups[0]["lr"]
 
     def step(self) -> None:
-        if self.cfg.SOLVER.APPLY_SCHEDULER:
-            self.iteration += 1
-            self._set()
+        """Go on to the next iteration."""
+        self._set(self.iteration + 1)
 
-    def _set(self) -> None:
+    def _set(self, iteration: int) -> None:
+        self.iteration = iteration if self.cfg.SOLVER.APPLY_SCHEDULER else 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, self.iteration, self.max_iter)
 
@@ -72,10 +69,7 @@ class Scheduler:
         return {"last_epoch": self.iteration}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.iteration = int(state["last_epoch"])
-        if not self.cfg.SOLVER.APPLY_SCHEDULER:
-            self.iteration = 0
-        self._set()
+        self._set(int(state["last_epoch"]))
 
 
 @torch.no_grad()

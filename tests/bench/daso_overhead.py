@@ -16,9 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from DASO.lib.algorithm import daso
-from DASO.lib.algorithm.daso import Blender
-from DASO.lib.algorithm.feature_queue import FeatureQueue
+from DASO.lib.algorithm.daso import Blender, FeatureQueue
 from DASO.lib.algorithm.interface import Draws
 from DASO.lib.config.config import Config
 from DASO.lib.data.augment import Look
@@ -48,9 +46,9 @@ def trainer_of(name: str, batch_size: int, device: torch.device, folder: Path) -
 def measure(name: str, batch_size: int, repeats: int, device: torch.device) -> tuple[float, float, float]:
     """Return medians over `repeats` steps: seconds of a step, of the trainer's own parts, and of DASO's own parts."""
     own, head = Stopwatch(device), Stopwatch(device)
-    published = FeatureQueue.push, FeatureQueue.similarity, Blender.__call__, Blender.note, daso.alignment_loss
+    plain = FeatureQueue.push, FeatureQueue.similarity, Blender.__call__, Blender.count
     FeatureQueue.push, FeatureQueue.similarity = head.wrap(FeatureQueue.push), head.wrap(FeatureQueue.similarity)
-    Blender.__call__, Blender.note = head.wrap(Blender.__call__), head.wrap(Blender.note)
+    Blender.__call__, Blender.count = head.wrap(Blender.__call__), head.wrap(Blender.count)
     rows = []
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -58,17 +56,17 @@ def measure(name: str, batch_size: int, repeats: int, device: torch.device) -> t
             if trainer.ema is not None:
                 trainer.ema.update = own.wrap(trainer.ema.update)
             log = Log(folder, trainer.world, every=None, tensorboard=False)
-            make, note, add = own.wrap(trainer.batches), own.wrap(trainer.note), own.wrap(log.add)
+            make, count, add = own.wrap(trainer.batches), own.wrap(trainer.count), own.wrap(log.add)
             for it in range(repeats + 1):
                 own.seconds = head.seconds = 0.0
                 started = own.now()
                 batch = make(it)
                 found, values = trainer.step(batch, it, Draws(0, it))
-                note(batch, found)
+                count(batch, found)
                 add(**values)
                 rows.append((own.now() - started, own.seconds, head.seconds))
     finally:
-        FeatureQueue.push, FeatureQueue.similarity, Blender.__call__, Blender.note, daso.alignment_loss = published
+        FeatureQueue.push, FeatureQueue.similarity, Blender.__call__, Blender.count = plain
     return tuple(np.median(rows[1:], axis=0))  # the first step is a warm-up
 
 

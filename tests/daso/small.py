@@ -40,8 +40,7 @@ LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ACR": ("acr", {}),
     "SimPro": ("simpro", {}),
 }
-# What a run measures of the machine and not of the method.
-NOT_BITWISE = {"seconds", "stats_bytes", "log_sums", "config"}
+NOT_BITWISE = {"seconds", "stats_bytes", "log_sums", "config"}  # of the machine and the clock
 
 
 def command(config: str, folder: Path, keys: dict[str, Any]) -> list[str]:

@@ -11,8 +11,7 @@ import pytest
 from DASO import main as program
 from DASO.lib.config.config import experiment_name, parse, read_yaml
 from DASO.lib.data.batches import Batches
-from DASO.lib.data.long_tail import long_tail_counts
-from DASO.lib.data.sets import load_data
+from DASO.lib.data.sets import load_data, long_tail_counts
 from shared.distributed import World
 from tests.daso.layouts import write_cifar, write_semi_aves, write_stl10
 from tests.shared.programs import ROOT

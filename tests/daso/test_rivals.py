@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from DASO.lib.algorithm.acr import ACR
-from DASO.lib.algorithm.darp import estimate_name, make_target, read_estimate, solve
-from DASO.lib.algorithm.darp_estim import DARPEstimate
+from DASO.lib.algorithm.darp import DARPEstimate, estimate_name, expected_counts, read_estimate, solve
 from DASO.lib.algorithm.interface import Batch, Draws, Setting
-from DASO.lib.algorithm.simpro import SimPro
+from DASO.lib.algorithm.rivals import ACR, SimPro
 from DASO.lib.config.config import Config
-from DASO.lib.data.long_tail import long_tail_counts
+from DASO.lib.data.sets import long_tail_counts
 from shared.cli import UserError
 from tests.daso.small import LEARNERS, STEPS, call, saved
 from tests.shared.programs import ROOT, assert_same
@@ -56,21 +54,21 @@ def test_estimate_of_class_counts_is_what_darp_reads(tmp_path: Path) -> None:
     """A student that is right with a known confusion gives the true counts; DARP finds them under the printed name."""
     reverse = {"DATASET.REVERSE_UL_DISTRIBUTION": True}
     cfg = Config({"ALGORITHM.NAME": "DARP_ESTIM", "DATASET.NAME": "digits", **reverse,
-                  "DATASET.DIGITS.NUM_UNLABELED_HEAD": 64, "SOLVER.IMS_PER_BATCH": 1})
+                  "DATASET.DIGITS.NUM_UNLABELED_HEAD": 64, "SOLVER.IMS_PER_BATCH": 1, "SOLVER.MAX_ITER": 3})
     counts = long_tail_counts(64, 10, 10, reverse=True)
     confused = torch.full((10, 10), 0.02).fill_diagonal_(0.82).log()
     labels, truth = torch.arange(10).repeat_interleave(5), torch.from_numpy(np.repeat(np.arange(10), counts))
     valid, unlabelled = (SimpleNamespace(labels=part, logits=confused[part]) for part in (labels, truth))
     said: list[str] = []
     trainer = SimpleNamespace(valid=valid, batches=SimpleNamespace(unlabelled=unlabelled), folder=tmp_path,
-                              predict=lambda pool: pool.logits, run=SimpleNamespace(print=said.append))
+                              predict=lambda pool: pool.logits,
+                              run=SimpleNamespace(log=SimpleNamespace(print=said.append)))
     setting = Setting(10, (5,) * 10, int(counts.sum()))
     learner = DARPEstimate(cfg, setting)
     for it in range(2):
         learner.evaluated(trainer, it)
     valid.logits = torch.zeros_like(valid.logits)  # cannot be inverted: not accepted
     learner.evaluated(trainer, 2)
-    learner.finish(trainer)
     assert learner.accepted == 2
     np.testing.assert_allclose(np.load(tmp_path / "estim.npy"), counts, rtol=1e-3)
 
@@ -78,9 +76,9 @@ def test_estimate_of_class_counts_is_what_darp_reads(tmp_path: Path) -> None:
     (tmp_path / "estim.npy").rename(tmp_path / name)
     darp = Config({"ALGORITHM.DARP.EST": str(tmp_path), "DATASET.NAME": "digits", **reverse})
     with pytest.raises(UserError, match="needs .*_ul_70_10_rev_estim.npyz"):
-        make_target(darp, setting)
+        expected_counts(darp, setting)
     darp = darp.replaced({"DATASET.DIGITS.NUM_UNLABELED_HEAD": 64})
-    np.testing.assert_allclose(make_target(darp, setting), counts, rtol=1e-3)
+    np.testing.assert_allclose(expected_counts(darp, setting), counts, rtol=1e-3)
 
 
 def test_refined_pseudo_labels_have_the_expected_class_counts() -> None:
@@ -133,22 +131,23 @@ def test_classifier_retraining_takes_the_encoder_of_a_finished_run(tmp_path: Pat
 def test_released_estimates_are_where_darp_looks() -> None:
     """Every mismatched setting of the paper's tables finds its class counts beside main.py."""
     folder = ROOT / "DASO" / Config().ALGORITHM.DARP.EST
-    for head, unlabelled in (1500, 3000), (500, 4000):
-        for factor, reverse in (1, False), (100, True):
-            name = estimate_name("cifar10", (head, 100), (unlabelled, factor), reverse)
-            assert read_estimate(folder, name, 1000, 10).sum().item() == pytest.approx(1000, rel=1e-5)
-    for head in 150, 450:
-        for factor in 10, 20:
-            name = estimate_name("stl10", (head, factor), (-1, -1), False)
-            assert (read_estimate(folder, name, 100_000, 10) > 0).all()
+    settings = [{"CIFAR10.NUM_LABELED_HEAD": head, "CIFAR10.NUM_UNLABELED_HEAD": unlabelled,
+                 "CIFAR10.IMB_FACTOR_UL": factor, "REVERSE_UL_DISTRIBUTION": reverse}
+                for head, unlabelled in ((1500, 3000), (500, 4000)) for factor, reverse in ((1, False), (100, True))]
+    settings += [{"NAME": "stl10", "STL10.NUM_LABELED_HEAD": head, "STL10.IMB_FACTOR_L": factor}
+                 for head in (150, 450) for factor in (10, 20)]
+    for setting in settings:
+        name = estimate_name(Config({f"DATASET.{key}": value for key, value in setting.items()}))
+        found = read_estimate(folder, name, 1000, 10)
+        assert found.sum().item() == pytest.approx(1000, rel=1e-5) and (found > 0).all()
 
 
 @pytest.mark.parametrize(("config", "keys", "message"), [
     ("fixmatch_crest", {"ALGORITHM.CREST.GEN_PERIOD_STEPS": 4}, "must be a multiple of ALGORITHM.CREST.GEN_PERIOD_STE"),
     ("crt", {"ALGORITHM.CRT.TARGET_DIR": "nowhere"}, "nowhere/model_final.pth.tar does not exist"),
     ("crt", {}, "ALGORITHM.CRT.TARGET_DIR: name the folder"),
-    ("darp_estim", {"DATASET.NUM_VALID": 0, "ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES": 0}, "held-out labels"),
-    ("remixmatch", {"ALGORITHM.REMIXMATCH.NUM_AUG": 3}, "ALGORITHM.REMIXMATCH.NUM_AUG: expected 2, got 3"),
+    ("darp_estim", {"DATASET.NUM_VALID": 0}, "held-out labels"),
+    ("remixmatch", {"ALGORITHM.REMIXMATCH.NUM_AUG": 3}, "ALGORITHM.REMIXMATCH.NUM_AUG: 3 is not in the range 2<=x<=2"),
 ])
 def test_mistakes_touch_nothing(config: str, keys: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):

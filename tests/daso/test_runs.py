@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from DASO import plot_pseudo_labels
-from DASO.lib.algorithms import ALGORITHMS
+from DASO.lib.algorithm import ALGORITHMS
 from DASO.lib.config.config import Config, read_yaml
+from DASO.lib.config.defaults import LEARNERS as NAMES
 from shared.training.checkpoint import read_checkpoint
 from tests.daso import small
 from tests.daso.small import call, command, saved
@@ -82,7 +84,8 @@ def test_killed_and_continued_is_bitwise_the_same(name: str, tmp_path: Path) -> 
 
 
 def test_no_learner_is_left_out() -> None:
-    """Every one that ALGORITHM.NAME knows is killed and continued above."""
+    """Every one that ALGORITHM.NAME knows has a class, and is killed and continued above."""
+    assert set(ALGORITHMS) == set(NAMES)
     files = {config for config, _ in (*LEARNERS.values(), *OTHERS.values())}
     assert {read_yaml(CONFIGS / f"{config}.yaml")["ALGORITHM.NAME"] for config in files} == set(ALGORITHMS)
 
@@ -151,8 +154,6 @@ def test_eval_only(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_plot_of_pseudo_labels(finished: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     plot_pseudo_labels.main([str(finished), str(finished), "--out", str(tmp_path / "figure.png")])
     with Image.open(tmp_path / "figure.png") as image:
         assert image.format == "PNG" and image.width > 600

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from DASO import tables
-from DASO.lib.algorithms import ALGORITHMS
+from DASO.lib.algorithm import ALGORITHMS
 from DASO.lib.config.config import experiment_name, parse
 from shared.report.tables import Job
 from tests.shared.small_tables import commands

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import torch
 
-from DASO.lib.algorithm.alignment import DistributionAlignment
+from DASO.lib.algorithm.fixmatch import DistributionAlignment
 from DASO.lib.algorithm.interface import Setting
 from tests.golden.cases import arrays
 from tests.golden.daso_cases import of_file, serves, tolerance

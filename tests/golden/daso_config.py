@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import DASO
-from DASO.lib.algorithms import algorithm_of
+from DASO.lib.algorithm import ALGORITHMS
 from DASO.lib.config.config import Config, check, experiment_name, read_yaml
 from DASO.lib.config.defaults import DEFAULTS, PUBLISHED
 from tests.golden.cases import facts
@@ -37,7 +37,7 @@ def test_file(name: str) -> None:
     assert {key: plain(value) for key, value in found.items()} == wanted
     cfg = Config(found)
     check(cfg)
-    algorithm_of(cfg.ALGORITHM.NAME)
+    assert cfg.ALGORITHM.NAME in ALGORITHMS
 
 
 @pytest.mark.parametrize("case", facts("daso", "experiment_names.json"), ids=lambda case: case["name"])

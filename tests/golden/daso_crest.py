@@ -6,7 +6,7 @@ import re
 import numpy as np
 import torch
 
-from DASO.lib.algorithm.self_training import sampling_rates, select
+from DASO.lib.algorithm.crest import sampling_rates, select
 from tests.golden.cases import arrays
 from tests.golden.daso_cases import of_file, serves
 

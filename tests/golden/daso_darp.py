@@ -10,13 +10,14 @@ import torch
 from DASO.lib.algorithm.darp import (
     DARP,
     estimate_counts,
+    expected_counts,
     most_probable,
     read_estimate,
     soft_confusion,
     solve,
-    target_counts,
 )
 from DASO.lib.algorithm.interface import Setting
+from DASO.lib.config.config import Config
 from tests.golden.cases import arrays
 from tests.golden.daso_cases import of_file, serves
 
@@ -101,7 +102,10 @@ def test_target(tmp_path: Path) -> None:
         classes = len(stored[key])
         known = counts(unlabelled_head, unlabelled_gamma, classes) if unlabelled_gamma > 0 else [0] * classes
         images = sum(known) or round(float(stored[key].sum()))
-        found = target_counts(dataset, (head, gamma), (unlabelled_head, unlabelled_gamma), reverse == "True", known,
-                              images, tmp_path)
+        section = f"DATASET.{dataset.upper()}"
+        cfg = Config({"DATASET.NAME": dataset, f"{section}.NUM_LABELED_HEAD": head, f"{section}.IMB_FACTOR_L": gamma,
+                      f"{section}.NUM_UNLABELED_HEAD": unlabelled_head, f"{section}.IMB_FACTOR_UL": unlabelled_gamma,
+                      "DATASET.REVERSE_UL_DISTRIBUTION": reverse, "ALGORITHM.DARP.EST": str(tmp_path)})
+        found = expected_counts(cfg, Setting(classes, (1,) * classes, images))
         np.testing.assert_allclose(found, stored[key], rtol=1e-5, err_msg=key)
         np.testing.assert_allclose(found / found.sum(), stored[f"{key}_prob"], rtol=1e-5, err_msg=key)

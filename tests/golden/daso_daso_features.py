@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from DASO.lib.algorithm.daso import DASO
-from DASO.lib.algorithm.feature_queue import FeatureQueue
+from DASO.lib.algorithm.daso import DASO, FeatureQueue, Semantics
 from DASO.lib.algorithm.interface import Batch, Draws, Setting
 from DASO.lib.config.config import Config
 from DASO.lib.models.semi import SemiModel
@@ -22,7 +22,7 @@ STEPS = [case for case in CASES if "ctor" in case]
 SERVES = serves(QUEUES + STEPS)
 
 
-class Features(nn.Module):
+class Features(nn.Identity):
     """An encoder whose features are its inputs."""
 
     def __init__(self, size: int) -> None:
@@ -51,6 +51,18 @@ def recipe(case: dict[str, Any]) -> dict[str, float]:
     return dict(zip(("seed", "size", "teacher", "weak", "strong", "x", "ef"), map(float, found), strict=True))
 
 
+def watch(semantics: Semantics) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Return a list to which every call of `semantics.blend` adds what it returns."""
+    found, blend = [], semantics.blend
+
+    def remember(*given: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        found.append(blend(*given))
+        return found[-1]
+
+    semantics.blend = remember
+    return found
+
+
 @each(STEPS)
 def test_daso_step(case: dict[str, Any]) -> None:
     given, wanted, scale = case["ctor"], stored(case), recipe(case)
@@ -62,6 +74,7 @@ def test_daso_step(case: dict[str, Any]) -> None:
                   "ALGORITHM.DASO.PRETRAIN_STEPS": first + 1, "ALGORITHM.DASO.PL_DIST_UPDATE_PERIOD": 1, **keys})
     learner = DASO(cfg, Setting(classes, tuple(int(count) for count in given["counts"]), feature_size=size))
     learner.model = fill(SemiModel(Features(size), classes, balanced=given["abc"]))
+    blended = watch(learner.semantics)
     rng = np.random.default_rng(int(scale["seed"]))
     centres = normal(rng, classes, size)
     for step in range(1 + max(int(key[2:key.index("/")]) for key in wanted)):
@@ -72,17 +85,18 @@ def test_daso_step(case: dict[str, Any]) -> None:
         weak = base + np.float32(scale["weak"]) * normal(rng, nu, size)
         strong = base + np.float32(scale["strong"]) * normal(rng, nu, size)
         x = torch.from_numpy(np.float32(scale["x"]) * np.concatenate([labelled, weak, strong])).requires_grad_()
-        labels = torch.from_numpy(labels)
-        learner.queue.push(torch.from_numpy(np.float32(scale["ef"]) * teacher), labels)
-        found = learner.losses_of(x, Batch(x[:nl], labels), first + step, StoredDraws(wanted, step))
+        labels, taught = torch.from_numpy(labels), torch.from_numpy(np.float32(scale["ef"]) * teacher)
+        learner.teacher = SimpleNamespace(encoder=lambda images, taught=taught: taught)
+        found = learner.losses(Batch(x[:nl], labels, (x[nl:nl + nu], x[nl + nu:])), first + step,
+                               StoredDraws(wanted, step))
         learner.model.zero_grad()
         sum(found.losses.values()).backward()
         head = learner.model.classifier.classifier
         values = {**found.losses, "grad_x": x.grad, "grad_classifier_w": head.weight.grad,
                   "linear_pl": found.pseudo_labels["linear"], "sem_pl": found.pseudo_labels["semantic"],
-                  "pseudo_labels": found.pseudo_labels["main"], "pl_confidence": found.confidence,
-                  "prototypes": learner.queue.prototypes, "queue_sizes": learner.queue.sizes,
-                  "pl_dist_after": learner.blender.histogram}
+                  "pseudo_labels": found.pseudo_labels["main"], "pl_confidence": blended[-1][0].amax(1),
+                  "prototypes": learner.semantics.queue.prototypes, "queue_sizes": learner.semantics.queue.sizes,
+                  "pl_dist_after": learner.semantics.blender.histogram}
         if given["abc"]:
             values["grad_abc_w"] = learner.model.abc_classifier.classifier.weight.grad
         expected = {key.partition("/")[2]: value for key, value in wanted.items() if key.startswith(f"st{step}/")

@@ -11,7 +11,7 @@ import torch
 from DASO.lib.algorithm.daso import Blender
 from DASO.lib.algorithm.interface import Setting
 from DASO.lib.config.config import Config
-from DASO.lib.statistics import PseudoLabelStatistics, report
+from DASO.lib.report import PseudoLabelStatistics, pseudo_label_numbers
 from tests.golden.cases import facts
 from tests.golden.daso_cases import each, of_file, serves, stored, tolerance
 
@@ -33,7 +33,7 @@ def test_numbers(case: dict[str, Any]) -> None:
     for batch in batches(wanted):
         statistics.add(batch["gt_labels"], batch["ul_labels"], {
             "main": batch["pseudo_labels"], "linear": batch["linear_pl"], "semantic": batch["sem_pl"]})
-    found = report(statistics.counts())
+    found = pseudo_label_numbers(statistics.counts())
     assert found.keys() == published.keys()
     for name, value in published.items():
         assert found[name] == pytest.approx(value, rel=1e-5, abs=tolerance(case)["atol"]), name
@@ -47,7 +47,7 @@ def test_histogram(case: dict[str, Any]) -> None:
     blender = Blender(Config({"ALGORITHM.DASO.PL_DIST_UPDATE_PERIOD": period}),
                       Setting(len(wanted[f"pl_dist_after_{period}"]), (1,)))
     for it, batch in enumerate(batches(wanted)):
-        blender.note(batch["pseudo_labels"], it)
+        blender.count(batch["pseudo_labels"], it)
         if it + 1 in refreshes:
             np.testing.assert_allclose(blender.histogram, refreshes[it + 1], **tolerance(case))
     assert re.search("since the previous refresh", case["what"])

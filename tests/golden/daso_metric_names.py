@@ -9,7 +9,7 @@ import pytest
 
 import DASO
 from DASO.lib.config.config import Config, read_yaml
-from DASO.lib.loop import train
+from DASO.lib.trainer import train
 from shared.distributed import World
 from tests.golden.cases import facts
 

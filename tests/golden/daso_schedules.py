@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from DASO.lib.algorithm.crest import alignment_exponent
 from DASO.lib.algorithm.interface import ramp_up
-from DASO.lib.algorithm.self_training import alignment_exponent
 from DASO.lib.config.config import Config
 from DASO.lib.solver import learning_rate
 from tests.golden.daso_cases import each, of_file, serves, stored, tolerance

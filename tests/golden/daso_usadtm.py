@@ -11,8 +11,9 @@ from torch import nn
 from DASO.lib.algorithm.interface import Batch, Draws, Setting
 from DASO.lib.algorithm.usadtm import USADTM, mutual_information, triplet_mutual_information
 from DASO.lib.config.config import Config
-from DASO.lib.data.long_tail import long_tail_counts
+from DASO.lib.data.sets import long_tail_counts
 from DASO.lib.models.semi import SemiModel
+from shared.distributed import World
 from tests.golden.cases import arrays, fill
 from tests.golden.daso_cases import of_file, serves, tolerance
 
@@ -79,9 +80,8 @@ def test_mutual_information() -> None:
     for case in INFORMATION:
         stored = {key.partition("/")[2]: arrays("daso", case["file"])[key] for key in case["keys"]}
         x, y, z = (torch.from_numpy(stored[f"in_{name}"]) for name in "xyz")
-        setting = Setting(x.shape[1], (1,) * x.shape[1])
-        np.testing.assert_allclose(mutual_information(x, y, setting), stored["pair_xy"], **tolerance(case))
-        loss = triplet_mutual_information(x.requires_grad_(), y, z, setting)
+        np.testing.assert_allclose(mutual_information(x, y, World()), stored["pair_xy"], **tolerance(case))
+        loss = triplet_mutual_information(x.requires_grad_(), y, z, World())
         loss.backward()
         np.testing.assert_allclose(loss.detach(), stored["triplet"], **tolerance(case))
         np.testing.assert_allclose(x.grad, stored["grad_x"], **tolerance(case))

@@ -1,4 +1,4 @@
-"""DARP: pseudo-labels of the whole unlabelled set, refined until their class counts are those expected.
+"""DARP: pseudo-labels of the whole unlabelled set, refined until their class counts are those expected; DARP_ESTIM.
 
 Kim et al., "Distribution Aligning Refinery of Pseudo-label for Imbalanced Semi-supervised Learning", NeurIPS 2020
 (arXiv 2007.08844). What the original solves class by class on the host is done here for all classes at once, where the
@@ -7,21 +7,24 @@ tables are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from DASO.lib.algorithm.interface import Setting
+from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step, Training
 from DASO.lib.config.config import Config
-from DASO.lib.data.long_tail import long_tail_counts
+from DASO.lib.data.sets import long_tail_counts
 from shared.cli import UserError
 from shared.data.safe import load_array
+from shared.distributed import gather
+from shared.training.files import atomic
 
 SMALLEST = 1e-6
 ROOT_TOLERANCE, ROOT_ITERATIONS = 0.1, 30  # of each root; coarse as published
+ESTIMATE_FILE = "estim.npy"
 
 
 class DARP:
@@ -34,7 +37,7 @@ class DARP:
 
     def __init__(self, target: torch.Tensor, setting: Setting, warm_up: int, period: int = 10, alpha: float = 2.0,
                  iterations: int = 10) -> None:
-        self.target, self.setting, self.warm_up, self.period = target.double(), setting, warm_up, period
+        self.target, self.world, self.warm_up, self.period = target.double(), setting.world, warm_up, period
         self.iterations, self.calls, images = iterations, 0, setting.num_unlabelled
         self.kept = [min(images, int(alpha * count)) for count in target.tolist()]
         self.original = torch.full((images, len(target)), 1 / len(target), device=setting.device)
@@ -42,12 +45,13 @@ class DARP:
 
     @torch.no_grad()
     def __call__(self, probabilities: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Note the probabilities [n, K] of the images `index`, int64 [n], and return what they are refined to.
+        """Store the probabilities [n, K] of the images `index`, int64 [n]; return what they are refined to.
 
         Between the warm-up and the first refinement after it the refined table is still uniform, as published.
         """
         self.calls += 1
-        every_index, rows = self.setting.gather(index), self.setting.gather(probabilities).to(self.original.dtype)
+        every_index = gather(index, self.world)
+        rows = gather(probabilities, self.world).to(self.original.dtype)
         # An image drawn twice keeps the later row, on any device.
         place = torch.arange(len(every_index), device=index.device)
         last = torch.full((len(self.original),), -1, device=index.device).scatter_reduce_(0, every_index, place, "amax")
@@ -126,42 +130,39 @@ def roots(function: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor)
     return found
 
 
-def make_darp(cfg: Config, setting: Setting) -> DARP:
-    """Return the refinery that ALGORITHM.DARP describes; UserError where the class counts cannot be known."""
+# ------------------------------------------------------------------------------------------------ expected class counts
+
+def make_darp(cfg: Config, setting: Setting) -> DARP | None:
+    """Return the refinery if ALGORITHM.DARP.APPLY; UserError where the class counts cannot be known."""
     darp = cfg.ALGORITHM.DARP
-    return DARP(make_target(cfg, setting), setting, int(cfg.SOLVER.MAX_ITER * darp.WARMUP_RATIO), darp.PER_ITERS,
+    if not darp.APPLY:
+        return None
+    return DARP(expected_counts(cfg, setting), setting, int(cfg.SOLVER.MAX_ITER * darp.WARMUP_RATIO), darp.PER_ITERS,
                 darp.ALPHA, darp.NUM_DARP_ITERS)
 
 
-def make_target(cfg: Config, setting: Setting) -> torch.Tensor:
-    """Return how many unlabelled images of each class DARP is to find [K], float32; UserError."""
-    tail = cfg.long_tail
+def expected_counts(cfg: Config, setting: Setting) -> torch.Tensor:
+    """Return how many unlabelled images of each class DARP is to find [K], float32; UserError.
+
+    Where both sets are alike it is the long tail of the unlabelled one; otherwise the estimate of a file in the folder
+    ALGORITHM.DARP.EST, named as released, scaled to the number of unlabelled images.
+    """
+    tail, classes = cfg.long_tail, setting.num_classes
     if tail is None:
         raise UserError(f"ALGORITHM.DARP.APPLY: nothing says how many images of each class {cfg.DATASET.NAME} has "
                         "unlabelled; choose a long-tailed data set")
-    counts = long_tail_counts(max(tail.NUM_UNLABELED_HEAD, 0), max(tail.IMB_FACTOR_UL, 1), setting.num_classes)
-    target = target_counts(cfg.DATASET.NAME, (tail.NUM_LABELED_HEAD, tail.IMB_FACTOR_L),
-                           (tail.NUM_UNLABELED_HEAD, tail.IMB_FACTOR_UL), cfg.DATASET.REVERSE_UL_DISTRIBUTION, counts,
-                           setting.num_unlabelled, Path(cfg.ALGORITHM.DARP.EST))
-    return target.to(setting.device)
+    if tail.IMB_FACTOR_L == tail.IMB_FACTOR_UL and not cfg.DATASET.REVERSE_UL_DISTRIBUTION:
+        counts = long_tail_counts(max(tail.NUM_UNLABELED_HEAD, 0), max(tail.IMB_FACTOR_UL, 1), classes)
+        return torch.tensor(counts, dtype=torch.float32, device=setting.device)
+    folder = Path(cfg.ALGORITHM.DARP.EST)
+    return read_estimate(folder, estimate_name(cfg), setting.num_unlabelled, classes).to(setting.device)
 
 
-def target_counts(dataset: str, labelled: tuple[int, float], unlabelled: tuple[int, float], reverse: bool,
-                  counts: Sequence[int], images: int, folder: Path) -> torch.Tensor:
-    """Return how many unlabelled images of each class DARP is to find [K], float32; UserError.
-
-    labelled, unlabelled: images of the largest class and imbalance of each set, -1 where unknown. Where both sets are
-    alike it is the long tail `counts` of the unlabelled one; otherwise the estimate of a file in `folder`, named as
-    released, scaled to the number of unlabelled `images`.
-    """
-    if labelled[1] == unlabelled[1] and not reverse:
-        return torch.tensor(counts, dtype=torch.float32)
-    return read_estimate(folder, estimate_name(dataset, labelled, unlabelled, reverse), images, len(counts))
-
-
-def estimate_name(dataset: str, labelled: tuple[int, float], unlabelled: tuple[int, float], reverse: bool) -> str:
+def estimate_name(cfg: Config) -> str:
     """Return the released name of the file for an experiment."""
-    return "_".join(map(str, (dataset, "l", *labelled, "ul", *unlabelled, *["rev"] * reverse, "estim.npyz")))
+    tail, reverse = cfg.long_tail, cfg.DATASET.REVERSE_UL_DISTRIBUTION
+    return "_".join(map(str, (cfg.DATASET.NAME, "l", tail.NUM_LABELED_HEAD, tail.IMB_FACTOR_L, "ul",
+                              tail.NUM_UNLABELED_HEAD, tail.IMB_FACTOR_UL, *["rev"] * reverse, "estim.npyz")))
 
 
 def read_estimate(folder: Path, name: str, total: int, classes: int) -> torch.Tensor:
@@ -178,6 +179,65 @@ def read_estimate(folder: Path, name: str, total: int, classes: int) -> torch.Te
     if counts.shape != (classes,) or not np.isfinite(counts).all() or counts.min() < 0 or counts.sum() <= 0:
         raise UserError(f"{path}: expected {classes} class counts, none negative")
     return torch.from_numpy(counts * (total / counts.sum())).float()
+
+
+# ---------------------------------------------------------------------------------------------------------- DARP_ESTIM
+
+class DARPEstimate(Algorithm):
+    """Supervised training that estimates the unlabelled class counts, which DARP needs.
+
+    The confusion of held-out labelled images explains the sum of the predictions on unlabelled ones (Lipton et al.,
+    ICML 2018, arXiv 1802.03916, equation 4). Every evaluation makes an estimate; it is accepted if no count is negative
+    and the confusion is conditioned better than ALGORITHM.DARP_ESTIM.THRESH_COND. Their mean is written to estim.npy in
+    the run's folder. State: `total` [K], the sum of those accepted, and `accepted`.
+    """
+
+    views = ()
+    state = ("total", "accepted")
+    evaluates_average = False
+
+    def __init__(self, cfg: Config, setting: Setting) -> None:
+        super().__init__(cfg, setting)
+        self.total = torch.zeros(setting.num_classes, dtype=torch.float64, device=setting.device)
+        self.accepted = 0
+
+    def losses(self, batch: Batch, it: int, draws: Draws) -> Step:
+        logits = self.model(batch.labelled)
+        return Step({"loss_cls": self.labelled_loss(logits, batch.labels, it)}, logits)
+
+    def begin(self, training: Training) -> None:
+        if training.valid is None:
+            raise UserError("DARP_ESTIM compares predictions with held-out labels: set DATASET.NUM_VALID or "
+                            "ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES above 0")
+
+    @torch.no_grad()
+    def evaluated(self, training: Training, it: int) -> None:
+        """Estimate. The last, incomplete batch of unlabelled images is left out, as published."""
+        size = self.cfg.SOLVER.IMS_PER_BATCH * self.cfg.SOLVER.UNLABELED_BATCH_RATIO
+        pools = training.valid, training.batches.unlabelled
+        valid, unlabelled = (training.predict(pool).softmax(1) for pool in pools)
+        whole = len(unlabelled) // size * size or len(unlabelled)
+        confusion = soft_confusion(valid, training.valid.labels)
+        counts, condition = estimate_counts(confusion, unlabelled[:whole].sum(0))
+        if bool((counts >= 0).all()) and condition < self.cfg.ALGORITHM.DARP_ESTIM.THRESH_COND:
+            self.total, self.accepted = self.total + counts, self.accepted + 1
+        if it + 1 == self.cfg.SOLVER.MAX_ITER:
+            self.write(training)
+
+    def write(self, training: Training) -> None:
+        """Write the mean estimate, and say where DARP looks for it."""
+        show = training.run.log.print
+        if not self.accepted:
+            show("no estimate of the unlabelled class counts was accepted: train longer, or raise "
+                 "ALGORITHM.DARP_ESTIM.THRESH_COND")
+            return
+        estimate, path = (self.total / self.accepted).cpu().numpy(), training.folder / ESTIMATE_FILE
+        if self.setting.world.main:
+            with atomic(path) as file:
+                np.save(file, estimate)
+        show(f"estimated unlabelled class counts: {np.round(estimate, 1).tolist()}")
+        if self.cfg.long_tail is not None:
+            show(f"for DARP: copy {path} to {self.cfg.ALGORITHM.DARP.EST}/{estimate_name(self.cfg)}")
 
 
 def soft_confusion(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -5,48 +5,136 @@ CVPR 2022 (arXiv 2106.05682), section 3, on FixMatch; with ALGORITHM.ABC.APPLY a
 """
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from DASO.lib.algorithm.balanced_head import BalancedHead
-from DASO.lib.algorithm.feature_queue import FeatureQueue
-from DASO.lib.algorithm.fixmatch import fixmatch_views
+from DASO.lib.algorithm.fixmatch import BalancedHead
 from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step
 from DASO.lib.config.config import Config
-from DASO.lib.losses import adjusted, consistency, cross_entropy
+from DASO.lib.losses import adjusted, cross_entropy
+from shared.distributed import all_sum, gather
+
+EPSILON = 1e-8  # of a cosine, so that a prototype of zeros resembles nothing
+
+
+class DASO(Algorithm):
+    logged_pseudo_labels = ("main", "linear", "semantic")
+
+    def __init__(self, cfg: Config, setting: Setting) -> None:
+        super().__init__(cfg, setting)
+        self.semantics = Semantics(cfg, setting)
+        self.balanced = BalancedHead(cfg, setting) if cfg.ALGORITHM.ABC.APPLY else None
+
+    def losses(self, batch: Batch, it: int, draws: Draws) -> Step:
+        # The teacher is in train mode: the labelled images alone move its batch statistics here, as published.
+        with torch.no_grad():
+            self.semantics.push(self.teacher.encoder(batch.labelled), batch.labels)
+        features = self.model.encoder(batch.images)
+        _, weak_features, strong_features = features.split(batch.sizes)
+        labelled, weak, strong = self.model.classifier(features).split(batch.sizes)
+
+        linear, losses = weak.detach().softmax(1), {}
+        target, semantic = self.semantics.blend(linear, weak_features.detach(), it)
+        if semantic is not None and self.cfg.ALGORITHM.DASO.PSA_LOSS_WEIGHT > 0:
+            losses["loss_assign"] = self.semantics.alignment_loss(strong_features, semantic)
+        if self.balanced is not None:
+            heads = self.model.abc_classifier(features).split(batch.sizes)
+            blended = semantic is not None and self.cfg.ALGORITHM.ABC.DASO_PSEUDO_LABEL
+            blend = (lambda probabilities: self.semantics.blender(probabilities, semantic)) if blended else None
+            losses["loss_abc"] = self.balanced.loss(*heads, batch.labels, it, draws, blend)
+
+        label, mask = self.confident(target)
+        labelled = adjusted(labelled, self.cfg, self.setting.prior)
+        losses["loss_cls"] = self.labelled_loss(labelled, batch.labels, it)
+        losses["loss_cons"] = self.cfg.MODEL.LOSS.UNLABELED_LOSS_WEIGHT * cross_entropy(strong, label, mask)
+        return Step(losses, None, self.semantics.count(linear, semantic, target, it), mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.semantics.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.semantics.load_state_dict(state)
+
+
+class Semantics:
+    """Semantic pseudo-labels, for any learner.
+
+    State: `queue`, recent features of the labelled images; `blender`, the distribution of recent pseudo-labels.
+    by_class: blend by class; None: ALGORITHM.DASO.WITH_DIST_AWARE.
+    """
+
+    def __init__(self, cfg: Config, setting: Setting, by_class: bool | None = None) -> None:
+        self.options, self.world = cfg.ALGORITHM.DASO, setting.world
+        self.queue = FeatureQueue(setting.num_classes, cfg.MODEL.QUEUE.MAX_SIZE, setting.feature_size, setting.device)
+        self.blender = Blender(cfg, setting, self.options.WITH_DIST_AWARE if by_class is None else by_class)
+
+    def push(self, features: Tensor, labels: Tensor) -> None:
+        """Store features [n, D] of this rank's labelled images (section 3.2)."""
+        self.queue.push(gather(features.float(), self.world), gather(labels, self.world))
+
+    @torch.no_grad()
+    def blend(self, linear: Tensor, features: Tensor, it: int) -> tuple[Tensor, Tensor | None]:
+        """Return linear pseudo-labels [n, K] blended with the semantic ones of features [n, D]; and the latter.
+
+        Before ALGORITHM.DASO.PRETRAIN_STEPS the linear ones stay as they are, and there are no others.
+        """
+        if it < self.options.PRETRAIN_STEPS:
+            return linear, None
+        semantic = (self.queue.similarity(features) / self.options.PROTO_TEMP).softmax(1)  # equation 2
+        return self.blender(linear, semantic), semantic
+
+    def alignment_loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """Return the weighted cross-entropy [] of the similarity classifier on features [n, D] (equation 7)."""
+        logits = self.queue.similarity(features) / self.options.PROTO_TEMP
+        return self.options.PSA_LOSS_WEIGHT * cross_entropy(logits, target)
+
+    def count(self, linear: Tensor, semantic: Tensor | None, target: Tensor, it: int) -> dict[str, Tensor]:
+        """Count the blended pseudo-labels; return the labels int64 [n] of all three kinds."""
+        label, linear = target.argmax(1), linear.argmax(1)
+        self.blender.count(label, it)
+        semantic = torch.full_like(label, -1) if semantic is None else semantic.argmax(1)
+        return {"main": label, "linear": linear, "semantic": semantic}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"queue": self.queue.state_dict(), "blender": self.blender.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.queue.load_state_dict(state["queue"])
+        self.blender.load_state_dict(state["blender"])
 
 
 class Blender:
     """How much of the semantic pseudo-label goes into which class's pseudo-labels.
 
-    State: `histogram` float32 [K], how often each class was the pseudo-label between the last two refreshes, as shares
-    (zeros before the first one); `counts` float32 [K], since the last one.
+    State: `histogram` float32 [K], the distribution of the pseudo-labels between the last two updates (zeros before the
+    first one); `counts` float32 [K], since the last one.
     """
 
-    def __init__(self, cfg: Config, setting: Setting) -> None:
-        self.options, self.setting, self.max_iter = cfg.ALGORITHM.DASO, setting, cfg.SOLVER.MAX_ITER
+    def __init__(self, cfg: Config, setting: Setting, by_class: bool = True) -> None:
+        self.options, self.world, self.by_class = cfg.ALGORITHM.DASO, setting.world, by_class
+        self.max_iter = cfg.SOLVER.MAX_ITER
         self.histogram = torch.zeros(setting.num_classes, device=setting.device)
         self.counts = torch.zeros_like(self.histogram)
 
-    def shares(self) -> Tensor:
-        """Return upsilon [K] in 0..1: 1 for the class most often predicted (equation 5); 0 before a histogram exists.
-        """
+    def fractions(self) -> Tensor:
+        """Return upsilon [K] in 0..1: 1 for the class most often predicted (equation 5); 0 without a histogram."""
         powered = self.histogram ** (1 / self.options.DIST_TEMP)
         return powered / powered.max().clamp(min=torch.finfo(powered.dtype).tiny)
 
-    def __call__(self, linear: Tensor, semantic: Tensor, distribution_aware: bool = True) -> Tensor:
+    def __call__(self, linear: Tensor, semantic: Tensor) -> Tensor:
         """Return pseudo-labels [n, K]: (1 - a) linear + a semantic, a by the linear label's class (equation 4)."""
-        if distribution_aware:
-            share = self.shares()[linear.argmax(1)][:, None]
-        else:
-            share = self.options.INTERP_ALPHA
-        return (1 - share) * linear + share * semantic
+        fraction = self.fractions()[linear.argmax(1)][:, None] if self.by_class else self.options.INTERP_ALPHA
+        return (1 - fraction) * linear + fraction * semantic
 
     @torch.no_grad()
-    def note(self, labels: Tensor, it: int) -> None:
-        """Count this rank's pseudo-labels int64 [n] of iteration `it`, and refresh the histogram when it is time."""
+    def count(self, labels: Tensor, it: int) -> None:
+        """Count this rank's pseudo-labels int64 [n] of iteration `it`; update the histogram when it is time."""
         new = torch.zeros_like(self.counts).scatter_add_(0, labels, torch.ones_like(labels, dtype=torch.float32))
-        self.counts = self.counts + self.setting.sum(new)
+        self.counts = self.counts + all_sum(new, self.world)
         if (it + 1) % self.options.PL_DIST_UPDATE_PERIOD == 0 and it + 1 < self.max_iter:
             self.histogram = self.counts / self.counts.sum()
             self.counts = torch.zeros_like(self.counts)
@@ -54,73 +142,61 @@ class Blender:
     def state_dict(self) -> dict[str, Tensor]:
         return {"histogram": self.histogram, "counts": self.counts}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.histogram, self.counts = (state[name].to(self.histogram.device) for name in ("histogram", "counts"))
 
 
-class DASO(Algorithm):
-    state = ("queue", "blender")
-    logged_pseudo_labels = ("main", "linear", "semantic")
+class FeatureQueue:
+    """The last features of every class, first in, first out, and their means: the prototypes.
 
-    def __init__(self, cfg: Config, setting: Setting) -> None:
-        super().__init__(cfg, setting)
-        self.queue = FeatureQueue(setting.num_classes, cfg.MODEL.QUEUE.MAX_SIZE, setting.feature_size, setting.device)
-        self.blender = Blender(cfg, setting)
-        self.balanced = BalancedHead(cfg, setting) if cfg.ALGORITHM.ABC.APPLY else None
-
-    @staticmethod
-    def views(cfg: Config) -> tuple[str, ...]:
-        return fixmatch_views(cfg)
-
-    def losses(self, batch: Batch, it: int, draws: Draws) -> Step:
-        remember(self, batch)
-        features = self.model.encoder(torch.cat([batch.labelled, *batch.views]))
-        return self.losses_of(features, batch, it, draws)
-
-    def losses_of(self, features: Tensor, batch: Batch, it: int, draws: Draws) -> Step:
-        """Return the losses from the student's features [B_l + 2 B_u, D] of labelled images, weak and strong views."""
-        options, loss = self.cfg.ALGORITHM.DASO, self.cfg.MODEL.LOSS
-        sizes = [len(batch.labels)] + [(len(features) - len(batch.labels)) // 2] * 2
-        _, f_weak, f_strong = features.split(sizes)
-        labelled, weak, strong = self.model.classifier(features).split(sizes)
-        active, found = it >= options.PRETRAIN_STEPS, {}
-
-        linear = weak.detach().softmax(1)
-        target, semantic = linear, None
-        if active:
-            semantic = (self.queue.similarity(f_weak.detach()) / options.PROTO_TEMP).softmax(1)
-            target = self.blender(linear, semantic, options.WITH_DIST_AWARE)
-            if options.PSA_LOSS_WEIGHT > 0:  # semantic alignment, equation 7: every image counts
-                found["loss_assign"] = options.PSA_LOSS_WEIGHT * alignment_loss(
-                    self.queue, f_strong, semantic, options.PROTO_TEMP)
-        if self.balanced is not None:
-            heads = self.model.abc_classifier(features).split(sizes)
-            blended = active and self.cfg.ALGORITHM.ABC.DASO_PSEUDO_LABEL
-            blend = (lambda p: self.blender(p, semantic, options.WITH_DIST_AWARE)) if blended else None
-            found["loss_abc"] = self.balanced.loss(heads[0], batch.labels, heads[1], heads[2], it, draws, blend)
-
-        confidence, label = target.max(1)
-        mask = (confidence >= self.cfg.ALGORITHM.CONFIDENCE_THRESHOLD).float()
-        labelled = adjusted(labelled, self.cfg, self.setting.prior)
-        found["loss_cls"] = self.labelled_loss(labelled, batch.labels, it)
-        found["loss_cons"] = loss.UNLABELED_LOSS_WEIGHT * consistency(strong, label, mask)
-        self.blender.note(label, it)
-        none = torch.full_like(label, -1)
-        kinds = {"main": label, "linear": linear.argmax(1), "semantic": semantic.argmax(1) if active else none}
-        return Step(found, None, kinds, mask, confidence=confidence)
-
-
-def remember(learner: Algorithm, batch: Batch) -> None:
-    """Push the teacher's features of the labelled images, of all ranks, to the learner's queue (section 3.2).
-
-    The teacher is in train mode: these images alone are its batch, and move its statistics, as published.
+    capacity: features of a class, one number or K of them. Attributes: `features` float32 [K, largest capacity, D];
+    `pushed` int64 [K], how many ever came; `prototypes` float32 [K, D], zeros for a class that was not seen yet.
     """
-    with torch.no_grad():
-        features = learner.teacher.encoder(batch.labelled).float()
-    gather = learner.setting.gather
-    learner.queue.push(gather(features), gather(batch.labels))
 
+    def __init__(self, num_classes: int, capacity: int | Sequence[int], feature_size: int,
+                 device: torch.device | str = "cpu") -> None:
+        each = [capacity] * num_classes if isinstance(capacity, int) else list(capacity)
+        self.capacity = torch.tensor(each, device=device).clamp(min=1)
+        self.largest = max(1, *each)
+        self.features = torch.zeros(num_classes, self.largest, feature_size, device=device)
+        self.pushed = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self.prototypes = torch.zeros(num_classes, feature_size, device=device)
+        # One row behind the rings takes what is not kept, so that shapes do not depend on the data.
+        self._discard = num_classes * self.largest
 
-def alignment_loss(queue: FeatureQueue, features: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Return the cross-entropy [] of the similarity classifier on features [n, D] with targets [n, K]."""
-    return cross_entropy(queue.similarity(features) / temperature, target)
+    @property
+    def sizes(self) -> Tensor:
+        """How many features of each class are stored, int64 [K]."""
+        return torch.minimum(self.pushed, self.capacity)
+
+    @torch.no_grad()
+    def push(self, features: Tensor, labels: Tensor) -> None:
+        """Store features [n, D] of classes int64 [n], in order, of the global batch."""
+        classes = F.one_hot(labels, len(self.pushed))
+        counts = classes.sum(0)
+        rank = classes.cumsum(0).gather(1, labels[:, None])[:, 0] - 1  # among this batch's images of its class
+        kept = rank >= (counts - self.capacity)[labels]  # of more than fit, the last ones
+        slot = (self.pushed[labels] + rank) % self.capacity[labels]
+        place = torch.where(kept, labels * self.largest + slot, self._discard)
+        flat = self.features.view(-1, self.features.shape[2])
+        flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
+        flat[place] = features.to(flat.dtype)
+        self.features = flat[:-1].view_as(self.features)
+        self.pushed = self.pushed + counts
+        mean = self.features.sum(1) / self.sizes.clamp(min=1)[:, None]
+        self.prototypes = torch.where((counts > 0)[:, None], mean, self.prototypes)
+
+    def similarity(self, features: Tensor) -> Tensor:
+        """Return the cosine of features [n, D] with every prototype: float [n, K] in -1..1."""
+        unit = features.float() / features.float().norm(dim=1, keepdim=True).clamp(min=EPSILON)
+        prototypes = self.prototypes / self.prototypes.norm(dim=1, keepdim=True).clamp(min=EPSILON)
+        # Temperatures of 0.05 need more digits than the network's bfloat16 has.
+        with torch.autocast(unit.device.type, enabled=False):
+            return unit @ prototypes.T
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"features": self.features, "pushed": self.pushed, "prototypes": self.prototypes}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name in ("features", "pushed", "prototypes"):
+            setattr(self, name, state[name].to(self.features.device))

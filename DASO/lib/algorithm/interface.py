@@ -1,36 +1,31 @@
-"""What a learner is: the views it wants, its losses on a batch, its state, and a few hooks for the rarer ones."""
+"""What a learner is: the views it wants, its losses on a batch and its state; hooks for the rarer ones."""
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from DASO.lib.config.config import Config
 from DASO.lib.data.batches import Batch, Batches, ViewedPool
-from DASO.lib.losses import LabelledLoss, labelled_loss
-from shared import distributed
+from DASO.lib.losses import labelled_loss
+from DASO.lib.models.semi import SemiModel
 from shared.distributed import World
 from shared.training.randomness import numpy_rng
-
-if TYPE_CHECKING:
-    from DASO.lib.config.config import Config
-    from DASO.lib.models.semi import SemiModel
-    from DASO.lib.solver import Scheduler
-    from shared.training.run import Run
+from shared.training.run import Run
 
 
 @dataclass
 class Step:
     """What a learner returns for a batch.
 
-    losses: name -> loss [], in published order; the sum is descended. logits: float [B_l, K], of the labelled images,
-    for the training accuracy (None: not logged). pseudo_labels: kind ("main", "linear", "semantic") -> int64 [B_u], -1
-    where there is none; recall and precision are logged of them. mask: [B_u], 1 where the pseudo-label was learned.
-    log: further numbers, name -> value. confidence: [B_u], of the main pseudo-label.
+    losses: name -> loss [], in published order; their sum is descended. logits: float [B_l, K] of the labelled images,
+    for the training accuracy. pseudo_labels: kind ("main", "linear", "semantic") -> int64 [B_u], -1 for none. mask:
+    [B_u], 1 where the pseudo-label was learned. log: further numbers by name.
     """
 
     losses: dict[str, Tensor]
@@ -38,15 +33,13 @@ class Step:
     pseudo_labels: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     log: dict[str, Tensor | float] = field(default_factory=dict)
-    confidence: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a learner may know besides its configuration. Reductions make its state that of the global batch.
+    """The data and the ranks of a run.
 
-    labelled_counts: images of every class in the initial labelled set. num_unlabelled: images in the unlabelled set.
-    feature_size: D, of the encoder's output.
+    labelled_counts: images of every class in the initial labelled set. feature_size: D, of the encoder's output.
     """
 
     num_classes: int
@@ -54,7 +47,6 @@ class Setting:
     num_unlabelled: int = 0
     feature_size: int = 128
     world: World = World()
-    seed: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -62,34 +54,13 @@ class Setting:
 
     @property
     def prior(self) -> Tensor:
-        """The share of every class among the initial labelled images, float32 [K]."""
+        """The class distribution of the initial labelled images, float32 [K]."""
         counts = torch.tensor(self.labelled_counts, dtype=torch.float32, device=self.device)
         return counts / counts.sum()
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over ranks, without gradient."""
-        return distributed.sum_(tensor, self.world)
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean over ranks, without gradient."""
-        return distributed.mean(tensor, self.world)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Concatenate over ranks along dimension 0, in the order of the global batch, without gradient."""
-        return distributed.gather(tensor, self.world)
-
-    def sum_with_gradient(self, tensor: Tensor) -> Tensor:
-        """Return the sum over ranks; its gradient reaches every rank's part."""
-        if self.world.size == 1:
-            return tensor
-        # Gradients are averaged over ranks: the identity, times ranks for that average, lets each part count once.
-        return self.sum(tensor) + (tensor - tensor.detach()) * self.world.size
-
 
 class Draws:
-    """The random numbers of one iteration: functions of (seed, iteration, how many came before), the same on any
-    number of ranks.
-    """
+    """The random numbers of one iteration: functions of (seed, iteration, number of the call) alone."""
 
     def __init__(self, seed: int, iteration: int, world: World | None = None) -> None:
         self.seed, self.iteration, self.world, self.calls = seed, iteration, world or World(), 0
@@ -109,7 +80,7 @@ class Draws:
         return float(self._rng("beta").beta(alpha, alpha))
 
     def permutation(self, count: int) -> np.ndarray:
-        """Return a permutation of `count`, int64 [count]; `count` is that of the global batch."""
+        """Return a permutation of the `count` images of the global batch, int64 [count]."""
         return self._rng("permutation").permutation(count)
 
     def quarter_turns(self, count: int) -> np.ndarray:
@@ -119,109 +90,94 @@ class Draws:
 
 
 class Training(Protocol):
-    """What the hooks of a learner may use of the training that they are part of.
-
-    valid: the held-out images, None where there are none. batches.unlabelled: all unlabelled images; batches.counts:
-    images of every class in the present labelled set.
-    """
+    """What the hooks of a learner may use of the trainer; valid: the held-out images."""
 
     folder: Path
     run: Run
-    scheduler: Scheduler
     batches: Batches
     valid: ViewedPool | None
 
     def predict(self, pool: ViewedPool) -> Tensor:
-        """Return the measured network's logits [N, K] of all images in order."""
+        """Return the evaluated network's logits [N, K] of all images in order."""
 
     def restart(self, generation: int) -> None:
         """Begin again with untrained weights, a new average, optimiser and schedule."""
 
-    def extend_labelled(self, index: Tensor, labels: Tensor) -> None:
-        """Let the labelled set be the initial one and these unlabelled images with these labels, int64 [n]."""
-
 
 class Algorithm:
-    """A learner. One of them is a file with a class of this kind; the mathematics is in `losses`.
+    """A learner.
 
-    model, teacher: the network being trained and the moving average of its weights, set by the trainer before
-    anything is computed. Both are in train mode during an iteration; whoever runs images through the teacher moves its
-    batch statistics, as published. teacher is None where `keeps_average` is False.
+    model, teacher: the trained network, and the moving average of its weights if `keeps_average`; the trainer sets
+    both. Both are in train mode: images that run through the teacher move its batch statistics, as published.
 
-    state: names of attributes that a checkpoint keeps: tensors, or objects with state_dict and load_state_dict. They
-    must be those of the global batch, equal on all ranks.
+    views: of each unlabelled image: "eval", "weak", "strong" (RandAugment before the resize to DATASET.RESOLUTION),
+    "strong_resized" (after it), or "second": strong if DATASET.TRANSFORM.STRONG_AUG, else weak.
+    state: names of the attributes that a checkpoint keeps: tensors, numbers, None, or objects with state_dict and
+    load_state_dict. They are those of the global batch, equal on all ranks.
+    period: iterations after which weights, average, learning rate and ramp-up begin again; None: never.
     """
 
+    views: tuple[str, ...] = ("weak", "second")
+    labelled_view = "weak"
     state: tuple[str, ...] = ()
-    keeps_average = True        # whether there is a teacher at all
-    evaluates_average = True    # whether it is the teacher that is measured
-    logged_pseudo_labels: tuple[str, ...] = ()  # kinds whose numbers the published log holds
+    keeps_average = True
+    evaluates_average = True  # whether the average is evaluated, or the trained network
+    period: int | None = None
+    logged_pseudo_labels: tuple[str, ...] = ()  # kinds whose statistics the published log holds
     model: SemiModel
     teacher: SemiModel | None
 
     def __init__(self, cfg: Config, setting: Setting) -> None:
         self.cfg, self.setting = cfg, setting
-        self.labelled_loss: LabelledLoss = labelled_loss(cfg, setting.labelled_counts, setting.world)
-
-    @staticmethod
-    def views(cfg: Config) -> tuple[str, ...]:
-        """Return the views of an unlabelled image, each "eval", "weak", "strong" (RandAugment on the image as it is
-        stored) or "strong_resized" (RandAugment after the resize to DATASET.RESOLUTION).
-        """
-        return ()
-
-    @staticmethod
-    def labelled_view(cfg: Config) -> str:
-        """Return the view of a labelled image."""
-        return "weak"
+        self.labelled_loss = labelled_loss(cfg, setting.labelled_counts, setting.world)
+        second = "strong" if cfg.DATASET.TRANSFORM.STRONG_AUG else "weak"
+        self.views = tuple(second if view == "second" else view for view in self.views)
 
     def losses(self, batch: Batch, it: int, draws: Draws) -> Step:
         """Return the losses of iteration `it` (from 0) on a batch; called in train mode."""
         raise NotImplementedError
 
-    def ema_step(self, it: int) -> int:
-        """Return the number of updates that the moving average has seen; it starts as a copy at 0."""
-        return it
+    def confident(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the likeliest class int64 [n] of [n, K], and 1.0 [n] if it reaches ALGORITHM.CONFIDENCE_THRESHOLD."""
+        confidence, label = probabilities.max(1)
+        return label, (confidence >= self.cfg.ALGORITHM.CONFIDENCE_THRESHOLD).float()
+
+    def since_start(self, it: int) -> int:
+        """Return the number of iterations before `it` since the weights were untrained."""
+        return it if self.period is None else it % self.period
+
+    def ramp_up(self, it: int) -> float:
+        """Return the factor on the consistency losses of iteration `it`."""
+        options, total = self.cfg.ALGORITHM, self.period or self.cfg.SOLVER.MAX_ITER
+        return ramp_up(self.since_start(it), total, options.CONS_RAMPUP_ITERS_RATIO, options.CONS_RAMPUP_SCHEDULE)
 
     def begin(self, training: Training) -> None:
-        """Called once before the first iteration, before a checkpoint is loaded."""
+        """Called before the first iteration, and before a checkpoint is loaded."""
 
     def evaluated(self, training: Training, it: int) -> None:
-        """Called after every evaluation."""
+        """Called after every evaluation; the last iteration ends with one."""
 
     def after_iteration(self, training: Training, it: int) -> None:
         """Called at the end of an iteration, after evaluation and log."""
 
-    def finish(self, training: Training) -> None:
-        """Called once behind the last iteration."""
-
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name) for name in self.state}
-        return {name: part if isinstance(part, (Tensor, int, float)) or part is None else part.state_dict()
-                for name, part in parts.items()}
+        return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in self.state:
             value = state[name]
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(self.setting.device))
-            elif isinstance(value, (int, float)) or value is None:
-                setattr(self, name, value)
-            else:
+            if isinstance(value, Mapping):
                 getattr(self, name).load_state_dict(value)
+            else:
+                setattr(self, name, value.to(self.setting.device) if isinstance(value, Tensor) else value)
 
 
 def ramp_up(it: int, total: int, ratio: float, schedule: str) -> float:
-    """Return the factor on a consistency loss at iteration `it`: it reaches 1 after `ratio` of `total` iterations.
+    """Return a factor that reaches 1 after `ratio` of `total` iterations.
 
-    schedule: "linear", or "exp" for exp(-5 (1 - share)^2).
+    schedule: "linear", or "exp" for exp(-5 (1 - fraction)^2).
     """
     length = total * ratio
-    share = min(it / length, 1.0) if length > 0 else 1.0
-    return share if schedule == "linear" else float(np.exp(-5 * (1 - share) ** 2))
-
-
-def consistency_ramp(cfg: Config, it: int) -> float:
-    """Return the published ramp-up coefficient of iteration `it` of a whole run."""
-    return ramp_up(it, cfg.SOLVER.MAX_ITER, cfg.ALGORITHM.CONS_RAMPUP_ITERS_RATIO,
-                   cfg.ALGORITHM.CONS_RAMPUP_SCHEDULE)
+    fraction = min(it / length, 1.0) if length > 0 else 1.0
+    return fraction if schedule == "linear" else float(np.exp(-5 * (1 - fraction) ** 2))

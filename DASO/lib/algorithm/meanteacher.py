@@ -1,39 +1,37 @@
-"""MeanTeacher: the student learns the averaged network's probabilities of another view.
-
-Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017 (arXiv 1703.01780). With
-ALGORITHM.MEANTEACHER.APPLY_DASO the teacher's probabilities are blended with the semantic ones of DASO.
-"""
+"""Mean Teacher and Pseudo-Label: learning the predictions of an average, or the network's own ones."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from DASO.lib.algorithm.fixmatch import fixmatch_views
-from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step, consistency_ramp
-from DASO.lib.algorithm.semantics import Semantics
+from DASO.lib.algorithm.daso import Semantics
+from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step
 from DASO.lib.config.config import Config
-from DASO.lib.losses import squared_difference
+from DASO.lib.losses import cross_entropy
 
 
 class MeanTeacher(Algorithm):
+    """The student learns the averaged network's probabilities of another view.
+
+    Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017 (arXiv 1703.01780). With
+    ALGORITHM.MEANTEACHER.APPLY_DASO the teacher's probabilities are blended with the semantic ones of DASO.
+    """
+
     state = ("semantics",)
 
     def __init__(self, cfg: Config, setting: Setting) -> None:
         super().__init__(cfg, setting)
         self.semantics = Semantics(cfg, setting) if cfg.ALGORITHM.MEANTEACHER.APPLY_DASO else None
 
-    @staticmethod
-    def views(cfg: Config) -> tuple[str, ...]:
-        return fixmatch_views(cfg)
-
     def losses(self, batch: Batch, it: int, draws: Draws) -> Step:
         first, second = batch.views
-        labelled, student = self.model(torch.cat([batch.labelled, first])).split([len(batch.labelled), len(first)])
+        labelled, student = self.model(torch.cat([batch.labelled, first])).split(batch.sizes[:2])
         target, kinds = self.teach(batch, second, it)
-        ramp = consistency_ramp(self.cfg, it)
-        consistency = squared_difference(student.softmax(1), target)
+        ramp = self.ramp_up(it)
+        difference = F.mse_loss(student.softmax(1), target)
         losses = {"loss_cls": self.labelled_loss(labelled, batch.labels, it),
-                  "loss_cons": ramp * self.cfg.MODEL.LOSS.UNLABELED_LOSS_WEIGHT * consistency}
+                  "loss_cons": ramp * self.cfg.MODEL.LOSS.UNLABELED_LOSS_WEIGHT * difference}
         return Step(losses, labelled, kinds, log={"cons_rampup_coeff": ramp})
 
     @torch.no_grad()
@@ -41,7 +39,25 @@ class MeanTeacher(Algorithm):
         """Return the target probabilities [B_u, K] of images, and the pseudo-labels behind them."""
         if self.semantics is None:
             return self.teacher(images).softmax(1), {}
-        features = self.teacher.encoder(torch.cat([batch.labelled, images]))
-        labelled, unlabelled = features.split([len(batch.labelled), len(images)])
+        labelled, features = self.teacher.encoder(torch.cat([batch.labelled, images])).split(batch.sizes[:2])
         self.semantics.push(labelled, batch.labels)
-        return self.semantics.blend(self.teacher.classifier(unlabelled).softmax(1), unlabelled, it)
+        linear = self.teacher.classifier(features).softmax(1)
+        target, semantic = self.semantics.blend(linear, features, it)
+        return target, self.semantics.count(linear, semantic, target, it)
+
+
+class PseudoLabel(Algorithm):
+    """The confident prediction on a view is the label of that same view.
+
+    Lee, "Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep Neural Networks", 2013.
+    """
+
+    views = ("weak",)
+
+    def losses(self, batch: Batch, it: int, draws: Draws) -> Step:
+        labelled, weak = self.model(batch.images).split(batch.sizes)
+        label, mask = self.confident(weak.detach().softmax(1))
+        ramp = self.ramp_up(it)
+        losses = {"loss_cls": self.labelled_loss(labelled, batch.labels, it),
+                  "loss_cons": ramp * self.cfg.MODEL.LOSS.UNLABELED_LOSS_WEIGHT * cross_entropy(weak, label, mask)}
+        return Step(losses, labelled, {"main": label}, mask, {"cons_rampup_coeff": ramp})

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from DASO.lib.algorithm.feature_queue import FeatureQueue
+from DASO.lib.algorithm.daso import FeatureQueue
 from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step
 from DASO.lib.config.config import Config
-from DASO.lib.losses import consistency
+from DASO.lib.losses import cross_entropy
+from shared.distributed import World, gather, sum_with_gradient
 
 SMALLEST = torch.finfo(torch.float64).eps
 QUEUE_PER_LABELLED = 5  # features kept of a class, for each of its labelled images
 
 
 class USADTM(Algorithm):
-    """`queue`: recent features of the labelled images. The teacher's with ALGORITHM.USADTM.WITH_EMA_PROTOTYPE."""
+    """State: `queue`, recent features of the labelled images, the teacher's with USADTM.WITH_EMA_PROTOTYPE."""
 
+    views = ("eval", "weak", "strong")
     state = ("queue",)
 
     def __init__(self, cfg: Config, setting: Setting) -> None:
@@ -28,27 +30,21 @@ class USADTM(Algorithm):
         sizes = [QUEUE_PER_LABELLED * max(count, 1) for count in setting.labelled_counts]
         self.queue = FeatureQueue(setting.num_classes, sizes, setting.feature_size, setting.device)
 
-    @staticmethod
-    def views(cfg: Config) -> tuple[str, ...]:
-        return ("eval", "weak", "strong")
-
     def losses(self, batch: Batch, it: int, draws: Draws) -> Step:
-        options = self.cfg.ALGORITHM.USADTM
-        features = self.model.encoder(torch.cat([batch.labelled, *batch.views]))
-        sizes = [len(batch.labelled), *map(len, batch.views)]
-        labelled, plain, weak, strong = self.model.classifier(features).split(sizes)
-        labelled_features, _, weak_features, _ = features.detach().split(sizes)
+        options, world = self.cfg.ALGORITHM.USADTM, self.setting.world
+        features = self.model.encoder(batch.images)
+        labelled, plain, weak, strong = self.model.classifier(features).split(batch.sizes)
+        labelled_features, _, weak_features, _ = features.detach().split(batch.sizes)
         if options.WITH_EMA_PROTOTYPE:
             with torch.no_grad():
                 labelled_features = self.teacher.encoder(batch.labelled)
-        gather = self.setting.gather
-        self.queue.push(gather(labelled_features.float()), gather(batch.labels))
+        self.queue.push(gather(labelled_features.float(), world), gather(batch.labels, world))
         losses = {"loss_cls": self.labelled_loss(labelled, batch.labels, it),
-                  "uc_loss": options.UC_LOSS_WEIGHT * triplet_mutual_information(plain, weak, strong, self.setting)}
+                  "uc_loss": options.UC_LOSS_WEIGHT * triplet_mutual_information(plain, weak, strong, world)}
         if it < options.PRETRAIN_STEPS:
             return Step({**losses, "loss_cons": strong.sum() * 0.0})
         label, mask = match(weak_features, self.queue.prototypes, options.DTM_THRES)
-        losses["loss_cons"] = self.cfg.MODEL.LOSS.UNLABELED_LOSS_WEIGHT * consistency(strong, label, mask)
+        losses["loss_cons"] = self.cfg.MODEL.LOSS.UNLABELED_LOSS_WEIGHT * cross_entropy(strong, label, mask)
         return Step(losses, None, {"main": label}, mask)
 
 
@@ -63,19 +59,18 @@ def match(features: Tensor, prototypes: Tensor, threshold: float) -> tuple[Tenso
     return label, ((label == nearest) & (similarity >= threshold)).to(features.dtype)
 
 
-def triplet_mutual_information(x: Tensor, y: Tensor, z: Tensor, setting: Setting) -> Tensor:
+def triplet_mutual_information(x: Tensor, y: Tensor, z: Tensor, world: World) -> Tensor:
     """Return minus the mutual information of the classes of three views, the mean over their pairs; logits [n, K]."""
-    return (mutual_information(x, y, setting) + mutual_information(x, z, setting)
-            + mutual_information(y, z, setting)) / 3
+    return (mutual_information(x, y, world) + mutual_information(x, z, world) + mutual_information(y, z, world)) / 3
 
 
-def mutual_information(x: Tensor, y: Tensor, setting: Setting) -> Tensor:
+def mutual_information(x: Tensor, y: Tensor, world: World) -> Tensor:
     """Return minus the mutual information between the classes of two views of all ranks' images; logits [n, K].
 
     Ji et al., "Invariant Information Clustering", ICCV 2019 (arXiv 1807.06653), equations 2 and 3.
     """
     # Not as a product of matrices, which would be one of bfloat16 where that is the network's precision.
-    joint = setting.sum_with_gradient((x.softmax(1)[:, :, None] * y.softmax(1)[:, None, :]).sum(0))
+    joint = sum_with_gradient((x.softmax(1)[:, :, None] * y.softmax(1)[:, None, :]).sum(0), world)
     joint = (joint + joint.T) / 2
     joint = joint / joint.sum()
     rows, columns = (joint.sum(dim, keepdim=True).clamp(min=SMALLEST) for dim in (1, 0))

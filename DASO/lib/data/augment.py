@@ -4,19 +4,18 @@
     strong   flip, crop, RandAugment with cutout, resize, normalise; "strong_resized": the resize before RandAugment
     eval     resize, normalise
 
-The order matters for images that are resized (STL-10: 96 to 32) alone.
+The order matters only for images that are resized (STL-10: 96 to 32).
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from shared.augment.randaugment import OPERATIONS
 from shared.augment.views import StrongDraws, WeakDraws, WeakPolicy, draw_weak, normalise, shift_whole, strong
+from shared.data.pool import resize
 
 OPS_PER_IMAGE, LEVELS = 2, 10
 CUTOUT_SIDE = 16
@@ -48,12 +47,6 @@ def magnitude(operation: str, level: int, negative: bool, size: tuple[int, int])
     return 0.0
 
 
-def magnitude_table(size: tuple[int, int]) -> np.ndarray:
-    """Return all magnitudes, float64 [operation in published order, level, positive or negative]."""
-    return np.array([[[magnitude(name, level, negative, size) for negative in (False, True)]
-                      for level in range(LEVELS)] for name in ALPHABETICAL])
-
-
 def strong_draws(operations: np.ndarray, applied: np.ndarray, levels: np.ndarray, negative: np.ndarray,
                  centre: np.ndarray, size: tuple[int, int], cutout_side: int = CUTOUT_SIDE) -> StrongDraws:
     """Return the parameters of n strong augmentations.
@@ -62,15 +55,18 @@ def strong_draws(operations: np.ndarray, applied: np.ndarray, levels: np.ndarray
     centre: of the cutout, (x, y) in pixels, [n, 2].
     """
     places = np.array([OPERATIONS.index(name) for name in ALPHABETICAL])
-    magnitudes = magnitude_table(size)[operations, levels, negative.astype(int)]
+    table = np.array([[[magnitude(name, level, sign, size) for sign in (False, True)] for level in range(LEVELS)]
+                      for name in ALPHABETICAL])
+    magnitudes = table[operations, levels, negative.astype(int)]
     chosen = np.where(applied, places[operations], OPERATIONS.index("Identity"))
     fraction = np.full(len(operations), cutout_side / size[1])
     return StrongDraws(chosen, np.where(applied, magnitudes, 0.0), fraction, centre)
 
 
 def draw_strong(n: int, rng: np.random.Generator, size: tuple[int, int], cutout_side: int = CUTOUT_SIDE) -> StrongDraws:
-    """Draw n strong augmentations of images of `size`: two operations, each applied with probability 1/2, at a level
-    1..9, then a cutout.
+    """Draw n strong augmentations of images of `size`.
+
+    Two operations, each applied with probability 1/2, at a level 1..9, then a cutout.
     """
     operations = rng.integers(len(ALPHABETICAL), size=(n, OPS_PER_IMAGE))
     applied, negative = rng.random((n, OPS_PER_IMAGE)) <= 0.5, rng.random((n, OPS_PER_IMAGE)) < 0.5
@@ -79,20 +75,11 @@ def draw_strong(n: int, rng: np.random.Generator, size: tuple[int, int], cutout_
     return strong_draws(operations, applied, levels, negative, centre, size, cutout_side)
 
 
-def resize(images: Tensor, side: int) -> Tensor:
-    """Resize uint8 [N, C, H, W] to squares as Pillow's bilinear filter does; images of that size stay."""
-    if images.shape[2:] == (side, side):
-        return images
-    if images.device.type == "cpu":
-        return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
-    wide = F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
-    return wide.round_().clamp_(0, 255).to(torch.uint8)
-
-
 @dataclass(frozen=True)
 class Look:
-    """How the images of a data set are seen: mean, std (unit scale), the side that networks get, the weak policy and
-    the side of the cutout.
+    """How the images of a data set are seen.
+
+    mean, std: of each channel, on the scale 0..1. side: of the images that networks get. cutout_side: in pixels.
     """
 
     mean: tuple[float, ...]
@@ -100,18 +87,6 @@ class Look:
     side: int
     policy: WeakPolicy = WeakPolicy()
     cutout_side: int = CUTOUT_SIDE
-
-    def view(self, images: Tensor, kind: str, weak_draws: WeakDraws | None, strong_: StrongDraws | None) -> Tensor:
-        """Return one view of uint8 images [n, C, H, W]: float32 [n, C, side, side]."""
-        if kind != "eval":
-            images = shift_whole(images, weak_draws)
-        elif self.policy.crop is not None:
-            images = centre_crop(images, self.policy.crop)
-        if kind == "strong_resized":
-            images = resize(images, self.side)
-        if kind.startswith("strong"):
-            images = strong(images, strong_, (GREY,) * images.shape[1])
-        return normalise(resize(images, self.side), self.mean, self.std)
 
     def draw(self, kind: str, n: int, rng: np.random.Generator,
              size: tuple[int, int]) -> tuple[WeakDraws | None, StrongDraws | None]:
@@ -124,8 +99,24 @@ class Look:
         seen = (self.side, self.side) if kind == "strong_resized" else weak_draws.window
         return weak_draws, draw_strong(n, rng, seen, self.cutout_side)
 
+    def view(self, images: Tensor, kind: str, weak_draws: WeakDraws | None, strong_: StrongDraws | None) -> Tensor:
+        """Return one view of uint8 images [n, C, H, W]: float32 [n, C, side, side]."""
+        if kind != "eval":
+            images = shift_whole(images, weak_draws)
+        elif self.policy.crop is not None:
+            images = centre_crop(images, self.policy.crop)
+        if kind == "strong_resized":
+            images = self.resize(images)
+        if kind.startswith("strong"):
+            images = strong(images, strong_, (GREY,) * images.shape[1])
+        return normalise(self.resize(images), self.mean, self.std)
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Resize uint8 [n, C, H, W] to squares as Pillow's bilinear filter does; images of that size stay."""
+        return images if images.shape[2:] == (self.side, self.side) else resize(images, self.side)
+
 
 def centre_crop(images: Tensor, side: int) -> Tensor:
-    """Return the middle of images [N, C, H, W]: [N, C, side, side]."""
+    """Return the middle of images [n, C, H, W]: [n, C, side, side]."""
     top, left = (images.shape[2] - side) // 2, (images.shape[3] - side) // 2
     return images[:, :, top:top + side, left:left + side]

@@ -6,10 +6,11 @@ below the same folder. `l_train_val.txt`, if there is no `l_train.txt`, is taken
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from shared.cli import UserError
 from shared.data.cache import Allocate, Stored, cached
@@ -23,34 +24,25 @@ LISTS = {"labelled": ("l_train.txt", "l_train_val.txt"), "valid": ("val.txt",), 
 CHUNK = 64  # photographs that a worker decodes at a time
 
 
-@dataclass(frozen=True)
-class SemiAves:
-    labelled: ImageSet
-    unlabelled: ImageSet | None
-    valid: ImageSet | None
-    test: ImageSet | None
+def load_semi_aves(root: Path, stored_side: int, unlabelled: str) -> dict[str, ImageSet | None]:
+    """Return the sets labelled, unlabelled, valid and test below `root`, the last three None without their list.
 
-
-def load_semi_aves(root: Path, unlabelled: str, stored_side: int, with_unlabelled: bool = True) -> SemiAves:
-    """Read the data set below `root`. unlabelled: "in", "out" or "in_out". UserError for missing or damaged files.
-
-    Every photograph is decoded once: its shorter side becomes `stored_side` pixels and its middle square is kept
-    (about 30 GB for all of them at 256), in the cache of decoded images.
+    unlabelled: "in", "out", "in_out", or "" for none. Every photograph is decoded once: its shorter side becomes
+    `stored_side` pixels and its middle square is kept (about 30 GB for all of them at 256), in the cache of decoded
+    images. Raises UserError for missing or damaged files.
     """
     labelled = _read_list(root, "labelled", stored_side)
     classes = tuple(str(label) for label in range(int(labelled.labels.max()) + 1))
-    labelled = _with_classes(labelled, classes)
-    parts = [_read_list(root, name, stored_side) for name in ("in", "out")
-             if name in unlabelled.split("_")] if with_unlabelled else []
+    parts = [_read_list(root, name, stored_side) for name in ("in", "out") if name in unlabelled.split("_")]
     pool = None
     if parts:
         labels = np.concatenate([part.labels for part in parts])
         images = parts[0].images if len(parts) == 1 else np.concatenate([part.images for part in parts])
         # Images of other species have no class here.
         pool = ImageSet(images, np.where(labels < len(classes), labels, -1), classes, "semi_aves unlabelled")
-    valid = _read_list(root, "valid", stored_side) if (root / "val.txt").exists() else None
-    test = _read_list(root, "test", stored_side) if (root / "test.txt").exists() else None
-    return SemiAves(labelled, pool, valid and _with_classes(valid, classes), test and _with_classes(test, classes))
+    held_out = {name: _with_classes(_read_list(root, name, stored_side), classes) if (root / file).exists() else None
+                for name, (file,) in (("valid", LISTS["valid"]), ("test", LISTS["test"]))}
+    return {"labelled": _with_classes(labelled, classes), "unlabelled": pool, **held_out}
 
 
 def _with_classes(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
@@ -69,21 +61,19 @@ def _read_list(root: Path, name: str, side: int) -> ImageSet:
     absent = next((path for path in paths if not (root / path).is_file()), None)
     if absent is not None:
         raise UserError(f"{file}: names {absent}, which is not below {root}")
-    key = ["semi_aves", side, fingerprint(file), str(root.resolve()), len(paths)]
 
     def read(allocate: Allocate) -> Stored:
         array = allocate((len(paths), 3, side, side))
         starts = range(0, len(paths), CHUNK)
-        progress = Progress(f"decoding {file.stem}", len(paths), "images")
-        try:
-            chunks = [(root, tuple(paths[start:start + CHUNK]), side) for start in starts]
+        chunks = [(root, tuple(paths[start:start + CHUNK]), side) for start in starts]
+        with closing(Progress(f"decoding {file.stem}", len(paths), "images")) as progress:
             for start, images in zip(starts, ordered_map(_decode, chunks), strict=True):
                 array[start:start + len(images)] = images
                 progress.advance(len(images))
-        finally:
-            progress.close()
         return Stored(array, labels)
 
+    states = [(state.st_size, state.st_mtime_ns) for state in ((root / path).stat() for path in paths)]
+    key = ["semi_aves", side, fingerprint(file), states]
     stored = cached(f"semi_aves_{file.stem}", key, read)
     return ImageSet(stored.images, stored.labels, (), f"semi_aves {file.stem}")
 
@@ -99,9 +89,9 @@ def parse_list(file: Path) -> tuple[list[str], np.ndarray]:
         fields = line.split()
         if not fields:
             continue
-        label = fields[1] if len(fields) == 2 else "-1"
-        if len(fields) > 2 or not label.lstrip("-").isdigit() or int(label) < -1 or ".." in Path(fields[0]).parts \
-                or Path(fields[0]).is_absolute():
+        label, path = fields[1] if len(fields) == 2 else "-1", Path(fields[0])
+        inside = not path.is_absolute() and ".." not in path.parts
+        if len(fields) > 2 or not label.lstrip("-").isdigit() or int(label) < -1 or not inside:
             raise UserError(f"{file}, line {number}: expected a path inside the folder and a label, got {line[:80]!r}")
         paths.append(fields[0])
         labels.append(int(label))
@@ -112,8 +102,6 @@ def parse_list(file: Path) -> tuple[list[str], np.ndarray]:
 
 def _decode(work: tuple[Path, tuple[str, ...], int]) -> np.ndarray:
     """Decode photographs to uint8 [n, 3, side, side]: shorter side to `side`, then the middle square."""
-    from PIL import Image
-
     root, paths, side = work
     images = np.empty((len(paths), 3, side, side), np.uint8)
     for index, path in enumerate(paths):

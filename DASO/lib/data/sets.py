@@ -1,7 +1,6 @@
 """The data sets of the experiments, split as published: labelled, unlabelled, validation and test images."""
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,28 +9,26 @@ import numpy as np
 
 from DASO.lib.config.config import Config
 from DASO.lib.data.augment import Look
-from DASO.lib.data.long_tail import select
 from DASO.lib.data.semi_aves import load_semi_aves
 from shared.augment.views import WeakPolicy
 from shared.cli import UserError
 from shared.data.datasets import load_dataset
 from shared.data.images import ImageSet, read_images
+from shared.training.files import make_dir
 
 CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 CIFAR100_STATISTICS = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS_STATISTICS = (0.305,), (0.376,)
-# Learners that use no unlabelled images.
-WITHOUT_UNLABELLED = ("Supervised", "cRT")
-FEW, MANY = 20, 100  # labelled images: a class with more than MANY is many-shot, with fewer than FEW few-shot
+WITHOUT_UNLABELLED = ("Supervised", "cRT")  # learners that use no unlabelled images
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """Everything read before training.
 
-    valid, test: None where there is none. unlabelled: None for learners without. Its labels, where known, serve
-    statistics only. generated: how many of the labelled images, the last ones, are those of DATASET.AUG_PATH.
+    unlabelled: None for learners without; its labels, where known, serve statistics only. generated: how many of the
+    labelled images, the last ones, are those of DATASET.AUG_PATH.
     """
 
     labelled: ImageSet
@@ -48,10 +45,17 @@ class TrainingData:
         return np.bincount(self.labelled.labels, minlength=self.num_classes)
 
     @property
+    def real_labelled(self) -> ImageSet:
+        """The labelled images without generated ones."""
+        return self.labelled.subset(slice(len(self.labelled) - self.generated))
+
+    @property
     def real_counts(self) -> np.ndarray:
         """Labelled images of every class, without generated ones, int64 [K]."""
-        return np.bincount(self.labelled.labels[:len(self.labelled) - self.generated], minlength=self.num_classes)
+        return np.bincount(self.real_labelled.labels, minlength=self.num_classes)
 
+
+# ---------------------------------------------------------------------------------------------------------- data sets
 
 def load_data(cfg: Config) -> TrainingData:
     """Read and split the data set of the configuration; nothing is written. Raises UserError."""
@@ -85,89 +89,141 @@ def _read(name: str, split: str, cfg: Config) -> ImageSet:
     except UserError as missing:
         if not cfg.DATASET.DOWNLOAD or "not found" not in str(missing):
             raise
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"DATASET.ROOT: cannot create the folder {root}: {error.strerror}") from None
-        return load_dataset(name, split, root, download=True)
+        return load_dataset(name, split, make_dir(root), download=True)
 
 
 def _cifar(cfg: Config) -> TrainingData:
     name = cfg.DATASET.NAME
     statistics = CIFAR100_STATISTICS if name == "cifar100" else CIFAR10_STATISTICS
-    return _from_pool(cfg, _read(name, "train", cfg), _test(name, cfg), Look(*statistics, cfg.DATASET.RESOLUTION),
-                      holdout_allowed=name == "cifar10")
+    return _split_pool(cfg, Look(*statistics, cfg.DATASET.RESOLUTION))
 
 
 def _digits(cfg: Config) -> TrainingData:
     """1,297 images of 8x8 to train on, for trying out: shifts of a pixel, no mirror images."""
     policy = WeakPolicy(flip=False, pad=1, pad_mode="zero")
-    look = Look(*DIGITS_STATISTICS, cfg.DATASET.RESOLUTION, policy, cutout_side=3)
-    return _from_pool(cfg, load_dataset("digits", "train"), _test("digits", cfg), look)
-
-
-def _from_pool(cfg: Config, pool: ImageSet, test: ImageSet | None, look: Look,
-               holdout_allowed: bool = True) -> TrainingData:
-    """Split one pool into labelled, unlabelled and validation images."""
-    tail, learner = cfg.long_tail, cfg.ALGORITHM.NAME
-    uses = learner not in WITHOUT_UNLABELLED
-    holdout = cfg.ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES if learner == "DARP_ESTIM" and holdout_allowed else None
-    found = select(pool.labels, pool.num_classes, cfg.SEED, head=tail.NUM_LABELED_HEAD, factor=tail.IMB_FACTOR_L,
-                   num_valid=cfg.DATASET.NUM_VALID, unlabelled_head=max(0, tail.NUM_UNLABELED_HEAD),
-                   unlabelled_factor=tail.IMB_FACTOR_UL if learner != "Supervised" else 1,
-                   reverse=cfg.DATASET.REVERSE_UL_DISTRIBUTION, holdout=holdout)
-    return TrainingData(pool.subset(found.labelled), pool.subset(found.unlabelled) if uses else None,
-                        _some(pool, found.valid), test, look, pool.num_classes)
+    return _split_pool(cfg, Look(*DIGITS_STATISTICS, cfg.DATASET.RESOLUTION, policy, cutout_side=3))
 
 
 def _stl10(cfg: Config) -> TrainingData:
     """5,000 labelled images, thinned; all 100,000 unlabelled ones, whose classes are not known."""
-    pool, tail, learner = _read("stl10", "train", cfg), cfg.DATASET.STL10, cfg.ALGORITHM.NAME
-    holdout = cfg.ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES if learner == "DARP_ESTIM" else None
-    found = select(pool.labels, pool.num_classes, cfg.SEED, head=tail.NUM_LABELED_HEAD, factor=tail.IMB_FACTOR_L,
-                   num_valid=cfg.DATASET.NUM_VALID, holdout=holdout)
-    unlabelled = None if learner in WITHOUT_UNLABELLED else _read("stl10", "unlabeled", cfg)
     # Normalised by the numbers of CIFAR-10, as published.
-    return TrainingData(pool.subset(found.labelled), unlabelled, _some(pool, found.valid), _test("stl10", cfg),
-                        Look(*CIFAR10_STATISTICS, cfg.DATASET.RESOLUTION), pool.num_classes)
+    data = _split_pool(cfg, Look(*CIFAR10_STATISTICS, cfg.DATASET.RESOLUTION), with_unlabelled=False)
+    if cfg.ALGORITHM.NAME in WITHOUT_UNLABELLED:
+        return data
+    return replace(data, unlabelled=_read("stl10", "unlabeled", cfg))
+
+
+def _split_pool(cfg: Config, look: Look, with_unlabelled: bool = True) -> TrainingData:
+    """Split the training images of a data set into labelled, validation and (`with_unlabelled`) unlabelled ones."""
+    name, tail, learner = cfg.DATASET.NAME, cfg.long_tail, cfg.ALGORITHM.NAME
+    pool = _read(name, "train", cfg)
+    counts = {"head": tail.NUM_LABELED_HEAD, "factor": tail.IMB_FACTOR_L, "num_valid": cfg.DATASET.NUM_VALID}
+    if learner == "DARP_ESTIM" and name != "cifar100":
+        counts |= {"holdout": cfg.ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES}
+    if with_unlabelled:
+        counts |= {"unlabelled_head": max(0, tail.NUM_UNLABELED_HEAD), "reverse": cfg.DATASET.REVERSE_UL_DISTRIBUTION,
+                   "unlabelled_factor": tail.IMB_FACTOR_UL if learner != "Supervised" else 1}
+    labelled, valid, unlabelled = select(pool.labels, pool.num_classes, cfg.SEED, **counts)
+    with_unlabelled &= learner not in WITHOUT_UNLABELLED
+    return TrainingData(pool.subset(labelled), pool.subset(unlabelled) if with_unlabelled else None,
+                        pool.subset(valid) if len(valid) else None,
+                        _read(name, "test", cfg) if cfg.EVAL_ON_TEST_SET else None, look, pool.num_classes)
 
 
 def _semi_aves(cfg: Config) -> TrainingData:
-    side = cfg.DATASET.RESOLUTION
-    found = load_semi_aves(Path(cfg.DATASET.ROOT), cfg.DATASET.SEMIAVES.UNLABELED, stored_side=side * 8 // 7,
-                           with_unlabelled=cfg.ALGORITHM.NAME not in WITHOUT_UNLABELLED)
+    side, wanted = cfg.DATASET.RESOLUTION, cfg.DATASET.SEMIAVES.UNLABELED
+    found = load_semi_aves(Path(cfg.DATASET.ROOT), side * 8 // 7,
+                           "" if cfg.ALGORITHM.NAME in WITHOUT_UNLABELLED else wanted)
     look = Look(*IMAGENET_STATISTICS, side, WeakPolicy(pad=0, crop=side), cutout_side=side // 2)
-    test = found.test if cfg.EVAL_ON_TEST_SET else None
-    return TrainingData(found.labelled, found.unlabelled, found.valid, test, look, found.labelled.num_classes)
+    return TrainingData(found["labelled"], found["unlabelled"], found["valid"],
+                        found["test"] if cfg.EVAL_ON_TEST_SET else None, look, found["labelled"].num_classes)
 
 
-def _test(name: str, cfg: Config) -> ImageSet | None:
-    if not cfg.EVAL_ON_TEST_SET:
-        return None
-    return load_dataset(name, "test") if name == "digits" else _read(name, "test", cfg)
+# -------------------------------------------------------------------------------------------- long-tailed selection
 
+def long_tail_counts(head: int, factor: float, num_classes: int, reverse: bool = False) -> np.ndarray:
+    """Return the images of each class, int64 [K]: from `head` falling geometrically to head / factor, truncated.
 
-def _some(pool: ImageSet, indices: np.ndarray) -> ImageSet | None:
-    return pool.subset(indices) if len(indices) else None
-
-
-def shots(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the classes [*] of each group, "many", "medium" and "few", by their labelled images [K].
-
-    More than 100, 20 to 100, fewer than 20, as Liu et al. (CVPR 2019) divide ImageNet-LT. Where a data set is so small
-    that a group is empty, the classes are divided into thirds by frequency.
+    reverse: the last class is the most frequent one.
     """
-    order = np.argsort(-counts, kind="stable")
-    groups = {"many": np.flatnonzero(counts > MANY), "medium": np.flatnonzero((counts >= FEW) & (counts <= MANY)),
-              "few": np.flatnonzero(counts < FEW)}
-    if all(len(group) for group in groups.values()):
-        return groups
-    thirds = np.array_split(order, 3)
-    return dict(zip(groups, (np.sort(third) for third in thirds), strict=True))
+    ranks = np.arange(num_classes)
+    counts = np.array([int(head * (1.0 / factor) ** (rank / max(1, num_classes - 1))) for rank in ranks.tolist()])
+    return counts[::-1].copy() if reverse else counts
 
 
-def warn_of_queue(cfg: Config, feature_size: int) -> None:
-    """Say that MODEL.QUEUE.FEAT_DIM is not what the network has; what the network has is used."""
-    if cfg.MODEL.QUEUE.FEAT_DIM != feature_size and "DASO" in cfg.ALGORITHM.NAME:
-        warnings.warn(f"MODEL.QUEUE.FEAT_DIM {cfg.MODEL.QUEUE.FEAT_DIM}: the network's features have {feature_size} "
-                      "numbers; these are used", stacklevel=2)
+def select(labels: np.ndarray, num_classes: int, seed: int, *, head: int, factor: float, num_valid: int,
+           unlabelled_head: int | None = None, unlabelled_factor: float = 1, reverse: bool = False,
+           holdout: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return the labelled, validation and unlabelled images of an experiment in the published order.
+
+    They are int64 positions in a pool of training images with `labels` int64 [N].
+    head, factor: of the labelled images; unlabelled_head, unlabelled_factor: of the unlabelled ones, None for no such
+    set. reverse: the unlabelled ones are most frequent where the labelled ones are rarest. holdout: as many labelled
+    images of every class become the validation set (of the initial validation images where the rarest class has not
+    more than ten).
+
+    Every stage draws from a fresh RandomState(seed), class after class. Raises UserError where a class has too few.
+    """
+    kept = np.arange(len(labels))
+    valid = np.array([], np.int64)
+    if num_valid > 0:
+        valid, kept = _split(labels, kept, num_classes, seed, num_valid // num_classes)
+        if not len(valid) or not len(kept):
+            raise UserError(f"DATASET.NUM_VALID {num_valid} leaves {len(kept)} training and {len(valid)} validation "
+                            "images; choose a positive multiple of the number of classes, or 0 for none")
+    labelled, unlabelled = kept, None
+    if unlabelled_head is not None:
+        labelled, rest = _split(labels, kept, num_classes, seed, head)
+        unlabelled = _first(labels, rest, num_classes, unlabelled_head)
+        _check_enough(labels, labelled, np.full(num_classes, head), "labelled")
+        _check_enough(labels, unlabelled, np.full(num_classes, unlabelled_head), "unlabelled")
+    if factor > 1:
+        labelled = _thin(labels, labelled, seed, long_tail_counts(head, factor, num_classes), "labelled")
+    if holdout is not None:
+        if int(head / factor) > 10:
+            valid = _first(labels, labelled, num_classes, holdout)
+            labelled = _first(labels, labelled[~np.isin(labelled, valid)], num_classes, len(labels))
+        else:
+            valid = _first(labels, valid, num_classes, holdout)
+    if unlabelled is not None and unlabelled_factor > 1:
+        counts = long_tail_counts(unlabelled_head, unlabelled_factor, num_classes, reverse)
+        unlabelled = _thin(labels, unlabelled, seed, counts, "unlabelled", reverse)
+    return labelled, valid, unlabelled
+
+
+def _split(labels: np.ndarray, pool: np.ndarray, num_classes: int, seed: int,
+           first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffle every class; return the `first` of each, and the others, class by class."""
+    draw, taken, rest = np.random.RandomState(seed), [], []
+    for label in range(num_classes):
+        members = pool[labels[pool] == label]
+        draw.shuffle(members)
+        taken.append(members[:first])
+        rest.append(members[first:])
+    return np.concatenate(taken), np.concatenate(rest)
+
+
+def _first(labels: np.ndarray, pool: np.ndarray, num_classes: int, count: int) -> np.ndarray:
+    """Return the first `count` images of every class in the pool's order, class by class."""
+    return np.concatenate([pool[labels[pool] == label][:count] for label in range(num_classes)])
+
+
+def _thin(labels: np.ndarray, pool: np.ndarray, seed: int, counts: np.ndarray, name: str,
+          reverse: bool = False) -> np.ndarray:
+    """Shuffle every class and keep counts[c] images of it; `reverse` begins with the last class."""
+    _check_enough(labels, pool, counts, name)
+    draw, kept = np.random.RandomState(seed), []
+    for label in range(len(counts))[::-1] if reverse else range(len(counts)):
+        members = pool[labels[pool] == label]
+        draw.shuffle(members)
+        kept.append(members[:counts[label]])
+    return np.concatenate(kept)
+
+
+def _check_enough(labels: np.ndarray, pool: np.ndarray, counts: np.ndarray, name: str) -> None:
+    found = np.bincount(labels[pool], minlength=len(counts))
+    short = np.flatnonzero(found < counts)
+    if len(short):
+        label = short[0]
+        raise UserError(f"class {label} has {found[label]} images left for the {name} set, but {counts[label]} are "
+                        "asked for; lower DATASET.*.NUM_LABELED_HEAD, NUM_UNLABELED_HEAD or DATASET.NUM_VALID")

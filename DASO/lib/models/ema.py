@@ -29,7 +29,7 @@ class ModelEMA:
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int, lr: float) -> None:
-        ours, theirs = _tensors(self.module), _tensors(net)
+        ours, theirs = (split_tensors(part) for part in (self.module, net))
         torch._foreach_lerp_(ours[0], theirs[0], 1 - self.decay(step))
         if ours[1]:
             torch._foreach_copy_(ours[1], theirs[1])
@@ -43,14 +43,15 @@ class ModelEMA:
         self.module.load_state_dict(as_counters(state))
 
 
+def split_tensors(net: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return (parameters and floating-point buffers, other buffers)."""
+    buffers = list(net.buffers())
+    return ([*net.parameters(), *(buffer for buffer in buffers if buffer.is_floating_point())],
+            [buffer for buffer in buffers if not buffer.is_floating_point()])
+
+
 def as_counters(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict without the average's prefix, batch counters as integers: published averages hold floats."""
     plain = {name.removeprefix(PREFIX): value for name, value in state.items()}
     return {name: value.round().long() if name.endswith("num_batches_tracked") else value
             for name, value in plain.items()}
-
-
-def _tensors(net: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    buffers = list(net.buffers())
-    return ([*net.parameters(), *(b for b in buffers if b.is_floating_point())],
-            [b for b in buffers if not b.is_floating_point()])

@@ -1,15 +1,11 @@
 """The network of every learner: an encoder and linear heads on its features."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from DASO.lib.config.config import Config
 from DASO.lib.models.wrn import WRN, ResNet34
-
-if TYPE_CHECKING:
-    from DASO.lib.config.config import Config
 
 WITH_BALANCED_HEAD = ("FixMatchABC", "ACR")  # learners that always have the second classifier
 
@@ -31,8 +27,8 @@ class LinearHead(nn.Module):
 
 
 class SemiModel(nn.Module):
-    """Encoder, `classifier`, and where asked for `abc_classifier` (a second one, which then is the one that is
-    measured) or `projection` (four quarter turns).
+    """Encoder and `classifier`; with `balanced` also `abc_classifier`, which then is evaluated; with `rotation` also
+    `projection` (four quarter turns).
 
     encoder: with `feature_size`. Names are those of the published checkpoints.
     """
@@ -53,7 +49,7 @@ class SemiModel(nn.Module):
         return self.classifier(self.encoder(images))
 
     def evaluate(self, images: Tensor) -> Tensor:
-        """Return the logits [N, K] that are measured."""
+        """Return the logits [N, K] that are evaluated."""
         features = self.encoder(images)
         return self.abc_classifier(features) if self.balanced else self.classifier(features)
 

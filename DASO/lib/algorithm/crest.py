@@ -1,4 +1,4 @@
-"""CReST: generations of training, each on the labelled images and the pseudo-labelled ones that the last one added.
+"""CReST: generations of training, each on the labelled images and those that the last one pseudo-labelled.
 
 Wei et al., "CReST: A Class-Rebalancing Self-Training Framework for Imbalanced Semi-Supervised Learning", CVPR 2021
 (arXiv 2102.09559), sections 3.2 and 3.3.
@@ -16,7 +16,7 @@ from shared.cli import UserError
 
 
 class SelfTraining:
-    """The generations of a run; what they add is kept by the trainer's batches."""
+    """The generations of a run. The images that they add are kept by the trainer's batches."""
 
     def __init__(self, cfg: Config, setting: Setting) -> None:
         self.cfg, self.setting, self.options = cfg, setting, cfg.ALGORITHM.CREST
@@ -27,7 +27,7 @@ class SelfTraining:
         self.generations = total // self.period
 
     def generation(self, it: int) -> int:
-        """Return the number of the generation, from 1, that an iteration belongs to."""
+        """Return the generation of an iteration, from 1."""
         return it // self.period + 1
 
     def exponent(self, it: int) -> float:
@@ -39,31 +39,27 @@ class SelfTraining:
     def log(self, it: int) -> dict[str, float]:
         return {"crest/DA_temperature": self.exponent(it), "crest/current_gen": float(self.generation(it))}
 
-    def begin(self, training: Training) -> None:
-        """Let the learning rate's schedule span a generation."""
-        training.scheduler.max_iter = self.period
-
     def after_iteration(self, training: Training, it: int) -> None:
-        """Behind the last iteration of a generation, but for the last one: extend the labelled set, start anew."""
+        """At the end of a generation, except the last: extend the labelled set and start anew."""
         if (it + 1) % self.period or it + 1 == self.cfg.SOLVER.MAX_ITER:
             return
         probabilities = training.predict(training.batches.unlabelled).softmax(1)
         index, labels = select(probabilities, sampling_rates(self.setting.labelled_counts, self.options.ALPHA))
-        training.extend_labelled(index, labels)
+        training.batches.extend(index.cpu().numpy(), labels.cpu().numpy())
         training.restart(self.generation(it + 1))
         added = torch.bincount(labels, minlength=self.setting.num_classes).tolist()
-        training.run.log.print(f"generation {self.generation(it + 1)} of {self.generations}: {len(index)} pseudo-labelled "
-                           f"images join the labelled ones, a class {added}")
+        training.run.log.print(f"generation {self.generation(it + 1)} of {self.generations}: {len(index)} "
+                               f"pseudo-labelled images join the labelled ones, a class {added}")
 
 
 def sampling_rates(counts: Sequence[int], alpha: float) -> Tensor:
-    """Return mu [K], float32: (counts[c] / largest count) ** (1 / alpha), of the labelled images at the start."""
+    """Return mu [K], float32: (counts[c] / largest count) ** (1 / alpha), of the initial labelled images."""
     counts = torch.tensor(counts, dtype=torch.float32)
     return (counts / counts.max()) ** (1 / alpha)
 
 
 def select(probabilities: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which unlabelled images to add and their pseudo-labels, both int64 [added].
+    """Return positions and pseudo-labels of the unlabelled images to add, both int64 [added].
 
     probabilities: of all unlabelled images [N, K]. Of the m images predicted as class c the int(rates[K - 1 - c] * m)
     most confident are kept: the rarer a class, the more of its images (classes are taken to be sorted by falling
@@ -81,9 +77,9 @@ def select(probabilities: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alignment_exponent(generation: int, generations: int, smallest: float) -> float:
-    """Return the exponent of the target distribution in a generation (from 1): from 1 down to `smallest`, linearly.
+    """Return the exponent of the target distribution: linearly from 1 in the first generation to `smallest`.
 
     With a single generation it is 1.
     """
-    share = (generation - 1) / (generations - 1) if generations > 1 else 0.0
-    return 1.0 - share + share * smallest
+    fraction = (generation - 1) / (generations - 1) if generations > 1 else 0.0
+    return 1.0 - fraction + fraction * smallest
