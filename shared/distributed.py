@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shared.cli import Diverged, UserError
-from shared.cpu.batchnorm import GlobalBatchNorm
+from shared.training.batchnorm import GlobalBatchNorm
 
 Result = TypeVar("Result")
 
@@ -216,13 +216,10 @@ def sync_batchnorm(net: torch.nn.Module, world: World) -> torch.nn.Module:
     """Make every batch norm of `net` use the statistics of the global batch; return the network.
 
     The layers are replaced in place and keep their names, parameters and buffers (a network that is itself a batch norm
-    is returned replaced). With one rank nothing changes. On GPUs it is torch's SyncBatchNorm; elsewhere, where that
-    refuses to work, GlobalBatchNorm. Convert before `data_parallel`.
+    is returned replaced). With one rank nothing changes. Convert before `data_parallel`.
     """
     if world.size == 1:
         return net
-    if world.device.type == "cuda":
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if isinstance(net, torch.nn.modules.batchnorm._BatchNorm):
         return GlobalBatchNorm.take_over(net)
     for name, child in net.named_children():

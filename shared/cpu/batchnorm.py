@@ -1,8 +1,7 @@
-"""Batch norm with accurate statistics on CPUs: of large batches, and of the global batch of several ranks."""
+"""Batch norm with accurate statistics of large batches on CPUs."""
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -55,7 +54,9 @@ def combine(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, T
 def update_running(layer: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
     """Move the running statistics of a layer towards those of a batch of `count` values a channel."""
     layer.num_batches_tracked.add_(1)
-    momentum = 1.0 / layer.num_batches_tracked.item() if layer.momentum is None else layer.momentum
+    momentum = layer.momentum
+    if momentum is None:  # the mean of all batches; a tensor, so that a GPU is not waited for
+        momentum = 1 / layer.num_batches_tracked.to(layer.running_mean.dtype)
     layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
     layer.running_var.lerp_((variance * (count / (count - 1))).to(layer.running_var.dtype), momentum)
 
@@ -78,71 +79,3 @@ class _Normalise(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:3])
         return *torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, scale, True, ctx.eps, needed), None
-
-
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm of [N, C, ...] over the batches of all ranks, by collectives of the default process group.
-
-    Ranks may hold different N. Statistics are computed in fp32 at least; the output has the input's dtype and layout.
-    """
-
-    @classmethod
-    def take_over(cls, layer: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
-        """Return a layer that shares the parameters and buffers of `layer`."""
-        ours = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
-        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            setattr(ours, name, getattr(layer, name))
-        return ours.train(layer.training)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected [N, C, ...], got {input.dim()} dimension(s)")
-
-    def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        if not self.training and self.running_mean is not None:
-            return super().forward(input)
-        output, mean, variance, count = _NormaliseGlobal.apply(input, self.weight, self.bias, self.eps)
-        if self.training and self.running_mean is not None and self.track_running_stats:
-            update_running(self, mean, variance, count)
-        return output
-
-
-class _NormaliseGlobal(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) * weight + bias with mean and variance over all dimensions but 1 of all ranks.
-
-    Gradients are those of torch's SyncBatchNorm: exact for the input, this rank's part for weight and bias, which
-    data-parallel training then averages.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-                eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = x if x.dtype == torch.float64 else x.float()
-        ours = torch.cat([*statistics(wide), wide.new_tensor([x.numel() / x.shape[1]])])
-        parts = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, ours)
-        means, variances, counts = torch.stack(parts).split([x.shape[1], x.shape[1], 1], dim=1)
-        mean, variance = combine(means, variances, counts.flatten())
-        total = counts.sum()
-        scale = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(x, weight, mean, scale, total)
-        ctx.mark_non_differentiable(mean, variance, total)
-        return F.batch_norm(wide, mean, variance, weight, bias, False, 0.0, eps).to(x.dtype), mean, variance, total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        x, weight, mean, scale, total = ctx.saved_tensors
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        dims = [d for d in range(x.dim()) if d != 1]
-        wide = grad.to(mean.dtype)
-        normalised = (x.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
-        grad_bias, grad_weight = wide.sum(dims), (wide * normalised).sum(dims)
-        sums = torch.cat([grad_bias, grad_weight])
-        dist.all_reduce(sums)
-        mean_grad, mean_product = (sums / total).chunk(2)
-        grad_x = wide - mean_grad.view(shape) - normalised * mean_product.view(shape)
-        grad_x *= (scale if weight is None else scale * weight).view(shape)
-        if weight is None:
-            grad_weight = grad_bias = None
-        return grad_x.to(x.dtype), grad_weight, grad_bias, None

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,21 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from shared.cpu.batchnorm import BatchNorm2d, GlobalBatchNorm
+from shared.cpu.batchnorm import BatchNorm2d
 from shared.distributed import World, data_parallel, start, stop, sync_batchnorm
+from shared.training.batchnorm import GlobalBatchNorm
 
 BATCH, STEPS = 12, 3
 
 
-def small_net(affine: bool = True, momentum: float | None = 0.1) -> nn.Module:
+def small_net(affine: bool = True, momentum: float | None = 0.1, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
+    net = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6, eps=1e-3, momentum=momentum, affine=affine), nn.LeakyReLU(0.1),
         nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4, affine=affine), nn.Flatten(), nn.Linear(4 * 25, 5))
+    return net.to(dtype)
 
 
 def train(world: World, options: dict[str, Any], layout: torch.memory_format, splits: list[int]) -> dict[str, Any]:
@@ -36,7 +40,7 @@ def train(world: World, options: dict[str, Any], layout: torch.memory_format, sp
     for _ in range(STEPS):
         images = 100 + torch.randn(BATCH, 3, 5, 5, generator=generator)  # far from zero: sums of squares would cancel
         labels = torch.randint(0, 5, (BATCH,), generator=generator)
-        images = images[part].contiguous(memory_format=layout).requires_grad_()
+        images = images[part].to(net[0].weight.dtype, memory_format=layout).requires_grad_()
         output = wrapped(images)
         # A mean over the global batch, whatever the ranks' shares of it are.
         loss = F.cross_entropy(output, labels[part], reduction="sum") * world.size / BATCH
@@ -48,7 +52,8 @@ def train(world: World, options: dict[str, Any], layout: torch.memory_format, sp
               "gradients": [p.grad.clone() for p in net.parameters()],
               "state": {name: value.clone() for name, value in net.state_dict().items()}}
     net.eval()
-    result["eval"] = net(100 + torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(2))).detach()
+    unseen = 100 + torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(2))
+    result["eval"] = net(unseen.to(images.dtype)).detach()
     return result
 
 
@@ -66,6 +71,8 @@ CASES = {
     "channels_last": ({}, torch.channels_last, [6, 6]),
     "unequal parts": ({}, torch.contiguous_format, [9, 3]),
     "no affine, cumulative average": ({"affine": False, "momentum": None}, torch.contiguous_format, [6, 6]),
+    "float64": ({"dtype": torch.float64}, torch.contiguous_format, [9, 3]),
+    "float64, cumulative average": ({"dtype": torch.float64, "momentum": None}, torch.channels_last, [6, 6]),
 }
 
 
@@ -85,7 +92,8 @@ def test_two_ranks_equal_one(name: str, two_ranks: dict[str, list[dict[str, Any]
     options, layout, _ = CASES[name]
     alone = train(World(), options, layout, [BATCH])
     ranks = two_ranks[name]
-    close = {"rtol": 1e-4, "atol": 2e-5}
+    exact = options.get("dtype") == torch.float64
+    close = {"rtol": 1e-9, "atol": 1e-10} if exact else {"rtol": 1e-4, "atol": 2e-5}
     torch.testing.assert_close(torch.cat([r["logits"] for r in ranks], 1), alone["logits"], **close)
     torch.testing.assert_close(torch.cat([r["input_gradient"] for r in ranks]), alone["input_gradient"], **close)
     for rank in ranks:
@@ -105,6 +113,33 @@ def test_conversion_keeps_names_and_tensors() -> None:
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
     assert [type(layer) for layer in net if layer in (net[1], net[4])] == [GlobalBatchNorm, GlobalBatchNorm]
     assert (net[1].eps, net[1].momentum) == (1e-3, 0.1)
+
+
+@pytest.fixture
+def second_rank_missing() -> Iterator[World]:
+    """A process group of two in which the other rank does nothing."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield World(0, 2)
+    torch.distributed.destroy_process_group()
+
+
+def test_it_compiles_without_a_break(second_rank_missing: World) -> None:
+    torch._dynamo.reset()
+    net = sync_batchnorm(small_net(), second_rank_missing)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(6, 3, 5, 5)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert net[1].num_batches_tracked == 1
+
+
+def test_bf16_without_running_statistics(second_rank_missing: World) -> None:
+    net = sync_batchnorm(small_net(), second_rank_missing)
+    net[1].track_running_stats = net[4].track_running_stats = False
+    with torch.autocast("cpu", torch.bfloat16):
+        output = net[:3](torch.randn(6, 3, 5, 5))
+    output.sum().backward()
+    assert output.dtype == torch.bfloat16 and net[1].weight.grad.dtype == torch.float32
+    assert net[1].num_batches_tracked == 0
 
 
 def test_one_rank_keeps_plain_batch_norm() -> None:
