@@ -10,23 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+
+from MetaSemi.core.data import NORMALISATION
+from MetaSemi.core.model import ConvLarge, SmallNet, shakeshake26
 from MetaSemi.core.options import COUNT, DATASETS
+from shared import distributed
 from shared.cli import Choice, Flag, Int, Option, UserError, parse, run_main
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from shared.data.images import ImageSet
+from shared.data.datasets import load_dataset
+from shared.data.images import ImageSet
+from shared.data.pool import Pool
+from shared.training.checkpoint import read_checkpoint, weights_in
+from shared.training.files import atomic, make_dir
+from shared.training.progress import progress
 
 # Colours of the classes, in the published order; further classes begin anew.
 COLOURS = ("lightcoral", "darkgreen", "cadetblue", "darkorange", "peru", "cornflowerblue", "khaki", "magenta", "gray",
            "slategrey")
 BATCH = 100
-
-
 FLAGS = {
     "published flags": (
         Option("--dataset", Choice(*DATASETS), "svhn", "data set of the run"),
@@ -48,12 +54,6 @@ FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__, FLAGS, argv)
-    import numpy as np
-
-    from shared import distributed
-    from shared.data.datasets import load_dataset
-    from shared.training.files import atomic, make_dir
-
     train, test = (load_dataset(options.dataset, part, options.data_path, options.download)
                    for part in ("train", "test"))
     labeled = read_indices(options.index_path, len(train))
@@ -84,8 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_indices(path: str, count: int) -> np.ndarray:
     """Return the positions in a label_indices.txt, int64, one a line; UserError for anything else."""
-    import numpy as np
-
     try:
         lines = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -103,9 +101,6 @@ def read_indices(path: str, count: int) -> np.ndarray:
 
 def load_network(path: str, channels: int) -> torch.nn.Module:
     """Return the network of a checkpoint in eval mode; which one it is shows in the names and shapes of its tensors."""
-    from MetaSemi.core.model import ConvLarge, SmallNet, shakeshake26
-    from shared.training.checkpoint import read_checkpoint, weights_in
-
     content = read_checkpoint(path)
     if "model" not in content:
         raise UserError(f"--checkpoint-path: {path} holds no model; expected a checkpoint.pth or model_best.pth")
@@ -128,13 +123,6 @@ def load_network(path: str, channels: int) -> torch.nn.Module:
 
 def features(net: torch.nn.Module, images: ImageSet, dataset: str) -> np.ndarray:
     """Return what the classifier sees of each image, float32 [N, D], in order."""
-    import numpy as np
-    import torch
-
-    from MetaSemi.core.data import NORMALISATION
-    from shared.data.pool import Pool
-    from shared.training.progress import progress
-
     pool = Pool(images, *NORMALISATION[dataset], next(net.parameters()).device)
     with torch.inference_mode():
         found = [net.features(pool.normalised(np.arange(start, min(start + BATCH, len(pool))))).cpu()
@@ -144,8 +132,6 @@ def features(net: torch.nn.Module, images: ImageSet, dataset: str) -> np.ndarray
 
 def embed(vectors: np.ndarray, seed: int) -> np.ndarray:
     """Return the t-SNE embedding float32 [N, 2] of float32 [N, D] (van der Maaten and Hinton 2008)."""
-    from sklearn.manifold import TSNE
-
     if len(vectors) < 3:
         raise UserError(f"an embedding needs at least 3 images, there are {len(vectors)}")
     print(f"embedding {len(vectors)} images", flush=True)
@@ -157,12 +143,6 @@ def draw(panels: Sequence[tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
 
     panels: (embedding [n, 2], classes [n]) of the three.
     """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from shared.training.files import atomic
-
     figure = Figure(figsize=(24, 6), dpi=100)
     FigureCanvasAgg(figure)
     for position, (title, (places, classes)) in enumerate(zip(("labelled", "unlabelled", "test"), panels, strict=True)):

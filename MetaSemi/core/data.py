@@ -21,7 +21,6 @@ from MetaSemi.core.meta import learning_rate
 from MetaSemi.core.model import ConvLarge, SmallNet, shakeshake26
 from MetaSemi.core.training import CHECKPOINT, Batch, Source
 from shared import distributed
-from shared.augment.randaugment import to_device
 from shared.augment.views import WeakPolicy, draw_weak, weak
 from shared.cli import UserError
 from shared.data.datasets import load_dataset
@@ -30,6 +29,7 @@ from shared.data.pool import Pool
 from shared.distributed import World
 from shared.training.files import atomic
 from shared.training.fingerprint import fingerprints
+from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
 
 LABELS, TEST_BATCH = "label_indices.txt", 100

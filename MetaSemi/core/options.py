@@ -2,25 +2,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+
+import torchvision
 
 from shared.cli import Choice, Flag, Float, Int, IntTuple, Option, UserError, parse
 
 DATASETS = {"cifar10": 10, "cifar100": 100, "svhn": 10, "digits": 10}
 ARCHITECTURES = ("convlarge", "shakeshake", "small")
-# torchvision's classifiers, all of them; MetaSemi/core/classifiers.py builds them.
-CLASSIFIERS = (
-    "alexnet", "convnext_base", "convnext_large", "convnext_small", "convnext_tiny", "densenet121", "densenet161",
-    "densenet169", "densenet201", *(f"efficientnet_b{size}" for size in range(8)), "efficientnet_v2_l",
-    "efficientnet_v2_m", "efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5", "mnasnet0_75",
-    "mnasnet1_0", "mnasnet1_3", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small",
-    *(f"regnet_{kind}_{size}" for kind in "xy" for size in ("16gf", "1_6gf", "32gf", "3_2gf", "400mf", "800mf", "8gf")),
-    "regnet_y_128gf", "resnet101", "resnet152", "resnet18", "resnet34", "resnet50", "resnext101_32x8d",
-    "resnext101_64x4d", "resnext50_32x4d", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5",
-    "shufflenet_v2_x2_0", "squeezenet1_0", "squeezenet1_1", "swin_b", "swin_s", "swin_t", "swin_v2_b", "swin_v2_s",
-    "swin_v2_t", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "vit_b_16",
-    "vit_b_32", "vit_h_14", "vit_l_16", "vit_l_32", "wide_resnet101_2", "wide_resnet50_2")
+CLASSIFIERS = tuple(torchvision.models.list_models(module=torchvision.models))
 COUNT, WHOLE, POSITIVE = Int(1), Int(0), Float(0, open=True)
 NOT_NEGATIVE, FRACTION = Float(0), Float(0, 1)
 
@@ -142,8 +133,17 @@ def read_options(script: str, doc: str, flags: Mapping[str, Sequence[Option]],
     The result also has `num_classes`, and `method`: the options that decide the numbers, as plain values.
     """
     options = parse(doc, flags, argv)
-    options.num_classes = DATASETS[options.dataset]
-    return _with_method(options, script, check, NOT_THE_METHOD)
+    classes = options.num_classes = DATASETS[options.dataset]
+    if options.num_label < classes:
+        raise UserError(f"--num-label {options.num_label}: {options.dataset} has {classes} classes, give at least "
+                        f"{classes}")
+    if options.start_step >= options.total_steps:
+        raise UserError(f"--start-step {options.start_step} must be less than --total-steps {options.total_steps}")
+    if options.dataset == "digits" and options.architecture != "small":
+        raise UserError(f"-a {options.architecture} is for images of 32x32, the digits are 8x8: give -a small")
+    if options.architecture == "small" and options.dataset != "digits":
+        raise UserError(f"-a small is for the digits; give -a convlarge or -a shakeshake for {options.dataset}")
+    return _with_method(options, script, NOT_THE_METHOD)
 
 
 def read_imagenet_options(script: str, doc: str, flags: Mapping[str, Sequence[Option]],
@@ -153,35 +153,6 @@ def read_imagenet_options(script: str, doc: str, flags: Mapping[str, Sequence[Op
     # A launcher of former times says it by the flag alone.
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    return _with_method(options, script, check_imagenet, NOT_THE_METHOD_OF_IMAGENET)
-
-
-def _with_method(options: SimpleNamespace, script: str, check: Callable[[SimpleNamespace], None],
-                 other: frozenset[str]) -> SimpleNamespace:
-    if options.precision == "bf16" and options.strict:
-        raise UserError("--strict is fp32; leave out --precision bf16")
-    check(options)
-    options.method = {"script": script,
-                      **{key: value for key, value in sorted(vars(options).items()) if key not in other}}
-    return options
-
-
-def check(options: SimpleNamespace) -> None:
-    """Refuse combinations that no single flag shows; UserError."""
-    per_class = options.num_label // options.num_classes
-    if not per_class:
-        raise UserError(f"--num-label {options.num_label}: {options.dataset} has {options.num_classes} classes, give "
-                        f"at least {options.num_classes}")
-    if options.start_step >= options.total_steps:
-        raise UserError(f"--start-step {options.start_step} must be less than --total-steps {options.total_steps}")
-    if options.dataset == "digits" and options.architecture != "small":
-        raise UserError(f"-a {options.architecture} is for images of 32x32, the digits are 8x8: give -a small")
-    if options.architecture == "small" and options.dataset != "digits":
-        raise UserError(f"-a small is for the digits; give -a convlarge or -a shakeshake for {options.dataset}")
-
-
-def check_imagenet(options: SimpleNamespace) -> None:
-    """Refuse what no single flag shows; UserError."""
     if options.imsize < options.imcrop:
         raise UserError(f"--imsize {options.imsize} is smaller than --imcrop {options.imcrop}; validation images are "
                         "cut out of the resized ones")
@@ -190,5 +161,12 @@ def check_imagenet(options: SimpleNamespace) -> None:
     if not os.path.isdir(options.data):
         raise UserError(f"--data: there is no folder {options.data}; expected one with the files of im2rec.py "
                         "(train_label, train_unlabel and val, each .rec and .idx)")
-    if options.resume is not None and not os.path.isfile(options.resume):
-        raise UserError(f"--resume: there is no file {options.resume}; leave it out to start from the beginning")
+    return _with_method(options, script, NOT_THE_METHOD_OF_IMAGENET)
+
+
+def _with_method(options: SimpleNamespace, script: str, other: frozenset[str]) -> SimpleNamespace:
+    if options.precision == "bf16" and options.strict:
+        raise UserError("--strict is fp32; leave out --precision bf16")
+    plain = {key: value for key, value in sorted(vars(options).items()) if key not in other}
+    options.method = {"script": script, **plain}
+    return options

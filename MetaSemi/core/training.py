@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from MetaSemi.core.evaluation import Best, Meters, evaluate
 from MetaSemi.core.model import set_noise
 from shared import distributed
-from shared.augment.randaugment import to_device
 from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World, sync_batchnorm
 from shared.training.checkpoint import keep_layout, load_newest, read_checkpoint
 from shared.training.files import atomic
 from shared.training.log import Log
-from shared.training.precision import computed_on, default_precision, dtype_of, set_arithmetic
+from shared.training.precision import computed_on, default_precision, dtype_of, set_arithmetic, to_device
 from shared.training.randomness import numpy_rng
 from shared.training.run import Run
 

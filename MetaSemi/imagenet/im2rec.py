@@ -16,13 +16,12 @@ from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
 
+from MetaSemi.imagenet.packing import pack
 from shared.cli import Choice, Flag, Float, Int, Option, UserError, parse, run_main
 from shared.training.files import atomic
 from shared.training.progress import progress
 
 SHUFFLE_SEED = 100
-
-
 FLAGS = {
     "files": (
         Option("prefix", required=True, help="of the .lst, .rec and .idx files"),
@@ -69,10 +68,7 @@ def read_options(argv: Sequence[str] | None = None) -> SimpleNamespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
     if options.list:
-        write_lists(options)
-        return
-    from MetaSemi.imagenet.packing import pack  # loads NumPy: only once the command line is known to be right
-
+        return write_lists(options)
     for path in find_lists(options.prefix):
         pack(path, options)
 

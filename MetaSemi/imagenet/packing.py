@@ -19,8 +19,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from MetaSemi.imagenet.encoding import payloads
 from MetaSemi.imagenet.records import BytesLike, encode_record, magic_words, record_head
 from shared.cli import UserError
+from shared.data.parallel import cores, ordered_map
 from shared.training.files import atomic
 from shared.training.progress import Progress
 
@@ -121,9 +123,6 @@ def only_first(entry: Entry, options: SimpleNamespace) -> bool:
 
 def encoded(chunks: Iterator[list[Entry]], output: Output, options: SimpleNamespace) -> Iterator[Block]:
     """Write the chunks of the list, their images decoded in processes, and yield each block that was written."""
-    from MetaSemi.imagenet.encoding import payloads  # Pillow is loaded only where images are looked at
-    from shared.data.parallel import cores, ordered_map
-
     done: deque[list[Entry]] = deque()
 
     def paths() -> Iterator[list[str]]:
@@ -163,8 +162,6 @@ def copied(chunks: Iterator[list[Entry]], output: Output, options: SimpleNamespa
     Threads read a chunk each into memory of their own. Where it belongs in the record file is known as soon as the
     chunk before it has been read, and each thread writes what it has read while the others go on.
     """
-    from shared.data.parallel import cores
-
     workers = options.num_thread or min(cores(), MOST_COPYING)
     root = os.open(options.root, os.O_RDONLY)
     memory: list[bytearray] = []

@@ -16,10 +16,12 @@ from MetaSemi.core.meta import CosAnnealingLR
 from MetaSemi.core.training import Batch, Source
 from MetaSemi.imagenet.records import RecordFile
 from MetaSemi.imagenet.views import CentreCrop, Epochs, RandomCrop
+from shared import distributed
 from shared.cli import UserError
 from shared.data.photographs import Photographs, Request
 from shared.data.pool import batches, choose_decoder
 from shared.distributed import World
+from shared.training.fingerprint import fingerprints
 from shared.training.randomness import numpy_rng
 
 LABELED, UNLABELED, VALIDATION = "train_label", "train_unlabel", "val"
@@ -53,6 +55,9 @@ class RecordImages(Source):
         self.orders = {name: Epochs(len(self.pools[name]), self.batch, self._rng, name) for name in names}
         self.length = self.orders[names[-1]].length
         self.first, self.total = options.start_epoch * self.length, options.epochs * self.length
+        # The index stands for a record file, which is too large to be read for this: it tells how long each record is.
+        indices = {f"--data ({name}.idx)": Path(options.data) / f"{name}.idx" for name in self.pools}
+        self.inputs = distributed.on_main(lambda: fingerprints(indices), world)
         self.schedule = CosAnnealingLR(self.length, options.epochs, options.lr, options.warmup)
         on_gpu = world.device.type == "cuda" and not options.strict
         self.layout = torch.channels_last if on_gpu else torch.contiguous_format

@@ -22,8 +22,6 @@ from shared.training.progress import progress
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 LISTS = {"labeled": "train_labeled.txt", "unlabeled": "train_unlabeled.txt"}
-
-
 FLAGS = (
     Option("--data-path", required=True, metavar="DIR", help="folder that holds train/<wnid>/<file>"),
     Option("--list-path", default="./imagenet_split", metavar="DIR", help="folder of the two lists, read where they "

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 
 from MetaSemi.core.options import CLASSIFIERS
 from MetaSemi.core.training import Training
@@ -175,10 +174,6 @@ def test_two_ranks_equal_one(name: str, data: Path, tmp_path: Path) -> None:
     losses = [json.loads((tmp_path / folder / "run" / "stats.jsonl").read_text().splitlines()[0])["loss"]
               for folder in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_networks_are_those_of_torchvision() -> None:
-    assert set(CLASSIFIERS) == set(torchvision.models.list_models(module=torchvision.models))
 
 
 @pytest.mark.parametrize(("name", "side"), [
