@@ -14,7 +14,8 @@ fi
 num=$1 save_dir=$2 model=$3 nproc=$4
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export PYTHONPATH="$(dirname "$here")${PYTHONPATH:+:$PYTHONPATH}"
+PYTHONPATH=$(dirname "$here")${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH
 python=${PYTHON:-python}
 
 launch=("$python")

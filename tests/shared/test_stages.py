@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -162,3 +163,11 @@ def test_nobody_starts_beside_a_command_whose_script_was_killed(project: Path) -
     until = time.monotonic() + 60
     while start(project, body).wait() != 0:
         assert time.monotonic() < until
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck on this machine (.ci/run installs it)")
+def test_the_scripts_have_none_of_the_usual_mistakes() -> None:
+    scripts = [*ROOT.glob("*.sh"), *ROOT.glob("shared/*.sh"), *ROOT.glob("EDM/*.sh"), *ROOT.glob("tests/*.sh")]
+    done = subprocess.run(["shellcheck", "--external-sources", "--shell=bash", *scripts], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stdout

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,20 @@ def test_killed_in_every_stage_it_continues_to_the_same_numbers(whole, tmp_path)
     reports = [json.loads((folder / "report.json").read_text()) for folder in (out, other)]
     for key in ("stage1_accuracy", "pseudo_label_accuracy", "stage3_accuracy", "accuracy"):
         assert reports[0][key] == reports[1][key]
+
+
+@pytest.mark.slow
+def test_other_settings_of_stage_1_are_another_data_set_for_stage_2(whole, tmp_path):
+    """Stage 1 is trained anew beside what it was; stage 2, which would not fit, stops in one line and is left alone."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    model = next(out.glob("training-runs/*/network-snapshot-latest.pkl"))
+    before = model.read_bytes()
+    process = start(out, f"--stage1-args={STAGE_1} --lr=0.3")
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 2 and (out / "saved_models" / f"{NAME}.replaced-1" / "result.json").exists()
+    assert "another content of --data" in printed and model.read_bytes() == before
+    assert printed.endswith('stopped in "diffusion model" (exit status 2); the same command continues from here\n')
 
 
 @pytest.mark.slow
