@@ -19,8 +19,7 @@ from DDAE.ddae.config import read_config
 from DDAE.ddae.sampling import ImageSampler, to_uint8
 from DDAE.sample import SAMPLER, make_sampler
 from EDM.metrics.detectors import load_detector
-from EDM.metrics.features import extract, read_reference
-from EDM.metrics.metrics import frechet_distance
+from EDM.metrics.features import extract, full_precision, read_reference, score
 from shared import cli, distributed
 from shared.cli import Flag, Int, Option, Text, run_main
 from shared.training.files import atomic, make_dir
@@ -45,6 +44,7 @@ def main() -> None:
     config = read_config(options.config, options.set)
     world = distributed.start(options.device)
     sampler, epoch, settings = make_sampler(config, options, world)
+    full_precision()
     detector = load_detector(options.detector, world.device, options.download, world)
     reference = []
     distributed.on_main(lambda: reference.append(read_reference(options.ref, detector)), world)
@@ -53,9 +53,7 @@ def main() -> None:
     distributed.stop()
     if not world.main:
         return
-    mu, sigma = extraction.moments.mean_and_covariance()
-    real = [part.to(mu.device) for part in (reference[0].mu, reference[0].sigma)]
-    value = frechet_distance(mu, sigma, *real)
+    value, = score(("fid",), extraction, reference[0], detector, options).values()
     if options.json:
         facts = {"fid": value, "images": options.images, "reference": options.ref, "detector": detector.name,
                  "sha256": detector.sha256, "sampling": settings}

@@ -23,6 +23,7 @@ from DDAE.ddae.probe import ENCODER, Encoder, NoiseHead, cosine_rate, load_encod
 from shared import cli, distributed
 from shared.cli import Option, Text, run_main
 from shared.training.log import Log
+from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
 from shared.training.run import Run
 
@@ -82,7 +83,7 @@ def fit(head: NoiseHead, encoder: Encoder, block: str, batches: TrainBatches, in
         optimizer.param_groups[0]["lr"] = cosine_rate(step // batches.per_epoch, lr, probe.n_epoch)
         batch = batches(step)
         drawn = numpy_rng(seed, step, "levels").integers(1, highest + 1, batch.count)[batch.part]
-        level = torch.from_numpy(drawn).to(world.device)
+        level = to_device(drawn, world.device)
         feature = encoder.features(batch.images, level, batch.noise(seed, step, "noise"), [block])[block]
         logits = model(feature, level)
         loss = F.cross_entropy(logits, batch.labels)

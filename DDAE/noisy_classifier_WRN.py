@@ -34,7 +34,7 @@ from shared.cli import Choice, Flag, Float, Int, Option, Text, run_main
 from shared.cpu.allocator import keep_freed_memory
 from shared.training.fingerprint import fingerprints
 from shared.training.log import Log
-from shared.training.precision import autocast, set_arithmetic
+from shared.training.precision import autocast, set_arithmetic, to_device
 from shared.training.randomness import torch_rng
 from shared.training.run import Run
 
@@ -116,7 +116,7 @@ def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision
         epoch, place = divmod(step, batches.per_epoch)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(epoch, options.lr, options.epoch, options.warm_epoch)
         batch = batches(step)
-        drawn = diffusion.draw(batch.count, torch_rng(seed, step, "levels"))[batch.part].to(world.device)
+        drawn = to_device(diffusion.draw(batch.count, torch_rng(seed, step, "levels"))[batch.part], world.device)
         noisy, time = training_view(diffusion, batch.images, drawn, batch.noise(seed, step, "noise"))
         with autocast(world.device, precision):
             logits = model(noisy, time)

@@ -90,9 +90,9 @@ class SpacedDiffusion:
 
     def _moments(self, out: Tensor, x: Tensor, t: Tensor, clip: bool) -> tuple[Tensor, Tensor, Tensor]:
         noise, variance = out.chunk(2, dim=1)
-        share = (variance + 1) / 2
-        log_variance = (share * _at(np.log(self.betas), t, x)
-                        + (1 - share) * _at(self.posterior_log_variance, t, x))
+        fraction = (variance + 1) / 2
+        log_variance = (fraction * _at(np.log(self.betas), t, x)
+                        + (1 - fraction) * _at(self.posterior_log_variance, t, x))
         x0 = (x - _at(self.sqrt_one_minus_alphabar, t, x) * noise) / _at(self.sqrt_alphabar, t, x)
         x0 = x0.clamp(-1, 1) if clip else x0
         return self._posterior_mean(x0, x, t), log_variance, x0

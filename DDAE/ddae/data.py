@@ -19,6 +19,7 @@ from shared.data.images import ImageSet, decode, shape_text
 from shared.data.pool import Pool
 from shared.distributed import World
 from shared.training.fingerprint import fingerprint
+from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng, torch_rng
 
 PUBLISHED = {"cifar": "cifar10", "cifar100": "cifar100"}
@@ -199,7 +200,7 @@ class TrainBatches:
         images = self.pool.take(chosen)
         if self.policy.flip or self.policy.pad:
             images = shift_whole(images, draws[part])
-        labels = self.pool.labels[torch.from_numpy(chosen.copy()).to(self.pool.device)]
+        labels = self.pool.labels[to_device(chosen, self.pool.device)]
         return Batch(images.float().div_(255), labels, chosen, part, len(items))
 
 
@@ -222,12 +223,12 @@ class TestItems:
         for start in self.starts:
             items = np.arange(start, min(start + self.size, self.part.stop))
             images = self.pool.take(items).float().div_(255)
-            labels = self.pool.labels[torch.from_numpy(items).to(self.pool.device)]
+            labels = self.pool.labels[to_device(items, self.pool.device)]
             yield Batch(images, labels, items, slice(items[0], items[-1] + 1), len(self.pool))
 
     def noise(self, batch: Batch, purpose: str) -> Tensor:
         """Return standard normal noise for the batch's images: a function of (seed, item, purpose) alone."""
-        return item_noise(self.seed, batch.items, batch.images.shape[1:], purpose).to(batch.images.device)
+        return to_device(item_noise(self.seed, batch.items, batch.images.shape[1:], purpose), batch.images.device)
 
 
 def item_noise(seed: int, items: np.ndarray, shape: Sequence[int], purpose: str) -> Tensor:

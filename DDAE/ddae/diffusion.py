@@ -21,6 +21,7 @@ from torch import Tensor
 
 from EDM.training.augment import AugmentPipe
 from shared.cli import UserError
+from shared.training.precision import to_device
 
 Noise = Callable[[int], Tensor]  # the standard normal numbers of a sampler's step, counted from 0; asked in order
 
@@ -61,7 +62,7 @@ class DDPM:
 
     def perturb(self, x: Tensor, t: int | Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return √ᾱ_t x + √(1-ᾱ_t) noise and the network's time; t: one for all, or int64 [N]."""
-        t = torch.as_tensor(t, device=x.device).reshape(-1)
+        t = to_device(torch.as_tensor(t), x.device).reshape(-1)
         scale, std = (self._table(name, x.device)[t][:, None, None, None] for name in ("sqrtab", "sqrtmab"))
         return scale * x + std * noise, t / self.n_T
 
@@ -201,12 +202,12 @@ class EDM:
 
     def sigma(self, t: int | Tensor, steps: int = FEATURE_STEPS) -> Tensor:
         """Return σ, float64 [1] or [N], of places t in the rising schedule: 0 is 0, 1 sigma_min, `steps` sigma_max."""
-        rising = _rising(steps, self.sigma_min, self.sigma_max, self.rho)
-        return rising[torch.as_tensor(t).cpu().reshape(-1)]
+        t = torch.as_tensor(t)
+        return _rising(steps, self.sigma_min, self.sigma_max, self.rho, t.device)[t.reshape(-1)]
 
     def perturb(self, x: Tensor, t: int | Tensor, noise: Tensor, steps: int = FEATURE_STEPS) -> tuple[Tensor, Tensor]:
         """Return x + σ noise and σ (float32, [1, 1, 1, 1] or [N, 1, 1, 1]) for places t of the schedule."""
-        sigma = self.sigma(t, steps).float().to(x.device).reshape(-1, 1, 1, 1)
+        sigma = to_device(self.sigma(t, steps).float(), x.device).reshape(-1, 1, 1, 1)
         return x + sigma * noise, sigma
 
     def denoise(self, net: torch.nn.Module, x: Tensor, sigma: Tensor, aug: Tensor | None = None) -> Tensor:
@@ -288,8 +289,8 @@ def karras_schedule(steps: int, sigma_min: float, sigma_max: float, rho: float) 
 
 
 @lru_cache(maxsize=16)
-def _rising(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    return torch.from_numpy(karras_schedule(steps, sigma_min, sigma_max, rho)[::-1].copy())
+def _rising(steps: int, sigma_min: float, sigma_max: float, rho: float, device: torch.device) -> Tensor:
+    return to_device(karras_schedule(steps, sigma_min, sigma_max, rho)[::-1], device)
 
 
 DIFFUSIONS = {"DDPM": DDPM, "EDM": EDM}

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from DDAE.ddae.data import TrainBatches, item_noise, rank_part
@@ -17,6 +16,7 @@ from shared import distributed
 from shared.augment.views import draw_weak, shift_whole
 from shared.distributed import World
 from shared.training.files import atomic, make_dir
+from shared.training.precision import to_device
 from shared.training.progress import Progress
 from shared.training.randomness import numpy_rng
 
@@ -76,8 +76,8 @@ class StoredExamples:
         everything = self.batches.items(step)
         items = everything[rank_part(len(everything), self.batches.world)]
         device, copy = self.batches.pool.device, self.arrays[step // self.batches.per_epoch % len(self.arrays)]
-        features = {key: torch.from_numpy(array[items]).to(device) for key, array in copy.items()}
-        labels = self.batches.pool.labels[torch.from_numpy(items).to(device)]
+        features = {key: to_device(array[items], device) for key, array in copy.items()}
+        labels = self.batches.pool.labels[to_device(items, device)]
         return features, labels, len(items) / len(everything)
 
 

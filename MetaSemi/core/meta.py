@@ -242,10 +242,10 @@ def mix(labeled: Tensor, labels: Tensor, unlabeled: Tensor, targets: Tensor, lam
 
     Zhang et al., "mixup" (2018), with one coefficient in lam [n, 1] for each image.
     """
-    share = lam.view(-1, *[1] * (labeled.dim() - 1)).to(labeled.dtype)
+    ratio = lam.view(-1, *[1] * (labeled.dim() - 1)).to(labeled.dtype)
     # Not F.one_hot, which reads the labels back to check them.
     known = (labels[:, None] == torch.arange(targets.shape[1], device=labels.device)).to(targets.dtype)
-    return share * labeled + (1 - share) * unlabeled, lam * known + (1 - lam) * targets
+    return ratio * labeled + (1 - ratio) * unlabeled, lam * known + (1 - lam) * targets
 
 
 def divergence(target: Tensor, logits: Tensor) -> Tensor:

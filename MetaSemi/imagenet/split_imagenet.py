@@ -70,7 +70,7 @@ def split(files: Mapping[str, Iterable[str]], seed: int = 0, per_class: int = 12
     """Return the labelled and the unlabelled images as sorted `<wnid>/<file name>`.
 
     files: wnid -> file names. Within a class the images are ordered by a hash of seed, wnid and name; the first
-    `per_class` (or a share, rounded, at least one) are labelled. So the choice depends on neither the machine nor the
+    `per_class` (or a fraction, rounded, at least one) are labelled. The choice depends on neither the machine nor the
     order of the folder. Raises UserError for a class that would have no unlabelled image: it would be missing from
     that tree, and all later classes would get other numbers than in the labelled one.
     """

@@ -160,7 +160,7 @@ def test_self_conditioning_starts_as_the_published_network_and_learns(tmp_path: 
     ({"network": {**TINY["network"], "n_channels": 40}}, "n_channels: expected a multiple of 32, got 40"),
     ({"network": {**TINY["network"], "self_condition": "out_9"}}, "no block 'out_9'.* it has out_1, out_2,"),
     ({"network": {**TINY["network"], "image_shape": [3, 32, 32]}}, "of 1 x 8 x 8, .* image_shape is 3 x 32 x 32"),
-    ({"linear": {**TINY["linear"], "blockname": "out_7"}}, "linear.blockname: .*no block 'out_7'.*; it has out_1, out_2,"),
+    ({"linear": {**TINY["linear"], "blockname": "out_7"}}, "linear.blockname: .*no block 'out_7'.*; it has out_1,"),
     ({"linear": {**TINY["linear"], "epochs": 1}}, 'unknown key "linear.epochs"'),
     ({"model_type": "edm"}, "model_type: 'edm' is not one of 'DDPM', 'EDM'"),
     ({"optim": "SGD"}, "optim: 'SGD' is not one of 'AdamW'"),
