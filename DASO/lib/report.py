@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from DASO.lib.evaluation import grouped
+from shared.training.checkpoint import Stateful
 from shared.training.files import atomic
 
 # Kind -> (name of its imbalance, of its per-class numbers, of its means).
@@ -29,12 +30,14 @@ GROUPS = ("many", "medium", "few")
 
 # -------------------------------------------------------------------------------------------------------- pseudo-labels
 
-class PseudoLabelStatistics:
+class PseudoLabelStatistics(Stateful):
     """Counts on the device, of the global batches since the last call of `counts`.
 
     confusion: int64 [kind, K + 1, K], rows true classes (the last one: unknown), columns pseudo-labels. labelled: int64
     [K], labels of the labelled batches.
     """
+
+    state = ("confusion", "labelled")
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.num_classes = num_classes
@@ -57,13 +60,6 @@ class PseudoLabelStatistics:
         self.confusion, self.labelled = torch.zeros_like(self.confusion), torch.zeros_like(self.labelled)
         found = {kind: matrix for kind, matrix in zip(KINDS, confusion, strict=True) if matrix.any()}
         return {"labels": labelled, **found}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"confusion": self.confusion, "labelled": self.labelled}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.confusion.copy_(state["confusion"])
-        self.labelled.copy_(state["labelled"])
 
 
 def rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -146,10 +142,12 @@ def console_line(values: Mapping[str, float], iteration: int, total: int, second
 def write_history(folder: Path, state: Mapping[str, Any], counts: np.ndarray) -> None:
     """Write results.json and summary.json from the run's state, as far as it has come. counts: labelled images [K]."""
     courses = state["courses"]
-    numbers = {name: values for name, values in courses.items() if name.startswith(("valid/", "test/"))}
-    labels = {name: values[-1] for name, values in courses.items() if name.startswith("pseudo_labels/")}
     with atomic(folder / "results.json", "w") as file:
         json.dump(state["history"], file, indent=4, sort_keys=True)
+    if not courses:
+        return
+    numbers = {name: values for name, values in courses.items() if name.startswith(("valid/", "test/"))}
+    labels = {name: values[-1] for name, values in courses.items() if name.startswith("pseudo_labels/")}
     with atomic(folder / "summary.json", "w") as file:
         json.dump({"iteration": courses["iteration"][-1], "labelled_counts": counts.tolist(),
                    "accuracy": summary(numbers), "pseudo_labels": labels, "courses": courses}, file)

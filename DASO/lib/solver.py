@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from DASO.lib.config.config import Config
-from shared.distributed import World
+from shared.distributed import World, mean
 from shared.training.checkpoint import keep_layout
 
 
@@ -81,8 +80,6 @@ def average_gradients(parameters: list[torch.nn.Parameter], world: World) -> Non
     if world.size == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world.size
+    flat = mean(torch.cat([gradient.flatten() for gradient in gradients]), world)
     pieces = flat.split([gradient.numel() for gradient in gradients])
     torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])

@@ -125,3 +125,25 @@ def keep_layout(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter).copy_(value)
+
+
+class Stateful:
+    """An object whose checkpoint is its attributes named in `state`.
+
+    They are tensors, which are loaded onto the device of the present ones, plain values, or objects with state_dict and
+    load_state_dict.
+    """
+
+    state: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name) for name in self.state}
+        return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self.state:
+            part, value = getattr(self, name), state[name]
+            if isinstance(value, Mapping):
+                part.load_state_dict(value)
+            else:
+                setattr(self, name, value.to(part.device) if isinstance(value, torch.Tensor) else value)

@@ -12,6 +12,8 @@ from DASO.lib.config.config import Config, dump, parse, read_yaml
 from DASO.lib.config.defaults import DEFAULTS
 from DASO.lib.data.sets import load_data, long_tail_counts, select
 from shared.cli import UserError
+from shared.data.images import ImageSet
+from shared.data.writers import write_folder
 from tests.daso.layouts import write_cifar, write_semi_aves
 from tests.daso.small import call, command
 from tests.shared.programs import ROOT, one_line_error, run
@@ -108,6 +110,20 @@ def test_a_run_with_other_settings_is_not_continued(tmp_path: Path) -> None:
     call("fixmatch", tmp_path, {"SOLVER.MAX_ITER": 1})
     with pytest.raises(UserError, match="SOLVER.BASE_LR was 0.01, is 0.02"):
         call("fixmatch", tmp_path, {"SOLVER.MAX_ITER": 1, "SOLVER.BASE_LR": 0.02})
+
+
+def test_a_run_with_other_images_is_not_continued(tmp_path: Path) -> None:
+    """What counts is the content of the generated images, not where they lie."""
+    keys = {"SOLVER.MAX_ITER": 1, "DATASET.AUG_PATH": tmp_path / "one"}
+    rng = np.random.default_rng(0)
+    for name in "one", "two":
+        images = rng.integers(0, 256, (10, 1, 8, 8), dtype=np.uint8)
+        write_folder(ImageSet(images, np.arange(10), tuple(map(str, range(10))), name), tmp_path / name)
+    call("fixmatch", tmp_path / "out", keys)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    call("fixmatch", tmp_path / "out", {**keys, "DATASET.AUG_PATH": tmp_path / "moved"})
+    with pytest.raises(UserError, match="another content of DATASET.AUG_PATH"):
+        call("fixmatch", tmp_path / "out", {**keys, "DATASET.AUG_PATH": tmp_path / "two"})
 
 
 def test_checkpoint_of_another_network(tmp_path: Path) -> None:

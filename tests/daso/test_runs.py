@@ -14,10 +14,11 @@ import torch
 import yaml
 from PIL import Image
 
-from DASO import plot_pseudo_labels
+from DASO import get_labels, plot_pseudo_labels
 from DASO.lib.algorithm import ALGORITHMS
 from DASO.lib.config.config import Config, read_yaml
 from DASO.lib.config.defaults import LEARNERS as NAMES
+from shared.cli import UserError
 from shared.training.checkpoint import read_checkpoint
 from tests.daso import small
 from tests.daso.small import call, command, saved
@@ -151,6 +152,28 @@ def test_eval_only(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     last = json.loads((finished / "metrics.json").read_text().splitlines()[-1])
     assert found["test/top1"] == pytest.approx(last["test/top1"]) and "test/few" in found
     assert not any(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_left_as_it_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, keys = LEARNERS["DASO with ABC and adjusted logits"]
+    results = [*finished.glob("*.pth.tar"), finished / "result.json", finished / "summary.json"]
+    before = [path.stat().st_mtime_ns for path in results]
+    call(config, finished.parent, {**keys, "EVAL_ON_TEST_SET": True, "PERIODS.EVAL": 3, "PERIODS.LOG": 3})
+    assert f"complete: {finished}" in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns for path in results] == before
+
+
+def test_labels_are_made_once(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--run", str(finished), "--dest", str(tmp_path), "--per_class"]
+    get_labels.main([*arguments, "2"])
+    capsys.readouterr()
+    get_labels.main([*arguments, "2"])
+    assert capsys.readouterr().out == "".join(f"complete: {tmp_path / name}\n"
+                                              for name in ("pseudo_label.npz", "real_balanced"))
+    with pytest.raises(UserError, match="--per_class was 2, is 3"):
+        get_labels.main([*arguments, "3"])
+    get_labels.main([*arguments, "3", "--overwrite"])
+    assert len(list((tmp_path / "real_balanced").glob("*/*.png"))) == 30
 
 
 def test_plot_of_pseudo_labels(finished: Path, tmp_path: Path) -> None:

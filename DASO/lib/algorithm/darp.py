@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from DASO.lib.data.sets import long_tail_counts
 from shared.cli import UserError
 from shared.data.safe import load_array
 from shared.distributed import gather
+from shared.training.checkpoint import Stateful
 from shared.training.files import atomic
 
 SMALLEST = 1e-6
@@ -27,13 +27,15 @@ ROOT_TOLERANCE, ROOT_ITERATIONS = 0.1, 30  # of each root; coarse as published
 ESTIMATE_FILE = "estim.npy"
 
 
-class DARP:
+class DARP(Stateful):
     """The predictions on every unlabelled image and what they are refined to, both [images, K] float32, at first 1/K.
 
     target: expected number of images of each class [K]. warm_up: calls that return their input. period: calls between
     two refinements. alpha: of class c the alpha * target[c] most probable images may keep their probability of it.
     iterations: rounds of the solver. Every rank holds the whole tables.
     """
+
+    state = ("original", "refined", "calls")
 
     def __init__(self, target: torch.Tensor, setting: Setting, warm_up: int, period: int = 10, alpha: float = 2.0,
                  iterations: int = 10) -> None:
@@ -63,13 +65,6 @@ class DARP:
             candidates = self.original * mask * scale + SMALLEST
             self.refined = solve(candidates / candidates.sum(1, keepdim=True), self.target, self.iterations).float()
         return self.refined[index].to(probabilities.dtype)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"original": self.original, "refined": self.refined, "calls": self.calls}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.original, self.refined = (state[name].to(self.target.device) for name in ("original", "refined"))
-        self.calls = int(state["calls"])
 
 
 def most_probable(table: torch.Tensor, target: torch.Tensor, kept: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,12 +245,10 @@ def soft_confusion(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.T
 def estimate_counts(confusion: torch.Tensor, predicted: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Return the class counts [K] that explain the summed predictions [K], and the confusion's condition number.
 
-    Counts and confusion [K, K] are related by predicted = confusion @ counts. A confusion that cannot be inverted gives
-    counts of nan and the condition number inf.
+    predicted = confusion @ counts, with confusion [K, K]. One that cannot be inverted has the condition number inf.
     """
     confusion = confusion.double()
-    condition = float(torch.linalg.cond(confusion)) if confusion.isfinite().all() else math.inf
-    if not math.isfinite(condition):
+    if not confusion.isfinite().all():  # a class without held-out images
         return torch.full_like(predicted, math.nan, dtype=torch.float64), math.inf
-    counts, failure = torch.linalg.solve_ex(confusion, predicted.double())
-    return (counts, condition) if not failure else (torch.full_like(counts, math.nan), math.inf)
+    counts, failed = torch.linalg.solve_ex(confusion, predicted.double())
+    return counts, math.inf if failed else float(torch.linalg.cond(confusion))

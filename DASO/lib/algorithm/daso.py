@@ -17,6 +17,7 @@ from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step
 from DASO.lib.config.config import Config
 from DASO.lib.losses import adjusted, cross_entropy
 from shared.distributed import all_sum, gather
+from shared.training.checkpoint import Stateful
 
 EPSILON = 1e-8  # of a cosine, so that a prototype of zeros resembles nothing
 
@@ -60,12 +61,14 @@ class DASO(Algorithm):
         self.semantics.load_state_dict(state)
 
 
-class Semantics:
+class Semantics(Stateful):
     """Semantic pseudo-labels, for any learner.
 
-    State: `queue`, recent features of the labelled images; `blender`, the distribution of recent pseudo-labels.
-    by_class: blend by class; None: ALGORITHM.DASO.WITH_DIST_AWARE.
+    queue: recent features of the labelled images. blender: knows the distribution of recent pseudo-labels. by_class:
+    blend by class; None: ALGORITHM.DASO.WITH_DIST_AWARE.
     """
+
+    state = ("queue", "blender")
 
     def __init__(self, cfg: Config, setting: Setting, by_class: bool | None = None) -> None:
         self.options, self.world = cfg.ALGORITHM.DASO, setting.world
@@ -99,20 +102,15 @@ class Semantics:
         semantic = torch.full_like(label, -1) if semantic is None else semantic.argmax(1)
         return {"main": label, "linear": linear, "semantic": semantic}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"queue": self.queue.state_dict(), "blender": self.blender.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.queue.load_state_dict(state["queue"])
-        self.blender.load_state_dict(state["blender"])
-
-
-class Blender:
+class Blender(Stateful):
     """How much of the semantic pseudo-label goes into which class's pseudo-labels.
 
-    State: `histogram` float32 [K], the distribution of the pseudo-labels between the last two updates (zeros before the
-    first one); `counts` float32 [K], since the last one.
+    histogram: float32 [K], the distribution of the pseudo-labels between the last two updates (zeros before the first
+    one). counts: float32 [K], since the last one.
     """
+
+    state = ("histogram", "counts")
 
     def __init__(self, cfg: Config, setting: Setting, by_class: bool = True) -> None:
         self.options, self.world, self.by_class = cfg.ALGORITHM.DASO, setting.world, by_class
@@ -139,19 +137,15 @@ class Blender:
             self.histogram = self.counts / self.counts.sum()
             self.counts = torch.zeros_like(self.counts)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"histogram": self.histogram, "counts": self.counts}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.histogram, self.counts = (state[name].to(self.histogram.device) for name in ("histogram", "counts"))
-
-
-class FeatureQueue:
+class FeatureQueue(Stateful):
     """The last features of every class, first in, first out, and their means: the prototypes.
 
     capacity: features of a class, one number or K of them. Attributes: `features` float32 [K, largest capacity, D];
     `pushed` int64 [K], how many ever came; `prototypes` float32 [K, D], zeros for a class that was not seen yet.
     """
+
+    state = ("features", "pushed", "prototypes")
 
     def __init__(self, num_classes: int, capacity: int | Sequence[int], feature_size: int,
                  device: torch.device | str = "cpu") -> None:
@@ -193,10 +187,3 @@ class FeatureQueue:
         # Temperatures of 0.05 need more digits than the network's bfloat16 has.
         with torch.autocast(unit.device.type, enabled=False):
             return unit @ prototypes.T
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"features": self.features, "pushed": self.pushed, "prototypes": self.prototypes}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for name in ("features", "pushed", "prototypes"):
-            setattr(self, name, state[name].to(self.features.device))

@@ -6,7 +6,6 @@ MODEL.DIST_ALIGN the predictions are aligned to the labelled class distribution,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from DASO.lib.algorithm.interface import Algorithm, Batch, Draws, Setting, Step,
 from DASO.lib.config.config import Config
 from DASO.lib.losses import adjusted, cross_entropy
 from shared.distributed import mean
+from shared.training.checkpoint import Stateful
 
 WINDOW = 128  # batches behind the mean prediction of the distribution alignment, the current one included
 EPSILON = 1e-6
@@ -131,12 +131,14 @@ class BalancedHead:
         return supervised + cross_entropy(strong, target, kept * confident)
 
 
-class DistributionAlignment:
+class DistributionAlignment(Stateful):
     """Moves predictions from the recent class distribution towards `target`, float [K].
 
-    Berthelot et al., "ReMixMatch", ICLR 2020 (arXiv 1911.09785), section 3.1. State: the mean prediction of each of the
-    last 128 batches.
+    Berthelot et al., "ReMixMatch", ICLR 2020 (arXiv 1911.09785), section 3.1. means: the mean prediction of each of the
+    last 128 batches, float32 [128, K].
     """
+
+    state = ("means", "calls")
 
     def __init__(self, target: Tensor, setting: Setting) -> None:
         self.target, self.world = target, setting.world
@@ -153,13 +155,6 @@ class DistributionAlignment:
         target = target / target.sum()
         aligned = probabilities * (target + EPSILON) / (recent + EPSILON)
         return aligned / aligned.sum(1, keepdim=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"means": self.means, "calls": self.calls}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.means.copy_(state["means"])
-        self.calls = state["calls"]
 
 
 def make_alignment(cfg: Config, setting: Setting, target: Tensor) -> DistributionAlignment | None:

@@ -1,10 +1,9 @@
 """What a learner is: the views it wants, its losses on a batch and its state; hooks for the rarer ones."""
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +14,8 @@ from DASO.lib.data.batches import Batch, Batches, ViewedPool
 from DASO.lib.losses import labelled_loss
 from DASO.lib.models.semi import SemiModel
 from shared.distributed import World
+from shared.training.checkpoint import Stateful
+from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
 from shared.training.run import Run
 
@@ -55,7 +56,7 @@ class Setting:
     @property
     def prior(self) -> Tensor:
         """The class distribution of the initial labelled images, float32 [K]."""
-        counts = torch.tensor(self.labelled_counts, dtype=torch.float32, device=self.device)
+        counts = to_device(torch.tensor(self.labelled_counts, dtype=torch.float32), self.device)
         return counts / counts.sum()
 
 
@@ -72,8 +73,8 @@ class Draws:
     def bernoulli(self, probability: Tensor) -> Tensor:
         """Return 0 or 1, float [n], with this rank's `probability` [n] of 1 each."""
         numbers = self._rng("bernoulli").random(len(probability) * self.world.size, np.float32)
-        part = torch.from_numpy(numbers[self.world.slice(len(numbers))])
-        return (part.to(probability.device) < probability).to(probability.dtype)
+        part = to_device(numbers[self.world.slice(len(numbers))], probability.device)
+        return (part < probability).to(probability.dtype)
 
     def beta(self, alpha: float) -> float:
         """Return a number from Beta(alpha, alpha)."""
@@ -104,7 +105,7 @@ class Training(Protocol):
         """Begin again with untrained weights, a new average, optimiser and schedule."""
 
 
-class Algorithm:
+class Algorithm(Stateful):
     """A learner.
 
     model, teacher: the trained network, and the moving average of its weights if `keeps_average`; the trainer sets
@@ -112,14 +113,12 @@ class Algorithm:
 
     views: of each unlabelled image: "eval", "weak", "strong" (RandAugment before the resize to DATASET.RESOLUTION),
     "strong_resized" (after it), or "second": strong if DATASET.TRANSFORM.STRONG_AUG, else weak.
-    state: names of the attributes that a checkpoint keeps: tensors, numbers, None, or objects with state_dict and
-    load_state_dict. They are those of the global batch, equal on all ranks.
+    state: see Stateful; it is that of the global batch, equal on all ranks.
     period: iterations after which weights, average, learning rate and ramp-up begin again; None: never.
     """
 
     views: tuple[str, ...] = ("weak", "second")
     labelled_view = "weak"
-    state: tuple[str, ...] = ()
     keeps_average = True
     evaluates_average = True  # whether the average is evaluated, or the trained network
     period: int | None = None
@@ -159,18 +158,6 @@ class Algorithm:
 
     def after_iteration(self, training: Training, it: int) -> None:
         """Called at the end of an iteration, after evaluation and log."""
-
-    def state_dict(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name) for name in self.state}
-        return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in self.state:
-            value = state[name]
-            if isinstance(value, Mapping):
-                getattr(self, name).load_state_dict(value)
-            else:
-                setattr(self, name, value.to(self.setting.device) if isinstance(value, Tensor) else value)
 
 
 def ramp_up(it: int, total: int, ratio: float, schedule: str) -> float:

@@ -17,6 +17,7 @@ from DASO.lib.algorithm.mixmatch import labelled_logits, mix, mixed_losses, shar
 from DASO.lib.config.config import Config
 from DASO.lib.losses import cross_entropy
 from shared.augment.views import rotate_quarter_turns
+from shared.training.precision import to_device
 
 
 class ReMixMatch(Algorithm):
@@ -70,7 +71,7 @@ class ReMixMatch(Algorithm):
         """Return the cross-entropy of telling by how many quarter turns, as drawn, images [n, C, S, S] are rotated."""
         turns = draws.quarter_turns(len(images))
         logits = self.model.projection(self.model.encoder(rotate_quarter_turns(images, turns)))
-        return cross_entropy(logits, torch.from_numpy(turns).to(logits.device))
+        return cross_entropy(logits, to_device(turns, logits.device))
 
 
 class ReMixMatchCReST(ReMixMatch):

@@ -1,7 +1,6 @@
 """The data sets of the experiments, split as published: labelled, unlabelled, validation and test images."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,14 +58,13 @@ class TrainingData:
 
 def load_data(cfg: Config) -> TrainingData:
     """Read and split the data set of the configuration; nothing is written. Raises UserError."""
-    build: dict[str, Callable[[Config], TrainingData]] = {
-        "cifar10": _cifar, "cifar100": _cifar, "stl10": _stl10, "digits": _digits, "semi_aves": _semi_aves}
-    data = build[cfg.DATASET.NAME](cfg)
+    name = cfg.DATASET.NAME
+    data = _read_semi_aves(cfg) if name == "semi_aves" else _split_pool(cfg)
     if data.num_classes != cfg.MODEL.NUM_CLASSES:
-        raise UserError(f"MODEL.NUM_CLASSES {cfg.MODEL.NUM_CLASSES}: {cfg.DATASET.NAME} has {data.num_classes} "
-                        f"classes; set MODEL.NUM_CLASSES {data.num_classes}")
+        raise UserError(f"MODEL.NUM_CLASSES {cfg.MODEL.NUM_CLASSES}: {name} has {data.num_classes} classes; set "
+                        f"MODEL.NUM_CLASSES {data.num_classes}")
     if data.unlabelled is not None and len(data.unlabelled) == 0:
-        raise UserError(f"{cfg.DATASET.NAME}: no unlabelled images; check NUM_UNLABELED_HEAD")
+        raise UserError(f"{name}: no unlabelled images; check NUM_UNLABELED_HEAD")
     return with_generated(data, cfg.DATASET.AUG_PATH) if cfg.DATASET.AUG_PATH else data
 
 
@@ -92,51 +90,46 @@ def _read(name: str, split: str, cfg: Config) -> ImageSet:
         return load_dataset(name, split, make_dir(root), download=True)
 
 
-def _cifar(cfg: Config) -> TrainingData:
-    name = cfg.DATASET.NAME
-    statistics = CIFAR100_STATISTICS if name == "cifar100" else CIFAR10_STATISTICS
-    return _split_pool(cfg, Look(*statistics, cfg.DATASET.RESOLUTION))
+def look_of(cfg: Config) -> Look:
+    """Return how the images of the data set are seen. Digits are for trying out: shifts of a pixel, no mirror images.
+    """
+    side = cfg.DATASET.RESOLUTION
+    if cfg.DATASET.NAME == "digits":
+        return Look(*DIGITS_STATISTICS, side, WeakPolicy(flip=False, pad=1, pad_mode="zero"), cutout_side=3)
+    if cfg.DATASET.NAME == "semi_aves":
+        return Look(*IMAGENET_STATISTICS, side, WeakPolicy(pad=0, crop=side), cutout_side=side // 2)
+    # STL-10 is normalised by the numbers of CIFAR-10, as published.
+    return Look(*(CIFAR100_STATISTICS if cfg.DATASET.NAME == "cifar100" else CIFAR10_STATISTICS), side)
 
 
-def _digits(cfg: Config) -> TrainingData:
-    """1,297 images of 8x8 to train on, for trying out: shifts of a pixel, no mirror images."""
-    policy = WeakPolicy(flip=False, pad=1, pad_mode="zero")
-    return _split_pool(cfg, Look(*DIGITS_STATISTICS, cfg.DATASET.RESOLUTION, policy, cutout_side=3))
+def _split_pool(cfg: Config) -> TrainingData:
+    """Split the training images of a data set into labelled, validation and unlabelled ones.
 
-
-def _stl10(cfg: Config) -> TrainingData:
-    """5,000 labelled images, thinned; all 100,000 unlabelled ones, whose classes are not known."""
-    # Normalised by the numbers of CIFAR-10, as published.
-    data = _split_pool(cfg, Look(*CIFAR10_STATISTICS, cfg.DATASET.RESOLUTION), with_unlabelled=False)
-    if cfg.ALGORITHM.NAME in WITHOUT_UNLABELLED:
-        return data
-    return replace(data, unlabelled=_read("stl10", "unlabeled", cfg))
-
-
-def _split_pool(cfg: Config, look: Look, with_unlabelled: bool = True) -> TrainingData:
-    """Split the training images of a data set into labelled, validation and (`with_unlabelled`) unlabelled ones."""
+    The unlabelled images of STL-10, whose classes are not known, are a set of their own.
+    """
     name, tail, learner = cfg.DATASET.NAME, cfg.long_tail, cfg.ALGORITHM.NAME
     pool = _read(name, "train", cfg)
     counts = {"head": tail.NUM_LABELED_HEAD, "factor": tail.IMB_FACTOR_L, "num_valid": cfg.DATASET.NUM_VALID}
     if learner == "DARP_ESTIM" and name != "cifar100":
         counts |= {"holdout": cfg.ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES}
-    if with_unlabelled:
+    if name != "stl10":
         counts |= {"unlabelled_head": max(0, tail.NUM_UNLABELED_HEAD), "reverse": cfg.DATASET.REVERSE_UL_DISTRIBUTION,
                    "unlabelled_factor": tail.IMB_FACTOR_UL if learner != "Supervised" else 1}
     labelled, valid, unlabelled = select(pool.labels, pool.num_classes, cfg.SEED, **counts)
-    with_unlabelled &= learner not in WITHOUT_UNLABELLED
-    return TrainingData(pool.subset(labelled), pool.subset(unlabelled) if with_unlabelled else None,
-                        pool.subset(valid) if len(valid) else None,
-                        _read(name, "test", cfg) if cfg.EVAL_ON_TEST_SET else None, look, pool.num_classes)
+    others = None
+    if learner not in WITHOUT_UNLABELLED:
+        others = _read(name, "unlabeled", cfg) if name == "stl10" else pool.subset(unlabelled)
+    test = _read(name, "test", cfg) if cfg.EVAL_ON_TEST_SET else None
+    return TrainingData(pool.subset(labelled), others, pool.subset(valid) if len(valid) else None, test, look_of(cfg),
+                        pool.num_classes)
 
 
-def _semi_aves(cfg: Config) -> TrainingData:
-    side, wanted = cfg.DATASET.RESOLUTION, cfg.DATASET.SEMIAVES.UNLABELED
-    found = load_semi_aves(Path(cfg.DATASET.ROOT), side * 8 // 7,
-                           "" if cfg.ALGORITHM.NAME in WITHOUT_UNLABELLED else wanted)
-    look = Look(*IMAGENET_STATISTICS, side, WeakPolicy(pad=0, crop=side), cutout_side=side // 2)
-    return TrainingData(found["labelled"], found["unlabelled"], found["valid"],
-                        found["test"] if cfg.EVAL_ON_TEST_SET else None, look, found["labelled"].num_classes)
+def _read_semi_aves(cfg: Config) -> TrainingData:
+    unlabelled = "" if cfg.ALGORITHM.NAME in WITHOUT_UNLABELLED else cfg.DATASET.SEMIAVES.UNLABELED
+    sets = load_semi_aves(Path(cfg.DATASET.ROOT), cfg.DATASET.RESOLUTION * 8 // 7, unlabelled)
+    if not cfg.EVAL_ON_TEST_SET:
+        sets["test"] = None
+    return TrainingData(**sets, look=look_of(cfg), num_classes=sets["labelled"].num_classes)
 
 
 # -------------------------------------------------------------------------------------------- long-tailed selection
