@@ -19,13 +19,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 from shared.cli import UserError
 from shared.training.files import cache_folder, hold
 
-FORMAT = 1
+FORMAT = 2
 DEFAULT_GB = 32.0
 DAY = 86_400.0
 
@@ -110,10 +111,9 @@ def _write(folder: Path, build: Build) -> None:
         raise UserError(f"cannot read the images: {error}") from None
     try:
         stored.images.flush()
-        np.save(folder / "labels.npy", stored.labels)
-        if stored.vectors is not None:
-            np.save(folder / "vectors.npy", stored.vectors)
-        (folder / "meta.json").write_text(json.dumps({"classes": stored.classes, "notes": stored.notes}))
+        facts = {"labels": stored.labels, "classes": np.array(stored.classes, np.str_),
+                 "notes": np.array(stored.notes, np.str_)}
+        np.savez(folder / "facts.npz", **facts, **({} if stored.vectors is None else {"vectors": stored.vectors}))
     except OSError as error:
         raise _no_room(folder, error) from None
 
@@ -126,16 +126,16 @@ def _no_room(folder: Path, error: OSError) -> UserError:
 def _load(entry: Path) -> Stored | None:
     """Return the entry, or None if it is absent or damaged."""
     try:
-        facts = json.loads((entry / "meta.json").read_text())
         # Copy-on-write: writable for PyTorch, which warns otherwise, while the file stays as it is.
         images = np.load(entry / "images.npy", mmap_mode="c")
-        labels = np.load(entry / "labels.npy")
-        vectors = np.load(entry / "vectors.npy") if (entry / "vectors.npy").exists() else None
-    except (OSError, ValueError, EOFError):
+        with np.load(entry / "facts.npz") as facts:
+            stored = Stored(images, facts["labels"], tuple(facts["classes"].tolist()), facts.get("vectors"),
+                            tuple(facts["notes"].tolist()))
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile):
         return None
     with suppress(OSError):  # a cache shared read-only
         os.utime(entry)
-    return Stored(images, labels, tuple(facts["classes"]), vectors, tuple(facts["notes"]))
+    return stored
 
 
 def _shrink(root: Path) -> None:

@@ -4,32 +4,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 
-from shared.data.classes import class_balanced_split
-from tests.golden.cases import arrays, index
+from tests.golden.cases import each, serves
+from tests.golden.recipes import computed
+from tests.golden.torchssl_cases import cases_of, expected
+from TorchSSL.core.labels import class_balanced_split
 
-CASES = [case for case in index("torchssl")["cases"] if case["file"] == "splits.npz" and "labels" in
-         case.get("arguments", {})]
+SPLITS = cases_of("split")
 # How a data-loading order came about; the stored note says it need not be matched.
-INFORMATIONAL = {case["id"] for case in index("torchssl")["cases"] if case["file"] == "splits.npz"
-                 and "not required to match" in str(case.get("tolerance"))}
-SERVES = {case["id"] for case in CASES} | INFORMATIONAL
+SERVES = serves(SPLITS, cases_of("informational"))
 
 
-def labels_of(text: str) -> np.ndarray:
-    """Return the labels that a case describes: arange(n) % C, as it is or permuted by default_rng(seed)."""
-    numbers = [int(number) for number in "".join(c if c.isdigit() else " " for c in text).split()]
-    if text.startswith("numpy.arange"):
-        count, classes = numbers
-        return np.arange(count) % classes
-    seed, count, classes = numbers
-    return np.random.default_rng(seed).permutation(np.arange(count) % classes)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+@each(SPLITS)
 def test_labelled_indices(case: dict[str, Any]) -> None:
     given = case["arguments"]
-    found = class_balanced_split(labels_of(given["labels"]), given["num_labels"], given["num_classes"], given["seed"])
+    labels = np.asarray(computed(given["labels"]))
+    found = class_balanced_split(labels, given["num_labels"], given["num_classes"], given["seed"])
     assert found.dtype == np.int64
-    np.testing.assert_array_equal(found, arrays("torchssl", "splits.npz")[case["output_keys"]["index"]])
+    np.testing.assert_array_equal(found, expected(case)["index"])

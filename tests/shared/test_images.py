@@ -321,7 +321,7 @@ class TestCache:
         read_images(folder).images[:] = 9
         assert read_images(folder).images.max() == 5
 
-    @pytest.mark.parametrize("file", ["images.npy", "labels.npy", "meta.json"])
+    @pytest.mark.parametrize("file", ["images.npy", "facts.npz"])
     def test_damaged_entry_is_made_again(self, tmp_path: Path, cache: Path, file: str) -> None:
         folder = write_images(tmp_path / "set", {"a.png": png((5, 5, 5))})
         read_images(folder)

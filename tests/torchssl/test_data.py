@@ -11,7 +11,6 @@ from PIL import Image
 
 from shared.augment.views import normalise
 from shared.cli import UserError
-from shared.data.classes import class_balanced_split
 from shared.data.datasets import load_dataset
 from shared.distributed import World
 from tests.golden.cases import facts
@@ -20,7 +19,7 @@ from tests.torchssl.test_inputs import make_images
 from TorchSSL import freematch
 from TorchSSL.core.data import Batches, channel_statistics, load_training_data
 from TorchSSL.core.evaluation import keep_confident, load_classifier
-from TorchSSL.core.labels import CIFAR10_ONE_LABEL_A_CLASS, cifar10_one_label_split
+from TorchSSL.core.labels import CIFAR10_ONE_LABEL_A_CLASS, cifar10_one_label_split, class_balanced_split
 
 
 @pytest.fixture(autouse=True)
