@@ -82,8 +82,7 @@ def write_balanced(dest: Path, options: SimpleNamespace, cfg: Config) -> None:
     record = Record(folder, {"--per_class": options.per_class, "SEED": cfg.SEED}, {"pseudo_label.npz": source})
     if record.is_complete(options.overwrite):
         return
-    if options.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # written in part, or by a version that kept no record
     images = read_images(source)
     write_folder(images.subset(class_balanced_draw(images.labels, options.per_class, cfg.SEED)), folder)
     record.write()
