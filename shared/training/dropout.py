@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from shared.cpu.kernels import is_channels_last
+from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
 
 MIXERS = (0x85EBCA6B, 0xC2B2AE35)  # of the finaliser of MurmurHash3
@@ -67,9 +68,8 @@ def set_dropout_keys(net: torch.nn.Module, seed: int, step: int, sample_indices:
     counter = np.arange(len(layers), dtype=np.uint64)[:, None] << np.uint64(32)
     number = _mix64(_mix64(base + counter) + np.asarray(sample_indices, np.uint64))  # [layers, N], 64 random bits
     number = number | np.uint64(1)
-    halves = torch.from_numpy(np.stack([number, number >> np.uint64(32)], axis=1).astype(np.uint32).view(np.int32))
-    device = next(net.parameters()).device
-    for layer, keys in zip(layers, halves.to(device, non_blocking=True), strict=True):
+    halves = np.stack([number, number >> np.uint64(32)], axis=1).astype(np.uint32).view(np.int32)
+    for layer, keys in zip(layers, to_device(halves, next(net.parameters()).device), strict=True):
         layer.keys = keys
 
 

@@ -17,16 +17,17 @@ except ImportError:  # Windows has no advisory locks; two runs in one folder the
     fcntl = None
 
 LOCK = ".lock"  # in the folder it stands for
-# What the system says of a path that no file can have.
 NO_SUCH_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()  # of this process
 
 
 @contextmanager
 def atomic(path: str | os.PathLike, mode: str = "wb", previous: str | os.PathLike | None = None) -> Iterator[IO]:
     """Yield a file that becomes `path` when the block ends without an error, and vanishes otherwise.
 
-    `previous`: where the former `path`, if there is one, is kept. A process killed at any moment leaves the old file,
-    the new one, or (between the two renames) `previous` alone; never a part of a file under the final name.
+    `previous`: where the former `path`, if any, is kept. A process killed at any moment leaves the old file, the new
+    one, or (between the two renames) `previous` alone; never a part of a file under the final name. UserError for a
+    path that no file can have; OSError, with the path in it, for a full disk.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -48,18 +49,10 @@ def atomic(path: str | os.PathLike, mode: str = "wb", previous: str | os.PathLik
             raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
         error.filename = error.filename or str(path)  # a failed write does not say of what
         raise
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the renames last through a power cut, where the system can (Windows cannot open a folder)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if os.name != "nt":  # make the renames last through a power cut; Windows cannot open a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def cache_folder() -> Path:
@@ -68,7 +61,7 @@ def cache_folder() -> Path:
 
 
 def make_dir(path: str | os.PathLike) -> Path:
-    """Create the folder with its parents and return it; raise UserError when it cannot be created or written to."""
+    """Make the folder with its parents and return it; UserError if that fails or it cannot be written to."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,9 +101,6 @@ def _is_at(file: IO[str], path: str | os.PathLike) -> bool:
         return False
 
 
-_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()  # of this process
-
-
 def lock(folder: str | os.PathLike, wait: bool = False, name: str = LOCK) -> IO[str]:
     """Return the lock of a folder, which is made if need be, as an open file: locked until it is closed or collected.
 
@@ -121,8 +111,8 @@ def lock(folder: str | os.PathLike, wait: bool = False, name: str = LOCK) -> IO[
     try:
         file = hold(path, wait) if own is None else os.fdopen(os.dup(own.fileno()), "a")
     except BlockingIOError:
-        raise InUse(f"{folder} is in use by a run that is still going on; wait for it, or choose another "
-                    "output folder") from None
+        raise InUse(f"{folder} is in use by a run that is still going on; wait for it, or choose another output folder"
+                    ) from None
     except OSError as error:
         raise UserError(f"cannot lock {path}: {error.strerror}; choose another output folder") from None
     _locks.add(file)
@@ -130,7 +120,7 @@ def lock(folder: str | os.PathLike, wait: bool = False, name: str = LOCK) -> IO[
 
 
 def _unlock_in_child() -> None:
-    """Close the locks in a forked process, which may outlive its parent: they are the parent's."""
+    """Close the locks of the parent in a forked process, which may outlive it."""
     for file in list(_locks):
         file.close()
 

@@ -1,4 +1,4 @@
-"""What computes: the number format of a network, the kernels it allows, and the hardware that results name.
+"""What computes: the device and what goes there, the number format of a network, the kernels it allows, its name.
 
 fp32 is the default on CPUs, bf16 on GPUs that have it in hardware (older ones emulate it, more slowly than fp32).
 """
@@ -11,7 +11,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+
+def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return an array or tensor of the host as a tensor on `device`, without making the host wait for a GPU."""
+    tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def dtype_of(precision: str) -> torch.dtype | None:

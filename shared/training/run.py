@@ -205,7 +205,7 @@ class Run:
         except OSError as error:
             if error.errno not in MACHINE_ERRORS:
                 raise
-            raise MachineError(f"{error.strerror}: {error.filename or self.outdir}; the last checkpoint is whole: mend "
+            raise MachineError(f"{error.strerror}: {error.filename or self.outdir}; the last checkpoint is whole: fix "
                                "this, and the same command continues from it") from None
         finally:
             self.log.stop()

@@ -21,7 +21,7 @@ from tests.torchssl import tiny as torchssl
 pytestmark = pytest.mark.slow
 MISHAP = "tests/shared/mishap.py"
 # What a run measures of the machine and not of the method; sums for the log are those of one of the ranks.
-NOT_BITWISE = {"seconds", "stats_bytes", "log_sums", "meta", "config", "meters", "options"}
+NOT_BITWISE = {"seconds", "stats_bytes", "log_sums", "meta", "config", "meters", "options", "inputs"}
 
 
 @dataclass(frozen=True)
