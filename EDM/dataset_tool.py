@@ -18,8 +18,9 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,7 @@ FLAGS = {
     ),
 }
 Label = int | list[float] | None
+Item = tuple[Label, Member | bytes | np.ndarray]  # a source image: a file, its content, or pixels uint8 [C, H, W]
 Labels = list[tuple[str, Label]]
 # The labels of the written images, in their order -> the labels to write, and further keys of dataset.json.
 Relabel = Callable[[Labels], tuple[Labels, dict[str, Any]]]
@@ -125,8 +127,8 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
     """
     source, dest = Path(source), Path(dest)
     _check_arguments(source, transform, resolution, test_split)
-    total, chunks = _open_source(source, test_split)
-    work = ((chunk, transform, resolution) for chunk in _first(chunks, max_images))
+    total, items = _open_source(source, test_split)
+    work = ((source, index, chunk, transform, resolution) for index, chunk in _chunks(islice(items, max_images)))
     make_dir(dest.absolute().parent)
     check, labels = _Checks(any_side=source.suffix == ".npz"), []
     progress = Progress(f"converting {source.name}", min(total, max_images or total), "images")
@@ -147,6 +149,14 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
         written, further = relabel(labels) if relabel is not None else (labels, {})
         save("dataset.json", labels_json(written, further).encode())
     check.finish(source, labels)
+
+
+def _chunks(items: Iterator[Item]) -> Iterator[tuple[int, list[Item]]]:
+    """Yield (number of the first image, images) of consecutive parts."""
+    index = 0
+    while chunk := list(islice(items, CHUNK)):
+        yield index, chunk
+        index += len(chunk)
 
 
 def _is_digits(source: str | os.PathLike) -> bool:
@@ -213,15 +223,6 @@ class _Checks:
 
 # -------------------------------------------------------------------------------------------------------------- images
 
-class _Chunk(NamedTuple):
-    """Consecutive source images: members of `path`, contents of files, or pixels uint8 [n, C, H, W]."""
-
-    start: int
-    labels: list[Label]
-    path: Path
-    images: tuple[Member, ...] | tuple[bytes, ...] | np.ndarray
-
-
 class _Prepared(NamedTuple):
     index: int                      # of the source image
     label: Label
@@ -230,10 +231,11 @@ class _Prepared(NamedTuple):
     problem: str = ""               # why it was left out, if it could not be decoded
 
 
-def _prepare(work: tuple[_Chunk, str | None, tuple[int, int] | None]) -> list[_Prepared]:
-    chunk, transform, size = work
+def _prepare(work: tuple[Path, int, list[Item], str | None, tuple[int, int] | None]) -> list[_Prepared]:
+    source, first, chunk, transform, size = work
+    labels, images = zip(*chunk, strict=True)
     prepared = []
-    for index, (label, image) in enumerate(zip(chunk.labels, _decoded(chunk), strict=True), chunk.start):
+    for index, (label, image) in enumerate(zip(labels, _decoded(source, images, first), strict=True), first):
         if isinstance(image, UserError):
             prepared.append(_Prepared(index, label, problem=str(image)))
             continue
@@ -245,19 +247,20 @@ def _prepare(work: tuple[_Chunk, str | None, tuple[int, int] | None]) -> list[_P
     return prepared
 
 
-def _decoded(chunk: _Chunk) -> Iterator[Image.Image | UserError]:
-    """Decode; a damaged content yields its error, a damaged member raises it."""
-    if isinstance(chunk.images, np.ndarray):
-        yield from map(to_pillow, chunk.images)
-    elif isinstance(chunk.images[0], bytes):
-        for index, data in enumerate(chunk.images, chunk.start):
+def _decoded(source: Path, images: Sequence[Member | bytes | np.ndarray],
+             first: int) -> Iterator[Image.Image | UserError]:
+    """Decode images of one form; damaged bytes yield their error, a damaged member raises it."""
+    if isinstance(images[0], np.ndarray):
+        yield from map(to_pillow, images)
+    elif isinstance(images[0], Member):
+        for member, data in zip(images, read_members(source, images), strict=True):
+            yield open_image(data, f"{source}/{member.name}")
+    else:
+        for index, data in enumerate(images, first):
             try:
-                yield open_image(data, f"{chunk.path}: entry {index}")
+                yield open_image(data, f"{source}: entry {index}")
             except UserError as error:
                 yield error
-    else:
-        for member, data in zip(chunk.images, read_members(chunk.path, chunk.images), strict=True):
-            yield open_image(data, f"{chunk.path}/{member.name}")
 
 
 def transformed(image: Image.Image, transform: str | None, size: tuple[int, int] | None) -> Image.Image | None:
@@ -286,11 +289,11 @@ def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
 
 # ------------------------------------------------------------------------------------------------------------- sources
 
-def _open_source(source: Path, test_split: bool) -> tuple[int, Iterator[_Chunk]]:
+def _open_source(source: Path, test_split: bool) -> tuple[int, Iterator[Item]]:
     """Return (number of images, the stream of them)."""
     if _is_digits(source):
         digits = load_dataset(DIGITS, "test" if test_split else "train")
-        return len(digits), _from_pixels(source, iterate(digits))
+        return len(digits), _from_pixels(iterate(digits))
     if source.is_dir() and source.name.endswith("_lmdb"):
         return _from_lmdb(source)
     if source.is_dir() or source.suffix.lower() == ".zip":
@@ -299,24 +302,15 @@ def _open_source(source: Path, test_split: bool) -> tuple[int, Iterator[_Chunk]]
         return CIFAR_TEST if test_split else CIFAR_TRAIN, _from_cifar(source, CIFAR[source.name], test_split)
     if source.name in (MNIST_TRAIN, MNIST_TEST):
         images, numbers = read_mnist(source, _mnist_labels(source))
-        return len(images), _from_pixels(source, ((images, numbers),))
+        return len(images), _from_pixels([(images, numbers)])
     if source.suffix.lower() == ".npz":
         images = read_images(source)
-        return len(images), _from_pixels(source, iterate(images))
+        return len(images), _from_pixels(iterate(images))
     raise UserError(f"{source}: Unknown archive type; expected a folder, a .zip, an .npz, {', '.join(CIFAR)}, "
                     f"{MNIST_TRAIN} or {MNIST_TEST}")
 
 
-def _first(chunks: Iterator[_Chunk], max_images: int | None) -> Iterator[_Chunk]:
-    """Cut the stream after `max_images` source images."""
-    for chunk in chunks:
-        left = len(chunk.labels) if max_images is None else min(max_images - chunk.start, len(chunk.labels))
-        yield chunk._replace(labels=chunk.labels[:left], images=chunk.images[:left])
-        if max_images is not None and chunk.start + left >= max_images:
-            return
-
-
-def _from_files(source: Path) -> tuple[int, Iterator[_Chunk]]:
+def _from_files(source: Path) -> tuple[int, Iterator[Item]]:
     files = find_images(source)
     if not files.members:
         raise UserError(f"{source}: No image files found in the specified path")
@@ -324,39 +318,34 @@ def _from_files(source: Path) -> tuple[int, Iterator[_Chunk]]:
     order = list(range(len(files)))
     if source.is_dir():  # in order of the folder names, where a ZIP keeps that of the whole names
         order.sort(key=lambda i: files.members[i].name.split("/"))
-    members, labels = tuple(files.members[i] for i in order), [labels[i] for i in order]
-    return len(members), (_Chunk(i, labels[i:i + CHUNK], source, members[i:i + CHUNK])
-                          for i in range(0, len(members), CHUNK))
+    return len(files), ((labels[i], files.members[i]) for i in order)
 
 
 def _folder_labels(source: Path, names: Sequence[str]) -> list[Label]:
-    """Return the class of each image by its top-level folder, if there are at least two; files at the top count as
-    one, as in the published converter."""
+    """Return the classes of images by their top-level folders, if these are at least two.
+
+    Files beside the folders are a class of their own, as in the published converter.
+    """
     found = classes_by_folder(names, source, loose=True)
     if found is None or len(set(found.labels.tolist())) < 2:
         return [None] * len(names)
     return found.labels.tolist()
 
 
-def _from_pixels(source: Path, parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[_Chunk]:
-    start = 0
+def _from_pixels(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[Item]:
     for images, numbers in parts:
-        for i in range(0, len(images), CHUNK):
-            labels = [None if number < 0 else number for number in numbers[i:i + CHUNK].tolist()]
-            yield _Chunk(start + i, labels, source, np.array(images[i:i + CHUNK]))
-        start += len(images)
+        yield from zip((None if number < 0 else number for number in numbers.tolist()), np.array(images), strict=True)
 
 
-def _from_cifar(source: Path, layout: Layout, test_split: bool) -> Iterator[_Chunk]:
+def _from_cifar(source: Path, layout: Layout, test_split: bool) -> Iterator[Item]:
     names, expected = (layout.test, CIFAR_TEST) if test_split else (layout.train, CIFAR_TRAIN)
-    seen, count = set(), 0
-    for chunk in _from_pixels(source, one_ahead(read_batches(source, layout, names))):
-        seen.update(chunk.labels)
-        count += len(chunk.labels)
-        yield chunk
-    if count != expected:
-        warnings.warn(f"{source}: {count} images in place of {expected}", stacklevel=2)
-    if absent := sorted(set(range(layout.num_classes)) - seen):
+    counts = np.zeros(layout.num_classes, int)
+    for images, numbers in one_ahead(read_batches(source, layout, names)):
+        yield from _from_pixels([(images, numbers)])
+        counts += np.bincount(numbers, minlength=layout.num_classes)
+    if counts.sum() != expected:
+        warnings.warn(f"{source}: {counts.sum()} images in place of {expected}", stacklevel=2)
+    if absent := np.flatnonzero(counts == 0).tolist():
         warnings.warn(f"{source}: no image of class {', '.join(map(str, absent))}; without the top class a network's "
                       "label input is narrower", stacklevel=2)
 
@@ -368,7 +357,7 @@ def _mnist_labels(source: Path) -> Path:
     return labels
 
 
-def _from_lmdb(source: Path) -> tuple[int, Iterator[_Chunk]]:
+def _from_lmdb(source: Path) -> tuple[int, Iterator[Item]]:
     try:
         import lmdb  # an optional package
     except ImportError:
@@ -378,18 +367,12 @@ def _from_lmdb(source: Path) -> tuple[int, Iterator[_Chunk]]:
     except lmdb.Error as error:
         raise UserError(f"{source}: not a readable LMDB ({error})") from None
 
-    def chunks() -> Iterator[_Chunk]:
+    def values() -> Iterator[Item]:
         with environment.begin(buffers=False) as transaction:
-            values, start = [], 0
             for _, value in transaction.cursor():
-                values.append(value)
-                if len(values) == CHUNK:
-                    yield _Chunk(start, [None] * CHUNK, source, tuple(values))
-                    values, start = [], start + CHUNK
-            if values:
-                yield _Chunk(start, [None] * len(values), source, tuple(values))
+                yield None, value
 
-    return environment.stat()["entries"], chunks()
+    return environment.stat()["entries"], values()
 
 
 if __name__ == "__main__":

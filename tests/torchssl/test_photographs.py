@@ -124,6 +124,7 @@ def test_extra_photographs(folder: Path, tmp_path: Path) -> None:
         both = train.concatenate(extra)
         assert len(both) == 10 and both.labels[8:].tolist() == [0, 1]
     (tmp_path / "other" / "n00000000").mkdir(parents=True)
+    Image.new("RGB", (50, 60)).save(tmp_path / "other" / "n00000000" / "made.png")
     with pytest.raises(UserError, match="n00000000.* is neither a class number nor one of the classes"):
         read_extra_images(str(tmp_path / "other"), train, 2)
 
