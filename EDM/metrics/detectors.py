@@ -28,6 +28,7 @@ from shared.cli import UserError
 from shared.distributed import World, barrier
 from shared.training.checkpoint import read_checkpoint
 from shared.training.files import make_dir
+from shared.training.precision import to_device
 from TorchSSL.core.networks import build_network, first_stride_for
 
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth",  # as torch-fidelity names it, then pytorch-fid
@@ -212,7 +213,7 @@ def preprocess(images: Tensor) -> Tensor:
     x = images.float()
     for size in ((x.shape[2], DINOV2_SIDE), (DINOV2_SIDE, DINOV2_SIDE)):
         x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
-    mean, std = (torch.tensor(v, device=x.device).reshape(1, 3, 1, 1) for v in (DINOV2_MEAN, DINOV2_STD))
+    mean, std = (to_device(torch.tensor(v), x.device).reshape(1, 3, 1, 1) for v in (DINOV2_MEAN, DINOV2_STD))
     return (x / 255 - mean) / std
 
 

@@ -22,6 +22,7 @@ from shared.cli import UserError
 from shared.data.images import ImageSet
 from shared.distributed import World
 from shared.training.log import Log
+from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
 from shared.training.run import Run
 
@@ -108,7 +109,7 @@ def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *,
     net.train()
     for step in run.steps(steps):
         rng = numpy_rng(seed, step, "classifier batch")
-        chosen = torch.from_numpy(rng.integers(0, len(images), recipe.batch)).to(world.device)
+        chosen = to_device(rng.integers(0, len(images), recipe.batch), world.device)
         batch = weak(pixels[chosen], draw_weak(recipe.batch, rng, images.size, policy), mean, std)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -125,7 +126,7 @@ def predict(net: torch.nn.Module, images: ImageSet, device: torch.device) -> np.
     """Return the class that the network sees in every image, int64 [N]."""
     found = []
     for start in range(0, len(images), BATCH):
-        batch = torch.from_numpy(np.array(images.images[start:start + BATCH])).to(device)
+        batch = to_device(np.array(images.images[start:start + BATCH]), device)
         found.append(net(batch.float() / 127.5 - 1).argmax(1).cpu())
     return torch.cat(found).numpy()
 

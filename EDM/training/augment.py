@@ -1,8 +1,8 @@
 """The augmentation pipe of EDM: 13 image transformations, each applied to an image with a small probability.
 
-The network is told which, so generated images stay free of them (Karras et al., arXiv 2206.00364, appendix F.2; geometry
-and colour after StyleGAN2-ADA, arXiv 2006.06676). `draw` makes the parameters of a batch, `apply` transforms the images.
-Nothing waits for the device.
+The network is told which, so generated images stay free of them (Karras et al., arXiv 2206.00364, appendix F.2;
+geometry and colour after StyleGAN2-ADA, arXiv 2006.06676). `draw` makes the parameters of a batch, `apply` transforms
+the images. Nothing waits for the device.
 """
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from shared.training.precision import to_device
+
 # Low-pass filter of the sym6 wavelet (Daubechies, "Ten Lectures on Wavelets"), 12 taps.
 SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
         0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
         0.0017677118642428036, -0.007800708325034148)
 MARGIN = 6  # half the taps: what the filters need beyond the image
 
-# Per augmentation: the raw numbers per image, in drawing order. A "gate" decides whether it is applied; a uniform number
-# is in [0, 1), an integer is one below the given one.
+# Per augmentation: the raw numbers per image, in drawing order. A "gate" decides whether it is applied; a uniform
+# number is in [0, 1), an integer is one below the given one.
 DRAWS: dict[str, tuple[str | int, ...]] = {
     "xflip": (2, "gate"), "yflip": (2, "gate"), "rotate_int": (4, "gate"),
     "translate_int": ("uniform", "uniform", "gate"), "scale": ("normal", "gate"), "rotate_frac": ("uniform", "gate"),
@@ -150,13 +152,8 @@ class AugmentPipe:
     def _colour(self, v: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return [N, 4, 4]: the affine map of (r, g, b, 1)."""
         offset = v["brightness"] * self.brightness_std
-        identity = torch.eye(4, device=offset.device)
-        gray = torch.tensor([1.0, 1.0, 1.0, 0.0], device=offset.device) / math.sqrt(3)
-        along = torch.outer(gray, gray)  # the projection on the gray axis, around which hues turn
+        identity, along, turn, last = _colour_axes(offset.device)
         across = identity - along
-        last = torch.tensor([0.0, 0.0, 0.0, 1.0], device=offset.device)
-        turn = torch.tensor([[0, -1, 1, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.float32,
-                            device=offset.device) / math.sqrt(3)  # cross product with the gray axis
 
         def each(value: torch.Tensor) -> torch.Tensor:
             return value[:, None, None]
@@ -207,11 +204,9 @@ def warp(images: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
     down_rows, down_columns = (_halving(size, images.device) for size in (height, width))
     doubled = up_rows @ images.float() @ up_columns.T
     # From pixels of the image to pixels of the doubled one, whose grid is shifted by half a pixel; then to [-1, 1].
-    half, two = geometry.new_tensor(0.5), geometry.new_tensor(2.0)
-    geometry = translation(-half, -half) @ scaling(two, two) @ geometry @ scaling(half, half) @ translation(half, half)
     out_height, out_width = 2 * (height + MARGIN), 2 * (width + MARGIN)
-    geometry = (scaling(geometry.new_tensor(2 / doubled.shape[3]), geometry.new_tensor(2 / doubled.shape[2])) @ geometry
-                @ scaling(geometry.new_tensor(out_width / 2), geometry.new_tensor(out_height / 2)))
+    finer, coarser, centred, inwards, outwards = _grid_maps(*doubled.shape[2:], out_height, out_width, images.device)
+    geometry = inwards @ (finer @ geometry @ coarser @ centred) @ outwards
     grid = F.affine_grid(geometry[:, :2], [len(images), 1, out_height, out_width], align_corners=False)
     sampled = F.grid_sample(doubled, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return down_rows @ sampled @ down_columns.T
@@ -257,6 +252,28 @@ def _mirror(index: torch.Tensor, size: int) -> torch.Tensor:
     """Return where positions outside 0..size-1 fall when the image is mirrored at its outermost pixels."""
     period = max(2 * size - 2, 1)
     return (size - 1) - ((size - 1) - index.remainder(period)).abs()
+
+
+@lru_cache(maxsize=16)
+def _colour_axes(device: torch.device) -> list[torch.Tensor]:
+    """Return what colours are turned with: the identity [4, 4]; the projection [4, 4] on the gray axis, around which
+    hues turn; the cross product [4, 4] with that axis; the vector [4] of the constant."""
+    gray = torch.tensor([1.0, 1.0, 1.0, 0.0]) / math.sqrt(3)
+    turn = torch.tensor([[0.0, -1, 1, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 0, 0]]) / math.sqrt(3)
+    axes = torch.eye(4), torch.outer(gray, gray), turn, torch.tensor([0.0, 0.0, 0.0, 1.0])
+    return [to_device(axis, device) for axis in axes]
+
+
+@lru_cache(maxsize=16)
+def _grid_maps(doubled_height: int, doubled_width: int, height: int, width: int, device: torch.device
+               ) -> list[torch.Tensor]:
+    """Return the matrices [3, 3] around a geometry in `warp`: from pixels to those of the doubled image, and back in
+    two steps; from these to [-1, 1] of the doubled image, and from [-1, 1] of the output [height, width]."""
+    half, two = torch.tensor(0.5), torch.tensor(2.0)
+    maps = (translation(-half, -half) @ scaling(two, two), scaling(half, half), translation(half, half),
+            scaling(torch.tensor(2 / doubled_width), torch.tensor(2 / doubled_height)),
+            scaling(torch.tensor(width / 2), torch.tensor(height / 2)))
+    return [to_device(each, device) for each in maps]
 
 
 @lru_cache(maxsize=16)

@@ -18,6 +18,7 @@ from shared.cli import UserError
 from shared.data.classes import LABEL_FILE
 from shared.data.images import read_images
 from shared.distributed import World
+from shared.training.precision import to_device
 
 DEVICE_FRACTION = 0.4  # of the GPU's free memory that the training set may take
 
@@ -250,7 +251,7 @@ class Batches:
 
     def __call__(self, nimg: int) -> Batch:
         items = self._items(nimg)
-        sources = self._send(torch.from_numpy(self.dataset.indices[items]))
+        sources = to_device(self.dataset.indices[items], self.device)
         if self.resident is not None:
             pixels = self.resident[sources]
         elif self._thread is not None:
@@ -259,7 +260,7 @@ class Batches:
             pixels = self._read(items).to(self.device, non_blocking=True)
         mirrored = self.dataset.flipped[items]
         if mirrored.any():
-            pixels = torch.where(self._send(torch.from_numpy(mirrored))[:, None, None, None], pixels.flip(3), pixels)
+            pixels = torch.where(to_device(mirrored, self.device)[:, None, None, None], pixels.flip(3), pixels)
         images = pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
         return Batch(images, self._labels(sources), self.places)
 
@@ -284,6 +285,3 @@ class Batches:
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor  # a GPU fetches from there by itself
-
-    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._pinned(tensor).to(self.device, non_blocking=True)

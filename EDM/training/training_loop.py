@@ -30,7 +30,7 @@ from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA, half_life_beta, power_law_beta
 from shared.training.files import atomic
 from shared.training.log import Log
-from shared.training.precision import computed_on, default_precision
+from shared.training.precision import computed_on, default_precision, to_device
 from shared.training.randomness import torch_rng
 from shared.training.run import Run
 
@@ -220,7 +220,7 @@ def draw(loss_fn: Any, augment: AugmentPipe | None, seed: int, nimg: int, batch_
     """Draw for the global batch that starts at image number `nimg`, and return what belongs to the images of `batch`.
     So the numbers do not depend on how many processes share it."""
     device = batch.images.device
-    mine = torch.from_numpy(batch.places).to(device)
+    mine = to_device(batch.places, device)
     level = loss_fn.draw(batch_size, torch_rng(seed, nimg, "noise level", device))
     noise = torch.randn([batch_size, *batch.images.shape[1:]], generator=torch_rng(seed, nimg, "noise", device),
                         device=device)

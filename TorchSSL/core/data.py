@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.augment.randaugment import to_device
 from shared.augment.views import (
     StrongDraws,
     WeakPolicy,
@@ -27,6 +26,7 @@ from shared.augment.views import (
     weak,
 )
 from shared.cli import UserError
+from shared.data.classes import LABEL_FILE, are_numbers, class_folders
 from shared.data.datasets import has_split, load_dataset
 from shared.data.images import ImageSet, iterate, read_images, shape_text
 from shared.data.photographs import EVAL_SIDE, PhotographSet, list_imagenet, list_photographs
@@ -34,6 +34,7 @@ from shared.data.pool import PhotographPool, Pool, make_pool
 from shared.distributed import World
 from shared.training.files import atomic
 from shared.training.fingerprint import fingerprint_arrays, fingerprints
+from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
 from TorchSSL.core.algorithm import Batch
 from TorchSSL.core.labels import INDEX_FILE, labeled_and_held_out, split_facts
@@ -161,17 +162,15 @@ def read_extra_images(path: str, train: ImageSet | PhotographSet, num_classes: i
     if not folder.exists():
         raise UserError(f"{flag}: no such folder; stage 2 writes it, as <class>/<image>.png")
     classes = None
-    if folder.is_dir() and not (folder / "dataset.json").exists():
-        names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-        numbered = all(name.isascii() and name.isdigit() for name in names)
-        classes = None if numbered else train.classes
-        unknown = sorted(set(names) - set(train.classes))
+    if folder.is_dir() and not (folder / LABEL_FILE).exists():
+        names = class_folders(folder)
         if not names:
             raise UserError(f"{flag}: expected one folder per class (0, 1, ... or the names of the classes) with "
-                            "images inside; it has no sub-folder")
-        if not numbered and unknown:
+                            "images inside; it has no sub-folder with images")
+        classes = None if are_numbers(names) else train.classes
+        if classes and (unknown := sorted(set(names) - set(classes))):
             raise UserError(f"{flag}: the folder {unknown[0]!r} is neither a class number nor one of the classes "
-                            f"{', '.join(train.classes[:10])}")
+                            f"{', '.join(classes[:10])}")
     if isinstance(train, PhotographSet):
         extra = list_photographs(folder, classes)
         if extra.labels.max() >= num_classes:

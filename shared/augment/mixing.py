@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shared.distributed import World, gather
+from shared.training.precision import to_device
 
 
 def mixup(inputs: Tensor, targets: Tensor, beta: float, permutation: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -75,10 +76,9 @@ def forward_mixed(classify: Callable[[Tensor, int], Tensor], world: World, input
     """
     size = len(inputs[0])
     all_inputs, all_targets = (torch.cat([gather(part, world) for part in parts]) for parts in (inputs, targets))
-    mixed_inputs, mixed_targets, _ = mixup(all_inputs, all_targets, beta,
-                                           torch.from_numpy(permutation).to(all_inputs.device))
+    mixed_inputs, mixed_targets, _ = mixup(all_inputs, all_targets, beta, to_device(permutation, all_inputs.device))
     order = interleaved(len(all_inputs) // (size * world.size), size * world.size)[:, world.slice(size * world.size)]
-    rows = torch.from_numpy(order).to(all_inputs.device)
+    rows = to_device(order, all_inputs.device)
     logits = torch.cat([classify(mixed_inputs[chunk], number) for number, chunk in enumerate(rows)])
     rows = rows.flatten()
     return Mixed(logits, mixed_targets[rows], (rows < size * world.size).float(), rows, size)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.training.precision import to_device
+
 # Range of the magnitude v of an operation, drawn uniformly. The geometric ones stand together: one call computes them.
 RANGES = {
     "Identity": (0, 1),
@@ -30,12 +32,6 @@ RANGES = {
     "Equalize": (0, 1),
 }
 OPERATIONS = tuple(RANGES)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return a small host array as a tensor on `device`, without waiting for the device."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def apply(images: Tensor, operations: np.ndarray, magnitudes: np.ndarray) -> Tensor:

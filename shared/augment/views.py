@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.augment import randaugment
-from shared.augment.randaugment import OPERATIONS, RANGES, to_device
+from shared.augment.randaugment import OPERATIONS, RANGES
 from shared.cli import UserError
+from shared.training.precision import to_device
 
 PAD_MODES = ("reflect", "zero")
 CUTOUT_COLOUR = (125, 123, 114)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.augment import randaugment
-from shared.augment.randaugment import to_device
 from shared.augment.views import StrongDraws, normalise, strong
 from shared.cli import UserError
 from shared.data.images import ImageSet, open_image, to_chw
@@ -32,6 +31,7 @@ from shared.data.photographs import (
     View,
     open_rgb,
 )
+from shared.training.precision import to_device
 
 DECODERS = ("auto", "dali", "torchvision")
 AHEAD = 2  # batches in the making

@@ -12,10 +12,10 @@ from torch import Tensor
 from DASO.lib.data.augment import Look
 from DASO.lib.data.sets import TrainingData
 from DASO.lib.losses import class_weights
-from shared.augment.randaugment import to_device
 from shared.data.images import ImageSet
 from shared.data.pool import Pool
 from shared.distributed import World
+from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng, torch_rng
 
 

@@ -1,0 +1,84 @@
+"""The training programs that are measured on the null GPU: small data, networks of the published depth or less."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.ddae import tiny as ddae
+from tests.edm import training_runs as edm
+from tests.shared.programs import ROOT
+
+EDM = ("--cond=1", "--cbase=8", "--cres=1,1", "--num-blocks=1", "--attn-resolutions=4", "--batch=16", "--tick=1000",
+       "--dump=1000", "--snap=1000", "--seed=3", "--nosubdir", "--outdir=run", "--data=tiny.zip")
+
+
+@dataclass(frozen=True)
+class Program:
+    """script: in the project. args: (its working folder, number of steps) -> arguments. slow: left to the slow tests.
+
+    Nothing is logged, saved or evaluated between the first and the last step.
+    """
+
+    script: str
+    args: Callable[[Path, int], list[str]]
+    slow: bool = False
+
+
+def torchssl(name: str, *flags: str, slow: bool = True) -> Program:
+    config = ROOT / "TorchSSL" / "config" / name / f"{name}_digits_40_0.yaml"
+    return Program(f"TorchSSL/{name}.py", lambda folder, steps: [
+        f"--c={config}", f"--num_train_iter={steps}", "--num_eval_iter=1000", "--num_save_iter=1000",
+        "--compile=False", f"--save_dir={folder}", *flags], slow)
+
+
+def train_edm(*flags: str, slow: bool = True) -> Program:
+    def args(folder: Path, steps: int) -> list[str]:
+        edm.write_set(folder / "tiny.zip")
+        return [*EDM, f"--duration={16 * steps / 1e6}", *flags]
+    return Program("EDM/train.py", args, slow)
+
+
+def train_ddae(slow: bool = True, **changes: object) -> Program:
+    def args(folder: Path, steps: int) -> list[str]:
+        ddae.write_config(folder, n_epoch=steps, n_sample=2, **changes)
+        return ["--config=tiny.yaml", f"--steps={steps}"]
+    return Program("DDAE/train.py", args, slow)
+
+
+def daso(name: str, slow: bool = True) -> Program:
+    config = ROOT / "DASO" / "configs" / "digits" / f"{name}.yaml"
+    return Program("DASO/main.py", lambda folder, steps: [
+        "--config-file", str(config), "SOLVER.MAX_ITER", str(steps), "PERIODS.LOG", "1000", "PERIODS.EVAL", "1000",
+        "PERIODS.CHECKPOINT", "1000", "OUTPUT_DIR", str(folder / "out")], slow)
+
+
+def metasemi(script: str, *flags: str, slow: bool = True) -> Program:
+    return Program(f"MetaSemi/{script}.py", lambda folder, steps: [
+        "--dataset=digits", "-a=small", "--num-label=20", "--batch-size=8", f"--total-steps={steps}", "--warmup=2",
+        "--milestones=[4, 5]", "--test-freq=1000", "--print-freq=1000", "--save-path=run", "--gpu", *flags], slow)
+
+
+def with_wait(program: Program) -> Program:
+    """Return the program with one `.item()` more in each step."""
+    return Program("tests/gpu/one_wait.py", lambda folder, steps: [str(ROOT / program.script),
+                                                                  *program.args(folder, steps)], program.slow)
+
+
+PROGRAMS = {
+    "freematch": torchssl("freematch", slow=False),
+    "vat": torchssl("vat", slow=False),
+    "remixmatch": torchssl("remixmatch", slow=False),
+    **{name: torchssl(name) for name in (
+        "fixmatch", "flexmatch", "softmatch", "uda", "uda_flex", "defixmatch", "sequencematch", "freematch_entropy",
+        "fullysupervised", "meanteacher", "mixmatch", "pimodel", "pseudolabel", "pseudolabel_flex")},
+    "edm": train_edm("--augment=0.12", slow=False),
+    "edm in rounds": train_edm("--augment=0.12", "--batch-gpu=4"),
+    "edm, ncsnpp": train_edm("--arch=ncsnpp"),
+    "ddae": train_ddae(slow=False),
+    "ddae, ddpm": train_ddae(**ddae.DDPM),
+    "daso": daso("fixmatch_daso", slow=False),
+    "daso, remixmatch": daso("remixmatch_daso"),
+    "metasemi": metasemi("train_meta", "--mix-up", slow=False),
+    "metasemi baseline": metasemi("train_baseline"),
+}
