@@ -18,7 +18,7 @@ from shared import distributed
 from shared.cli import UserError
 from shared.distributed import World
 from shared.training.files import lock
-from shared.training.fingerprint import fingerprints
+from shared.training.fingerprint import fingerprint_arrays, fingerprints
 
 Plan = TypeVar("Plan")
 
@@ -79,13 +79,14 @@ def launch(options: dict[str, Any], dataset: TrainingSet, make_method: Callable[
 
     With --dry-run, print the options only.
     """
-    held: list[IO] = []
+    held: list[IO] = []  # the folder's lock, until the run holds it as well
 
     def prepare() -> tuple[dict[str, Any], dict[str, str], bool] | None:
         """Return the options with the run's folder, the fingerprints of the inputs, and whether the folder is new; None
         if nothing is left to do."""
         transfer = None if flags.transfer is None or flags.dry_run else local_file(flags.transfer)
-        inputs = fingerprints({"--data": flags.data, "--transfer": transfer, "--resume": flags.resume,
+        inputs = fingerprints({"--data": fingerprint_arrays(dataset.images, dataset.raw_labels),
+                               "--transfer": transfer, "--resume": flags.resume,
                                "--eval-data": getattr(flags, "eval_data", None)})
         folder, continued = choose_folder(flags, options, inputs, world.size)
         options["run_dir"] = folder

@@ -3,7 +3,6 @@ import copy
 import math
 import os
 import re
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +15,8 @@ from EDM.training.config import RESULT_FILE, batch_rounds, read_options
 from EDM.training.snapshots import load_network, load_training_state
 from EDM.training.training_loop import learning_rate, replace_non_finite
 from shared.cli import Diverged, UserError
+from shared.data.images import read_images
+from shared.data.writers import write_npz
 from shared.training.checkpoint import keep_layout
 from tests.edm.training_runs import STEPS, TINY, checkpoint, largest_difference, losses, outcome, stats, write_set
 from tests.golden.cases import arrays
@@ -191,11 +192,12 @@ def test_a_run_is_known_by_the_content_of_its_data(tmp_path, data):
     few, name = ("--duration=0.0001", "--batch=1000"), "00000-tiny-cond-ddpmpp-edm-gpus1-batch1000-fp32"
     train(tmp_path, data, *few)
     (tmp_path / name / RESULT_FILE).unlink()  # as if it had been interrupted
-    (tmp_path / "moved").mkdir()
-    moved = Path(shutil.copy(data, tmp_path / "moved"))
+    moved = tmp_path / "moved" / "tiny.npz"
+    moved.parent.mkdir()
+    write_npz(read_images(data), moved)
     train(tmp_path, moved, *few)
-    assert (tmp_path / name / RESULT_FILE).exists()  # the same images at another place
-    write_set(moved, seed=1)
+    assert (tmp_path / name / RESULT_FILE).exists()  # the same images in another file
+    moved = write_set(moved.with_suffix(".zip"), seed=1)
     with pytest.raises(UserError, match="other options .another content of --data"):
         train(tmp_path / name, moved, *few, "--nosubdir")
     train(tmp_path, moved, *few)
