@@ -33,7 +33,6 @@ from shared.data.photographs import (
 )
 from shared.training.precision import to_device
 
-DECODERS = ("auto", "dali", "torchvision")
 AHEAD = 2  # batches in the making
 
 

@@ -172,7 +172,7 @@ def read_gzip(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------- pickles, arrays
 
-def restricted_load(stream: IO[bytes], allowed: Allowed, source: str, encoding: str = "latin1",
+def restricted_load(stream: IO[bytes], allowed: Allowed, source: str,
                     persistent_load: Callable[[Any], Any] | None = None) -> Any:
     """Read one pickled object from `stream`, resolving only the (module, name) pairs in `allowed`.
 
@@ -192,7 +192,7 @@ def restricted_load(stream: IO[bytes], allowed: Allowed, source: str, encoding: 
             return persistent_load(identity)
 
     try:
-        return Reader(stream, encoding=encoding).load()
+        return Reader(stream, encoding="latin1").load()  # of Python 2
     except UserError:
         raise
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
