@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib
@@ -130,7 +131,8 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] |
     rows = max(len(lines) for lines in panels.values())
     alike = len({tuple(lines) for lines in panels.values()}) == 1
     names = 0.08 * max(len(str(name)) for lines in panels.values() for name in lines)  # inches
-    figure = Figure((2.6 * across + names * (1 if alike else across) + 0.4, (1.1 + 0.28 * rows) * down + 0.5))
+    figure = Figure((2.6 * across + names * (1 if alike else across) + 0.4, (1.1 + 0.28 * rows) * down + 0.7),
+                    layout="constrained")
     shown = {}
     for position, (panel, lines) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(down, across, position)
@@ -151,11 +153,9 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] |
         axes.tick_params(axis="x", labelsize=8)
         axes.set_title(panel, fontsize=9)
         axes.grid(alpha=0.3)
-    figure.supxlabel(xlabel, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    if len(shown) > 1:
-        figure.legend(shown.values(), shown, fontsize=8, loc="lower right", ncols=len(shown))
+    figure.legend(shown.values(), shown, fontsize=8, loc="outside lower center", ncols=len(series), frameon=False,
+                  title=textwrap.fill(xlabel, round(13 * figure.get_figwidth())), title_fontsize=8)
     _save(figure, path)
 
 
