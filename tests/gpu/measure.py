@@ -74,7 +74,10 @@ def measure(programs: Mapping[str, Program], ranks: int, folder: Path) -> dict[s
                           env={**os.environ, "FEWLABEL_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)})
     if not result.exists():
         raise RuntimeError((done.stdout + done.stderr)[-3000:])
-    return {name: _cost(found) for name, found in json.loads(result.read_text()).items()}
+    costs = {name: _cost(found) for name, found in json.loads(result.read_text()).items()}
+    if any(cost.error for cost in costs.values()):
+        print((done.stdout + done.stderr)[-3000:], file=sys.stderr)
+    return costs
 
 
 def _cost(found: Mapping[str, Any]) -> Cost:

@@ -12,17 +12,20 @@ from tests.shared.programs import ROOT
 EDM = ("--cond=1", "--cbase=8", "--cres=1,1", "--num-blocks=1", "--attn-resolutions=4", "--batch=16", "--tick=1000",
        "--dump=1000", "--snap=1000", "--seed=3", "--nosubdir", "--outdir=run", "--data=tiny.zip")
 
+EPOCHS = 8  # of 3 steps, or of 2 with two ranks
+
 
 @dataclass(frozen=True)
 class Program:
     """script: in the project. args: (its working folder, number of steps) -> arguments. slow: left to the slow tests.
 
-    Nothing is logged, saved or evaluated between the first and the last step.
+    Nothing is logged, saved or evaluated between the first and the last step. waits: that the method itself needs.
     """
 
     script: str
     args: Callable[[Path, int], list[str]]
     slow: bool = False
+    waits: int = 0
 
 
 def torchssl(name: str, *flags: str, slow: bool = True) -> Program:
@@ -44,6 +47,23 @@ def train_ddae(slow: bool = True, **changes: object) -> Program:
         ddae.write_config(folder, n_epoch=steps, n_sample=2, **changes)
         return ["--config=tiny.yaml", f"--steps={steps}"]
     return Program("DDAE/train.py", args, slow)
+
+
+def evaluate_ddae(script: str, *flags: str) -> Program:
+    """A program that trains on the features of a DDAE, or from its weights, for more epochs than there are steps."""
+    def args(folder: Path, steps: int) -> list[str]:
+        ddae.make_folder(folder, epochs=(1,), linear={**ddae.LINEAR, "n_epoch": EPOCHS})
+        own = [flag.format(steps=steps) for flag in flags]
+        return own if script == "noisy_classifier_WRN" else ["--config=tiny.yaml", "--epoch=1", *own]
+    return Program(f"DDAE/{script}.py", args, slow=True)
+
+
+def tdsm(script: str, *flags: str, waits: int = 0) -> Program:
+    def args(folder: Path, steps: int) -> list[str]:
+        edm.write_set(folder / "tiny.zip")
+        return ["--cond=1", "--batch=16", "--tick=1000", "--dump=1000", "--snap=1000", "--seed=3", "--nosubdir",
+                "--outdir=run", "--data=tiny.zip", f"--duration={16 * steps / 1e6}", *flags]
+    return Program(f"EDM/{script}.py", args, slow=True, waits=waits)
 
 
 def daso(name: str, slow: bool = True) -> Program:
@@ -77,6 +97,17 @@ PROGRAMS = {
     "edm, ncsnpp": train_edm("--arch=ncsnpp"),
     "ddae": train_ddae(slow=False),
     "ddae, ddpm": train_ddae(**ddae.DDPM),
+    "linear": evaluate_ddae("linear", "--steps={steps}"),
+    "noisy classifier": evaluate_ddae("noisy_classifier_DDAE"),
+    "noisy classifier, WRN": evaluate_ddae("noisy_classifier_WRN", "--dataset=digits", "--batch_size=20", "--epoch=1",
+                                           "--blocks_per_group=1", "--channel_multiplier=1"),
+    "finetune": evaluate_ddae("finetune", f"--epochs={EPOCHS}", "--batch_size=20", "--eval_every=1000", "--randaugment",
+                              "--mixup=0.5"),
+    "noise classifier of TDSM": tdsm("train_classifier", "--classifier=cnn", "--cbase=8", "--accuracy-images=20",
+                                     "--noise_type=sym", "--noise_rate=0.4"),
+    # How many labels an image may have is a number that the host must know.
+    "tdsm": tdsm("train_noise", "--cbase=8", "--cres=1,1", "--num-blocks=1", "--attn-resolutions=4",
+                 "--noise_type=clean", "--augment=0", waits=1),
     "daso": daso("fixmatch_daso", slow=False),
     "daso, remixmatch": daso("remixmatch_daso"),
     "metasemi": metasemi("train_meta", "--mix-up", slow=False),

