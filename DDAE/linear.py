@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from DDAE.ddae.data import TestItems, TrainBatches
-from DDAE.ddae.features import FeatureFiles
+from DDAE.ddae.features import stored_examples
 from DDAE.ddae.model import check_names
 from DDAE.ddae.probe import (
     ENCODER,
     PIXELS,
     Encoder,
+    Examples,
     LinearHeads,
     load_encoder,
     load_split,
@@ -77,9 +78,9 @@ def main() -> None:
     batches = TrainBatches(train, size, world, seed, probe.flip, probe.pad)
     inputs = encoder.inputs(train, world)
     if options.copies:
-        examples = FeatureFiles(encoder, batches, options.copies, inputs["dataset"]).examples(levels, names)
+        examples = stored_examples(encoder, batches, levels, names, options.copies, inputs["dataset"])
     else:
-        examples = FreshExamples(encoder, batches, levels, names)
+        examples = fresh_examples(encoder, batches, levels, names)
 
     config = {"probes": list(keys), "dataset": encoder.config.dataset, "encoder": encoder.name, "batch": size, "lr": lr,
               "epochs": probe.n_epoch, "flip": probe.flip, "pad": probe.pad, "seed": seed, "copies": options.copies,
@@ -111,19 +112,17 @@ def chosen(options: SimpleNamespace, encoder: Encoder) -> tuple[list[int], list[
     return list(dict.fromkeys(levels)), list(dict.fromkeys(names))
 
 
-class FreshExamples:
-    """The features of a step's images, augmented and noised anew at every visit."""
-
-    def __init__(self, encoder: Encoder, batches: TrainBatches, levels: Sequence[int], names: Sequence[str]) -> None:
-        self.encoder, self.batches, self.levels, self.names = encoder, batches, levels, names
-
-    def __call__(self, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
-        batch, features = self.batches(step), {}
-        for level in self.levels:
-            noise = batch.noise(self.batches.seed, step, f"noise {level}")
-            found = self.encoder.features(batch.images, level, noise, self.names)
+def fresh_examples(encoder: Encoder, batches: TrainBatches, levels: Sequence[int], names: Sequence[str]) -> Examples:
+    """Return the features by training step, of images that are augmented and noised anew at every visit."""
+    def examples(step: int) -> tuple[dict[str, Tensor], Tensor, float]:
+        batch, features = batches(step), {}
+        for level in levels:
+            noise = batch.noise(batches.seed, step, f"noise {level}")
+            found = encoder.features(batch.images, level, noise, names)
             features |= {f"{level}/{name}": value for name, value in found.items()}
         return features, batch.labels, batch.fraction
+
+    return examples
 
 
 def test_features(encoder: Encoder, items: TestItems, levels: Sequence[int], names: Sequence[str], draws: int

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from DDAE.ddae.config import choose_precision
 from DDAE.ddae.data import item_noise, rank_part
-from DDAE.ddae.probe import LinearHeads, test_heads, train_heads, write_probes
+from DDAE.ddae.model import check_names
+from DDAE.ddae.probe import Examples, LinearHeads, test_heads, train_heads, write_probes
 from DDAE.DiT.latents import DIT, Latents, code_folder, read_latents
 from DDAE.DiT.network import DiT, latent_features, load_dit
 from shared import cli, distributed
@@ -66,7 +67,7 @@ def main() -> None:
     folder = code_folder(options)
     train, test = read_latents(folder, "train", options.num_copies), read_latents(folder, "test")
     net = load_dit(options.ckpt, options.model, train.copies[0].shape[-1], world.device)
-    net.check_names(options.names)
+    check_names(options.names, net.block_names)
 
     keys = {f"{time}/{name}": net.width for time in options.times for name in options.names}
     heads = LinearHeads(keys, int(train.labels.max()) + 1, options.seed).to(world.device)
@@ -82,7 +83,7 @@ def main() -> None:
     if not run.finished:
         log.print(f"{options.model}: {', '.join(keys)} on {len(train)} latents of {len(train.copies)} copies; "
                   f"{world.size} process(es) on {world.device.type}")
-    examples = Examples(net, train, size, options, world)
+    examples = random_copies(net, train, size, options, world)
     train_heads(run, heads, optimizer, examples, options.epoch, -(-len(train) // size), lr)
     accuracies = test_heads(heads, test_examples(net, test, options, world), world)
     for key, accuracy in accuracies.items():
@@ -92,26 +93,25 @@ def main() -> None:
     distributed.stop()
 
 
-class Examples:
-    """The features of a step: each latent from a copy drawn at random, with fresh noise."""
+def random_copies(net: DiT, latents: Latents, size: int, options: SimpleNamespace, world: World) -> Examples:
+    """Return the features by training step: each latent from a copy drawn at random, with fresh noise."""
+    seed, count, device = options.seed, len(latents), world.device
 
-    def __init__(self, net: DiT, latents: Latents, size: int, options: SimpleNamespace, world: World) -> None:
-        self.net, self.latents, self.size, self.options, self.world = net, latents, size, options, world
-
-    def __call__(self, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
-        seed, count, device = self.options.seed, len(self.latents), self.world.device
-        epoch, place = divmod(step, -(-count // self.size))
-        items = numpy_rng(seed, epoch, "order").permutation(count)[place * self.size:(place + 1) * self.size]
-        copies = numpy_rng(seed, step, "copies").integers(len(self.latents.copies), size=len(items))
-        part = rank_part(len(items), self.world)
-        codes = torch.from_numpy(self.latents.take(copies[part], items[part])).to(device)
+    def examples(step: int) -> tuple[dict[str, Tensor], Tensor, float]:
+        epoch, place = divmod(step, -(-count // size))
+        items = numpy_rng(seed, epoch, "order").permutation(count)[place * size:(place + 1) * size]
+        copies = numpy_rng(seed, step, "copies").integers(len(latents.copies), size=len(items))
+        part = rank_part(len(items), world)
+        codes = torch.from_numpy(latents.take(copies[part], items[part])).to(device)
 
         def noise(time: int) -> Tensor:
             rng = torch_rng(seed, step, f"noise {time}", device)
             return torch.randn(len(items), *codes.shape[1:], generator=rng, device=device)[part]
 
-        labels = torch.from_numpy(self.latents.labels[items[part]]).to(device)
-        return probe_features(self.net, codes, noise, self.options), labels, len(codes) / len(items)
+        labels = torch.from_numpy(latents.labels[items[part]]).to(device)
+        return probe_features(net, codes, noise, options), labels, len(codes) / len(items)
+
+    return examples
 
 
 def test_examples(net: DiT, latents: Latents, options: SimpleNamespace, world: World

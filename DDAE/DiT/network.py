@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from DDAE.ddae.model import check_names
 from DDAE.DiT.gaussian import SpacedDiffusion
 from shared.cli import UserError, nearest
 from shared.training.checkpoint import read_checkpoint
@@ -178,13 +179,6 @@ class DiT(nn.Module):
         """Number of features of a token."""
         return self.pos_embed.shape[2]
 
-    def check_names(self, names: Sequence[str]) -> None:
-        """Raise UserError for a block that does not exist, naming those that do."""
-        known = self.block_names
-        for name in names:
-            if name not in known:
-                raise UserError(f"no block {name!r}{nearest(name, known)}; the blocks are {known[0]} to {known[-1]}")
-
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         x, c = self._embed(x, t, y)
         for block in self.blocks:
@@ -193,15 +187,15 @@ class DiT(nn.Module):
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the outputs [N, tokens, width] of the named blocks; the blocks behind the last of them do not run."""
-        self.check_names(names)
-        known = self.block_names
-        wanted = {known.index(name): name for name in names}
-        found = {}
+        check_names(names, self.block_names)
+        found: dict[str, Tensor] = {}
         x, c = self._embed(x, t, y)
-        for index, block in enumerate(self.blocks[:max(wanted) + 1]):
+        for name, block in zip(self.block_names, self.blocks, strict=True):
             x = block(x, c)
-            if index in wanted:
-                found[wanted[index]] = x
+            if name in names:
+                found[name] = x
+            if len(found) == len(set(names)):
+                break
         return found
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:

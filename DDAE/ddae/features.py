@@ -2,83 +2,71 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from DDAE.ddae.data import TrainBatches, item_noise, rank_part
-from DDAE.ddae.probe import Encoder
+from DDAE.ddae.probe import Encoder, Examples
 from shared import distributed
 from shared.augment.views import draw_weak, shift_whole
 from shared.distributed import World
 from shared.training.files import atomic, make_dir
-from shared.training.precision import to_device
 from shared.training.progress import Progress
 from shared.training.randomness import numpy_rng
 
 
-class FeatureFiles:
-    """{save_dir}/features/<encoder>-<digest>/<copy>_<level>_<block>.npy, float32 [N, width] each.
+def stored_examples(encoder: Encoder, batches: TrainBatches, levels: Sequence[int], names: Sequence[str], copies: int,
+                    images: str) -> Examples:
+    """Return the features by training step, from copies that take turns epoch by epoch; first compute missing ones.
 
-    The digest stands for all that the features depend on: the content of images, labels and weights, and the settings.
-    An image's view and noise depend on (seed, item, copy, level) alone. Files that are there are not computed again.
+    They lie in {save_dir}/features/<encoder>-<digest>/<copy>_<level>_<block>.npy, float32 [N, width] each. The digest
+    stands for all that they depend on: the content of `images` (a fingerprint) and weights, and the settings. An
+    image's view and noise depend on (seed, item, copy, level) alone.
     """
+    world, config, probe = batches.world, encoder.config, encoder.probe
+    identity = [images, encoder.weights, config.model_type, config.diffusion, config.network, probe.flip, probe.pad,
+                batches.seed, encoder.precision, world.device.type]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    folder = Path(config.save_dir) / "features" / f"{encoder.name}-{digest}"
+    arrays: list[dict[str, np.ndarray]] = [{} for _ in range(copies)]
+    for copy, level in itertools.product(range(copies), levels):
+        paths = {name: folder / f"{copy}_{level}_{name}.npy" for name in names}
+        absent = {name: path for name, path in paths.items() if not path.exists()}
+        distributed.barrier(world)  # all have looked before one makes them
+        if absent:
+            compute(encoder, batches, copy, level, absent)
+        arrays[copy] |= {f"{level}/{name}": np.load(path, mmap_mode="r") for name, path in paths.items()}
 
-    def __init__(self, encoder: Encoder, batches: TrainBatches, copies: int, images: str) -> None:
-        self.encoder, self.batches, self.copies = encoder, batches, copies
-        config, probe = encoder.config, encoder.probe
-        identity = [images, encoder.weights, config.model_type, config.diffusion, config.network, probe.flip, probe.pad,
-                    batches.seed, encoder.precision, batches.world.device.type]
-        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-        self.folder = Path(config.save_dir) / "features" / f"{encoder.name}-{digest}"
-
-    def examples(self, levels: Sequence[int], names: Sequence[str]) -> StoredExamples:
-        """Return the features by training step, having computed what is missing."""
-        for copy in range(self.copies):
-            for level in levels:
-                absent = [name for name in names if not self.path(copy, level, name).exists()]
-                distributed.barrier(self.batches.world)  # all have looked before one makes them
-                if absent:
-                    self.compute(copy, level, absent)
-        arrays = [{f"{level}/{name}": np.load(self.path(copy, level, name), mmap_mode="r") for level in levels
-                   for name in names} for copy in range(self.copies)]
-        return StoredExamples(self.batches, arrays)
-
-    def path(self, copy: int, level: int, name: str) -> Path:
-        return self.folder / f"{copy}_{level}_{name}.npy"
-
-    def compute(self, copy: int, level: int, names: Sequence[str]) -> None:
-        """Fill the files of some blocks at one level in one pass over the images."""
-        batches, encoder = self.batches, self.encoder
-        draws = draw_weak(batches.count, numpy_rng(batches.seed, copy, "augment copy"), batches.shape, batches.policy)
-
-        def make(items: np.ndarray) -> dict[str, np.ndarray]:
-            images = shift_whole(batches.pool.take(items), draws[items]).float().div_(255)
-            noise = item_noise(batches.seed, items, images.shape[1:], f"copy {copy} noise {level}").to(images.device)
-            return {name: value.cpu().numpy() for name, value in encoder.features(images, level, noise, names).items()}
-
-        fill_arrays({name: self.path(copy, level, name) for name in names},
-                    {name: (batches.count, encoder.widths[name]) for name in names}, make, encoder.probe.batch_size,
-                    batches.world, f"features, copy {copy}, level {level}")
-
-
-class StoredExamples:
-    """The features of a step from one of the copies, which take turns epoch by epoch."""
-
-    def __init__(self, batches: TrainBatches, arrays: list[dict[str, np.ndarray]]) -> None:
-        self.batches, self.arrays = batches, arrays
-
-    def __call__(self, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
-        everything = self.batches.items(step)
-        items = everything[rank_part(len(everything), self.batches.world)]
-        device, copy = self.batches.pool.device, self.arrays[step // self.batches.per_epoch % len(self.arrays)]
-        features = {key: to_device(array[items], device) for key, array in copy.items()}
-        labels = self.batches.pool.labels[to_device(items, device)]
+    def examples(step: int) -> tuple[dict[str, Tensor], Tensor, float]:
+        everything = batches.items(step)
+        items = everything[rank_part(len(everything), world)]
+        device, stored = batches.pool.device, arrays[step // batches.per_epoch % copies]
+        features = {key: torch.from_numpy(array[items]).to(device) for key, array in stored.items()}
+        labels = batches.pool.labels[torch.from_numpy(items).to(device)]
         return features, labels, len(items) / len(everything)
+
+    return examples
+
+
+def compute(encoder: Encoder, batches: TrainBatches, copy: int, level: int, paths: Mapping[str, Path]) -> None:
+    """Fill the files of some blocks at one level in one pass over the images. paths: by block."""
+    draws = draw_weak(batches.count, numpy_rng(batches.seed, copy, "augment copy"), batches.shape, batches.policy)
+
+    def make(items: np.ndarray) -> dict[str, np.ndarray]:
+        images = shift_whole(batches.pool.take(items), draws[items]).float().div_(255)
+        noise = item_noise(batches.seed, items, images.shape[1:], f"copy {copy} noise {level}").to(images.device)
+        found = encoder.features(images, level, noise, list(paths))
+        return {name: value.cpu().numpy() for name, value in found.items()}
+
+    shapes = {name: (batches.count, encoder.widths[name]) for name in paths}
+    fill_arrays(paths, shapes, make, encoder.probe.batch_size, batches.world, f"features, copy {copy}, level {level}")
 
 
 def fill_arrays(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]],

@@ -8,7 +8,7 @@ fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +143,7 @@ class UNet(nn.Module):
         return x, kept
 
 
-def check_names(names: Sequence[str], known: Mapping[str, int], source: str = "") -> None:
+def check_names(names: Sequence[str], known: Collection[str], source: str = "") -> None:
     """Raise UserError for a block that does not exist, naming the known ones."""
     for name in names:
         if name not in known:

@@ -164,7 +164,7 @@ def test_default_levels_and_blocks() -> None:
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (("--name=layer-99",), "no block 'layer-99'.*layer-0 to layer-11"),
+    (("--name=layer-99",), "no block 'layer-99'.*it has layer-0, layer-1"),
     (("--ckpt=nothing.pt",), "--ckpt nothing.pt: no such file; put the published DiT-XL-2-256x256.pt there"),
     (("--model=DiT-S/4",), "not the weights of DiT-S/4"),
     (("--model=DiT-M/2",), "no network 'DiT-M/2'"),

@@ -96,7 +96,7 @@ def test_stored_features_are_computed_once(folder: Path, tmp_path: Path, monkeyp
     def refuse(*_: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(feature_files.FeatureFiles, "compute", refuse)
+    monkeypatch.setattr(feature_files, "compute", refuse)
     call_in(folder, linear, "--epoch=2", "--copies=2", f"--outdir={tmp_path / 'second'}")
     alone, among = (read_checkpoint(tmp_path / name / "heads.pth")["4/out_2"] for name in ("second", "first"))
     torch.testing.assert_close(alone, among, atol=1e-5, rtol=1e-5)
