@@ -56,4 +56,4 @@ def test_a_step_of_the_others(name: str, slow: dict[str, Cost], ranks: int) -> N
 
 def test_one_added_wait_is_found(quick: dict[str, Cost], ranks: int) -> None:
     assert quick[SPOILT].waits == 1
-    assert "TorchSSL/core/trainer.py" in quick[SPOILT].where[0]  # which calls what reads
+    assert any("train_step" in line for line in quick[SPOILT].where)
