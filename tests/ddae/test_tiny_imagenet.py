@@ -47,7 +47,9 @@ def test_damage(tiny: Path) -> None:
     annotations.write_text("\n".join(text.splitlines()[1:]))
     with pytest.raises(UserError, match="val_2.JPEG is not listed"):
         load_images("tiny", "test", tiny)
-    (tiny / "tiny-imagenet-200" / "train" / "one-more").mkdir()
+    further = tiny / "tiny-imagenet-200" / "train" / "n99999999"
+    further.mkdir()
+    Image.new("RGB", (64, 64)).save(further / "n99999999_0.JPEG")
     with pytest.raises(UserError, match="expected 200 class folders, found 201"):
         load_images("tiny", "train", tiny)
     with pytest.raises(UserError, match="unpack tiny-imagenet-200.zip there"):
