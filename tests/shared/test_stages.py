@@ -128,7 +128,8 @@ os.rename("started.part", "started")
 while True:
     time.sleep(1)
 """
-SLEEP = 'hold "$root/out"; history=$root/out/commands.jsonl; step sleep place Sleep; run python sleeper.py; touch never\n'
+SLEEP = ('hold "$root/out"; history=$root/out/commands.jsonl\n'
+         'step sleep place Sleep; run python sleeper.py; touch never\n')
 
 
 def start_sleeper(folder: Path) -> tuple[subprocess.Popen, int]:
