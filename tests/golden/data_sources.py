@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.golden.cases import whole
+
 
 def add_to_tar(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     entry = tarfile.TarInfo(name)
@@ -31,37 +33,58 @@ def write_cifar_archive(path: Path, images: np.ndarray, labels: list | np.ndarra
 
 def write_source(folder: Path, source: dict[str, Any], note: str, pixels: dict[str, np.ndarray]) -> None:
     """Write the source of a converter case below `folder`; the notes of the fixtures give its pixels."""
-    if source["kind"] == "cifar":
-        _write_cifar(folder / source["path"], source)
-    elif source["kind"] == "mnist":
-        _write_mnist(folder / source["path"], source)
-    elif source["kind"] == "folder":
+    if source["kind"] == "folder":
         write_image_folder(folder, source, pixels)
+    elif source["kind"] in ("cifar", "mnist"):
+        path, described = folder / source["path"], json.dumps(source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = path.with_name("source.json")  # a file of 50,000 images is written again if it has to differ
+        if not record.exists() or record.read_text() != described:
+            (_write_cifar if source["kind"] == "cifar" else _write_mnist)(path, source, note)
+            record.write_text(described)
     elif source["kind"] not in ("missing", "output of case"):
         raise ValueError(f"unknown kind of source: {source['kind']} ({note})")
 
 
-def _write_cifar(path: Path, source: dict[str, Any]) -> None:
-    if path.exists():
-        return
-    index, channel = np.arange(50_000)[:, None], np.arange(3)[None]
+def _count(source: dict[str, Any], note: str, usual: int) -> np.ndarray:
+    return np.arange(source.get("count", whole(note, "# images", usual)))
+
+
+def _labels(source: dict[str, Any], index: np.ndarray) -> np.ndarray:
+    """Return the labels of a source: a multiple of the image's number, some of them replaced by others."""
+    labels = (index * source["label_mult"] + source.get("label_add", 0)) % source.get("classes", 10)
+    replaced = labels.copy()
+    for old, new in replacements(source.get("replace_label")):
+        replaced[labels == old] = new
+    return replaced
+
+
+def replacements(given: Any) -> list[tuple[int, int]]:
+    """Return (label, what it becomes) of [from, to], several such pairs, {"from": .., "to": ..} or {from: to}."""
+    if not given:
+        return []
+    if isinstance(given, dict):
+        pairs = [(given["from"], given["to"])] if given.keys() == {"from", "to"} else given.items()
+    else:
+        pairs = given if isinstance(given[0], list) else [given]
+    return [(int(old), int(new)) for old, new in pairs]
+
+
+def _write_cifar(path: Path, source: dict[str, Any], note: str) -> None:
+    index, channel = _count(source, note, 50_000)[:, None], np.arange(3)[None]
     values = (index * source["image_mult"] + channel * source["channel_mult"]) % 256
     rows = np.repeat(values.astype(np.uint8), 1024, axis=1)
     rows[:, 0], rows[:, 5] = index[:, 0] // 256 % 256, index[:, 0] % 256
-    labels = (index[:, 0] * source["label_mult"] + source["label_add"]) % 10
-    write_cifar_archive(path, rows, labels.tolist() if source["labels_as"] == "list" else labels)
+    labels = _labels(source, index[:, 0])
+    write_cifar_archive(path, rows, labels.tolist() if source.get("labels_as", "list") == "list" else labels)
 
 
-def _write_mnist(path: Path, source: dict[str, Any]) -> None:
-    if path.exists():
-        return
-    index = np.arange(60_000)
+def _write_mnist(path: Path, source: dict[str, Any], note: str) -> None:
+    index = _count(source, note, 60_000)
     images = np.repeat((index % 256).astype(np.uint8), 28 * 28).reshape(-1, 28, 28)
     images[:, 3, 4] = 255 - index % 200
-    labels = (index * source["label_mult"] % 10).astype(np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_idx(path, images)
-    write_idx(path.with_name("train-labels-idx1-ubyte.gz"), labels)
+    write_idx(path.with_name(path.name.replace("images-idx3", "labels-idx1")), _labels(source, index).astype(np.uint8))
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -1,35 +1,78 @@
-"""How the DDAE cases state and check closeness, and how their arrays are found."""
+"""What the golden cases of DDAE share: their kinds, and how they state closeness."""
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from tests.golden.cases import arrays, index
+from tests.golden import cases as golden
+from tests.golden.cases import NUMBER, facts
+from tests.golden.recipes import computed
 
-NUMBER = r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
-
-
-def cases(file: str) -> list[dict[str, Any]]:
-    """Return the cases of one npz file."""
-    return [case for case in index("ddae")["cases"] if case["file"] == file]
-
-
-def given(case: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """Return the arrays of a case, key -> array."""
-    stored = arrays("ddae", case["file"])
-    return {key: stored[f"{case['id']}/{key}"] for key in case["keys"] if key.startswith(prefix)}
+PAPER = "ddae"
+ALL = golden.cases(PAPER)
+given = functools.partial(golden.stored, PAPER)
+tensors = functools.partial(golden.tensors, PAPER)
 
 
-def tensors(case: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {key: torch.from_numpy(np.array(value)) for key, value in given(case).items()}
+def kind_of(case: dict[str, Any]) -> str:
+    """Return what a case is about, from its constructor and arrays; "" for what no test knows."""
+    keys, made = case["keys"].keys(), case.get("constructor", {})
+    kinds = {"sampling script": "options" in made,
+             "training": "n_epoch" in made,
+             "unet": "ch_mults" in made,
+             "wide resnet": "blocks_per_group" in made,
+             "dit feature": "blockname" in made,
+             "dit": "depth" in made,
+             "block": any(key.startswith("out") for key in keys) and bool(
+                 {"in_channels", "d_k", "use_conv", "augment_dim"} & made.keys()),
+             "vp": {"train_x", "x01"} <= keys and "betas" in made,
+             "ve": "train_x" in keys and "p_std" in made,
+             "learning rate": "warm_epoch" in made,
+             "noise head": "dim" in made,
+             "test levels": {"ddpm", "edm"} <= keys,
+             "decay": any(key.startswith("decay_") for key in keys),
+             "average": {"online", "averaged"} <= keys,
+             "probe": "times" in made,
+             "contrastive": "batches" in made,
+             "pixels": bool({"grid_uint8", "png_uint8"} & keys),
+             "enlargement": "out_strided" in keys,
+             "dit tables": "sqrt_ab_f64" in keys,
+             "sinusoid": "emb" in keys and "out" not in keys,
+             "respacing": "timestep_map" in keys,
+             "dit samplers": bool({"ancestral_out", "ddim_out"} & keys),
+             "positions": "row_sums" in keys,
+             "sample": "xT" in keys,
+             "pipe": "labels" in keys and "images" in keys,
+             "features": any(key.startswith("tint_raw") for key in keys),
+             "gradients": "grad_norms" in keys,
+             "perturb": "x_noised" in keys,
+             "augmented loss": "same draws as" in case.get("inputs", {}),
+             "schedules": all(re.fullmatch(r"steps\d+_f64|dd[pi]m_\w+", key) for key in keys)}
+    return next((kind for kind, is_it in kinds.items() if is_it), "")
 
 
-def served(found: list[dict[str, Any]]) -> set[tuple[str, str]]:
-    """Return what identifies the cases: (file, id)."""
-    return {(case["file"], case["id"]) for case in found}
+def cases_of(*kinds: str) -> list[dict[str, Any]]:
+    return [case for case in ALL if kind_of(case) in kinds]
+
+
+def check_state(net: torch.nn.Module, file: str) -> None:
+    """Assert names, shapes and order of a network's tensors where there is such a file: optimizer states are numbered
+    in that order."""
+    listed = facts(PAPER, file)
+    state = [(name, list(tensor.shape)) for name, tensor in net.state_dict().items()]
+    assert not listed or state == list(listed.items())
+
+
+def analytic(text: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return f of a stand-in network that is described as "f(x,c) = 0.6*sin(x + c); ..."."""
+    formula = re.search(r"f\(x, ?c\) = ([^;]+)", text)[1]
+    functions = {name: getattr(torch, name) for name in ("sin", "cos", "tanh", "exp")}
+    return lambda x, c: computed(formula, x=x, c=c, **functions)
 
 
 def stated(tolerance: str, word: str) -> str:

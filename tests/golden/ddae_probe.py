@@ -2,29 +2,29 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from DDAE.ddae.probe import LinearHeads, cosine_rate, heads_loss
-from tests.golden.cases import fill
-from tests.golden.ddae_compare import assert_close, cases, given, served, tensors
+from tests.golden.cases import each, fill, number, serves, whole
+from tests.golden.ddae_compare import assert_close, cases_of, given, tensors
 
-ALL = cases("probe.npz")
-CASES = served(ALL)
-
-
-def features(x: torch.Tensor, t: float) -> dict[str, torch.Tensor]:
-    """Return the stand-ins for block features that every case describes."""
-    return {"out_1": x.mean((2, 3)) * t, "out_2": x[:, :, 0].amax(2) + 0.1 * t,
-            "out_3": torch.sin(t * x.flatten(1)[:, :7])}
+PROBES = cases_of("probe")
+SERVES = serves(PROBES)
 
 
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case["id"])
+def features(x: torch.Tensor, t: float, text: str) -> dict[str, torch.Tensor]:
+    """Return the stand-ins for block features that a case describes; the numbers are the case's."""
+    row, of_time, count = whole(text, "row #"), number(text, r"\+ # t"), whole(text, "first # flattened")
+    return {"out_1": x.mean((2, 3)) * t, "out_2": x[:, :, row].amax(2) + of_time * t,
+            "out_3": torch.sin(t * x.flatten(1)[:, :count])}
+
+
+@each(PROBES)
 def test_linear_heads(case):
     made, stored = case["constructor"], tensors(case)
 
     def all_features(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {f"{t}/{name}": value for t in made["times"] for name, value in features(x, t).items()
+        return {f"{t}/{name}": value for t in made["times"] for name, value in features(x, t, made["features"]).items()
                 if made["names"] is None or name in made["names"]}
 
     dims = {key: value.shape[1] for key, value in all_features(stored["X"][0]).items()}

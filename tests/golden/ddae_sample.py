@@ -1,7 +1,6 @@
 """The sampling script: names of folders and files, and the bytes of the images."""
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from DDAE.ddae import sampling
 from DDAE.ddae.checkpoints import checkpoint_path, write_model
 from DDAE.ddae.config import make_config, make_network
 from shared.cli import UserError
-from tests.golden.cases import fill
-from tests.golden.ddae_compare import cases, given, served
+from tests.golden.cases import each, fill, number, serves
+from tests.golden.ddae_compare import cases_of, given
 
-ALL = cases("sample_cli.npz")
-CASES = served(ALL)
+SCRIPTED = cases_of("sampling script")
+SERVES = serves(SCRIPTED)
 
 
 class StoredNoise:
@@ -42,7 +41,7 @@ class StoredNoise:
 
 
 @pytest.mark.parametrize("batch", [400, 77])
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case["id"])
+@each(SCRIPTED)
 def test_sampling_script(case: dict[str, Any], batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = dict(case["constructor"])
     options, notes = made.pop("options"), case["notes"]
@@ -76,8 +75,8 @@ def test_sampling_script(case: dict[str, Any], batch: int, tmp_path: Path, monke
     found = np.stack([pixels(folders[0] / "pngs" / f"{number}.png") for number in range(count)]).astype(int)
     assert [*found.shape[1:]] == notes["png_shape"]
     difference = np.abs(found - reference)
-    levels, percent = re.search(r"at most (\d+) grey level.* < ([\d.]+)% of pixels", case["tolerance"]).groups()
-    assert difference.max() <= int(levels) and (difference > 0).mean() < float(percent) / 100
+    levels, percent = number(case["tolerance"], "at most # grey"), number(case["tolerance"], "< #%")
+    assert difference.max() <= levels and (difference > 0).mean() < percent / 100
     assert [*pixels(folders[0] / "grid_0.png").shape] == notes["grid_png_shape"]
 
 

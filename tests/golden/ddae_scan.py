@@ -7,6 +7,7 @@ from DDAE.ddae.data import scan
 from tests.golden.cases import facts
 
 FILE = "tiny_imagenet_scan.json"
+SERVES: set[tuple[str, str]] = set()
 
 
 @pytest.fixture(scope="module")

@@ -1,35 +1,36 @@
 """The augmentation pipe with given draws: images and labels."""
 from __future__ import annotations
 
-import re
-
 import numpy as np
-import pytest
 import torch
 
 from EDM.training.augment import DRAWS, GEOMETRY, AugmentPipe
-from tests.golden.cases import arrays, index
+from tests.golden.cases import each, number, serves, stored
+from tests.golden.edm_cases import PAPER, cases, largest
 
-AUGMENT_CASES = [case for case in index("edm")["cases"] if case["kind"] == "augment"]
-CASES = {case["case"] for case in AUGMENT_CASES}
+AUGMENT_CASES = cases(kind="augment")
+SERVES = serves(AUGMENT_CASES)
 
 
-@pytest.mark.parametrize("case", AUGMENT_CASES, ids=lambda case: case["case"])
+@each(AUGMENT_CASES)
 def test_augmentation(case):
-    stored = {name.rsplit("/", 1)[-1]: arrays("edm", case["file"])[name] for name in case["arrays"]}
+    given = stored(PAPER, case)
     pipe = AugmentPipe(**case["options"])
     assert pipe.label_dim == case["label_dim"]
 
     # The numbers are drawn in the published order, with the published distributions.
     ours = [kind for name in pipe.multipliers for kind in DRAWS[name]]
-    theirs = [(kind, row) for number, (kind, _) in enumerate(case["draws"])
-              for row in np.reshape(stored[f"draw{number}"], (-1, case["shape"][0]))]
-    names = {"gate": "uniform", 2: "integer below 2", 4: "integer below 4"}
-    assert [names.get(kind, kind) for kind in ours] == [kind for kind, _ in theirs]
+    theirs = [(kind, row) for place, (kind, _) in enumerate(case["draws"])
+              for row in np.reshape(given[f"draw{place}"], (-1, len(given["x"])))]
+    described = [f"integer below {kind}" if isinstance(kind, int) else "uniform" if kind == "gate" else kind
+                 for kind in ours]
+    assert described == [kind for kind, _ in theirs]
 
     numbers = [torch.from_numpy(row.astype(np.float32)) for _, row in theirs]
-    images, labels = pipe.apply(torch.from_numpy(stored["x"]), pipe.parameters(numbers))
-    pixels, geometric, of_labels = (float(n) for n in re.findall(r"\d+e-\d+", case["tolerance"]))
+    images, labels = pipe.apply(torch.from_numpy(given["x"]), pipe.parameters(numbers))
+    pixels = number(case["tolerance"], "y: #")
+    geometric = number(case["tolerance"], "geometric cases #", pixels)
     allowed = geometric if set(GEOMETRY).intersection(pipe.multipliers) else pixels
-    assert np.abs(images.numpy() - stored["y"]).max() <= allowed
-    assert np.abs(labels.numpy() - stored["labels"]).max() <= of_labels
+    assert largest(images.numpy() - given["y"]) <= allowed
+    assert labels.shape == given["labels"].shape
+    assert largest(labels.numpy() - given["labels"]) <= number(case["tolerance"], "labels: #")

@@ -1,7 +1,10 @@
 """The command line of train.py: flags -> option dictionary, run folder, printed summary, errors."""
+from __future__ import annotations
+
 import io
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -9,31 +12,37 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.golden.cases import arrays, facts, golden_dir, index
+from tests.golden.cases import arrays, facts, serves
+from tests.golden.edm_cases import PAPER, cases, flag
 from tests.shared.programs import run
 
-OPTION_CASES = [case for case in index("edm")["cases"] if case["kind"] == "command line"]
-CASES = {case["case"] for case in OPTION_CASES}
+OPTION_CASES, TOOL = cases(kind="command line"), cases(kind="dataset tool")
+SERVES = serves(OPTION_CASES)
 RUNS = [pytest.param(case, name, id=f"{case['case']}-{name}")
-        for case in OPTION_CASES for name in json.loads((golden_dir("edm") / case["file"]).read_text())]
+        for case in OPTION_CASES for name in facts(PAPER, case["file"])]
 
-# The data sets that the cases name, and the converter outputs they consist of.
-DATASETS = {"datasets/cifar10-32x32.zip": "cifar", "datasets/folded": "folder_json",
-            "datasets/gray.v2.zip": "folder_gray_root_only"}
+
+def named_datasets() -> dict[str, str]:
+    """Return the data sets of "PATH is the NAME output of ..., PATH its NAME output": path -> converter case."""
+    return {path.rstrip("/"): name for case in OPTION_CASES for path, name in
+            re.findall(r"(\S+/\S+) (?:is )?(?:the|its) (\S+) output", case.get("description", ""))}
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
+def datasets(tmp_path_factory) -> Path:
+    """Return a folder with those of the named data sets whose pixels are known."""
     folder = tmp_path_factory.mktemp("options")
-    for path, name in DATASETS.items():
-        write_dataset(folder / path, name)
+    for path, name in named_datasets().items():
+        for case in TOOL:
+            if name in facts(PAPER, case["file"]) and f"{name}/pixels" in arrays(PAPER, case["arrays_file"]):
+                write_dataset(folder / path, case, name)
     return folder
 
 
-def write_dataset(path: Path, name: str) -> None:
+def write_dataset(path: Path, converter: dict, name: str) -> None:
     """Write a converter's output again from the pixels, names and labels that the fixtures list."""
-    case = facts("edm", "dataset_tool.json")[name]
-    pixels = arrays("edm", "dataset_tool.npz")[f"{name}/pixels"]
+    case = facts(PAPER, converter["file"])[name]
+    pixels = arrays(PAPER, converter["arrays_file"])[f"{name}/pixels"]
     members = {"dataset.json": case["dataset_json"].encode()}
     for member, image in zip([m for m in case["members"] if m != "dataset.json"], pixels, strict=True):
         buffer = io.BytesIO()
@@ -52,11 +61,15 @@ def write_dataset(path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("case, name", RUNS)
 def test_command_line(case, name, datasets, tmp_path):
-    expected = facts("edm", case["file"])[name]
-    os.symlink(datasets / "datasets", tmp_path / "datasets")
-    for folder in expected["existing_dirs"]:
+    expected = facts(PAPER, case["file"])[name]
+    data = (flag(expected["args"], "--data") or "").rstrip("/")
+    if data in named_datasets() and not (datasets / data).exists():
+        pytest.skip(f"there are no pixels for {data}")
+    for folder in datasets.iterdir():
+        os.symlink(folder, tmp_path / folder.name)
+    for folder in expected.get("existing_dirs", ()):
         (tmp_path / folder).mkdir(parents=True)
-    for file in expected["existing_files"]:
+    for file in expected.get("existing_files", ()):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     before = sorted(tmp_path.rglob("*"))

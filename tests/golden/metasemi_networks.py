@@ -2,79 +2,66 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
-from MetaSemi.core.model import ConvLarge, ResNet32x32, ShakeShakeBlock, shakeshake26, stage
-from tests.golden.cases import arrays, facts, fill, golden_dir, index
+from MetaSemi.core.model import ResNet32x32, ShakeShakeBlock, shakeshake26, stage
+from tests.golden.cases import each, facts, fill, number, numbers, tolerance, whole
+from tests.golden.metasemi_cases import PAPER, Case, cases_of, conv_large, stored
 
-NETS = index("metasemi")["nets"]
-SERVES = {("nets", name) for name in NETS["cases"]}
-WHOLE = [name for name, case in NETS["cases"].items() if "forward_gates_on_branch_a" not in case]
-BLOCKS = [name for name in NETS["cases"] if name not in WHOLE]
+NETS = cases_of("nets")
+SERVES = {("nets", case["name"]) for case in NETS}
+BLOCKS = cases_of("nets", "forward_gates_on_branch_a")
+WHOLE = [case for case in NETS if case not in BLOCKS]
 
 
-def build(case: dict[str, Any]) -> torch.nn.Module:
+def build(case: Case) -> torch.nn.Module:
     """Return the network that a case describes in words, filled."""
     text = case["what"]
-
-    def given(pattern: str, default: Any = None) -> Any:
-        found = re.search(pattern, text)
-        return int(found[1]) if found else default
-
-    classes = given(r"(\d+) classes", 10)
+    classes = whole(text, "# classes", 10)
     if text.startswith("ConvLarge"):
-        return fill(ConvLarge(given(r"(\d+) input channels", 3), classes, "stochastic=False" not in text,
-                              "top_bn=True" in text))
+        channels = number(text, r"input_dim\W*#", number(text, "# input channels", 3))
+        return conv_large(text, int(channels), classes)
     if text.startswith("shakeshake26"):
         return fill(shakeshake26(classes))
     if text.startswith("ResNet32x32"):
-        layers = [int(number) for number in re.search(r"layers \[([^\]]*)\]", text)[1].split(",")]
-        return fill(ResNet32x32(ShakeShakeBlock, layers, given(r"channels (\d+)"), classes, shortcut_of(text)))
-    inplanes, planes = map(int, re.search(r"(\d+)->(\d+) channels", text).groups())
-    return fill(stage(ShakeShakeBlock, inplanes, planes, 1, given(r"stride (\d+)"), shortcut_of(text))[0])
+        layers = numbers(re.search(r"layers \[([^\]]*)\]", text)[1])
+        return fill(ResNet32x32(ShakeShakeBlock, layers, whole(text, "channels #"), classes, shortcut_of(text)))
+    inplanes, planes = numbers(re.search(r"\d+ ?-> ?\d+", text)[0])
+    return fill(stage(ShakeShakeBlock, inplanes, planes, 1, whole(text, "stride #"), shortcut_of(text))[0])
 
 
 def shortcut_of(text: str) -> str:
     return "basic" if re.search(r"basic downsample|shortcut basic", text) else "shift_conv"
 
 
-def tolerance(case: dict[str, Any]) -> dict[str, float]:
-    return {kind: float(value) for kind, value in re.findall(r"(atol|rtol) ([\d.]+(?:e-?\d+)?)", case["tolerance"])}
+def expected(case: Case, key: str) -> np.ndarray:
+    return stored(case)[case["keys"][key]]
 
 
-def expected(case: dict[str, Any], key: str) -> np.ndarray:
-    return arrays("metasemi", NETS["file"])[case["keys"][key]]
-
-
-@pytest.mark.parametrize("name", [name for name in NETS["cases"] if (golden_dir("metasemi") / f"{name}_state.json"
-                                                                     ).exists()])
-def test_state(name: str) -> None:
-    listed = facts("metasemi", f"{name}_state.json")["state"]
-    ours = build(NETS["cases"][name]).state_dict()
+@each(NETS)
+def test_state(case: Case) -> None:
+    listed = facts(PAPER, f"{case['name']}_state.json")["state"]
+    ours = build(case).state_dict()
     assert list(ours) == list(listed)
     assert {key: list(value.shape) for key, value in ours.items()} == listed
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_output(name: str) -> None:
-    case = NETS["cases"][name]
-    net = build(case).train(case["mode"] == "train")
+@each(WHOLE)
+def test_output(case: Case) -> None:
+    net, allowed = build(case).train(case["mode"] == "train"), tolerance(case["tolerance"])
     assert sum(value.numel() for value in net.parameters()) == case["param_count"]
     images = torch.from_numpy(expected(case, "input"))
     with torch.no_grad():
         if "feature" in case["keys"]:
-            np.testing.assert_allclose(net.features(images), expected(case, "feature"), **tolerance(case))
-        np.testing.assert_allclose(net(images), expected(case, "output"), **tolerance(case))
+            np.testing.assert_allclose(net.features(images), expected(case, "feature"), **allowed)
+        np.testing.assert_allclose(net(images), expected(case, "output"), **allowed)
     if "buffers_after" in case["keys"]:
-        stored, prefix = arrays("metasemi", NETS["file"]), case["keys"]["buffers_after"].partition("<")[0]
-        after = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
-        assert after
-        for key, value in after.items():
-            np.testing.assert_allclose(net.get_buffer(key), value, err_msg=key, **tolerance(case))
+        prefix = case["keys"]["buffers_after"].partition("<")[0]
+        for key, value in stored(case).items():
+            if key.startswith(prefix):
+                np.testing.assert_allclose(net.get_buffer(key.removeprefix(prefix)), value, err_msg=key, **allowed)
 
 
 class Replayed:
@@ -87,16 +74,16 @@ class Replayed:
         return torch.tensor(self.gates.pop(0)).view(shape)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_block_with_given_gates(name: str) -> None:
-    case = NETS["cases"][name]
+@each(BLOCKS)
+def test_block_with_given_gates(case: Case) -> None:
     block = build(case).train()
     block.noise = Replayed(case["forward_gates_on_branch_a"], case["backward_gates_on_branch_a"])
     images = torch.from_numpy(expected(case, "input")).requires_grad_()
     out = block(images)
-    seed = int(re.search(r"default_rng\((\d+)\)", case["loss"])[1])
+    seed = whole(case["loss"], r"default_rng\(#\)")
     weights = np.random.default_rng(seed).standard_normal(out.shape).astype(np.float32)
     (out * torch.from_numpy(weights)).sum().backward()
     for key, found in {"output": out.detach(), "grad_wrt_input": images.grad, "grad_conv_a2": block.conv_a2.weight.grad,
                        "grad_conv_b2": block.conv_b2.weight.grad}.items():
-        np.testing.assert_allclose(found, expected(case, key), err_msg=key, **tolerance(case))
+        if key in case["keys"]:
+            np.testing.assert_allclose(found, expected(case, key), err_msg=key, **tolerance(case["tolerance"]))

@@ -1,44 +1,53 @@
-"""Access to the golden numbers of TDSM."""
+"""What the golden cases of TDSM share."""
 from __future__ import annotations
 
-import re
+import functools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.golden.cases import arrays, facts, golden_dir, index
+from tests.golden import cases as golden
+from tests.golden.cases import facts, golden_dir
+
+PAPER = "tdsm"
+stored = functools.partial(golden.stored, PAPER)
+tensors = functools.partial(golden.tensors, PAPER)
+ALL = golden.cases(PAPER)
 
 
-def cases_of(file: str) -> list[dict[str, Any]]:
-    return [case for case in index("tdsm")["cases"] if case["file"] == file]
+def kind_of(case: dict[str, Any]) -> str:
+    """Return what a case is about, from its fields and arrays; "" for what no test knows."""
+    keys = set(case["keys"])
+    kinds = {"label flips": {"clean", "noisy"} <= keys,
+             "conversion": "flags" in case,
+             "folder labels": "files" in case,
+             "denoiser loss": "denoiser_kwargs" in case,
+             "sampler": "net_kwargs" in case,
+             "network": "state_file" in case,
+             "volmin": {"raw", "grad_raw"} <= keys,
+             "weights": {"w", "w_exact"} <= keys,
+             "classifier loss": {"z", "loss"} <= keys,
+             "transition": bool(keys & {"T", "S"}) and "loss" not in keys}
+    return next((kind for kind, is_it in kinds.items() if is_it), "")
 
 
-def each(cases: list[dict[str, Any]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case["case"])
-
-
-def tensors(case: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the arrays of a case by their key."""
-    stored = arrays("tdsm", case["file"])
-    return {key: torch.from_numpy(stored[f"{case['case']}.{key}"].copy()) for key in case["keys"]}
-
-
-def numbers(case: dict[str, Any]) -> list[float]:
-    """Return the bounds in the words of a case's tolerance, in their order."""
-    return [float(text) for text in re.findall(r"\d+(?:\.\d+)?e-?\d+|0\.\d+", case["tolerance"])]
+def cases_of(kind: str) -> list[dict[str, Any]]:
+    return [case for case in ALL if kind_of(case) == kind]
 
 
 def assert_state(net: torch.nn.Module, file: str, listed: bool = True) -> None:
-    """Assert names, order and shapes of parameters and buffers. listed: the index names the file, so it is there."""
-    if not listed and not (golden_dir("tdsm") / file).exists():
+    """Assert names, order and shapes of parameters and buffers. listed: the index names the file."""
+    if not (golden_dir(PAPER) / file).exists():
+        if listed:
+            pytest.skip(f"there is no {file}")
         return
-    expected = facts("tdsm", file)
-    assert [[name, list(tensor.shape)] for name, tensor in net.named_parameters()] == \
-        [[name, shape] for name, shape in expected["parameters"].items()]
-    assert [[name, list(tensor.shape)] for name, tensor in net.named_buffers()] == \
-        [[name, shape] for name, shape in expected["buffers"].items()]
+    expected = facts(PAPER, file)
+    for kind, ours in (("parameters", net.named_parameters()), ("buffers", net.named_buffers())):
+        if kind in expected:
+            assert [[name, list(tensor.shape)] for name, tensor in ours] == \
+                [[name, shape] for name, shape in expected[kind].items()]
     if "n_params" in expected:
         assert sum(parameter.numel() for parameter in net.parameters()) == expected["n_params"]
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import tarfile
 import warnings
 import zipfile
@@ -11,29 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from EDM.dataset_tool import main
-from EDM.tdsm.transition import CLASSES
 from EDM.training.dataset import open_training_set
 from shared.data.formats import CIFAR10, CIFAR100
 from shared.data.images import ImageSet, read_images
 from shared.data.writers import write_npz
-from tests.golden.cases import arrays, index
+from tests.golden.cases import each, serves, whole
 from tests.golden.data_sources import add_to_tar, write_idx
+from tests.golden.tdsm_cases import cases_of, stored
 
-BY_FILE = {file: [case for case in index("tdsm")["cases"] if case["file"] == file]
-           for file in ("label_flips.npz", "conversion.npz", "folder_labels.npz")}
-CASES = {case["case"] for cases in BY_FILE.values() for case in cases}
-
-
-def each(file: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", BY_FILE[file], ids=lambda case: case["case"])
-
-
-def stored(case: dict[str, Any], key: str) -> np.ndarray:
-    return arrays("tdsm", case["file"])[f"{case['case']}.{key}"]
+FLIPS, CONVERSIONS, FOLDERS = cases_of("label flips"), cases_of("conversion"), cases_of("folder labels")
+SERVES = serves(FLIPS, CONVERSIONS, FOLDERS)
 
 
 def convert(*args: object) -> None:
@@ -42,12 +31,13 @@ def convert(*args: object) -> None:
         main([str(argument) for argument in args])
 
 
-@each("label_flips.npz")
+@each(FLIPS)
 def test_label_flips(case: dict[str, Any], tmp_path: Path) -> None:
-    clean, noisy = stored(case, "clean"), stored(case, "noisy")
+    given = stored(case)
+    clean, noisy = given["clean"], given["noisy"]
     images = ImageSet(np.zeros((len(clean), 1, 4, 4), np.uint8), clean, tuple(map(str, range(case["num_classes"]))), "")
     write_npz(images, tmp_path / "clean.npz")
-    dest, seed = tmp_path / f"{case['dataset']}.zip", re.search(r"seed\((\d+)\)", case["flip_rng"])[1]
+    dest, seed = tmp_path / f"{case['dataset']}.zip", whole(case["flip_rng"], r"seed\(#\)")
     convert("--source", tmp_path / "clean.npz", "--dest", dest, "--noise_type", case["noise_type"], "--noise_rate",
             case["noise_rate"], "--seed", seed)
     assert read_images(dest).labels.tolist() == noisy.tolist()
@@ -58,25 +48,30 @@ def test_label_flips(case: dict[str, Any], tmp_path: Path) -> None:
 
 
 def write_archive(case: dict[str, Any], folder: Path) -> Path:
-    """Write the case's rows in the form of its data set, as a test split, and return the file that is the source."""
-    raw, labels = stored(case, "raw"), stored(case, "labels")
-    kind = next(name for name in CLASSES if name in case["case"])
-    if kind == "mnist":
+    """Write the case's rows in the form of its data set and return the file that is the source.
+
+    Rows of two sides are MNIST's, those of classes beyond the tenth CIFAR-100's; CIFAR's are the test split's if the
+    flags ask for that.
+    """
+    raw, labels = stored(case)["raw"], stored(case)["labels"]
+    if raw.ndim == 3:
         write_idx(folder / "t10k-images-idx3-ubyte.gz", raw)
         write_idx(folder / "t10k-labels-idx1-ubyte.gz", labels.astype(np.uint8))
         return folder / "t10k-images-idx3-ubyte.gz"
-    layout = {"cifar10": CIFAR10, "cifar100": CIFAR100}[kind]
+    layout = CIFAR100 if labels.max() >= 10 else CIFAR10
+    names = layout.test if "--eval" in " ".join(map(str, case["flags"])) else layout.train
     with tarfile.open(folder / layout.archive, "w:gz") as archive:
-        batch = {"data": np.ascontiguousarray(raw), layout.labels: labels.tolist()}
-        add_to_tar(archive, f"{layout.folder}/{layout.test[0]}", pickle.dumps(batch))
+        for name, rows in zip(names, np.array_split(np.arange(len(raw)), len(names)), strict=True):
+            batch = {"data": np.ascontiguousarray(raw[rows]), layout.labels: labels[rows].tolist()}
+            add_to_tar(archive, f"{layout.folder}/{name}", pickle.dumps(batch))
     return folder / layout.archive
 
 
-@each("conversion.npz")
+@each(CONVERSIONS)
 def test_conversion_of_test_splits(case: dict[str, Any], tmp_path: Path) -> None:
     dest = tmp_path / "out.zip"
     convert("--source", write_archive(case, tmp_path), "--dest", dest, *case["flags"])
-    expected = stored(case, "images")
+    expected = stored(case)["images"]
     with zipfile.ZipFile(dest) as archive:
         assert archive.namelist() == case["archive_entries_in_order"]
         assert sorted({entry.compress_type for entry in archive.infolist()}) == case["zip_compress_types"]
@@ -89,11 +84,11 @@ def test_conversion_of_test_splits(case: dict[str, Any], tmp_path: Path) -> None
     np.testing.assert_array_equal(np.stack([np.asarray(image) for image in images]), expected)
 
 
-@each("folder_labels.npz")
+@each(FOLDERS)
 def test_labels_of_folders_without_json(case: dict[str, Any], tmp_path: Path) -> None:
     for name in case["files"]:
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         Image.new("L", (4, 4)).save(tmp_path / name)
     found = open_training_set(tmp_path, use_labels=True)
     assert found.label_dim == case["label_dim"]
-    np.testing.assert_array_equal(found.labels, stored(case, "onehot"))
+    np.testing.assert_array_equal(found.labels, stored(case)["onehot"])

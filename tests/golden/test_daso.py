@@ -1,8 +1,6 @@
 """Every golden number of daso: run this file. The cases live in daso_<area>.py, one file an area."""
 from __future__ import annotations
 
-from collections import Counter
-
 from tests.golden import (
     daso_align,
     daso_augment,
@@ -23,7 +21,7 @@ from tests.golden import (
     daso_steps,
     daso_usadtm,
 )
-from tests.golden.cases import index
+from tests.golden.cases import hidden, unserved
 from tests.golden.daso_align import *  # noqa: F403
 from tests.golden.daso_augment import *  # noqa: F403
 from tests.golden.daso_config import *  # noqa: F403
@@ -49,11 +47,8 @@ AREAS = (daso_align, daso_augment, daso_config, daso_crest, daso_darp, daso_daso
 
 
 def test_every_case_is_served() -> None:
-    served = set().union(*(getattr(area, "SERVES", set()) for area in AREAS))
-    cases = {(case["file"], case["name"]) for case in index("daso")["cases"]}
-    assert cases - served == set()
+    assert unserved("daso", AREAS) == []
 
 
 def test_no_test_hides_another() -> None:
-    names = Counter(name for area in AREAS for name in vars(area) if name.startswith("test_"))
-    assert [name for name, count in names.items() if count > 1] == []
+    assert hidden(AREAS) == []

@@ -1,8 +1,6 @@
 """Every golden number of DDAE: run this file. The cases live in ddae_<area>.py, one file an area."""
 from __future__ import annotations
 
-from collections import Counter
-
 from tests.golden import (
     ddae_classifiers,
     ddae_diffusion,
@@ -15,7 +13,7 @@ from tests.golden import (
     ddae_scan,
     ddae_training,
 )
-from tests.golden.cases import index
+from tests.golden.cases import hidden, unserved
 from tests.golden.ddae_classifiers import *  # noqa: F403
 from tests.golden.ddae_diffusion import *  # noqa: F403
 from tests.golden.ddae_dit import *  # noqa: F403
@@ -32,11 +30,8 @@ AREAS = (ddae_classifiers, ddae_diffusion, ddae_dit, ddae_images, ddae_metrics, 
 
 
 def test_every_case_is_served() -> None:
-    served = set().union(*(getattr(area, "CASES", ()) for area in AREAS))
-    assert [case["id"] for case in index("ddae")["cases"] if (case["file"], case["id"]) not in served] == []
+    assert unserved("ddae", AREAS) == []
 
 
 def test_no_test_hides_another() -> None:
-    hidden = Counter(name for area in AREAS for name, value in vars(area).items()
-                     if name.startswith("test_") and getattr(value, "__module__", "") == area.__name__)
-    assert [name for name, count in hidden.items() if count > 1] == []
+    assert hidden(AREAS) == []

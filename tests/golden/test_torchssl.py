@@ -1,8 +1,6 @@
 """Every golden number of torchssl: run this file. The cases live in torchssl_<area>.py, one file an area."""
 from __future__ import annotations
 
-from collections import Counter
-
 from tests.golden import (
     torchssl_algorithms,
     torchssl_augment,
@@ -13,7 +11,7 @@ from tests.golden import (
     torchssl_splits,
     torchssl_training,
 )
-from tests.golden.cases import index
+from tests.golden.cases import hidden, unserved
 from tests.golden.torchssl_algorithms import *  # noqa: F403
 from tests.golden.torchssl_augment import *  # noqa: F403
 from tests.golden.torchssl_configs import *  # noqa: F403
@@ -28,10 +26,8 @@ AREAS = (torchssl_algorithms, torchssl_augment, torchssl_configs, torchssl_files
 
 
 def test_every_case_is_served() -> None:
-    served = set().union(*(area.SERVES for area in AREAS))
-    assert [case["id"] for case in index("torchssl")["cases"] if case["id"] not in served] == []
+    assert unserved("torchssl", AREAS) == []
 
 
 def test_no_test_hides_another() -> None:
-    names = Counter(name for area in AREAS for name in vars(area) if name.startswith("test_"))
-    assert [name for name, count in names.items() if count > 1] == []
+    assert hidden(AREAS) == []

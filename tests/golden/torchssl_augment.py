@@ -5,94 +5,80 @@ import re
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from shared.augment.randaugment import OPERATIONS, RANGES, apply
 from shared.augment.views import StrongDraws, WeakDraws, cutout, normalise, rotate_quarter_turns, strong, weak
-from tests.golden.cases import arrays, facts, index
+from tests.golden.cases import arrays, each, facts, serves, tolerance, whole
+from tests.golden.torchssl_cases import PAPER, cases_of, draw_inputs, expected
+
+OPERATION_CASES, CUTOUTS, PLANS = cases_of("operation"), cases_of("cutout"), cases_of("randaugment")
+WEAK, ROTATIONS = cases_of("weak transform"), cases_of("rotation")
+SERVES = serves(OPERATION_CASES, CUTOUTS, PLANS, WEAK, ROTATIONS)
 
 
-def augment_cases(prefix: str = "") -> list[dict[str, Any]]:
-    return [case for case in index("torchssl")["cases"]
-            if case["file"] == "augment.npz" and case["id"].startswith(prefix)]
-
-
-def operation_cases() -> list[dict[str, Any]]:
-    return augment_cases("op_")
-
-
-SERVES = {case["id"] for case in operation_cases()} | {
-    "cutout", "randaugment_scripted", "weak_transform", "rotation_task"}
-
-
-def image(name: str) -> torch.Tensor:
+def image(case: dict[str, Any], name: str) -> torch.Tensor:
     """Return uint8 [1, C, H, W]; the arrays hold row, column, channel."""
-    return torch.from_numpy(arrays("torchssl", "augment.npz")[f"image_{name}"]).permute(2, 0, 1).unsqueeze(0)
-
-
-def expected(key: str) -> np.ndarray:
-    return arrays("torchssl", "augment.npz")[key]
+    return torch.from_numpy(arrays(PAPER, case["file"])[f"image_{name}"]).permute(2, 0, 1).unsqueeze(0)
 
 
 def rows_columns_channels(images: torch.Tensor) -> np.ndarray:
     return images[0].permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("case", operation_cases(), ids=lambda case: case["id"])
+@each(OPERATION_CASES)
 def test_operation(case: dict[str, Any]) -> None:
-    operation = case["id"].removeprefix("op_")
+    operation = re.search(r"operation (\w+)", case["what"])[1]
     assert tuple(case["arguments"]["range_in_policy"]) == RANGES[operation]
-    for name, key in case["output_keys"].items():
+    for name, wanted in expected(case).items():
         which, value = name.split("@")
-        ours = apply(image(which), np.array([[OPERATIONS.index(operation)]]), np.array([[float(value)]]))
-        np.testing.assert_array_equal(rows_columns_channels(ours), expected(key), err_msg=name)
+        ours = apply(image(case, which), np.array([[OPERATIONS.index(operation)]]), np.array([[float(value)]]))
+        np.testing.assert_array_equal(rows_columns_channels(ours), wanted, err_msg=name)
 
 
-@pytest.mark.parametrize("case", augment_cases("cutout"), ids=lambda case: case["id"])
+@each(CUTOUTS)
 def test_cutout(case: dict[str, Any]) -> None:
-    for name, key in case["output_keys"].items():
+    for name, wanted in expected(case).items():
         which, fraction, x, y = re.fullmatch(r"(\w+)@v(\S+)_x(\S+)_y(\S+)", name).groups()
         nothing = np.zeros((1, 0))
         draws = StrongDraws(nothing, nothing, np.array([float(fraction)]), np.array([[float(x), float(y)]]))
-        np.testing.assert_array_equal(rows_columns_channels(cutout(image(which), draws)), expected(key), err_msg=name)
+        np.testing.assert_array_equal(rows_columns_channels(cutout(image(case, which), draws)), wanted, err_msg=name)
 
 
-@pytest.mark.parametrize("case", augment_cases("randaugment_scripted"), ids=lambda case: case["id"])
+@each(PLANS)
 def test_randaugment_scripted(case: dict[str, Any]) -> None:
-    plans = case["arguments"]["plans"]
+    plans, wanted = case["arguments"]["plans"], expected(case)
     draws = StrongDraws(np.array([[OPERATIONS.index(name) for name, _ in plan["ops"]] for plan in plans]),
                         np.array([[value for _, value in plan["ops"]] for plan in plans]),
                         np.array([plan["cutout_fraction"] for plan in plans]),
                         np.array([plan["cutout_centre"] for plan in plans]))
-    ours = strong(torch.cat([image(plan["image"]) for plan in plans]), draws)
-    for i, key in enumerate(case["output_keys"].values()):
-        np.testing.assert_array_equal(rows_columns_channels(ours[i:i + 1]), expected(key), err_msg=key)
+    ours = strong(torch.cat([image(case, plan["image"]) for plan in plans]), draws)
+    for i, name in enumerate(case["output_keys"]):
+        np.testing.assert_array_equal(rows_columns_channels(ours[i:i + 1]), wanted[name], err_msg=name)
 
 
-@pytest.mark.parametrize("case", augment_cases("weak_transform"), ids=lambda case: case["id"])
+@each(WEAK)
 def test_weak_transform(case: dict[str, Any]) -> None:
-    statistics = facts("torchssl", "normalisation.json")
-    for name, key in case["output_keys"].items():
+    statistics = facts(PAPER, "normalisation.json")
+    images = image(case, re.search(r"image_(\w+)", case["note"])[1])
+    for name, wanted in expected(case).items():
         dataset, _, what = name.partition("_")
         mean, std = statistics["mean"][dataset], statistics["std"][dataset]
         if what == "eval":
-            ours = normalise(image("noise"), mean, std)
+            ours = normalise(images, mean, std)
         else:
             flip, row, column = map(int, re.fullmatch(r"flip(\d)_crop(\d+)_(\d+)", what).groups())
-            padding = int(re.search(r"reflect-padded by (\d+)", case["what"])[1])
+            padding = whole(case["what"], "padded by #")
             draws = WeakDraws(np.array([bool(flip)]), np.array([row - padding]), np.array([column - padding]),
-                              tuple(image("noise").shape[2:]))
-            ours = weak(image("noise"), draws, mean, std)
-        np.testing.assert_allclose(ours[0].numpy(), expected(key), rtol=0, atol=1e-6, err_msg=name)
+                              tuple(images.shape[2:]))
+            ours = weak(images, draws, mean, std)
+        np.testing.assert_allclose(ours[0].numpy(), wanted, **tolerance(case["tolerance"]), err_msg=name)
 
 
-@pytest.mark.parametrize("case", augment_cases("rotation_task"), ids=lambda case: case["id"])
+@each(ROTATIONS)
 def test_rotation_task(case: dict[str, Any]) -> None:
-    rng = np.random.default_rng(case["inputs"]["seed"])
-    (entry,) = case["inputs"]["recipe"]
-    x = torch.from_numpy(rng.standard_normal(entry["shape"]).astype(np.float32))
+    (x,), wanted = draw_inputs(case).values(), expected(case)
     turns = [angle // 90 for angle in case["arguments"]["angles"]]
     ours = rotate_quarter_turns(x.expand(len(turns), *x.shape), np.array(turns))
-    for i, key in enumerate(case["output_keys"].values()):
-        np.testing.assert_array_equal(ours[i].numpy(), expected(key), err_msg=key)
+    for i, name in enumerate(case["output_keys"]):
+        np.testing.assert_array_equal(ours[i].numpy(), wanted[name], err_msg=name)

@@ -14,32 +14,20 @@ import torch
 from PIL import Image
 
 from shared.data.images import read_images
-from tests.golden.cases import arrays, facts, fill, index
+from tests.golden.cases import each, facts, fill, numbers, serves
 from tests.golden.data_sources import write_cifar_archive
+from tests.golden.recipes import computed
+from tests.golden.torchssl_cases import PAPER, cases_of, expected
 from tests.shared.programs import run
 from TorchSSL.core.data import NORMALISATION
 from TorchSSL.core.networks import WideResNet
 
-CASES = {case["id"]: case for case in index("torchssl")["cases"] if case["file"] == "files.npz"}
-SERVES = {"get_labels", "dataset_zip_labels"} & CASES.keys()
+LABELLED, ZIPPED = cases_of("pseudo-labels"), cases_of("zip labels")
+SERVES = serves(LABELLED, ZIPPED)
 
 
 def fact(name: str) -> Any:
-    return facts("torchssl", "file_facts.json")[name]
-
-
-def random_integers(text: str) -> np.ndarray:
-    """Return what a recipe `numpy.random.default_rng(seed).integers(low, high, shape, ...)` describes."""
-    seed, low, high, shape = re.search(r"default_rng\((\d+)\)\.integers\((\d+),(\d+),(\([\d,]+\)|\d+)", text).groups()
-    size = [int(number) for number in re.findall(r"\d+", shape)]
-    kind = np.uint8 if "uint8" in text else np.int64
-    return np.random.default_rng(int(seed)).integers(int(low), int(high), size, dtype=kind)
-
-
-def cycling_labels(text: str) -> np.ndarray:
-    """Return what `arange(count) % classes` describes."""
-    count, classes = (int(number) for number in re.search(r"arange\((\d+)\) % (\d+)", text).groups())
-    return np.arange(count) % classes
+    return facts(PAPER, "file_facts.json")[name]
 
 
 def write_batches(folder: Path, names: list[str], images: np.ndarray, labels: np.ndarray) -> None:
@@ -50,30 +38,38 @@ def write_batches(folder: Path, names: list[str], images: np.ndarray, labels: np
         (folder / name).write_bytes(pickle.dumps(batch))
 
 
-def write_checkpoint(path: Path) -> None:
-    """Write fill() weights as the moving average of a run under DistributedDataParallel."""
-    net = fill(WideResNet(10, depth=28, widen_factor=2))
+def sizes_of(case: dict[str, Any] | None) -> list[int]:
+    """Return depth and width of the network whose weights a case labels images with."""
+    found = re.search(r"WideResNet-(\d+)-(\d+)", case["what"] if case else "")
+    return [int(size) for size in found.groups()] if found else [28, 2]
+
+
+def write_checkpoint(path: Path, sizes: list[int], classes: int) -> list[str]:
+    """Write fill() weights as the moving average of a run under DistributedDataParallel; return the flags for it."""
+    depth, widen_factor = sizes
+    net = fill(WideResNet(classes, depth=depth, widen_factor=widen_factor))
     torch.save({"ema_model": {f"module.{name}": tensor for name, tensor in net.state_dict().items()}}, path)
+    return ["--load_path", str(path), f"--depth={depth}", f"--widen_factor={widen_factor}"]
 
 
-def test_get_labels(tmp_path: Path) -> None:
-    case = CASES["get_labels"]
-    images, labels = random_integers(case["arguments"]["images"]), cycling_labels(case["arguments"]["targets"])
+@each(LABELLED)
+def test_get_labels(case: dict[str, Any], tmp_path: Path) -> None:
+    images, labels = computed(case["arguments"]["images"]), computed(case["arguments"]["targets"])
     write_batches(tmp_path / "data" / "cifar-10-batches-py", [f"data_batch_{k}" for k in range(1, 6)], images, labels)
-    write_checkpoint(tmp_path / "model_best.pth")
-    result = run("TorchSSL/get_labels.py", "--load_path", tmp_path / "model_best.pth", "--save_path", tmp_path / "out",
-                 "--data_dir", tmp_path / "data")
-    written = np.load(tmp_path / "out" / fact("get_labels")["file"])
-    assert str(written.dtype) == fact("get_labels")["dtype"]
-    np.testing.assert_array_equal(written, arrays("torchssl", case["file"])[case["output_keys"]["pseudo_label"]])
-    assert result.stdout.splitlines()[-1] == fact("get_labels")["last_stdout_line"]
+    flags = write_checkpoint(tmp_path / "model_best.pth", sizes_of(case), 10)
+    result = run("TorchSSL/get_labels.py", *flags, "--save_path", tmp_path / "out", "--data_dir", tmp_path / "data")
+    written = np.load(tmp_path / "out" / "pseudo_label.npy")
+    np.testing.assert_array_equal(written, expected(case)["pseudo_label"])
+    facts_ = fact("get_labels")
+    assert ("pseudo_label.npy", str(written.dtype)) == (facts_["file"], facts_["dtype"])
+    assert result.stdout.splitlines()[-1] == facts_["last_stdout_line"]
 
 
 def test_eval(tmp_path: Path) -> None:
-    images, labels = random_integers(fact("eval")["images"]), cycling_labels(fact("eval")["images"])
-    write_batches(tmp_path / "cifar-10-batches-py", ["test_batch"], images, labels)
-    write_checkpoint(tmp_path / "model_best.pth")
-    result = run("TorchSSL/eval.py", "--load_path", tmp_path / "model_best.pth", "--data_dir", tmp_path)
+    images, targets = fact("eval")["images"].split(", targets ")
+    write_batches(tmp_path / "cifar-10-batches-py", ["test_batch"], computed(images), computed(targets))
+    flags = write_checkpoint(tmp_path / "model_best.pth", sizes_of(LABELLED[0] if LABELLED else None), 10)
+    result = run("TorchSSL/eval.py", *flags, "--data_dir", tmp_path)
     assert result.stdout.splitlines()[-1] == fact("eval")["last_stdout_line"]
 
 
@@ -81,7 +77,8 @@ def test_eval(tmp_path: Path) -> None:
 def pseudo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, str]:
     """Run pseudo_dataset.py on 50,000 images; return the folder, the true labels and what was printed."""
     folder = tmp_path_factory.mktemp("pseudo")
-    labels = random_integers(CASES["dataset_zip_labels"]["arguments"]["pseudo_labels"])
+    recipes = [case["arguments"]["pseudo_labels"] for case in ZIPPED] + ["default_rng(0).integers(0, 10, 50000)"]
+    labels = computed(recipes[0])
     true = np.arange(len(labels)) % 10
     rows = np.zeros((len(labels), 3072), np.uint8)
     rows[:, 0], rows[:, 1025], rows[:, 3071] = true, np.arange(len(labels)) % 251, 255
@@ -101,17 +98,17 @@ def test_pseudo_dataset(pseudo: tuple[Path, np.ndarray, str]) -> None:
     out, labels = folder / "out", np.load(folder / "out" / "pseudo_label.npy")
     written = [f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file() and not f.name.startswith(".")]
     assert sorted(written) == facts["written"]
-    for k in range(1, 6):
-        content = (out / "cifar-10-batches-py" / f"data_batch_{k}").read_bytes()
+    batches = [name for name in sorted(written) if "batch_" in name]
+    for name, rows in zip(batches, np.array_split(np.arange(len(labels)), len(batches)), strict=True):
+        content = (out / name).read_bytes()
         assert content[:2] == bytes((0x80, facts["pickle_protocol"]))
-        batch = pickle.loads(content)
-        original = pickle.loads((folder / "cifar" / "cifar-10-batches-py" / f"data_batch_{k}").read_bytes())
+        batch, original = pickle.loads(content), pickle.loads((folder / "cifar" / name).read_bytes())
         assert sorted(batch) == facts["batch_keys"]
         assert type(batch["labels"]).__name__ == facts["labels_type"]
         assert (str(batch["labels"].dtype), str(batch["data"].dtype)) == (facts["labels_dtype"], facts["data_dtype"])
         assert [*batch["data"].shape] == facts["data_shape"]
         np.testing.assert_array_equal(batch["data"], original["data"])
-        np.testing.assert_array_equal(batch["labels"], np.array_split(labels, 5)[k - 1])
+        np.testing.assert_array_equal(batch["labels"], labels[rows])
     with tarfile.open(out / "cifar-10-python.tar.gz") as archive:
         members = sorted([member.name, "dir" if member.isdir() else "file"] for member in archive)
     assert members == facts["tar_members_sorted"]
@@ -119,27 +116,30 @@ def test_pseudo_dataset(pseudo: tuple[Path, np.ndarray, str]) -> None:
     assert float(facts["stdout_tail"]) <= 1
 
 
-def test_dataset_zip_labels(pseudo: tuple[Path, np.ndarray, str]) -> None:
-    case, expected = CASES["dataset_zip_labels"], fact("dataset_tool")
-    labels = arrays("torchssl", case["file"])[case["output_keys"]["labels"]]
-    dest = pseudo[0] / "set.zip"
+@each(ZIPPED)
+def test_dataset_zip_labels(case: dict[str, Any], pseudo: tuple[Path, np.ndarray, str]) -> None:
+    labels = expected(case)["labels"]
+    dest = pseudo[0] / f"{case['id']}.zip"
     run("TorchSSL/dataset_tool.py", f"--source={pseudo[0]}/out/cifar-10-python.tar.gz", f"--dest={dest}",
         f"--max-images={len(labels)}")
+    np.testing.assert_array_equal(read_images(dest).labels, labels)
+    wanted = fact("dataset_tool")
     with zipfile.ZipFile(dest) as archive:
         names = archive.namelist()
         text = archive.read("dataset.json").decode()
-        assert {entry.compress_type for entry in archive.infolist()} == {expected["compress_type"]}
-        with archive.open(names[3]) as file:
-            image = Image.open(file)
-            image.load()
-    assert len(names) == expected["n"]
-    assert names[:len(expected["names_first"])] == expected["names_first"]
-    assert names[-len(expected["names_last"]):] == expected["names_last"]
-    assert text.startswith(expected["dataset_json_head"])
-    assert (image.mode, [*image.size]) == (expected["image3_mode"], expected["image3_size"])
-    pixels = np.asarray(image)
-    assert (pixels[0, 0, 0], pixels[0, 1, 1], pixels[-1, -1, 2]) == (3, 3, 255)
-    np.testing.assert_array_equal(read_images(dest).labels, labels)
+        assert {entry.compress_type for entry in archive.infolist()} == {wanted["compress_type"]}
+        for key in (key for key in wanted if re.fullmatch(r"image\d+_mode", key)):
+            number, = numbers(key)
+            with archive.open(names[number]) as file:
+                image = Image.open(file)
+                image.load()
+            assert (image.mode, [*image.size]) == (wanted[key], wanted[f"image{number}_size"])
+            pixels = np.asarray(image)
+            assert (pixels[0, 0, 0], pixels[0, 1, 1], pixels[-1, -1, 2]) == (number % 10, number, 255)
+    assert len(names) == wanted["n"]
+    assert names[:len(wanted["names_first"])] == wanted["names_first"]
+    assert names[-len(wanted["names_last"]):] == wanted["names_last"]
+    assert text.startswith(wanted["dataset_json_head"])
 
 
 def test_folder_of_extra_images(tmp_path: Path) -> None:
@@ -159,6 +159,6 @@ def test_folder_of_extra_images(tmp_path: Path) -> None:
 
 
 def test_normalisation() -> None:
-    recorded = facts("torchssl", "normalisation.json")
+    recorded = facts(PAPER, "normalisation.json")
     for name, mean in recorded["mean"].items():
         assert NORMALISATION[name] == (pytest.approx(mean, abs=1e-12), pytest.approx(recorded["std"][name], abs=1e-12))
