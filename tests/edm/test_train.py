@@ -4,7 +4,6 @@ import math
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from shared.cli import Diverged, UserError
 from shared.data.images import read_images
 from shared.data.writers import write_npz
 from shared.training.checkpoint import keep_layout
-from tests.edm.training_runs import STEPS, TINY, checkpoint, largest_difference, losses, outcome, stats, write_set
+from tests.edm.training_runs import TINY, checkpoint, largest_difference, losses, outcome, stats, write_set
 from tests.golden.cases import arrays
 from tests.shared.programs import assert_same, one_line_error, run, start
 
@@ -51,48 +50,29 @@ def whole(tmp_path_factory, data):
     return train(tmp_path_factory.mktemp("runs") / "whole", data, "--nosubdir")
 
 
-def wait_for(condition, process, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
-
-
 # ------------------------------------------------------------------------------------------------- interruptions
 
 def test_killed_at_any_moment_gives_the_same_bits(tmp_path, data, whole, capsys):
     folder = tmp_path / "run"
-    command = ["EDM/train.py", f"--outdir={folder}", f"--data={data}", *TINY, "--nosubdir", "--checkpoint-seconds=0.1"]
-    saved = folder / "checkpoint.pt"
-    moments = [lambda: (folder / "training_options.json").exists(),  # before the first step
-               lambda: (folder / "network-snapshot-000000.pkl").exists(),  # after the first tick
-               lambda: saved.exists() and saved.stat().st_mtime_ns != before,  # at the next checkpoint
-               lambda: (folder / "network-snapshot-000001.pkl").exists()]  # while finishing
-    for reached in moments:
-        before = saved.stat().st_mtime_ns if saved.exists() else 0
-        process = start(*command)
-        wait_for(reached, process)
-        process.kill()
-        process.communicate()
+    arguments = [f"--outdir={folder}", f"--data={data}", *TINY, "--nosubdir"]
+    for moment in ("options", "1", "20", "state"):  # before the first step, after the first tick, midway, at the end
+        seconds = "--checkpoint-seconds=1e-6" if moment == "20" else "--checkpoint-seconds=600"
+        run("tests/edm/interrupted.py", "SIGKILL", moment, "EDM/train.py", *arguments, seconds, status=-signal.SIGKILL)
         assert not (folder / RESULT_FILE).exists()
-    main(command[1:])
+    assert (folder / "network-snapshot-000001.pkl").exists()
+    main(arguments)
     assert_same(outcome(folder), outcome(whole))
     assert "Continuing the run in" in capsys.readouterr().out
-    main(command[1:])
+    main(arguments)
     assert f"complete: {folder}" in capsys.readouterr().out
 
 
 def test_sigterm_saves_the_step_at_hand(tmp_path, data, whole):
     folder = tmp_path / "run"
-    command = ["EDM/train.py", f"--outdir={folder}", f"--data={data}", *TINY, "--nosubdir"]
-    process = start(*command)
-    wait_for((folder / "network-snapshot-000000.pkl").exists, process)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 143
-    assert 0 < checkpoint(folder)["step"] < STEPS
-    main(command[1:])
+    arguments = [f"--outdir={folder}", f"--data={data}", *TINY, "--nosubdir"]
+    run("tests/edm/interrupted.py", "SIGTERM", "7", "EDM/train.py", *arguments, status=143)
+    assert checkpoint(folder)["step"] == 7
+    main(arguments)
     assert_same(outcome(folder), outcome(whole))
 
 
@@ -109,15 +89,12 @@ def test_two_processes_train_the_same_network(tmp_path, data, whole):
 
 @pytest.mark.slow  # tests/shared/test_run.py asks the same of the part of a run that all trainers share
 def test_a_run_continues_with_another_number_of_processes(tmp_path, data, whole):
-    command = ["EDM/train.py", f"--outdir={tmp_path}", f"--data={data}", *TINY, "--checkpoint-seconds=0.05"]
+    arguments = [f"--outdir={tmp_path}", f"--data={data}", *TINY]
     folder = tmp_path / "00000-tiny-cond-ddpmpp-edm-gpus2-batch16-fp32"
-    process = start(*command, ranks=2)
-    wait_for((folder / "checkpoint.pt").exists, process)
-    process.terminate()
+    process = start("tests/edm/interrupted.py", "SIGTERM", "7", "EDM/train.py", *arguments, ranks=2)
     process.communicate()
-    done = checkpoint(folder)["step"]
-    assert 0 < done < STEPS
-    main(command[1:])
+    assert checkpoint(folder)["step"] == 7
+    main(arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
     assert checkpoint(folder)["finished"]
     assert largest_difference(checkpoint(folder)["net"], checkpoint(whole)["net"]) < 1e-4
