@@ -12,6 +12,7 @@ from DASO.lib.config.config import Config, check, experiment_name, read_yaml
 from DASO.lib.config.defaults import DEFAULTS, PUBLISHED
 from tests.golden.cases import facts
 
+SERVES: set[tuple[str, str]] = set()
 CONFIGS = Path(DASO.__file__).parent / "configs"
 # Published mistakes that would not run, or run something else, and what they are here.
 MENDED = {("cifar10/remixmatch_daso.yaml", "MODEL.NUM_CLASSES", 100): 10,

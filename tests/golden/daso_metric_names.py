@@ -13,6 +13,7 @@ from DASO.lib.trainer import train
 from shared.distributed import World
 from tests.golden.cases import facts
 
+SERVES: set[tuple[str, str]] = set()
 CONFIGS = Path(DASO.__file__).parent / "configs" / "digits"
 NAMES = facts("daso", "metric_names.json")
 # A run of two iterations in which every class is drawn and every part of a learner is at work.
