@@ -315,9 +315,9 @@ def test_classifiers_that_do_not_fit(tmp_path, data, classifier, denoiser):
         call(train_noise, tmp_path / "run", other, *DENOISER, *SHORT, cls)
     with pytest.raises(UserError, match="is a classifier for 3 classes, but the data has 10"):
         call(train_noise, tmp_path / "run", data, *DENOISER, *SHORT, cls, "--dataset=cifar10")
-    with pytest.raises(UserError, match="holds a EDMPrecond, expected a classifier"):
+    with pytest.raises(UserError, match="holds a EDMPrecond .*expected a classifier"):
         call(train_noise, tmp_path / "run", data, *DENOISER, *SHORT, f"--cls={snapshot_of(denoiser)}")
-    with pytest.raises(UserError, match="holds a EDMPrecond_classifier, expected a denoiser"):
+    with pytest.raises(UserError, match="holds a EDMPrecond_classifier.* expected a denoiser"):
         generate.main([f"--outdir={tmp_path / 'out'}", f"--network={snapshot_of(classifier)}", "--device=cpu"])
     with pytest.raises(UserError, match="was trained for sym 0.4"):
         call(train_noise, tmp_path / "run", data, *DENOISER, *SHORT, cls, "--noise_type=sym", "--noise_rate=0.2")

@@ -97,7 +97,8 @@ def enter(options: argparse.Namespace) -> None:
         # What is compiled for the null GPU must not reach the caches of real ones.
         "TRITON_CACHE_DIR": str(path.parent / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(path.parent / "inductor"),
         "USE_PYTORCH_KERNEL_CACHE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    for name in ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # of a launcher
+        environment.pop(name, None)
     if options.ranks > 1:
         environment.update(RANK="0", WORLD_SIZE=str(options.ranks), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(options.ranks),
                            MASTER_ADDR="localhost", MASTER_PORT="29999")
