@@ -7,30 +7,31 @@ import numpy as np
 import torch
 
 from DASO.lib.algorithm.crest import sampling_rates, select
-from tests.golden.cases import arrays
-from tests.golden.daso_cases import of_file, serves
+from tests.golden.cases import each, number, serves, whole
+from tests.golden.daso_cases import Case, cases_of, stored
+from tests.golden.recipes import Normal, computed
 
-CASES = of_file("crest.npz")
-SERVES = serves(CASES)
+EXPANSIONS = cases_of("crest")
+SERVES = serves(EXPANSIONS)
 
 
-def test_expansion() -> None:
-    for case in CASES:
-        given, stored, name = case["ctor"], arrays("daso", case["file"]), case["name"]
-        classes, count = given["K"], given["n_unlabelled"]
-        scale, shift = re.search(r"softmax\(([\d.]+)\*normal\(\(n,K\)\) \+ linspace\(([\d.]+),0,K\)",
-                                 case["recipe"]).groups()
-        rng = np.random.default_rng(int(re.search(r"seed (\d+)", case["recipe"])[1]))
-        logits = float(scale) * rng.standard_normal((count, classes)).astype(np.float32)
-        logits = logits + np.linspace(float(shift), 0, classes).astype(np.float32)
-        rates = sampling_rates(given["labelled_counts"], given["ALPHA"])
-        np.testing.assert_allclose(rates, stored[f"{name}/mu"], rtol=1e-6)
+@each(EXPANSIONS)
+def test_expansion(case: Case) -> None:
+    given, wanted, classes = case["ctor"], stored(case), case["ctor"]["K"]
+    rates = sampling_rates(given["labelled_counts"], given["ALPHA"])
+    formula = re.search(r"softmax\((.*)\)", case["recipe"])[1]
+    formula = re.sub(r"(linspace\([^)]*\)) as float32", r"float32(\1)", formula)
+    normal = Normal(np.random.default_rng(whole(case["recipe"], "seed #")))
+    logits = np.float32(computed(formula, normal=normal, n=given["n_unlabelled"], K=classes))
+    added, label = select(torch.from_numpy(logits).softmax(1), rates)
 
-        added, label = select(torch.from_numpy(logits).softmax(1), rates)
-        first = int(re.search(r"unlabelled (\d+)\.\.", case["what"])[1])  # number of the first unlabelled image
-        truth = np.repeat(np.arange(classes), given["labelled_counts"])
-        labels = np.concatenate([truth, label.numpy()])
-        np.testing.assert_array_equal(np.concatenate([np.arange(len(truth)), first + added.numpy()]),
-                                      stored[f"{name}/new_idx"])
-        np.testing.assert_array_equal(labels, stored[f"{name}/new_labels"])
-        np.testing.assert_array_equal(np.bincount(labels, minlength=classes), stored[f"{name}/new_counts"])
+    first = whole(case["what"], r"unlabelled #\.\.")  # number of the first unlabelled image
+    truth = np.repeat(np.arange(classes), given["labelled_counts"])
+    labels = np.concatenate([truth, label.numpy()])
+    found = {"new_idx": np.concatenate([np.arange(len(truth)), first + added.numpy()]), "new_labels": labels,
+             "new_counts": np.bincount(labels, minlength=classes)}
+    for key, value in wanted.items():
+        if key == "mu":
+            np.testing.assert_allclose(rates, value, rtol=number(case["tolerance"], "mu #"))
+        else:
+            np.testing.assert_array_equal(found[key], value, err_msg=key)

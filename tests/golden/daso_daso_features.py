@@ -13,13 +13,11 @@ from DASO.lib.algorithm.daso import DASO, FeatureQueue, Semantics
 from DASO.lib.algorithm.interface import Batch, Draws, Setting
 from DASO.lib.config.config import Config
 from DASO.lib.models.semi import SemiModel
-from tests.golden.cases import fill
-from tests.golden.daso_cases import each, normal, numbers, of_file, serves, stored, tolerance
+from tests.golden.cases import each, fill, number, numbers, serves, whole
+from tests.golden.daso_cases import Case, Recipe, cases_of, close, of_step, stored
 
-CASES = of_file("daso_features.npz")
-QUEUES = [case for case in CASES if case["name"] == "queue"]
-STEPS = [case for case in CASES if "ctor" in case]
-SERVES = serves(QUEUES + STEPS)
+QUEUES, STEPS = cases_of("queue"), cases_of("daso step")
+SERVES = serves(QUEUES, STEPS)
 
 
 class Features(nn.Identity):
@@ -43,14 +41,6 @@ class StoredDraws(Draws):
         return self.values[self.calls - 1].to(probability.dtype)
 
 
-def recipe(case: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a recipe: seed, feature size, the three scales of noise, the scales of both kinds."""
-    text = case["recipe"]
-    found = re.search(r"seed (\d+); cent=normal\(\(K,(\d+)\)\).*ef=lf\+([\d.]+)\*normal.*wk=base\+([\d.]+)\*normal; "
-                      r"sg=base\+([\d.]+)\*normal; x=([\d.]+)\*concat.*labelled part=([\d.]+)\*ef", text).groups()
-    return dict(zip(("seed", "size", "teacher", "weak", "strong", "x", "ef"), map(float, found), strict=True))
-
-
 def watch(semantics: Semantics) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Return a list to which every call of `semantics.blend` adds what it returns."""
     found, blend = [], semantics.blend
@@ -64,28 +54,26 @@ def watch(semantics: Semantics) -> list[tuple[torch.Tensor, torch.Tensor | None]
 
 
 @each(STEPS)
-def test_daso_step(case: dict[str, Any]) -> None:
-    given, wanted, scale = case["ctor"], stored(case), recipe(case)
-    classes, nl, nu, size, first = given["K"], given["nl"], given["nu"], int(scale["size"]), given["iter0"]
+def test_daso_step(case: Case) -> None:
+    given, wanted = case["ctor"], stored(case)
+    classes, nl, nu, first = given["K"], given["nl"], given["nu"], given["iter0"]
     keys = {key: value for key, value in given.items() if "." in key}
+    pretraining = 1 + whole(case["what"], "pretraining only in step #", -1)
     cfg = Config({"ALGORITHM.NAME": "DASO", "ALGORITHM.CONFIDENCE_THRESHOLD": given["threshold"],
                   "MODEL.QUEUE.MAX_SIZE": given["queue_max"], "ALGORITHM.LOGIT_ADJUST.APPLY": given["logit_adjust"],
                   "ALGORITHM.ABC.APPLY": given["abc"], "ALGORITHM.ABC.DASO_PSEUDO_LABEL": given["abc_daso_pl"],
-                  "ALGORITHM.DASO.PRETRAIN_STEPS": first + 1, "ALGORITHM.DASO.PL_DIST_UPDATE_PERIOD": 1, **keys})
+                  "ALGORITHM.DASO.PRETRAIN_STEPS": first + pretraining,
+                  "ALGORITHM.DASO.PL_DIST_UPDATE_PERIOD": whole(case["what"], r"\(period #", 1), **keys})
+    recipe = Recipe(case["recipe"], K=classes, nl=nl, nu=nu, concat=1)
+    size = recipe.known["cent"].shape[1]
     learner = DASO(cfg, Setting(classes, tuple(int(count) for count in given["counts"]), feature_size=size))
     learner.model = fill(SemiModel(Features(size), classes, balanced=given["abc"]))
     blended = watch(learner.semantics)
-    rng = np.random.default_rng(int(scale["seed"]))
-    centres = normal(rng, classes, size)
+    scale = np.float32(number(case["recipe"], r"x=#\*concat", 1))
     for step in range(1 + max(int(key[2:key.index("/")]) for key in wanted)):
-        labels = rng.integers(0, classes - 1, nl)
-        labelled = centres[labels] + normal(rng, nl, size)
-        teacher = labelled + np.float32(scale["teacher"]) * normal(rng, nl, size)
-        base = centres[rng.integers(0, classes, nu)] + normal(rng, nu, size)
-        weak = base + np.float32(scale["weak"]) * normal(rng, nu, size)
-        strong = base + np.float32(scale["strong"]) * normal(rng, nu, size)
-        x = torch.from_numpy(np.float32(scale["x"]) * np.concatenate([labelled, weak, strong])).requires_grad_()
-        labels, taught = torch.from_numpy(labels), torch.from_numpy(np.float32(scale["ef"]) * teacher)
+        drawn = recipe.step()
+        x = torch.from_numpy(scale * np.concatenate([drawn[name] for name in ("lf", "wk", "sg")])).requires_grad_()
+        labels, taught = torch.from_numpy(drawn["y"]), torch.from_numpy(np.float32(drawn["part"]))
         learner.teacher = SimpleNamespace(encoder=lambda images, taught=taught: taught)
         found = learner.losses(Batch(x[:nl], labels, (x[nl:nl + nu], x[nl + nu:])), first + step,
                                StoredDraws(wanted, step))
@@ -99,27 +87,24 @@ def test_daso_step(case: dict[str, Any]) -> None:
                   "pl_dist_after": learner.semantics.blender.histogram}
         if given["abc"]:
             values["grad_abc_w"] = learner.model.abc_classifier.classifier.weight.grad
-        expected = {key.partition("/")[2]: value for key, value in wanted.items() if key.startswith(f"st{step}/")
-                    and "/draw" not in key}
+        expected = of_step(wanted, step)
         assert {key for key in expected if key.startswith("loss_")} == set(found.losses), step
         for name, value in expected.items():
-            np.testing.assert_allclose(values[name].detach(), value, **tolerance(case), err_msg=f"{name}, step {step}")
+            close(values[name], value, case, f"{name}, step {step}")
 
 
 @each(QUEUES)
-def test_queue(case: dict[str, Any]) -> None:
-    wanted = stored(case)
-    plain = int(re.search(r"MAX_SIZE (\d+)", case["what"])[1])
-    factor = int(re.search(r"capacity (\d+)x", case["what"])[1])
-    sizes = numbers(re.search(r"\[([\d,]+)\]", case["what"])[1])
+def test_queue(case: Case) -> None:
+    wanted, said = stored(case), case["what"]
     for kind in dict.fromkeys(key.split("_st")[0] for key in wanted):
+        # "'NAME' has class sizes [3,2] (capacity 5x each)"; others have one size for all classes.
+        by_class = re.search(rf"'{kind}' has class sizes \[([\d, ]+)\] \(capacity (\d+)x", said)
+        capacity = [int(by_class[2]) * size for size in numbers(by_class[1])] if by_class else \
+            whole(said, r"MAX_SIZE\W*#")
         steps = [key for key in wanted if key.startswith(f"{kind}_st") and key.endswith("_feat")]
-        first = wanted[steps[0]]
-        classes = len(wanted[f"{kind}_st0_sizes"])
-        capacity = [factor * size for size in sizes] if kind.startswith("classwise") else plain
-        queue = FeatureQueue(classes, capacity, first.shape[1])
+        queue = FeatureQueue(len(wanted[f"{kind}_st0_sizes"]), capacity, wanted[steps[0]].shape[1])
         for step in range(len(steps)):
             at = f"{kind}_st{step}"
             queue.push(torch.from_numpy(wanted[f"{at}_feat"]), torch.from_numpy(wanted[f"{at}_y"]).long())
             np.testing.assert_array_equal(queue.sizes, wanted[f"{at}_sizes"], err_msg=at)
-            np.testing.assert_allclose(queue.prototypes, wanted[f"{at}_proto"], **tolerance(case), err_msg=at)
+            close(queue.prototypes, wanted[f"{at}_proto"], case, at)

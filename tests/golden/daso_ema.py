@@ -1,46 +1,46 @@
 """The moving average of a network."""
 from __future__ import annotations
 
-from typing import Any
+import re
 
-import numpy as np
 import torch
 
 from DASO.lib.config.config import Config
 from DASO.lib.models.ema import PREFIX, ModelEMA
 from DASO.lib.models.semi import build_model
-from tests.golden.cases import _fill_module, fill
-from tests.golden.daso_cases import each, numbers, of_file, serves, stored, tolerance
+from tests.golden.cases import each, fill, fill_value, numbers, serves, whole
+from tests.golden.daso_cases import Case, cases_of, close, stored
 
-CASES = of_file("ema.npz")
-SERVES = serves(CASES)
+AVERAGES = cases_of("average")
+SERVES = serves(AVERAGES)
 
 
-@each(CASES)
-def test_moving_average(case: dict[str, Any]) -> None:
-    wanted, given, value = stored(case), case["ctor"], _fill_module().value
-    width, classes = numbers(case["what"])[:2]
+@each(AVERAGES)
+def test_moving_average(case: Case) -> None:
+    wanted, given, said = stored(case), case["ctor"], case["what"]
+    width, classes = whole(said, "WIDTH ?= ?#"), whole(said, r"\bK ?= ?#")
+    slope, start = numbers(re.search(r"num_batches_tracked to (\d+\*step\+\d+)", said)[1])
     net = fill(build_model(Config({"MODEL.WIDTH": width, "MODEL.NUM_CLASSES": classes})))
     ema = ModelEMA(net, given["ema_decay"], given["ema_weight_decay"])
     steps = sorted({int(key.split("/")[0].removeprefix("step")) for key in wanted if key.startswith("step")})
     decays = [ema.decay(step) for step in steps]
-    np.testing.assert_allclose(decays, wanted["decays"], **tolerance(case))
+    close(decays, wanted["decays"], case, "decays")
     for step in steps:
         with torch.no_grad():
             for name, tensor in net.state_dict().items():
                 shape = tuple(tensor.shape)
                 if name.endswith("num_batches_tracked"):
-                    tensor.fill_(10 * step + 7)
+                    tensor.fill_(slope * step + start)
                 elif name.endswith("running_var"):
-                    tensor.copy_(torch.from_numpy(value(f"{step}.running_var", shape)))
+                    tensor.copy_(torch.from_numpy(fill_value(f"{step}.running_var", shape)))
                 else:
-                    tensor.copy_(torch.from_numpy(value(f"{name}.{step}.weight", shape)))
+                    tensor.copy_(torch.from_numpy(fill_value(f"{name}.{step}.weight", shape)))
         ema.update(net, step, given["current_lr"])
         for key, expected in wanted.items():
             if not key.startswith(f"step{step}/"):
                 continue
             name = key.partition("/")[2].removeprefix(PREFIX)
             if name.endswith("num_batches_tracked"):  # an integer here: the network's own
-                assert ema.module.state_dict()[name] == 10 * step + 7
+                assert ema.module.state_dict()[name] == slope * step + start
             else:
-                np.testing.assert_allclose(ema.module.state_dict()[name], expected, **tolerance(case), err_msg=key)
+                close(ema.module.state_dict()[name], expected, case, key)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +12,12 @@ from DASO.lib import losses
 from DASO.lib.config.config import Config
 from DASO.lib.evaluation import accuracy, class_accuracies, metrics
 from DASO.lib.report import extend_history
-from tests.golden.cases import arrays
-from tests.golden.daso_cases import each, of_file, serves, stored, tolerance
+from tests.golden.cases import each, number, serves, whole
+from tests.golden.daso_cases import Case, cases_of, close, named_array, stored
 
-CASES = {case["name"]: case for case in of_file("losses.npz")}
-SERVES = serves([CASES[name] for name in ("loss", "acc", "evalloop", "median")])
+LOSSES, ACCURACIES = cases_of("losses"), cases_of("accuracy")
+EVALUATIONS, MEDIANS = cases_of("evaluation"), cases_of("median")
+SERVES = serves(LOSSES, ACCURACIES, EVALUATIONS, MEDIANS)
 
 
 def tensors(values: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -25,8 +25,8 @@ def tensors(values: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: value.long() if name.endswith("labels") else value for name, value in found.items()}
 
 
-@each([CASES["loss"]])
-def test_losses(case: dict[str, Any]) -> None:
+@each(LOSSES)
+def test_losses(case: Case) -> None:
     wanted = stored(case)
     given = tensors({name: value for name, value in wanted.items() if name.startswith("in_")})
     labels, soft, weight = given["in_labels"], given["in_soft"], given["in_weight"]
@@ -35,16 +35,19 @@ def test_losses(case: dict[str, Any]) -> None:
     prior = given["in_counts"] / given["in_counts"].sum()
     found = {"ce": losses.cross_entropy(logits, labels), "ce_soft": losses.cross_entropy(logits, soft),
              "ce_weight_mean": losses.cross_entropy(logits, labels, weight),
-             "ce_weight_avg7": 1.5 * losses.cross_entropy(logits, labels, weight) * len(labels) / 7,
              "ce_zero_weight": losses.cross_entropy(logits, labels, torch.zeros_like(weight)),
              "ldam_margins": losses.ldam_margins(counts),
-             "ldam_unweighted": losses.ldam(logits, labels, losses.ldam_margins(counts)),
-             "mse50": 50 * F.mse_loss(logits.softmax(1), soft)}
+             "ldam_unweighted": losses.ldam(logits, labels, losses.ldam_margins(counts))}
     for key in wanted:
         if key.startswith("logit_adjusted_tau"):
             cfg = Config({"ALGORITHM.LOGIT_ADJUST.APPLY": True,
                           "ALGORITHM.LOGIT_ADJUST.TAU": float(key.removeprefix("logit_adjusted_tau"))})
             found[key] = losses.cross_entropy(losses.adjusted(logits, cfg, prior), labels)
+        elif factor := re.fullmatch(r"mse([\d.]+)", key):
+            found[key] = float(factor[1]) * F.mse_loss(logits.softmax(1), soft)
+        elif factor := re.fullmatch(r"ce_weight_avg([\d.]+)", key):
+            share = number(case["what"], "loss_weight #") * len(labels) / float(factor[1])
+            found[key] = share * losses.cross_entropy(logits, labels, weight)
         elif parts := re.fullmatch(r"cb_(weights|CE|LDAM)_beta([\d.]+)(_grad)?", key):
             kind, beta, is_gradient = parts.groups()
             if kind == "weights":
@@ -58,23 +61,23 @@ def test_losses(case: dict[str, Any]) -> None:
             found[key] = torch.autograd.grad(value, logits)[0] if is_gradient else value
     for name, value in wanted.items():
         if not name.startswith("in_"):
-            np.testing.assert_allclose(found[name].detach(), value, **tolerance(case), err_msg=name)
+            close(found[name], value, case, name)
 
 
-@each([CASES["acc"]])
-def test_accuracy(case: dict[str, Any]) -> None:
+@each(ACCURACIES)
+def test_accuracy(case: Case) -> None:
     wanted = stored(case)
-    given = tensors({name: arrays("daso", case["file"])[f"loss/{name}"] for name in ("in_logits", "in_labels")})
-    logits, labels = given["in_logits"], given["in_labels"]
-    np.testing.assert_allclose(torch.stack(accuracy(logits, labels)), wanted["top1_top5"], **tolerance(case))
+    logits = torch.from_numpy(named_array(case, r"\bon ([^\s,]+),"))
+    labels = torch.from_numpy(named_array(case, r"\bon [^\s,]+, ([^\s,]+)")).long()
+    close(torch.stack(accuracy(logits, labels)), wanted["top1_top5"], case, "top-1 and top-5")
     found = class_accuracies(logits, labels).numpy()
     present = np.flatnonzero(~np.isnan(found))
     np.testing.assert_array_equal(present, wanted["classwise_ids"])
-    np.testing.assert_allclose(found[present], wanted["classwise"], **tolerance(case))
+    close(found[present], wanted["classwise"], case, "by class")
 
 
-@each([CASES["evalloop"]])
-def test_evaluation(case: dict[str, Any]) -> None:
+@each(EVALUATIONS)
+def test_evaluation(case: Case) -> None:
     wanted = stored(case)
     given = tensors({name: wanted[name] for name in ("in_logits", "in_labels", "prior")})
     prior = given["prior"] / given["prior"].sum()
@@ -82,13 +85,13 @@ def test_evaluation(case: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if name.startswith("out/"):
             key = name.removeprefix("out/").removeprefix("classwise/")
-            np.testing.assert_allclose(found[key if "/" in key else f"test/{key}"], value, **tolerance(case),
-                                       err_msg=name)
+            close(found[key if "/" in key else f"test/{key}"], value, case, name)
 
 
-@each([CASES["median"]])
-def test_median(case: dict[str, Any]) -> None:
+@each(MEDIANS)
+def test_median(case: Case) -> None:
     wanted, history = stored(case), {}
-    found = [extend_history(history, {"test/top1": float(value), "test/top1_la": 0.0}, "test")["test/top1_median20"]
+    name = f"test/top1_median{whole(case['what'], 'last #')}"
+    found = [extend_history(history, {"test/top1": float(value), "test/top1_la": 0.0}, "test")[name]
              for value in wanted["in"]]
-    np.testing.assert_allclose(found, wanted["out"], **tolerance(case))
+    close(found, wanted["out"], case, name)

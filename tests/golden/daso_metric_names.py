@@ -26,7 +26,7 @@ SHORT = {"SEED": 0, "GPU_ID": -1, "SOLVER.MAX_ITER": 2, "PERIODS.EVAL": 2, "PERI
 def settings(learner: str) -> dict[str, object]:
     """Return the configuration of a learner on the digits; "DASO+ABC" is DASO with the balanced classifier."""
     name, _, extra = learner.partition("+")
-    file = next(path for path in sorted(CONFIGS.iterdir()) if read_yaml(path)["ALGORITHM.NAME"] == name)
+    file, *_ = (path for path in sorted(CONFIGS.iterdir()) if read_yaml(path)["ALGORITHM.NAME"] == name)
     return {**read_yaml(file), **({"ALGORITHM.ABC.APPLY": True} if extra == "ABC" else {}), **SHORT}
 
 

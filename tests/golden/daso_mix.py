@@ -6,21 +6,20 @@ import re
 import numpy as np
 
 from shared.augment.mixing import group_offsets, interleaved
-from tests.golden.cases import arrays
-from tests.golden.daso_cases import of_file, serves
+from tests.golden.cases import each, serves, whole
+from tests.golden.daso_cases import Case, cases_of, stored
 
-CASES = of_file("mix.npz")
-SERVES = serves(CASES)
+INTERLEAVED = cases_of("interleaving")
+SERVES = serves(INTERLEAVED)
 
 
-def test_interleaving() -> None:
-    for case in CASES:
-        stored = arrays("daso", case["file"])
-        step = int(re.search(r"\+(\d+)\*i", case["what"])[1])
-        for key in case["keys"]:
-            size, views = map(int, re.search(r"b(\d+)_nu(\d+)", key).groups())
-            if key.endswith("_offsets"):
-                assert group_offsets(size, views + 1) == stored[key].tolist(), key
-            else:
-                chunk, row = np.divmod(interleaved(views + 1, size), size)
-                np.testing.assert_array_equal(row + step * chunk, stored[key], err_msg=key)
+@each(INTERLEAVED)
+def test_interleaving(case: Case) -> None:
+    step = whole(case["what"], r"\+#\*i")
+    for key, wanted in stored(case).items():
+        size, views = map(int, re.match(r"b(\d+)_nu(\d+)", key).groups())
+        if key.endswith("_offsets"):
+            assert group_offsets(size, views + 1) == wanted.tolist(), key
+        else:
+            chunk, row = np.divmod(interleaved(views + 1, size), size)
+            np.testing.assert_array_equal(row + step * chunk, wanted, err_msg=key)

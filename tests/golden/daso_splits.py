@@ -1,21 +1,21 @@
 """Which images are labelled, unlabelled and held out."""
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from DASO.lib.data.sets import select
-from tests.golden.daso_cases import each, numbers, of_file, serves, stored
+from tests.golden.cases import each, serves
+from tests.golden.daso_cases import Case, cases_of, stored
+from tests.golden.recipes import assigned
 
-CASES = of_file("splits.npz")
-SERVES = serves(CASES)
+SPLITS = cases_of("split")
+SERVES = serves(SPLITS)
 
 
-@each(CASES)
-def test_selection(case: dict[str, Any]) -> None:
-    seed, classes, per_class = numbers(case["labels_recipe"])
-    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(classes), per_class))
+@each(SPLITS)
+def test_selection(case: Case) -> None:
+    labels = np.asarray(assigned(case["labels_recipe"])["y"])
+    classes = int(labels.max()) + 1
     given, what, wanted = case["config"], case["what"], stored(case)
     pool_alone = what.startswith("stl10")  # its unlabelled images are a set of their own
     supervised = "algorithm Supervised" in what

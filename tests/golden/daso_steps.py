@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +14,12 @@ from DASO.lib.data.sets import TrainingData
 from DASO.lib.trainer import Trainer
 from shared.data.images import ImageSet
 from shared.distributed import World
-from tests.golden.cases import facts, fill
-from tests.golden.daso_cases import each, normal, numbers, of_file, serves, stored
+from tests.golden.cases import Stored, each, facts, fill, number, numbers, serves
+from tests.golden.daso_cases import PAPER, Case, Recipe, cases_of, of_step, stored
+from tests.golden.recipes import computed
 
-CASES = of_file("steps.npz")
-SERVES = serves(CASES)
+TRAININGS = cases_of("training")
+SERVES = serves(TRAININGS)
 
 
 class StoredDraws(Draws):
@@ -48,7 +48,7 @@ def blank(labels: np.ndarray, classes: int, name: str) -> ImageSet:
     return ImageSet(np.zeros((len(labels), 3, 32, 32), np.uint8), labels, tuple(map(str, range(classes))), name)
 
 
-def trainer_of(case: dict[str, Any]) -> Trainer:
+def trainer_of(case: Case) -> Trainer:
     """Return a trainer with weights from fill() and a copy of them as average, on images that are never looked at."""
     cfg = Config({**case["overrides"], "STRICT": True, "SEED": 0})
     classes = cfg.MODEL.NUM_CLASSES
@@ -63,40 +63,36 @@ def trainer_of(case: dict[str, Any]) -> Trainer:
     return trainer
 
 
-def images_of(case: dict[str, Any], rng: np.random.Generator) -> Batch:
-    """Draw the next batch as the case describes it."""
-    text = case["recipe"]
-    labelled = numbers(re.search(r"l_images=normal\(\(([\d,]+)\)\)", text)[1])
-    classes = int(re.search(r"labels=rng.integers\(0,(\d+),", text)[1])
-    images = torch.from_numpy(normal(rng, *labelled))
-    labels = torch.from_numpy(rng.integers(0, classes, labelled[0]))
-    described = re.search(r"base=normal\(\(([\d,]+)\)\); then (\d+) view\(s\), each base\+([\d.]+)\*normal", text)
+def images_of(case: Case, recipe: Recipe) -> Batch:
+    """Draw the next batch as the case describes it: assignments, in their midst "then 2 view(s), each EXPRESSION"."""
+    described = re.search(r"then (\d+) views?(?:\(s\))?, each ([^;]+);", recipe.every)
     if described is None:
-        return Batch(images, labels)
-    shape, views, noise = numbers(described[1]), int(described[2]), np.float32(described[3])
-    base = normal(rng, *shape)
-    seen = tuple(torch.from_numpy(base + noise * normal(rng, *shape)) for _ in range(views))
-    truth = torch.from_numpy(rng.integers(0, classes, shape[0]))
-    index = torch.from_numpy(rng.permutation(case["n_unlabelled_dataset"])[:shape[0]])
+        drawn = recipe.step()
+        return Batch(torch.from_numpy(drawn["l_images"]), torch.from_numpy(drawn["labels"]))
+    drawn = recipe.step(recipe.every[:described.start()])
+    seen = tuple(torch.from_numpy(computed(described[2], **drawn)) for _ in range(int(described[1])))
+    drawn = recipe.step(recipe.every[described.end():], **drawn)
+    images, labels, truth, index = (torch.from_numpy(drawn[name]) for name in ("l_images", "labels", "ul_labels",
+                                                                              "ul_indices"))
     return Batch(images, labels, seen, index, truth)
 
 
-@each(CASES)
-def test_steps(case: dict[str, Any]) -> None:
+@each(TRAININGS)
+def test_steps(case: Case) -> None:
     wanted, trainer = stored(case), trainer_of(case)
     iterations = numbers(re.search(r"iterations \[([\d, ]+)\]", case["what"])[1])
-    rng = np.random.default_rng(int(re.search(r"seed (\d+)", case["recipe"])[1]))
-    off = dict(rtol=float(re.search(r"losses rtol ([\d.e-]+)", case["tolerance"])[1]), atol=1e-6)
+    recipe = Recipe(case["recipe"], n_unlabelled_dataset=case["n_unlabelled_dataset"])
+    said = case["tolerance"]
+    off = dict(rtol=number(said, "losses rtol #"), atol=number(said, "uc_loss atol #", 1e-6))
     for step, it in enumerate(iterations):
-        batch = images_of(case, rng)
+        batch = images_of(case, recipe)
         draws = StoredDraws(wanted, step)
         found, values = trainer.step(batch, it, draws)
         assert not any(draws.values.values()), "a stored draw was not asked for"
         seen = {name.removeprefix("train/"): value for name, value in values.items()}
         if found.mask is not None:
             seen["mask"] = found.mask
-        expected = {key.partition("/")[2]: value for key, value in wanted.items()
-                    if key.startswith(f"st{step}/") and "/draw" not in key}
+        expected = of_step(wanted, step)
         losses = {name for name in expected if "loss" in name}
         assert losses <= set(found.losses), (losses, set(found.losses))
         for name in set(found.losses) - losses:
@@ -106,15 +102,14 @@ def test_steps(case: dict[str, Any]) -> None:
     compare_state(case, wanted, trainer)
 
 
-def compare_state(case: dict[str, Any], wanted: dict[str, np.ndarray], trainer: Trainer) -> None:
+def compare_state(case: Case, wanted: Stored, trainer: Trainer) -> None:
     """Check the final weights, statistics, norms and learning rate."""
-    share = float(re.search(r"atol ([\d.e-]+) \* max", case["tolerance"])[1])
-    names = list(facts("daso", "steps_state.json")[case["name"]])
+    share = number(case["tolerance"], r"atol # \*")
     nets = {"student": trainer.model} | ({"ema": trainer.ema.module} if trainer.ema else {})
     np.testing.assert_allclose(trainer.scheduler.lr, wanted["final/lr"], rtol=1e-6)
     for kind, net in nets.items():
         state = net.state_dict()
-        assert list(state) == names
+        names = list(state)
         for key, value in wanted.items():
             if not key.startswith(f"final/{kind}/"):
                 continue
@@ -126,3 +121,11 @@ def compare_state(case: dict[str, Any], wanted: dict[str, np.ndarray], trainer: 
             counted = [not entry.endswith("num_batches_tracked") or kind == "student" for entry in names]
             norms = np.array([state[entry].double().norm().item() for entry in names])
             np.testing.assert_allclose(norms[counted], value[counted], rtol=share, atol=share, err_msg=key)
+    learner = trainer.algorithm
+    for name, found in (("pl_dist", lambda: learner.semantics.blender.histogram),
+                        ("prototypes", lambda: learner.semantics.queue.prototypes)):
+        if f"final/{name}" in wanted:
+            value = wanted[f"final/{name}"]
+            np.testing.assert_allclose(found(), value, rtol=0, atol=share * np.abs(value).max(), err_msg=name)
+    listed = list(facts(PAPER, "steps_state.json")[case["name"]])
+    assert all(list(net.state_dict()) == listed for net in nets.values())
