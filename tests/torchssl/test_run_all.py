@@ -79,7 +79,7 @@ def test_tdsm_joins_a_finished_experiment(whole, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
     tiny = ("--stage2=tdsm", "--transition=held-out", "--held-out=20", f"--classifier-args={STAGE_2} --ema=0.01")
     printed = finish(start(out, *tiny))
-    assert printed.count("complete: ") == 6
+    assert printed.count("complete: ") == 7  # plain DPT's, and the judge, which serves both evaluations
     assert {path: path.stat().st_mtime_ns for path in before} == before
     report = json.loads((out / "report.json").read_text())
     assert 0 <= report["stage3_tdsm_accuracy"] <= 1 and report["tdsm"]["transition"]["held_out"] == 20
