@@ -121,20 +121,23 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
     test_split: take the test images of a CIFAR archive or of the digits.
     relabel: what happens to the labels before they are written.
 
-    Images stream through one process per core: no more than a few hundred are held. The destination appears when it is
-    complete, and not at all after an error. Raises UserError for what cannot be read, and for images that end up
-    unequal, not square, not gray or RGB, or of a side that is no power of two (from an .npz: no multiple of 4).
+    Images stream through one process per core (pixels that stay as they are: through one), and no more than a few
+    hundred are held. The destination appears when it is complete, and not at all after an error. Raises UserError for
+    what cannot be read, and for images that end up unequal, not square, not gray or RGB, or of a side that is no power
+    of two (from an .npz: no multiple of 4).
     """
     source, dest = Path(source), Path(dest)
     _check_arguments(source, transform, resolution, test_split)
     total, items = _open_source(source, test_split)
     work = ((source, index, chunk, transform, resolution) for index, chunk in _chunks(islice(items, max_images)))
+    has_pixels = not source.is_dir() and source.suffix.lower() != ".zip"
+    workers = 1 if has_pixels and resolution is None else None  # to send them costs more than to encode them
     make_dir(dest.absolute().parent)
     check, labels = _Checks(any_side=source.suffix == ".npz"), []
     progress = Progress(f"converting {source.name}", min(total, max_images or total), "images")
     with open_destination(dest) as save:
         with closing(progress):
-            for prepared in ordered_map(_prepare, work):
+            for prepared in ordered_map(_prepare, work, workers):
                 for image in prepared:
                     progress.advance()
                     if not image.png:

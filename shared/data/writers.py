@@ -18,7 +18,6 @@ from PIL import Image
 
 from shared.cli import UserError
 from shared.data.images import ImageSet, iterate
-from shared.data.parallel import ordered_map
 from shared.training.files import atomic, make_dir
 
 Save = Callable[[str, bytes], None]     # (name, content) -> None
@@ -186,8 +185,8 @@ def write_folder(images: ImageSet, path: str | Path) -> None:
 
 
 def _all_pngs(images: ImageSet) -> Iterator[bytes]:
-    for pngs in ordered_map(encode_pngs, (pixels for pixels, _ in iterate(images))):
-        yield from pngs
+    for pixels, _ in iterate(images):
+        yield from encode_pngs(pixels)
 
 
 # ------------------------------------------------------------------------------------------------------------- arrays
