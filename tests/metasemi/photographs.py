@@ -95,7 +95,7 @@ def run(name: str, folder: Path, data: Path, *extra: str, status: int = 0,
     folder.mkdir(exist_ok=True)
     process = clean_process(_child, name, folder, data, extra, sabotage)
     process.start()
-    process.join(120)
+    process.join(1800)
     assert process.exitcode == status, (process.exitcode, (folder / "stderr.txt").read_text()[-2000:])
 
 
