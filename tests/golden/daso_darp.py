@@ -18,7 +18,7 @@ from DASO.lib.algorithm.darp import (
 )
 from DASO.lib.algorithm.interface import Setting
 from DASO.lib.config.config import Config
-from tests.golden.cases import each, serves
+from tests.golden.cases import each, keys_of, serves
 from tests.golden.daso_cases import Case, Recipe, cases_of, close, stored
 
 REFINEMENTS, ESTIMATES = cases_of("darp"), cases_of("estimate")
@@ -79,15 +79,17 @@ def write_estimates(folder: Path) -> dict[str, np.ndarray]:
     return files
 
 
-def test_estimate_files(tmp_path: Path) -> None:
-    for name, content in write_estimates(tmp_path).items():
+@each(FILES)
+def test_estimate_files(case: Case, tmp_path: Path) -> None:
+    write_estimates(tmp_path)
+    for name, content in stored(case).items():
         total = round(float(content.sum()))
         found = read_estimate(tmp_path, name, total, len(content))
         np.testing.assert_allclose(found, content * (total / content.sum()), rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(("case", "key"), [
-    pytest.param(case, key, id=key) for case in TARGETS for key in stored(case) if not key.endswith("_prob")])
+    pytest.param(case, key, id=key) for case in TARGETS for key in keys_of(case) if not key.endswith("_prob")])
 def test_target(case: Case, key: str, tmp_path: Path) -> None:
     """Known counts where both sets are alike, else the file's, scaled to the number of images."""
     wanted = stored(case)
