@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from DDAE.ddae.config import choose_precision
-from DDAE.ddae.data import item_noise, rank_part
+from DDAE.ddae.data import item_noise
 from DDAE.ddae.model import check_names
 from DDAE.ddae.probe import Examples, LinearHeads, test_heads, train_heads, write_probes
 from DDAE.DiT.latents import DIT, Latents, code_folder, read_latents
@@ -27,6 +27,7 @@ from DDAE.DiT.network import DiT, latent_features, load_dit
 from shared import cli, distributed
 from shared.cli import Float, Int, IntList, Option, Text, run_main
 from shared.distributed import World
+from shared.training.arrays import rank_part
 from shared.training.fingerprint import fingerprints
 from shared.training.log import Log
 from shared.training.precision import autocast

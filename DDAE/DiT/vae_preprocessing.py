@@ -10,6 +10,7 @@ flipped and cropped anew; the test set once, as it is. The same command again ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from DDAE.ddae.config import choose_precision
 from DDAE.ddae.data import item_noise, load_images
-from DDAE.ddae.features import fill_arrays
 from DDAE.ddae.sampling import to_uint8
 from DDAE.DiT.latents import DIT, code_folder, code_path
 from shared import cli, distributed
@@ -28,6 +28,7 @@ from shared.cli import Flag, Int, Option, Text, UserError, run_main
 from shared.data.images import ImageSet
 from shared.distributed import World
 from shared.report.plots import image_grid
+from shared.training.arrays import fill_arrays
 from shared.training.files import atomic, make_dir
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.precision import autocast
@@ -131,8 +132,8 @@ def encode_copy(vae: nn.Module, images: ImageSet, folder: Path, split: str, copy
             show(vae, enlarged, codes, folder, split, copy)
         return {"codes": codes}
 
-    fill_arrays({"codes": path}, {"codes": (len(images), 4, side, side)}, make, options.batch_size, world,
-                f"{split} copy {copy}")
+    fill_arrays({"codes": path}, {"codes": (len(images), 4, side, side)}, partial(map, make), options.batch_size,
+                world, f"{split} copy {copy}")
 
 
 def prepared(images: ImageSet, items: np.ndarray, split: str, copy: int, options: SimpleNamespace,

@@ -18,6 +18,7 @@ from shared.data.datasets import NAMES, load_dataset
 from shared.data.images import ImageSet, decode, shape_text
 from shared.data.pool import Pool
 from shared.distributed import World
+from shared.training.arrays import rank_part
 from shared.training.fingerprint import fingerprint
 from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng, torch_rng
@@ -146,11 +147,6 @@ class Batch:
         """Return the images start..stop - 1, counted from the first of these."""
         places = slice(self.part.start + start, min(self.part.start + stop, self.part.stop))
         return Batch(self.images[start:stop], self.labels[start:stop], self.items[start:stop], places, self.count)
-
-
-def rank_part(count: int, world: World) -> slice:
-    """Return this rank's contiguous part of `count` items; sizes differ by one at most."""
-    return slice(count * world.rank // world.size, count * (world.rank + 1) // world.size)
 
 
 class TrainBatches:

@@ -4,21 +4,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from DDAE.ddae.data import TrainBatches, item_noise, rank_part
+from DDAE.ddae.data import TrainBatches, item_noise
 from DDAE.ddae.probe import Encoder, Examples
 from shared import distributed
 from shared.augment.views import draw_weak, shift_whole
-from shared.distributed import World
-from shared.training.files import atomic, make_dir
-from shared.training.progress import Progress
+from shared.training.arrays import fill_arrays, rank_part
 from shared.training.randomness import numpy_rng
 
 
@@ -66,49 +64,5 @@ def compute(encoder: Encoder, batches: TrainBatches, copy: int, level: int, path
         return {name: value.cpu().numpy() for name, value in found.items()}
 
     shapes = {name: (batches.count, encoder.widths[name]) for name in paths}
-    fill_arrays(paths, shapes, make, encoder.probe.batch_size, batches.world, f"features, copy {copy}, level {level}")
-
-
-def fill_arrays(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]],
-                make: Callable[[np.ndarray], Mapping[str, np.ndarray]], batch: int, world: World, desc: str) -> None:
-    """Make float32 .npy files of equally many rows, every rank its part of them.
-
-    make: row numbers int64 [n], n <= batch -> name -> rows [n, ...]. A file gets its name when it is complete. Before,
-    it is <name>.part.npy, in which missing rows are NaN: a killed run's rows stay, on any number of ranks.
-    """
-    parts = {name: path.with_name(f"{path.stem}.part.npy") for name, path in paths.items()}
-    if world.main:
-        for name, path in parts.items():
-            _create(path, shapes[name])
-    distributed.barrier(world)
-    arrays = {name: np.lib.format.open_memmap(path, "r+") for name, path in parts.items()}
-    own = rank_part(next(iter(shapes.values()))[0], world)
-    # A sum is NaN if any number of its row is.
-    missing = [np.isnan(array[own].reshape(own.stop - own.start, -1).sum(1)) for array in arrays.values()]
-    items = own.start + np.flatnonzero(np.any(missing, axis=0))
-    bar = Progress(desc, len(items), "images", shown=world.main)
-    for start in range(0, len(items), batch):
-        rows = items[start:start + batch]
-        for name, values in make(rows).items():
-            arrays[name][rows] = values
-        bar.advance(len(rows))
-    bar.close()
-    for array in arrays.values():
-        array.flush()
-    distributed.barrier(world)
-    if world.main:
-        for name, path in paths.items():
-            os.replace(parts[name], path)
-    distributed.barrier(world)
-
-
-def _create(path: Path, shape: tuple[int, ...]) -> None:
-    """Make an array of NaN, unless there is one of this shape."""
-    make_dir(path.parent)
-    try:
-        if np.load(path, mmap_mode="r").shape == shape:
-            return
-    except (ValueError, EOFError, OSError):
-        pass  # none yet, or cut short
-    with atomic(path) as file:
-        np.save(file, np.broadcast_to(np.float32("nan"), shape))
+    fill_arrays(paths, shapes, partial(map, make), encoder.probe.batch_size, batches.world,
+                f"features, copy {copy}, level {level}")
