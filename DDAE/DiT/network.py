@@ -1,16 +1,15 @@
 """DiT: a transformer on latent patches (Peebles and Xie 2023, arXiv 2212.09748), with the published parameter names."""
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from DDAE.ddae.model import check_names
 from DDAE.DiT.gaussian import SpacedDiffusion
+from EDM.latent.layers import Attention, Mlp, PatchEmbed, sinusoid, unpatchify
 from shared.cli import UserError, nearest
 from shared.training.checkpoint import read_checkpoint
 
@@ -19,14 +18,6 @@ SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12
 PATCHES = (2, 4, 8)
 FREQUENCIES = 256
 GUIDED_CHANNELS = 3
-
-
-def sinusoid(t: Tensor, size: int = FREQUENCIES) -> Tensor:
-    """Return [cos | sin] of t times geometric frequencies from 1 down to 1/10000: [N] -> float32 [N, size]."""
-    half = size // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def position_table(width: int, side: int) -> Tensor:
@@ -45,24 +36,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class PatchEmbed(nn.Module):
-    """Image [N, C, S, S] -> tokens [N, (S / patch)^2, width], row by row."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).mT
-
-
 class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoid(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t, FREQUENCIES).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -76,31 +56,6 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        count, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(count, tokens, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class DiTBlock(nn.Module):
     """Transformer block whose normalisations are shifted, scaled and gated by the condition (adaLN-Zero)."""
 
@@ -109,7 +64,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, int(width * mlp_ratio), gelu="tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -141,14 +96,14 @@ class DiT(nn.Module):
                  depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1,
                  num_classes: int = 1000, learn_sigma: bool = True) -> None:
         super().__init__()
-        self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
+        self.num_classes = num_classes
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.side = input_size // patch_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # A frozen parameter, so that it is in the state as published.
-        self.pos_embed = nn.Parameter(position_table(hidden_size, self.side)[None], requires_grad=False)
+        self.pos_embed = nn.Parameter(position_table(hidden_size, input_size // patch_size)[None],
+                                      requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialise()
@@ -183,7 +138,7 @@ class DiT(nn.Module):
         x, c = self._embed(x, t, y)
         for block in self.blocks:
             x = block(x, c)
-        return self._unpatchify(self.final_layer(x, c))
+        return unpatchify(self.final_layer(x, c), self.out_channels)
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the outputs [N, tokens, width] of the named blocks; the blocks behind the last of them do not run."""
@@ -212,10 +167,6 @@ class DiT(nn.Module):
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
-
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        x = x.reshape(len(x), self.side, self.side, self.patch_size, self.patch_size, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out_channels, *[self.side * self.patch_size] * 2)
 
 
 def make_dit(name: str, input_size: int = 32) -> DiT:
