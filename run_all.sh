@@ -34,8 +34,7 @@
 #   --generate-args "..."   further flags of generate.py
 #   --stage3-args "..."     further flags of stage 3's learner
 #   --classifier-args "..." further flags of train_classifier.py, for tdsm
-#   --overwrite             make anew what other settings or inputs have made, but for the diffusion models: for these
-#                           remove the run folder, or give another --out
+#   --overwrite             make anew what other settings or inputs have made; runs are moved aside as NAME.replaced-1
 #   -n, --dry-run           print the commands and run nothing
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -110,10 +109,11 @@ stage_1() {
 stage_2() {
     step "diffusion model" EDM "Stage 2: train the diffusion model on the pseudo-labels"
     if [ -n "$published" ]; then
-        run "${launch[@]}" train.py "--outdir=$models" "--data=$data" --cond=1 --arch=ddpmpp "${diffusion[@]}"
+        run "${launch[@]}" train.py "--outdir=$models" "--data=$data" --cond=1 --arch=ddpmpp "${diffusion[@]}" \
+            "${anew[@]}"
     else
         run "${launch[@]}" train.py "--outdir=$model" --nosubdir "--data=$data" --cond=1 --arch=ddpmpp \
-            "${diffusion[@]}" "--seed=$seed" "${more2[@]}"
+            "${diffusion[@]}" "--seed=$seed" "${more2[@]}" "${anew[@]}"
     fi
     numbered
     generate "generated images" "$model" "$(from_edm "$generated")"

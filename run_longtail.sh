@@ -43,7 +43,7 @@ stage_1() {
 stage_2() {
     step "diffusion model" EDM "Stage 2: train the diffusion model on the pseudo-labels"
     run "${launch[@]}" train.py "--outdir=$model" --nosubdir "--data=$data" --cond=1 --arch=ddpmpp "${diffusion[@]}" \
-        "--seed=$seed" "${more2[@]}"
+        "--seed=$seed" "${more2[@]}" "${anew[@]}"
     generate "generated images" "$model" "$(from_edm "$generated")"
 }
 
@@ -70,9 +70,9 @@ daso() {
     local section elsewhere=()
     section=DATASET.$(tr '[:lower:]' '[:upper:]' <<< "$dataset")
     [ -z "$data_dir" ] || elsewhere=(DATASET.ROOT "$data_dir")
-    run python main.py --config-file "configs/$dataset/fixmatch_daso.yaml" "$section.NUM_LABELED_HEAD" "$labelled" \
-        "$section.IMB_FACTOR_L" "$imbalance" "$section.NUM_UNLABELED_HEAD" "$unlabelled" \
-        "$section.IMB_FACTOR_UL" "$imbalance" SEED "$seed" OUTPUT_DIR "$saved" "${elsewhere[@]}" "$@"
+    run python main.py --config-file "configs/$dataset/fixmatch_daso.yaml" "${anew[@]}" \
+        "$section.NUM_LABELED_HEAD" "$labelled" "$section.IMB_FACTOR_L" "$imbalance" \
+        "$section.NUM_UNLABELED_HEAD" "$unlabelled" "$section.IMB_FACTOR_UL" "$imbalance" SEED "$seed" OUTPUT_DIR "$saved" "${elsewhere[@]}" "$@"
 }
 
 report() {

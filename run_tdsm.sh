@@ -54,11 +54,11 @@ stage_2_tdsm() {
     fi
     step "noise classifier" EDM "Stage 2, TDSM: a classifier of noisy images, corrected for wrong labels"
     run "${launch[@]}" train_classifier.py "--outdir=$model_tdsm-classifier" --nosubdir "--data=$data" --cond=1 \
-        --arch=ddpmpp "${noise[@]}" "--seed=$seed" "${more_classifier[@]}"
+        --arch=ddpmpp "${noise[@]}" "--seed=$seed" "${more_classifier[@]}" "${anew[@]}"
     step "diffusion model tdsm" EDM "Stage 2, TDSM: train the diffusion model on what labels may mean"
     run "${launch[@]}" train_noise.py "--outdir=$model_tdsm" --nosubdir "--data=$data" --cond=1 --arch=ddpmpp \
         "--cls=$model_tdsm-classifier/network-snapshot-latest.pkl" "${learned[@]}" "${diffusion[@]}" "--seed=$seed" \
-        "${more2[@]}"
+        "${more2[@]}" "${anew[@]}"
     generate "generated images tdsm" "$model_tdsm" "$(from_edm "$generated_tdsm")"
 }
 

@@ -21,7 +21,7 @@ from shared.cli import UserError, run_main
 
 
 def main() -> None:
-    cfg, eval_only = parse(doc=__doc__)
+    cfg, flags = parse(doc=__doc__)
     world = distributed.start(device_of(cfg))
     if cfg.SOLVER.IMS_PER_BATCH % world.size:
         raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared evenly by {world.size} "
@@ -29,8 +29,8 @@ def main() -> None:
     seed = distributed.broadcast_value(seed_of(cfg), world)
     folder = Path(cfg.OUTPUT_DIR) / experiment_name(cfg, seed)
     cfg = cfg.replaced({"SEED": seed, "OUTPUT_DIR": str(folder)})
-    if not eval_only:
-        train(cfg, folder, world)
+    if not flags.eval_only:
+        train(cfg, folder, world, flags.overwrite)
         return
     values = evaluate_only(cfg, folder, world)
     if world.main:

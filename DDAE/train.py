@@ -27,6 +27,7 @@ FLAGS = (
     Option("--steps", Int(1), None, "end after so many steps, with a checkpoint of the epoch they reach, to try things "
            "out"),
     Option("--checkpoint_seconds", Float(0, open=True), 600.0, "time between two checkpoints to continue from"),
+    Option("--overwrite", Flag, False, "move another run in save_dir aside and start anew (without it: an error)"),
     Option("--log_every", Int(1), 50, "steps between two lines of the log"),
 )
 
@@ -68,7 +69,8 @@ def main() -> None:
               f"{world.size} x {world.device.type}")
     train(config, net, batches, world, gpus=gpus, precision=precision, strict=options.strict, compile=options.compile,
           seed=seed, constant_ema=options.constant_ema, steps=options.steps,
-          checkpoint_seconds=options.checkpoint_seconds, log_every=options.log_every, inputs=inputs)
+          checkpoint_seconds=options.checkpoint_seconds, log_every=options.log_every, inputs=inputs,
+          overwrite=options.overwrite)
     distributed.stop()
 
 

@@ -56,8 +56,9 @@ def device_of(cfg: Config) -> str | None:
     return None if int(os.environ.get("WORLD_SIZE", 1)) > 1 else f"cuda:{cfg.GPU_ID}"
 
 
-def train(cfg: Config, folder: Path, world: World) -> None:
-    """Train as the configuration says. Raises UserError before `folder` is touched."""
+def train(cfg: Config, folder: Path, world: World, overwrite: bool = False) -> None:
+    """Train as the configuration says; with `overwrite`, another run in `folder` is moved aside. Raises UserError
+    before `folder` is touched."""
     # Arithmetic, data, network and learner.
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -72,7 +73,7 @@ def train(cfg: Config, folder: Path, world: World) -> None:
               desc=cfg.ALGORITHM.NAME)
     trainer.run = run = Run(
         folder, {**cfg.flat, "precision": trainer.precision}, trainer.parts(), world, log=log, inputs=trainer.inputs(),
-        checkpoint=CHECKPOINT, ignore=FREE_KEYS, extra=lambda: trainer.facts(trainer.run.step),
+        checkpoint=CHECKPOINT, overwrite=overwrite, ignore=FREE_KEYS, extra=lambda: trainer.facts(trainer.run.step),
         save_seconds=cfg.SAVE_SECONDS or None, save_every=cfg.PERIODS.CHECKPOINT)
     run.state = {"history": {}, "courses": {}, **run.state}  # accuracies as published, and every number by name
     if run.resumed_from is None:
@@ -246,7 +247,15 @@ class Trainer:
         meta: dict[str, Any] = {"iter": iteration}
         for name, values in self.run.state["history"].items():
             meta |= {name: values[-1], f"{name}_best": max(values)}
-        return {"meta": meta, **({"ema_model": None} if self.ema is None else {})}
+        return {"meta": meta, **self.images_seen(), **({"ema_model": None} if self.ema is None else {})}
+
+    def images_seen(self) -> dict[str, Any]:
+        """Return what a checkpoint records of the images that its classifier takes."""
+        look, data = self.data.look, self.data
+        sizes = {"size": (look.side, look.side), "resize": "square"}
+        if look.policy.crop is not None:  # photographs were made squares of the stored side, whose middle is seen
+            sizes |= {"resize": "centre", "side": data.labelled.size[0]}
+        return {"classes": data.labelled.classes, "mean": look.mean, "std": look.std, **sizes}
 
     def inputs(self) -> dict[str, Any]:
         """Return what the run computes from, by key; see Run."""
@@ -264,7 +273,7 @@ class Trainer:
         write_checkpoint(path, {
             "model": self.model.state_dict(), "ema_model": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "meta": self.facts(iteration)["meta"]})
+            "meta": self.facts(iteration)["meta"], **self.images_seen()})
         previous_path(path).unlink(missing_ok=True)
 
     def load_weights(self, path: Path) -> dict[str, Any]:

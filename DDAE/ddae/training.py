@@ -87,6 +87,7 @@ def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
           checkpoint_seconds: float = 600.0,  # between two checkpoints to continue from
           log_every: int = 50,                # steps between two lines of the log
           inputs: Mapping[str, str] | None = None,  # fingerprint of the data set
+          overwrite: bool = False,            # move another run in the folder aside
           ) -> None:
     """Train `net` (with its initial weights) as the config says, and leave the published files in config.save_dir.
 
@@ -112,7 +113,8 @@ def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
     settings = dict(gpus=gpus, precision=precision, strict=strict, seed=seed, constant_ema=constant_ema)
     log = Log(folder, world, every=log_every, image_batch=config.batch_size * gpus)
     run = Run(folder, {**config.to_dict(), **settings}, keep, world, log=log, inputs=inputs, ignore=FREE_KEYS,
-              restart=config.load_epoch >= 0, save_seconds=checkpoint_seconds)
+              restart=config.load_epoch >= 0, overwrite=overwrite and config.load_epoch < 0,
+              save_seconds=checkpoint_seconds)
     if run.resumed_from is None:
         run.state["first_update"] = 0
         if config.load_epoch >= 0:

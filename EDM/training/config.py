@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from shared.cli import UserError
-from shared.training.files import LOCK, atomic, in_use
+from shared.training.files import LOCK, atomic, in_use, lock, move_aside
 
 OPTIONS_FILE = "training_options.json"
 RESULT_FILE = "result.json"
@@ -71,8 +71,14 @@ def _continue_in(flags: SimpleNamespace, options: dict[str, Any], inputs: Mappin
     if changed:
         if not any(folder.glob("checkpoint.pt*")) and not any(folder.glob("network-snapshot-*")):
             return None  # it ended before its first step
-        raise UserError(f"{folder} holds a run with other options ({'; '.join(changed[:3])}); give the options it was "
-                        "started with, or another --outdir")
+        reason = f"a run with other options ({'; '.join(changed[:3])})"
+        if not flags.overwrite:
+            raise UserError(f"{folder} holds {reason}; give the options it was started with, another --outdir, or "
+                            "--overwrite to move it aside and start anew")
+        if flags.dry_run:
+            return f"{folder} holds {reason}, which would be moved aside"
+        with lock(folder):  # not while it is still going on
+            return f"{folder} held {reason}: moved to {move_aside(folder)}"
     if in_use(folder):
         raise UserError(f"{folder} is being written to by a running process; wait for it, or choose another --outdir")
     options["seed"] = former["seed"]

@@ -44,6 +44,7 @@ PERFORMANCE = (
 FILES = (
     Option("--desc", metavar="STR", help="suffix of the run's folder"),
     Option("--nosubdir", Flag, False, "use --outdir itself as the run's folder"),
+    Option("--overwrite", Flag, False, "with --nosubdir: move another run in --outdir aside and start anew"),
     Option("--tick", COUNT, 50, "status interval", unit="thousand images"),
     Option("--snap", COUNT, 50, "interval of network snapshots", unit="ticks"),
     Option("--dump", COUNT, 500, "interval of training states", unit="ticks"),

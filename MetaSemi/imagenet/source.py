@@ -18,7 +18,7 @@ from MetaSemi.imagenet.records import RecordFile
 from MetaSemi.imagenet.views import CentreCrop, Epochs, RandomCrop
 from shared import distributed
 from shared.cli import UserError
-from shared.data.photographs import Photographs, Request
+from shared.data.photographs import MEAN, STD, Photographs, Request
 from shared.data.pool import batches, choose_decoder
 from shared.distributed import World
 from shared.training.fingerprint import fingerprints
@@ -55,9 +55,9 @@ class RecordImages(Source):
         self.orders = {name: Epochs(len(self.pools[name]), self.batch, self._rng, name) for name in names}
         self.length = self.orders[names[-1]].length
         self.first, self.total = options.start_epoch * self.length, options.epochs * self.length
-        # The index stands for a record file, which is too large to be read for this: it tells how long each record is.
-        indices = {f"--data ({name}.idx)": Path(options.data) / f"{name}.idx" for name in self.pools}
-        self.inputs = distributed.on_main(lambda: fingerprints(indices), world)
+        records = {f"--data ({name})": [Path(options.data) / f"{name}.{suffix}" for suffix in ("rec", "idx")]
+                   for name in self.pools}
+        self.inputs = distributed.on_main(lambda: fingerprints(records), world)
         self.schedule = CosAnnealingLR(self.length, options.epochs, options.lr, options.warmup)
         on_gpu = world.device.type == "cuda" and not options.strict
         self.layout = torch.channels_last if on_gpu else torch.contiguous_format
@@ -87,6 +87,11 @@ class RecordImages(Source):
 
     def stored(self, net: nn.Module) -> Prefixed:
         return Prefixed(net)
+
+    def images_seen(self) -> dict[str, Any]:
+        options = self.options
+        return {"arch": options.arch, "mean": MEAN, "std": STD, "size": (options.imcrop, options.imcrop),
+                "resize": "centre-edge", "side": options.imsize}
 
     def stream(self, first: int, stop: int) -> Iterator[Batch]:
         kinds = [self._decoded(self.pools[name], self.view, lambda step, name=name: self._request(name, step),

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from shared import distributed
 from shared.cli import UserError
 from shared.distributed import World
 from shared.training.checkpoint import load_newest, previous_path, read_checkpoint
-from shared.training.files import atomic, lock, make_dir
+from shared.training.files import atomic, lock, make_dir, move_aside
 from shared.training.precision import computed_on
 from shared.training.run import Run, plain
 from TorchSSL.core.data import TrainingData, write_split
@@ -48,10 +47,7 @@ def _take_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, An
             raise UserError(f"{folder} holds another run ({reason}); choose another --save_name, or give --overwrite "
                             "to move it aside and start anew")
         if reason:
-            aside = next(path for number in range(1, 10 ** 6)
-                         if not (path := folder.with_name(f"{folder.name}.replaced-{number}")).exists())
-            os.replace(folder, aside)
-            print(f"{folder} held another run ({reason}): moved to {aside}", flush=True)
+            print(f"{folder} held another run ({reason}): moved to {move_aside(folder)}", flush=True)
     make_dir(folder)
 
 

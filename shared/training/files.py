@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -70,6 +71,15 @@ def make_dir(path: str | os.PathLike) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cannot write into the folder {folder}; choose another one, or change its permissions")
     return folder
+
+
+def move_aside(folder: str | os.PathLike) -> Path:
+    """Rename a folder to `<name>.replaced-1`, or the first further number that is free, and return the new path."""
+    folder = Path(folder)
+    aside = next(path for number in count(1) if not (path := folder.with_name(f"{folder.name}.replaced-{number}"
+                                                                              )).exists())
+    os.replace(folder, aside)
+    return aside
 
 
 class InUse(UserError):

@@ -31,7 +31,7 @@ from shared import distributed
 from shared.cli import MACHINE_ERRORS, Diverged, MachineError, UserError
 from shared.distributed import World
 from shared.training.checkpoint import is_readable, load_newest, read_checkpoint, write_checkpoint
-from shared.training.files import lock
+from shared.training.files import lock, move_aside
 from shared.training.fingerprint import fingerprints
 from shared.training.log import Log
 from shared.training.progress import duration
@@ -54,7 +54,9 @@ class Run:
     checkpoint        file name in `outdir`; the one before stays as `<name>.previous`
     resume            "auto": continue what is in the folder; "never": start anew; otherwise a checkpoint file,
                       which is continued whatever its config and inputs
-    restart           start anew in place of a UserError about another config or input
+    restart           start anew, over what is there, in place of a UserError about another config or input
+    overwrite         whether --overwrite was given: then such a run is moved aside as `<name>.replaced-1`; None: the
+                      program has no such flag
     ignore            config keys that may change between restarts (workers, devices, paths)
     extra             called at each save: further plain values or tensors for the file
     save_seconds      save when this many seconds have passed; None: never by the clock
@@ -66,9 +68,9 @@ class Run:
 
     def __init__(self, outdir: str | os.PathLike, config: Mapping[str, Any], keep: Mapping[str, Any], world: World, *,
                  log: Log, inputs: Mapping[str, Any] | None = None, checkpoint: str = "checkpoint.pt",
-                 resume: str = "auto", restart: bool = False, ignore: tuple[str, ...] = (),
-                 extra: Callable[[], Mapping[str, Any]] = dict, save_seconds: float | None = 600.0,
-                 save_every: int | None = None) -> None:
+                 resume: str = "auto", restart: bool = False, overwrite: bool | None = None,
+                 ignore: tuple[str, ...] = (), extra: Callable[[], Mapping[str, Any]] = dict,
+                 save_seconds: float | None = 600.0, save_every: int | None = None) -> None:
         self.outdir, self.world, self.keep, self.log = Path(outdir), world, dict(keep), log
         self.config, self.ignore, self.extra = dict(config), set(ignore), extra
         self.save_seconds, self.save_every = save_seconds, save_every
@@ -80,7 +82,7 @@ class Run:
         self._stop_signal: int | None = None
         self.inputs = distributed.on_main(lambda: fingerprints(inputs or {}), world)
         distributed.on_main(self._take_folder, world)
-        stats_bytes = self._load(resume, restart)
+        stats_bytes = self._load(resume, restart, overwrite)
         self._host_group = dist.new_group(backend="gloo") if world.size > 1 else None
         own = weakref.ref(self)  # the folder's lock ends with the last reference to the run, so no circle of them
         log.check = lambda: own() and own()._check_finite()
@@ -101,9 +103,15 @@ class Run:
         for left in self.outdir.glob(f".{self._path.name}.*.tmp"):
             left.unlink(missing_ok=True)
 
+    def _move_aside(self, changed: str) -> None:
+        """Move the folder of another run away, and take a new one under its name."""
+        aside = move_aside(self.outdir)
+        print(f"{self.outdir} held a run with {changed.partition('; give')[0]}: moved to {aside}", flush=True)
+        self._lock = lock(self.outdir)
+
     # ---------------------------------------------------------------------------------------------- checkpoints
 
-    def _load(self, resume: str, restart: bool) -> int:
+    def _load(self, resume: str, restart: bool, overwrite: bool | None) -> int:
         """Load what there is to continue; return the length of the log that belongs to it."""
         if resume == "never":
             return 0
@@ -114,12 +122,18 @@ class Run:
         if found is None:
             return 0
         path, saved = found
-        self._newest_is_good = path == self._path
         changed = self._changes(saved)
+        if changed and overwrite:
+            distributed.barrier(self.world)  # until all ranks have read it
+            distributed.on_main(lambda: self._move_aside(changed), self.world)
+            return 0
+        self._newest_is_good = path == self._path
         if changed and restart:
             return 0
         if changed:
-            raise UserError(f"{self.outdir} holds a run with {changed}, or another output folder")
+            remedy = "another output folder" if overwrite is None else ("another output folder, or --overwrite to move "
+                                                                       "it aside and start anew")
+            raise UserError(f"{self.outdir} holds a run with {changed}, or {remedy}")
         self.restore(saved, path, strict=True)
         self._without_inputs = bool(self.inputs) and "inputs" not in saved
         return int(saved.get("stats_bytes", 0))

@@ -49,12 +49,12 @@ def test_mistakes_of_the_command_line(pairs: list[str], named: str) -> None:
 
 
 def test_values_are_read_as_meant() -> None:
-    cfg, eval_only = parse(["--config-file", CONFIG, "ALGORITHM.DASO.DIST_TEMP", "1", "SOLVER.STEPS", "[10, 20]",
+    cfg, flags = parse(["--config-file", CONFIG, "ALGORITHM.DASO.DIST_TEMP", "1", "SOLVER.STEPS", "[10, 20]",
                             "MEMO", "12", "SOLVER.WARMUP_FACTOR", "0.1", "SOLVER.ADAM.EPS", "1e-6"])
     assert cfg.ALGORITHM.DASO.DIST_TEMP == 1.0 and isinstance(cfg.ALGORITHM.DASO.DIST_TEMP, float)
-    assert cfg.SOLVER.STEPS == (10, 20) and cfg.MEMO == "12" and cfg.SOLVER.ADAM.EPS == 1e-6 and not eval_only
-    assert parse(["--config-file", CONFIG, "--eval-only", "SEED", "1"])[1]
-    assert parse(["--config-file", CONFIG, "SEED", "-1", "--eval-only"])[1]
+    assert cfg.SOLVER.STEPS == (10, 20) and cfg.MEMO == "12" and cfg.SOLVER.ADAM.EPS == 1e-6 and not flags.eval_only
+    assert parse(["--config-file", CONFIG, "--eval-only", "SEED", "1"])[1].eval_only
+    assert parse(["--config-file", CONFIG, "SEED", "-1", "--eval-only"])[1].eval_only
 
 
 def test_every_default_may_be_written_and_read_again(tmp_path: Path) -> None:

@@ -135,6 +135,22 @@ def test_other_settings_are_refused_and_restart_starts_anew(whole, tmp_path):
     assert_same(final(whole), final(tmp_path))
 
 
+def test_overwrite_moves_another_run_aside_and_nothing_else(whole, whole_of_two, tmp_path):
+    folder = tmp_path / "run"
+    run(PROGRAM, folder, "--lr", "0.2", "--steps", "8")
+    former = (folder / "checkpoint.pt").read_bytes()
+    assert "or --overwrite to move it aside" in one_line_error(run(PROGRAM, folder, "--overwrite=no", status=2))
+    said = run(PROGRAM, folder, "--overwrite").stdout
+    aside = tmp_path / "run.replaced-1"
+    assert f"{folder} held a run with other settings (lr was 0.2, is 0.1): moved to {aside}\n" in said
+    assert_same(final(whole), final(folder))
+    assert (aside / "checkpoint.pt").read_bytes() == former
+    assert f"complete: {folder}" in run(PROGRAM, folder, "--overwrite").stdout
+    run(PROGRAM, aside, "--overwrite", ranks=2)
+    assert_close(aside, whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.replaced-1", "run.replaced-1.replaced-1"]
+
+
 def test_a_finished_run_says_so(whole):
     before = (whole / "checkpoint.pt").read_bytes()
     assert run(PROGRAM, whole).stdout == f"complete: {whole}\n"

@@ -126,7 +126,8 @@ def test_killed_in_every_stage_it_continues_to_the_same_numbers(whole, tmp_path)
 
 @pytest.mark.slow
 def test_other_settings_of_stage_1_are_another_data_set_for_stage_2(whole, tmp_path):
-    """Stage 1 is trained anew beside what it was; stage 2, which would not fit, stops in one line and is left alone."""
+    """Stage 1 is trained anew beside what it was; stage 2, which would not fit, stops in one line and is left alone,
+    until --overwrite makes everything anew."""
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
     model = next(out.glob("training-runs/*/network-snapshot-latest.pkl"))
@@ -136,6 +137,9 @@ def test_other_settings_of_stage_1_are_another_data_set_for_stage_2(whole, tmp_p
     assert process.returncode == 2 and (out / "saved_models" / f"{NAME}.replaced-1" / "result.json").exists()
     assert "another content of --data" in printed and model.read_bytes() == before
     assert printed.endswith('stopped in "diffusion model" (exit status 2); the same command continues from here\n')
+    printed = finish(start(out, f"--stage1-args={STAGE_1} --lr=0.3", "--overwrite"))
+    assert len(list(out.glob("training-runs/*.replaced-1"))) == 1 and (out / "report.json").exists()
+    assert model.read_bytes() != before
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from shared.cli import read_yaml as load_yaml
 FLAGS = (
     Option("--config-file", Text, "", "a file of configs/", metavar="FILE"),
     Option("--eval-only", Flag, False, "measure the checkpoint of RESUME and stop"),
+    Option("--overwrite", Flag, False, "move another run in the folder aside and start anew (without it: an error)"),
     Option("pairs", Text, help="keys of lib/config/defaults.py and their values, as SOLVER.MAX_ITER 1000", many=True,
            metavar="KEY VALUE"),
 )
@@ -64,13 +65,14 @@ def dump(cfg: Config) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
-def parse(argv: Sequence[str] | None = None, doc: str = "Train or evaluate a learner.") -> tuple[Config, bool]:
-    """Return (configuration, whether --eval-only) of a command line (None: this process's); UserError."""
+def parse(argv: Sequence[str] | None = None, doc: str = "Train or evaluate a learner."
+          ) -> tuple[Config, SimpleNamespace]:
+    """Return (configuration, flags) of a command line (None: this process's); UserError."""
     given = parse_flags(doc, FLAGS, argv)
     file = read_yaml(given.config_file) if given.config_file else {}
     cfg = Config({**file, **from_pairs(given.pairs)})
     check(cfg)
-    return cfg, given.eval_only
+    return cfg, given
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
