@@ -59,11 +59,13 @@ class Photographs:
     """Photographs by position, each with a label in 0..num_classes-1.
 
     files: encoded images: has a length, `name(position)` and `get(position)`, which returns (content, label).
-    `bad`: position -> why it cannot be used; filled as they are met, with skip_bad. Safe to be read by many threads.
+    `bad`: position -> why it cannot be used; filled as they are met, with skip_bad. remedy: what messages propose
+    otherwise. Safe to be read by many threads.
     """
 
-    def __init__(self, files: Any, num_classes: int, skip_bad: bool = False) -> None:
-        self.files, self.num_classes, self.skip_bad = files, num_classes, skip_bad
+    def __init__(self, files: Any, num_classes: int, skip_bad: bool = False,
+                 remedy: str = "leave such ones out with --skip-bad") -> None:
+        self.files, self.num_classes, self.skip_bad, self.remedy = files, num_classes, skip_bad, remedy
         self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -91,7 +93,7 @@ class Photographs:
     def mark_bad(self, position: int, reason: str) -> None:
         """Never use a photograph again; UserError, unless bad ones are to be skipped."""
         if not self.skip_bad:
-            raise UserError(f"{reason}; leave such ones out with --skip-bad")
+            raise UserError(f"{reason}; {self.remedy}")
         if self.bad.setdefault(position, reason) is reason:
             print(f"warning: {reason}; left out", file=sys.stderr, flush=True)
 
@@ -130,18 +132,25 @@ def image_size(payload: bytes) -> tuple[int, int]:
 class PhotographSet:
     """Image files with their classes; what an ImageSet is to images that fit in memory.
 
-    files: paths [N]. labels: int64 [N]. classes: names in label order. name: what messages call the set.
+    files: paths [N]. labels: int64 [N], -1 unknown. classes: names in label order. name: what messages call the set.
+    root: the folder that `names` are relative to.
     """
 
     files: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
     name: str
+    root: str = ""
     channels = 3
     size = (TRAIN_SIDE, TRAIN_SIDE)
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def names(self) -> list[str]:
+        """Paths relative to `root`, with forward slashes."""
+        return [file.removeprefix(f"{self.root}/") for file in self.files.tolist()]
 
     @property
     def num_classes(self) -> int:
@@ -153,12 +162,12 @@ class PhotographSet:
 
     def subset(self, indices: np.ndarray | Sequence[int] | slice) -> PhotographSet:
         """Return the photographs at `indices`, in that order."""
-        return PhotographSet(self.files[indices], self.labels[indices], self.classes, self.name)
+        return PhotographSet(self.files[indices], self.labels[indices], self.classes, self.name, self.root)
 
     def concatenate(self, other: PhotographSet) -> PhotographSet:
         """Return this set followed by `other`, which has the same classes."""
         return PhotographSet(np.concatenate((self.files, other.files)), np.concatenate((self.labels, other.labels)),
-                             self.classes, self.name)
+                             self.classes, self.name, self.root)
 
     def names_by_class(self) -> dict[str, list[str]]:
         """Return class -> file names, for a file that says what is labelled."""
@@ -179,7 +188,17 @@ def list_photographs(folder: Path, classes: Sequence[str] | None = None) -> Phot
         raise UserError(f"{folder}: no images in it; expected {folder.name}/<class>/<file>")
     kept = np.flatnonzero(found.labels >= 0)
     paths = np.array([f"{folder}/{files.members[index].name}" for index in kept])
-    return PhotographSet(paths, found.labels[kept], found.names, folder.name)
+    return PhotographSet(paths, found.labels[kept], found.names, folder.name, str(folder))
+
+
+def list_unlabeled(folder: Path, classes: Sequence[str] = ()) -> PhotographSet:
+    """Return all photographs below a folder, whatever its sub-folders are called, as of unknown class; UserError
+    without any."""
+    names = find_images(folder).names
+    if not names:
+        raise UserError(f"{folder}: no images in it")
+    return PhotographSet(np.array([f"{folder}/{name}" for name in names]), np.full(len(names), -1, np.int64),
+                         tuple(classes), folder.name, str(folder))
 
 
 def list_imagenet(data_dir: str | Path, split: str) -> PhotographSet:
