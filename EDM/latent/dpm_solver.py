@@ -1,16 +1,16 @@
-"""DPM-Solver with the third-order "fast" plan, by the number of network calls: with noise prediction over uniform log-SNR
-(Lu et al. 2022, arXiv 2206.00927) and with data prediction over uniform time (DPM-Solver++, arXiv 2211.01095).
+"""DPM-Solver with the third-order "fast" plan, by the number of network calls.
 
-    latents = dpm_solver(guided(net, labels, 0.4), noise, 50)          # of the continuous schedule
-    latents = dpm_solver_pp(guided(net, labels, 0.4), noise, 50)       # of the discrete one
+    latents = dpm_solver(guided(net, labels, 0.4, none), noise, 50)              # of the continuous schedule
+    latents = dpm_solver_pp(guided(net, labels, 0.4, none), noise, 50, path)     # of the discrete one
 
-A model is (x [N, C, S, S], network time [N]) -> noise [N, C, S, S]. The schedule is computed on the host in the dtype of
-`path`: float64, or float32 as published; so nothing in the loop waits for the device.
+The first predicts noise over uniform log-SNR (Lu et al. 2022, arXiv 2206.00927), the second data over uniform time
+(DPM-Solver++, arXiv 2211.01095). A model is (x [N, C, S, S], network time [N]) -> noise [N, C, S, S]. The schedule is
+computed on the host in the dtype of `path`, float64 or, as published, float32: no step waits for the device.
 """
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,46 +21,50 @@ from shared.cli import UserError
 
 
 class Point(NamedTuple):
-    """A noise level: x = alpha x_0 + sigma noise; level is log(alpha / sigma)."""
+    """A noise level, x = alpha x_0 + sigma noise, as scalars on the host; level is log(alpha / sigma)."""
 
-    t: Any
-    log_alpha: Any
-    alpha: Any
-    sigma: Any
-    level: Any
+    t: Tensor
+    log_alpha: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    level: Tensor
 
 
 class Path:
-    """A noise schedule as samplers see it: noise levels by time and times by level.
+    """A noise schedule as samplers see it: noise levels by time and times by level, tensors on the host.
 
-    dtype: of all numbers. Derived classes give log_alpha(t), inverse(level) and time_scale, the network's time at t = 1.
+    dtype: of all numbers. Derived classes give log_alpha(t), inverse(level) and time_scale, the network's time at 1.
     """
 
     time_scale: float
 
-    def __init__(self, dtype: type = np.float64) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         self.dtype = dtype
 
-    def log_alpha(self, t: Any) -> Any:
+    def log_alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def inverse(self, level: Any) -> Any:
+    def inverse(self, level: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def sigma(self, t: Any) -> Any:
-        return np.sqrt(1 - np.exp(2 * self.log_alpha(t)))
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(1 - torch.exp(2 * self.log_alpha(t)))
 
-    def level(self, t: Any) -> Any:
+    def level(self, t: Tensor) -> Tensor:
         log_alpha = self.log_alpha(t)
-        return log_alpha - 0.5 * np.log(1 - np.exp(2 * log_alpha))
+        return log_alpha - 0.5 * torch.log(1 - torch.exp(2 * log_alpha))
 
-    def at(self, t: Any) -> Point:
+    def at(self, t: Tensor) -> Point:
         """Return the noise level at time t."""
         log_alpha = self.log_alpha(t)
-        return Point(t, log_alpha, np.exp(log_alpha), self.sigma(t), self.level(t))
+        return Point(t, log_alpha, log_alpha.exp(), self.sigma(t), self.level(t))
 
-    def at_level(self, level: Any) -> Point:
+    def at_level(self, level: Tensor) -> Point:
         return self.at(self.inverse(level))
+
+    def spaced(self, first: Tensor | float, last: Tensor | float, count: int) -> Tensor:
+        """Return `count` equally spaced numbers."""
+        return torch.linspace(float(first), float(last), count, dtype=self.dtype)
 
 
 class ContinuousPath(Path):
@@ -69,36 +73,35 @@ class ContinuousPath(Path):
     time_scale = 999.0
     beta_min, slope = 0.1, 19.9
 
-    def log_alpha(self, t: Any) -> Any:
-        t = np.asarray(t, self.dtype)
-        return -0.25 * self.slope * t**2 - 0.5 * self.beta_min * t
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return -0.25 * t**2 * self.slope - 0.5 * t * self.beta_min
 
-    def inverse(self, level: Any) -> Any:
-        u = 2 * self.slope * np.logaddexp(-2 * np.asarray(level, self.dtype), self.dtype(0))
-        return u / (np.sqrt(self.beta_min**2 + u) + self.beta_min) / self.slope
+    def inverse(self, level: Tensor) -> Tensor:
+        u = 2 * self.slope * torch.logaddexp(-2 * level, torch.zeros_like(level))
+        return u / (torch.sqrt(self.beta_min**2 + u) + self.beta_min) / self.slope
 
 
 class DiscretePath(Path):
     """Steps n = 1..N with these betas (float64 [N + 1], beta_0 = 0), at t = n / N; log alpha is linear in between."""
 
-    def __init__(self, betas: np.ndarray, dtype: type = np.float64) -> None:
+    def __init__(self, betas: np.ndarray, dtype: torch.dtype = torch.float64) -> None:
         super().__init__(dtype)
         count = len(betas) - 1
         self.time_scale = float(count)
-        self.times = (np.arange(1, count + 1) / count).astype(dtype)
-        self.log_alphas = 0.5 * np.cumsum(np.log(1 - betas[1:].astype(dtype)))
+        self.times = torch.linspace(0, 1, count + 1, dtype=dtype)[1:]
+        self.log_alphas = 0.5 * torch.log(1 - torch.from_numpy(betas[1:]).to(dtype)).cumsum(0)
 
-    def log_alpha(self, t: Any) -> Any:
-        return _linear(np.asarray(t, self.dtype), self.times, self.log_alphas)
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return _linear(t, self.times, self.log_alphas)
 
-    def inverse(self, level: Any) -> Any:
-        log_alpha = -0.5 * np.logaddexp(self.dtype(0), -2 * np.asarray(level, self.dtype))
-        return _linear(log_alpha, self.log_alphas[::-1], self.times[::-1])
+    def inverse(self, level: Tensor) -> Tensor:
+        log_alpha = -0.5 * torch.logaddexp(torch.zeros_like(level), -2 * level)
+        return _linear(log_alpha, self.log_alphas.flip(0), self.times.flip(0))
 
 
-def _linear(x: Any, xs: np.ndarray, ys: np.ndarray) -> Any:
+def _linear(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     """Interpolate linearly between points with rising xs; the outermost segments are prolonged."""
-    right = np.clip(np.searchsorted(xs, x), 1, len(xs) - 1)
+    right = torch.searchsorted(xs, x).clamp(1, len(xs) - 1)
     left = right - 1
     return ys[left] + (x - xs[left]) * (ys[right] - ys[left]) / (xs[right] - xs[left])
 
@@ -146,10 +149,10 @@ def dpm_solver(model: Model, x: Tensor, calls: int, path: Path | None = None, en
     return x
 
 
-def noise_times(path: Path, steps: int, start: float = 1.0, end: float = 1e-4) -> np.ndarray:
+def noise_times(path: Path, steps: int, start: float = 1.0, end: float = 1e-4) -> Tensor:
     """Return the steps' boundaries [steps + 1], equally spaced in log-SNR."""
-    levels = np.linspace(path.level(start), path.level(end), steps + 1).astype(path.dtype)
-    return path.inverse(levels)
+    first, last = path.level(torch.tensor([start, end], dtype=path.dtype))
+    return path.inverse(path.spaced(first, last, steps + 1))
 
 
 def _noise_step(model: Model, x: Tensor, s: Point, t: Point, order: int, path: Path) -> Tensor:
@@ -157,23 +160,23 @@ def _noise_step(model: Model, x: Tensor, s: Point, t: Point, order: int, path: P
     noise = _call(model, x, s, path)
 
     def ratio(point: Point) -> float:
-        return float(np.exp(point.log_alpha - s.log_alpha))
+        return float(torch.exp(point.log_alpha - s.log_alpha))
 
-    first = ratio(t) * x - float(t.sigma * np.expm1(h)) * noise
+    first = ratio(t) * x - float(t.sigma * torch.expm1(h)) * noise
     if order == 1:
         return first
     r = 1 / 2 if order == 2 else 1 / 3
     middle = path.at_level(s.level + r * h)
-    inner = ratio(middle) * x - float(middle.sigma * np.expm1(r * h)) * noise
+    inner = ratio(middle) * x - float(middle.sigma * torch.expm1(r * h)) * noise
     change = _call(model, inner, middle, path) - noise
     if order == 2:
-        return first - float(t.sigma * np.expm1(h) / (2 * r)) * change
+        return first - float(t.sigma * torch.expm1(h) / (2 * r)) * change
     r2 = 2 / 3
     late = path.at_level(s.level + r2 * h)
-    inner = (ratio(late) * x - float(late.sigma * np.expm1(r2 * h)) * noise
-             - float(r2 / r * late.sigma * (np.expm1(r2 * h) / (r2 * h) - 1)) * change)
+    inner = (ratio(late) * x - float(late.sigma * torch.expm1(r2 * h)) * noise
+             - float(r2 / r * late.sigma * (torch.expm1(r2 * h) / (r2 * h) - 1)) * change)
     change = _call(model, inner, late, path) - noise
-    return first - float(t.sigma * (np.expm1(h) / h - 1) / r2) * change
+    return first - float(t.sigma * (torch.expm1(h) / h - 1) / r2) * change
 
 
 # ---------------------------------------------------------------- data prediction over uniform time
@@ -188,9 +191,9 @@ def dpm_solver_pp(model: Model, x: Tensor, calls: int, path: Path, end: float = 
     return x
 
 
-def data_times(path: Path, calls: int, start: float = 1.0, end: float = 1e-3) -> np.ndarray:
+def data_times(path: Path, calls: int, start: float = 1.0, end: float = 1e-3) -> Tensor:
     """Return the times [calls + 1], equally spaced; a step of order p spans p of the intervals."""
-    return np.linspace(start, end, calls + 1).astype(path.dtype)
+    return path.spaced(start, end, calls + 1)
 
 
 def _data_step(model: Model, x: Tensor, points: list[Point], path: Path) -> Tensor:
@@ -202,18 +205,18 @@ def _data_step(model: Model, x: Tensor, points: list[Point], path: Path) -> Tens
         return (x - float(point.sigma) * _call(model, x, point, path)) / float(point.alpha)
 
     x0 = data(x, s)
-    first = float(t.sigma / s.sigma) * x - float(t.alpha * np.expm1(-h)) * x0
+    first = float(t.sigma / s.sigma) * x - float(t.alpha * torch.expm1(-h)) * x0
     if order == 1:
         return first
     r = (points[1].level - s.level) / h
     middle = path.at_level(s.level + r * h)
-    inner = float(middle.sigma / s.sigma) * x - float(middle.alpha * np.expm1(-r * h)) * x0
+    inner = float(middle.sigma / s.sigma) * x - float(middle.alpha * torch.expm1(-r * h)) * x0
     change = data(inner, middle) - x0
     if order == 2:
-        return first - float(t.alpha * np.expm1(-h) / (2 * r)) * change
+        return first - float(t.alpha * torch.expm1(-h) / (2 * r)) * change
     r2 = (points[2].level - s.level) / h
     late = path.at_level(s.level + r2 * h)
-    inner = (float(late.sigma / s.sigma) * x - float(late.alpha * np.expm1(-r2 * h)) * x0
-             + float(r2 / r * late.alpha * (np.expm1(-r2 * h) / (r2 * h) + 1)) * change)
+    inner = (float(late.sigma / s.sigma) * x - float(late.alpha * torch.expm1(-r2 * h)) * x0
+             + float(r2 / r * late.alpha * (torch.expm1(-r2 * h) / (r2 * h) + 1)) * change)
     change = data(inner, late) - x0
-    return first + float(t.alpha * (np.expm1(-h) / h + 1) / r2) * change
+    return first + float(t.alpha * (torch.expm1(-h) / h + 1) / r2) * change

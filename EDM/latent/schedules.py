@@ -125,7 +125,10 @@ Schedule = ContinuousSchedule | DiscreteSchedule
 
 
 def losses(schedule: Schedule, model: Model, x0: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-    """Return the mean squared error of the noise for each image: float32 [N]. times: of `schedule.draw`."""
-    x = schedule.noised(x0, times, noise)
-    output = model(x, schedule.network_time(times)).to(x0.dtype)
-    return (noise - schedule.noise_prediction(output, x, times)).square().flatten(1).mean(1)
+    """Return the mean squared error of what the network predicts, noise or image, for each image: float32 [N].
+
+    times: of `schedule.draw`.
+    """
+    output = model(schedule.noised(x0, times, noise), schedule.network_time(times)).to(x0.dtype)
+    target = noise if schedule.pred == "noise_pred" else x0
+    return (target - output).square().flatten(1).mean(1)

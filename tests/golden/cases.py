@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+DEVICE = os.environ.get("GOLDEN_DEVICE", "cpu")  # where networks and losses are computed
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)"
 
 
@@ -109,7 +110,8 @@ def stored(paper: str, case: dict[str, Any]) -> Stored:
 def tensors(paper: str, case: dict[str, Any]) -> Stored:
     """Return copies of the arrays that a case lists, as tensors."""
     found = stored(paper, case)
-    return Stored(found.file, {name: torch.from_numpy(np.array(value)) for name, value in found.items()})
+    return Stored(found.file, {name: torch.from_numpy(np.array(value)).to(DEVICE)
+                                for name, value in found.items()})
 
 
 def each(found: Sequence[dict[str, Any]]) -> pytest.MarkDecorator:
@@ -198,8 +200,9 @@ def _fill_module() -> ModuleType:
 
 
 def fill(net: torch.nn.Module) -> torch.nn.Module:
-    """Overwrite every parameter and batch-norm statistic by values that depend on name and shape only."""
-    return _fill_module().fill(net)
+    """Overwrite every parameter and batch-norm statistic by values that depend on name and shape only; the network is
+    then on the device of the tests."""
+    return _fill_module().fill(net).to(DEVICE)
 
 
 def fill_value(name: str, shape: tuple[int, ...]) -> np.ndarray:

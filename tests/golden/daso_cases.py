@@ -64,7 +64,7 @@ def cases_of(kind: str) -> list[Case]:
 
 def close(found: Any, wanted: Any, case: Case, what: str) -> None:
     """Assert that an array is what is wanted, as closely as the case states."""
-    found = found.detach() if isinstance(found, torch.Tensor) else found
+    found = found.detach().cpu() if isinstance(found, torch.Tensor) else found
     np.testing.assert_allclose(found, wanted, err_msg=what, **tolerance(case["tolerance"]))
 
 

@@ -10,7 +10,7 @@ import torch
 from DASO.lib.config.config import Config
 from DASO.lib.models.ema import PREFIX, ModelEMA
 from DASO.lib.models.semi import SemiModel, build_model
-from tests.golden.cases import each, facts, fill, serves, whole
+from tests.golden.cases import DEVICE, each, facts, fill, serves, whole
 from tests.golden.daso_cases import PAPER, Case, cases_of, close, stored
 from tests.golden.recipes import Normal, computed
 
@@ -29,7 +29,7 @@ def network(case: Case) -> SemiModel:
 def test_forward(case: Case) -> None:
     wanted, net = stored(case), network(case)
     normal = Normal(np.random.default_rng(whole(case["input"], "seed #")))
-    x = torch.from_numpy(computed(re.search(r"normal\(\([^)]*\)\)", case["input"])[0], normal=normal))
+    x = torch.from_numpy(computed(re.search(r"normal\(\([^)]*\)\)", case["input"])[0], normal=normal)).to(DEVICE)
     found = {}
     with torch.no_grad():
         for mode in "eval", "train":

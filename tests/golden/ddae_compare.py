@@ -92,7 +92,8 @@ def assert_close(ours: Any, reference: Any, tolerance: str, name: str = "") -> N
     "exact"; "relative R"; a number: largest absolute difference, times max(1, max|ref|) where the text says so; both
     ("A relative R"): the looser of the two, per element.
     """
-    ours = ours.detach() if isinstance(ours, torch.Tensor) else ours
+    ours = ours.detach().cpu() if isinstance(ours, torch.Tensor) else ours
+    reference = reference.cpu() if isinstance(reference, torch.Tensor) else reference
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape, f"{name}: shape {ours.shape}, expected {reference.shape}"
     difference = np.abs(ours - reference)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from MetaSemi.core.model import ResNet32x32, ShakeShakeBlock, shakeshake26, stage
-from tests.golden.cases import each, facts, fill, number, numbers, tolerance, whole
+from tests.golden.cases import DEVICE, each, facts, fill, number, numbers, tolerance, whole
 from tests.golden.metasemi_cases import PAPER, Case, cases_of, conv_large, stored
 
 NETS = cases_of("nets")
@@ -52,16 +52,16 @@ def test_state(case: Case) -> None:
 def test_output(case: Case) -> None:
     net, allowed = build(case).train(case["mode"] == "train"), tolerance(case["tolerance"])
     assert sum(value.numel() for value in net.parameters()) == case["param_count"]
-    images = torch.from_numpy(expected(case, "input"))
+    images = torch.from_numpy(expected(case, "input")).to(DEVICE)
     with torch.no_grad():
         if "feature" in case["keys"]:
-            np.testing.assert_allclose(net.features(images), expected(case, "feature"), **allowed)
-        np.testing.assert_allclose(net(images), expected(case, "output"), **allowed)
+            np.testing.assert_allclose(net.features(images).cpu(), expected(case, "feature"), **allowed)
+        np.testing.assert_allclose(net(images).cpu(), expected(case, "output"), **allowed)
     if "buffers_after" in case["keys"]:
         prefix = case["keys"]["buffers_after"].partition("<")[0]
         for key, value in stored(case).items():
             if key.startswith(prefix):
-                np.testing.assert_allclose(net.get_buffer(key.removeprefix(prefix)), value, err_msg=key, **allowed)
+                np.testing.assert_allclose(net.get_buffer(key.removeprefix(prefix)).cpu(), value, err_msg=key, **allowed)
 
 
 class Replayed:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.golden.cases import each, facts, fill, serves, tolerance
+from tests.golden.cases import DEVICE, each, facts, fill, serves, tolerance
 from tests.golden.torchssl_cases import PAPER, cases_of, draw_inputs, expected, norms
 from TorchSSL import freematch
 from TorchSSL.core.networks import build_network
@@ -73,7 +73,8 @@ def test_decayed_parameters(case: dict[str, Any]) -> None:
 
 @each(NETWORKS)
 def test_forward_and_backward(case: dict[str, Any]) -> None:
-    wanted, inputs, net = expected(case), draw_inputs(case), build(case)
+    wanted, net = expected(case), build(case)
+    inputs = {name: value.to(DEVICE) for name, value in draw_inputs(case).items()}
 
     def outputs(*, mode: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         logits = net(inputs["x"])
@@ -84,7 +85,7 @@ def test_forward_and_backward(case: dict[str, Any]) -> None:
     def agree(named: dict[str, Any], *kinds: str) -> None:
         for name, value in named.items():
             if name in wanted:
-                value = value.detach().numpy() if isinstance(value, torch.Tensor) else value
+                value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
                 np.testing.assert_allclose(value, wanted.pop(name), **stated(case, *kinds), err_msg=name)
 
     net.eval()

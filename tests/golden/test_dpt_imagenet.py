@@ -1,0 +1,18 @@
+"""Every golden number of DPT on ImageNet: run this file. The cases live in dpt_imagenet_<area>.py, one file an area."""
+from __future__ import annotations
+
+from tests.golden import dpt_imagenet_samplers, dpt_imagenet_schedules, dpt_imagenet_uvit
+from tests.golden.cases import hidden, unserved
+from tests.golden.dpt_imagenet_samplers import *  # noqa: F403
+from tests.golden.dpt_imagenet_schedules import *  # noqa: F403
+from tests.golden.dpt_imagenet_uvit import *  # noqa: F403
+
+AREAS = (dpt_imagenet_samplers, dpt_imagenet_schedules, dpt_imagenet_uvit)
+
+
+def test_every_case_is_served() -> None:
+    assert unserved("dpt_imagenet", AREAS) == []
+
+
+def test_no_test_hides_another() -> None:
+    assert hidden(AREAS) == []
