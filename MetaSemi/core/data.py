@@ -182,7 +182,7 @@ class SmallImages(Source):
         pools = streams(self.labeled, rest if unlabeled else None, self.total * self.batch, rng)
         self.batches = Batches(train, pools, options.dataset, self.batch, options.seed, world, self.layout)
         self.test = Pool(test, *NORMALISATION[options.dataset], world.device)
-        self.channels, self.rest = train.channels, len(rest)
+        self.channels, self.rest, self.classes, self.size = train.channels, len(rest), train.classes, train.size
         self.inputs = distributed.on_main(lambda: fingerprints({"--dataset": train}), world)
 
     def _warn_of_split(self, labels: np.ndarray) -> None:
@@ -197,6 +197,10 @@ class SmallImages(Source):
 
     def __str__(self) -> str:
         return f"{len(self.labeled)} labelled and {self.rest} unlabelled images, {len(self.test)} test images"
+
+    def images_seen(self) -> dict[str, Any]:
+        pool = self.test
+        return {"classes": self.classes, "mean": pool.mean, "std": pool.std, "size": self.size}
 
     def check(self, folder: Path) -> None:
         """Refuse to continue a run with labelled images other than its own; UserError."""

@@ -78,6 +78,10 @@ class Source:
         """Return what must agree, besides the options, for a run to be continued."""
         return {}
 
+    def images_seen(self) -> dict[str, Any]:
+        """Return what a checkpoint records of the images that its classifier takes."""
+        return {}
+
     def check(self, folder: Path) -> None:
         """Raise UserError if the run in `folder` has other images; nothing is written yet."""
 
@@ -178,7 +182,8 @@ class Training:
 
     def extra(self) -> dict[str, int]:
         """Return further entries of a checkpoint."""
-        return {"epoch": self.run.step // self.source.length} if self.source.by_epoch else {}
+        epoch = {"epoch": self.run.step // self.source.length} if self.source.by_epoch else {}
+        return {**epoch, **self.source.images_seen()}
 
     def steps(self) -> Iterator[tuple[int, float, Batch]]:
         """Yield (step, learning rate, this rank's batch) to the end of the training; then write the result."""
@@ -262,7 +267,7 @@ class Training:
                 with atomic(self.run.outdir / BEST) as file:
                     torch.save({"epoch" if source.by_epoch else "step": where + 1, source.best_entry: self.best.value,
                                 source.network_entry: source.stored(self.net).state_dict(),
-                                "optimizer": self.optimizer.state_dict()}, file)
+                                "optimizer": self.optimizer.state_dict(), **source.images_seen()}, file)
 
     def scalars(self, values: Mapping[str, float], where: int) -> None:
         for name, value in values.items() if self.board is not None else ():

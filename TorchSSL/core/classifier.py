@@ -18,6 +18,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
+from DASO.lib.models.ema import as_counters
 from DASO.lib.models.semi import SemiModel
 from DASO.lib.models.wrn import WRN, ResNet34
 from EDM.tdsm.classifiers import CLASSIFIERS, CAS_class, class_logits
@@ -157,7 +158,7 @@ def open_classifier(path: str | Path, device: str | torch.device = "cpu", datase
         if key is None:
             raise UserError(f"{path}: holds no classifier; expected a checkpoint of TorchSSL, DASO or MetaSemi, or a "
                             "snapshot of train_classifier.py")
-        state = strip_prefix(weights_in(content, key, path))
+        state = as_counters(strip_prefix(weights_in(content, key, path)))
         make = (_daso if any(name.startswith("encoder.") for name in state) else
                 _metasemi if {"classifier.0.weight", "layer1.0.conv_a1.weight"} & set(state) else _torchssl)
         found = make(content, state, path, dataset)
@@ -174,7 +175,8 @@ def _torchssl(content: Mapping[str, Any], state: dict[str, Tensor], path: Path, 
         state = {re.sub(f"^{re.escape(USB_HEAD)}", "fc.", name): value for name, value in state.items()}
     options = {**_network_options(state), "dataset": dataset or "", **options}
     classes = len(state["fc.weight"]) if "fc.weight" in state else options.get("num_classes", 0)
-    net = make_network(options, classes, _channels(state), rotation_head="rot_classifier.weight" in state)
+    net = make_network(options, classes, _channels(state), rotation_head="rot_classifier.weight" in state,
+                       size=content.get("size"))
     _load(net, state, path)
     has_more = getattr(net, "rot_classifier", None) is not None
     return {"net": LogitsOf(net, classify) if has_more else net, "network": net, "kind": kind, "num_classes": classes,
