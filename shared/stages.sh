@@ -29,7 +29,7 @@ read_options() {  # script whose header declares the options, words of the comma
             [[ $1 != *=* ]] || fail "$_option takes no value"
             _value=1
         elif ! grep -qx -e "$_option [A-Z\"]*" <<< "$_declared"; then
-            fail "unknown option $1; see --help"
+            fail "unknown option $1$(nearest "$_option" "$_declared"); see --help"
         elif [[ $1 == *=* ]]; then
             _value=${1#*=}
         else
@@ -41,6 +41,15 @@ read_options() {  # script whose header declares the options, words of the comma
         printf -v "${_option//-/_}" %s "$_value"
         shift
     done
+}
+
+# ' (did you mean "x"?)' for the declared option closest to a mistyped one; nothing where none is close.
+nearest() {  # option, declared ones
+    python3 - "$@" 2> /dev/null << 'END' || true
+import difflib, sys
+found = difflib.get_close_matches(sys.argv[1], [line.split()[0] for line in sys.argv[2].splitlines()], n=1)
+print(f' (did you mean "{found[0]}"?)' if found else "", end="")
+END
 }
 
 # Check that an option was given a whole number, if anything; drop its leading zeros.
