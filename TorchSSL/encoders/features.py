@@ -163,8 +163,8 @@ def decoded(photographs: PhotographSet, encoder: Encoder, parts: Sequence[np.nda
             workers: int, decoder: str) -> Iterator[Tensor]:
     """Yield the photographs at each part's positions as the encoder sees them: float32 [n, 3, size, size]."""
     decoder = "torchvision" if decoder == "auto" and device.type != "cuda" else decoder
-    found = batches(Photographs(Files(photographs.files), 1, remedy="mend or remove it"), encoder.view, lambda step: Request(parts[step]),
-                    range(len(parts)), device, workers, decoder)
+    pool = Photographs(Files(photographs.files), 1, remedy="mend or remove it")
+    found = batches(pool, encoder.view, lambda step: Request(parts[step]), range(len(parts)), device, workers, decoder)
     return (images for images, _ in found)
 
 
