@@ -28,6 +28,7 @@ class Layout:
         self.pseudo_labels_tensor = self.cluster / "imagenet_features_preds.pth"
         self.true_labels = self.cluster / "imagenet_features_labels.pth"
         self.image_names = self.cluster / "imagenet_features_fnames.pth"
+        self.image_paths = self.cluster / "imagenet_features_paths.pth"  # beside the published files
 
         # Stage 2: latents, diffusion model, generated images.
         self.latents = root / "datasets" / self.cluster_name / f"imagenet{resolution}_features"
