@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from DDAE.ddae.data import load_images
 from DDAE.DiT.network import make_dit
-from DDAE.DiT.vae_preprocessing import SCALE, autoencoder
+from EDM.latent.vae import SCALE, autoencoder
 from shared import cli
 from shared.cli import Int, Option, Text, UserError, run_main
 from shared.data.images import ImageSet

@@ -22,6 +22,7 @@ from DDAE.ddae.config import choose_precision
 from DDAE.ddae.data import item_noise, load_images
 from DDAE.ddae.sampling import to_uint8
 from DDAE.DiT.latents import DIT, code_folder, code_path
+from EDM.latent.vae import SCALE, load_vae, sample
 from shared import cli, distributed
 from shared.augment.views import WeakPolicy, draw_weak, shift_whole
 from shared.cli import Flag, Int, Option, Text, UserError, run_main
@@ -35,15 +36,14 @@ from shared.training.precision import autocast
 from shared.training.randomness import numpy_rng
 from shared.training.record import Record
 
-SCALE = 0.18215         # of Stable Diffusion's latents, whose standard deviation it brings to about 1
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"
 DEBUG_IMAGES = 16       # of each copy's first images are shown beside their reconstruction
 FLAGS = (
     *DIT,
     Option("--num_copies", Int(1), 10, "augmented copies of the training set"),
     Option("--batch_size", Int(1), 32, "at a time", unit="images per process"),
-    Option("--vae", Text, PUBLISHED_VAE, "folder of a diffusers AutoencoderKL, or its name on the Hugging Face hub",
-           metavar="DIR|NAME"),
+    Option("--vae", Text, PUBLISHED_VAE, "file of weights, folder of a diffusers AutoencoderKL, or its name on the "
+           "Hugging Face hub", metavar="FILE|DIR|NAME"),
     Option("--resolution", Int(1), 256, "images are enlarged to this side", unit="pixels"),
     Option("--data_dir", Text, "../data", "folder of the data sets", metavar="DIR"),
     Option("--overwrite", Flag, False, "replace latents of other images, another VAE or other settings"),
@@ -73,27 +73,6 @@ def main() -> None:
         if world.main:
             record.write()
     distributed.stop()
-
-
-def autoencoder() -> type:
-    """Return diffusers' AutoencoderKL; UserError without the package, which is optional."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise UserError("the VAE needs the package diffusers: pip install 'fewlabel[dit]'") from None
-    return AutoencoderKL
-
-
-def load_vae(name: str) -> nn.Module:
-    """Return an AutoencoderKL in eval mode, from a folder or by its name; UserError if it cannot be had."""
-    try:
-        vae = autoencoder().from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False,
-                                            local_files_only=Path(name).is_dir())
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"--vae {name}: cannot be loaded ({reason}); without a network, give a folder with config.json "
-                        "and diffusion_pytorch_model.safetensors") from None
-    return vae.eval().requires_grad_(False)
 
 
 def begin(record: Record, sets: dict[str, ImageSet], wanted: list[tuple[str, int]], overwrite: bool) -> bool:
@@ -155,10 +134,9 @@ def encode(vae: nn.Module, images: Tensor, items: np.ndarray, purpose: str, opti
     """Return the codes float32 [n, 4, s, s]; the posterior's noise is a function of (seed, item, purpose)."""
     device = images.device
     with torch.no_grad(), autocast(device, options.precision):
-        posterior = vae.encode(2 * images - 1).latent_dist
-    mean, std = posterior.mean.float(), posterior.std.float()
-    noise = item_noise(options.seed, items, mean.shape[1:], f"posterior {purpose}").to(device)
-    return (SCALE * (mean + std * noise)).cpu().numpy()
+        moments = vae.encode(2 * images - 1).latent_dist.parameters.float()
+    noise = item_noise(options.seed, items, (moments.shape[1] // 2, *moments.shape[2:]), f"posterior {purpose}")
+    return sample(moments, noise.to(device)).cpu().numpy()
 
 
 def show(vae: nn.Module, images: Tensor, codes: np.ndarray, folder: Path, split: str, copy: int) -> None:
