@@ -126,7 +126,7 @@ def _is_of(file: Path, source: ImageSet | PhotographSet, made_from: tuple[str, s
         if overwrite:
             print(f"{error}: it is made anew", flush=True)
             return False
-        raise UserError(f"{error}; remove it, or name another file") from None
+        raise UserError(f"{error}; give --overwrite to make it anew, or remove it") from None
     print(f"complete: {file}", flush=True)
     return True
 
