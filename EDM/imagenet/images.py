@@ -58,7 +58,7 @@ def validation_images(config: Config, classes: Sequence[str]) -> PhotographSet:
         known = {row[0]: row[1].split(" ")[0] for row in csv.reader(file) if len(row) == 2}
     found = [known.get(Path(name).stem) for name in images.names]
     if (absent := next((number for number, name in enumerate(found) if name not in classes), None)) is not None:
-        raise UserError(f"{solution}: {images.names[absent]} has the class {found[absent]}, which is no folder of train")
+        raise UserError(f"{solution}: {images.names[absent]} is of {found[absent]}, which is no folder of train")
     labels = np.array([classes.index(name) for name in found], np.int64)
     return _below(PhotographSet(images.files, labels, tuple(classes), images.name), config)
 
@@ -70,8 +70,8 @@ def labelled_images(layout: Layout, images: PhotographSet) -> PhotographSet:
     line, for an image or class that does not exist, a blank line and an image that is named twice.
     """
     if not layout.subset.is_file():
-        raise UserError(f"subset_path: there is no file {layout.subset}; the published lists lie in the repositories of "
-                        "DPT and MSN, and your own names an image a line: <class>/<file>")
+        raise UserError(f"subset_path: there is no file {layout.subset}; the published lists lie in the repositories "
+                        "of DPT and MSN, and your own names an image a line: <class>/<file>")
     positions = {name: number for number, name in enumerate(images.names)}
     chosen: dict[str, int] = {}
     for number, line in enumerate(layout.subset.read_text(encoding="utf-8").splitlines(), 1):
@@ -156,8 +156,8 @@ def pseudo_labels(layout: Layout, images: PhotographSet) -> np.ndarray:
                         f"{len(images.classes)}; make the pseudo-labels anew")
     found = dict(zip(names, labels.tolist(), strict=True))
     if (absent := next((name for name in wanted if name not in found), None)) is not None:
-        raise UserError(f"{layout.cluster}: no pseudo-label of {absent}; make them anew with --func=get_all_features and "
-                        "--func=get_cluster")
+        raise UserError(f"{layout.cluster}: no pseudo-label of {absent}; make them anew with --func=get_all_features "
+                        "and --func=get_cluster")
     return np.array([found[name] for name in wanted], np.int64)
 
 
