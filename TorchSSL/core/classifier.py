@@ -80,17 +80,21 @@ class Classifier:
     path: Path
     device: torch.device
 
-    def prepare(self, image: Image.Image, name: str) -> np.ndarray:
-        """Return uint8 [C, H, W] of a decoded image, resized as in the evaluation of its training; UserError."""
+    def prepare(self, image: Image.Image, name: str, how: str | None = None) -> np.ndarray:
+        """Return uint8 [C, H, W] of a decoded image, resized as in the evaluation of its training; UserError.
+
+        how: a resize in place of the recorded one.
+        """
         if self.size is None or image.size == self.size[::-1]:
             return to_chw(image, self.channels)
         height, width = self.size
-        if self.resize is None or height != width:
+        how = how or self.resize
+        if how is None or height != width:
             raise UserError(f"{name} is {image.width}x{image.height}, {self.path} classifies images of "
                             f"{width}x{height}; make them so, or give --resize square or --resize centre")
-        if self.resize == "square":
+        if how == "square":
             return resize(torch.from_numpy(to_chw(image, self.channels).copy())[None], width)[0].numpy()
-        if self.resize == "centre-edge":
+        if how == "centre-edge":
             return CentreCrop(width, self.side or width)(image.convert("RGB")).transpose(2, 0, 1)
         image = image.convert("RGB" if self.channels == 3 else "L")
         scale = (self.side or width) / min(image.size)
