@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ def features_of(source: ImageSet | PhotographSet, encoder: Encoder, path: str | 
     unless `overwrite`, and for photographs that cannot be read.
     """
     made_from = distributed.on_main(lambda: (encoder.fingerprint + ("" if precision == "fp32" else f" {precision}"),
-                                             fingerprint_of(source)), world)
+                                             source.fingerprint), world)
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:24]
     file = Path(path) if path is not None else cache_folder() / "features" / f"{digest}.pth"
     if distributed.on_main(lambda: not _is_of(file, source, made_from, overwrite), world):
@@ -89,20 +88,6 @@ def read_features(path: str | Path) -> Features:
     if values.ndim != 2 or values.dtype != np.float32 or not len(values) == len(labels) == len(names):
         raise UserError(f"{path}: expected float32 rows with as many labels and names; remove it to make it anew")
     return found
-
-
-def fingerprint_of(source: ImageSet | PhotographSet) -> str:
-    """Return a digest of the images, labels and classes; photographs count by their names and sizes."""
-    if isinstance(source, ImageSet):
-        return source.fingerprint
-    digest = hashlib.blake2b(json.dumps(source.classes).encode(), digest_size=16)
-    digest.update(source.labels.tobytes())
-    for name, file in zip(source.names, source.files.tolist(), strict=True):
-        try:
-            digest.update(f"{name} {os.stat(file).st_size}\n".encode())
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
 
 
 def names_of(source: ImageSet | PhotographSet) -> list[str]:

@@ -5,7 +5,10 @@ in for it, the same at every pass, and `bad` counts it.
 """
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from shared.cli import UserError
-from shared.data.classes import class_folders, classes_by_folder, find_images
-from shared.data.images import open_image
+from shared.data.classes import FolderClasses, class_folders, find_images, labels_of, match_labels
+from shared.data.images import EXIF_ORIENTATION, open_image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB, unit scale
 TRAIN_SIDE, EVAL_SIDE = 256, 224  # of a training image before its crop; of one that is evaluated, and of the crop
@@ -110,6 +113,24 @@ def check_whole(payload: bytes, name: str) -> None:
         open_image(payload, name)
 
 
+def for_dali(payload: bytes, name: str) -> bytes:
+    """Return a photograph that DALI decodes as `open_image` does: itself if it is an upright JPEG or PNG of 8-bit gray
+    or RGB without transparency, else such a PNG of its pixels. Raises UserError for one that is cut short or damaged.
+    """
+    check_whole(payload, name)
+    try:
+        image = Image.open(io.BytesIO(payload))
+        is_upright = b"eXIf" not in payload if image.format == "PNG" else image.getexif().get(EXIF_ORIENTATION, 1) == 1
+        is_plain = image.format in ("JPEG", "PNG") and image.mode in ("L", "RGB") and "transparency" not in image.info
+    except (OSError, ValueError, SyntaxError):
+        is_upright = is_plain = False
+    if is_upright and is_plain:
+        return payload
+    stream = io.BytesIO()
+    open_image(payload, name).save(stream, "PNG", compress_level=0)
+    return stream.getvalue()
+
+
 def looks_whole(payload: bytes) -> bool:
     """Return whether bytes begin and end as a JPEG or PNG file does."""
     if payload.startswith(b"\xff\xd8\xff"):
@@ -153,6 +174,18 @@ class PhotographSet:
         return [file.removeprefix(f"{self.root}/") for file in self.files.tolist()]
 
     @property
+    def fingerprint(self) -> str:
+        """A digest of classes, labels, names and file sizes: to read all photographs would take too long."""
+        digest = hashlib.blake2b(json.dumps(self.classes).encode(), digest_size=16)
+        digest.update(self.labels.tobytes())
+        for name, file in zip(self.names, self.files.tolist(), strict=True):
+            try:
+                digest.update(f"{name} {os.stat(file).st_size}\n".encode())
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        return digest.hexdigest()
+
+    @property
     def num_classes(self) -> int:
         return len(self.classes)
 
@@ -178,14 +211,20 @@ class PhotographSet:
 
 
 def list_photographs(folder: Path, classes: Sequence[str] | None = None) -> PhotographSet:
-    """Return the photographs of `<folder>/<class>/`, of which none is decoded; `classes`: as in class_numbers.
+    """Return the photographs of `<folder>/<class>/`, or those that a list labels; none of them is decoded.
 
-    Raises UserError without any, and for a class outside `classes`.
+    classes: names in label order that another set fixes. Raises UserError without any, and for a class outside
+    `classes`.
     """
     files = find_images(folder)
-    found = classes_by_folder(files.names, folder, classes)
+    files.warn()
+    found = labels_of(files, folder)
     if found is None:
-        raise UserError(f"{folder}: no images in it; expected {folder.name}/<class>/<file>")
+        what = "no images in it" if not files.members else "its images lie in no class folders, so their classes are " \
+            "unknown: sort them into folders, or list them in labels.csv (file,label)"
+        raise UserError(f"{folder}: {what}; expected {folder.name}/<class>/<file>")
+    if classes is not None:
+        found = FolderClasses(match_labels(found.labels, found.names, classes, folder), tuple(classes))
     kept = np.flatnonzero(found.labels >= 0)
     paths = np.array([f"{folder}/{files.members[index].name}" for index in kept])
     return PhotographSet(paths, found.labels[kept], found.names, folder.name, str(folder))

@@ -291,6 +291,60 @@ def _with_arrays(value: Any) -> Any:
     return value
 
 
+class _AnyType(_DType):
+    """A number type, or the type of arrays of objects."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
+        self.is_object = code in ("O8", "O4", "O")
+        if not self.is_object:
+            super().__init__(code, align, copy)
+
+    def __setstate__(self, state: tuple) -> None:
+        if not self.is_object:
+            super().__setstate__(state)
+
+
+class _AnyArray(_Array):
+    """An array of numbers, or of objects, which becomes a list."""
+
+    def __setstate__(self, state: tuple) -> None:
+        if getattr(state[2], "is_object", False):
+            self.value = _with_arrays(list(state[4]))
+        else:
+            super().__setstate__(state)
+
+
+def _empty_any(kind: Any, shape: tuple[int, ...], typecode: bytes | str) -> _AnyArray:
+    _empty_array(kind, shape, typecode)
+    return _AnyArray()
+
+
+OBJECT_NAMES = {**NUMPY_NAMES, ("numpy", "dtype"): _AnyType,
+                **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty_any for core in ("core", "_core")}}
+
+
+def load_objects(path: str | os.PathLike) -> list[Any]:
+    """Return the objects (numbers, text, plain arrays, lists of these) in an .npy file of an object array.
+
+    Such a file is a pickle behind a header; nothing of it is run. Raises UserError for anything else.
+    """
+    try:
+        with open(path, "rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else \
+                np.lib.format.read_array_header_2_0
+            if read_header(stream)[2] != np.dtype(object):
+                raise ValueError("not an array of objects")
+            content = restricted_load(stream, OBJECT_NAMES, os.fspath(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
+        raise UserError(f"{path}: cut short or not a file of this kind ({error})") from None
+    if not isinstance(content, _AnyArray) or not isinstance(content.value, list) or not is_bounded(content.value):
+        raise UserError(f"{path}: cut short or not a file of this kind")
+    return content.value
+
+
 def load_array(path: str | os.PathLike, source: str | None = None) -> np.ndarray:
     """Return the numbers of an .npy file; raise UserError, which calls the file `source`, for anything else."""
     source = source or os.fspath(path)

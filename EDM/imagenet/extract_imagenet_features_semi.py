@@ -1,0 +1,86 @@
+"""Encode the training images to the moments of their latents, with pseudo-labels as classes.
+
+    python extract_imagenet_features_semi.py --config=configs/accelerate_b4_subset1_2img_k_128_large.py
+
+It needs the pseudo-labels of train_classifier.py --func=get_cluster, and the VAE --config.autoencoder.pretrained_path:
+a published file in either layout, a diffusers folder or hub name, or space-to-depth, which needs none. The same command
+again makes what is missing.
+"""
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from EDM.imagenet.config import parse
+from EDM.imagenet.layout import Layout
+from EDM.latent.extraction import extract, pseudo_labels_of
+from EDM.latent.latents import ABOUT, LABELS, MOMENTS
+from EDM.latent.vae import load_coder
+from shared import distributed
+from shared.cli import Choice, Flag, Option, Text, UserError, run_main
+from shared.data.photographs import list_photographs
+from shared.data.safe import load_array
+from shared.training.files import make_dir
+from shared.training.record import Record
+
+FLAGS = (
+    Option("--dtype", Choice("float32", "float16"), "float32", "of the array on disk; float16 halves it"),
+    Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if there is one", metavar="NAME"),
+    Option("--overwrite", Flag, False, "replace latents of other images, labels or another VAE"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options, config = parse(__doc__, FLAGS, argv)
+    world = distributed.start(options.device)
+    layout = Layout(config)
+    folder = layout.latents
+
+    photographs = distributed.on_main(lambda: list_photographs(layout.train_images), world)
+    labels = distributed.on_main(lambda: pseudo_labels_of(photographs, read_pseudo_labels(layout)), world)
+    coder = load_coder(config.autoencoder.pretrained_path, config.z_shape, config.resolution,
+                       "--config.autoencoder.pretrained_path")
+
+    record = Record(folder, {"resolution": config.resolution, "dtype": options.dtype}, {
+        "the training images": photographs.fingerprint, "the pseudo-labels": labels,
+        "--config.autoencoder.pretrained_path": coder.fingerprint})
+    if distributed.on_main(lambda: begin(record, options.overwrite), world):
+        extract(photographs, labels, coder, folder, config.resolution, world, getattr(np, options.dtype))
+        if world.main:
+            record.write()
+            print(f"Saved the moments of {len(photographs)} images and their mirror images to \"{folder}\"")
+    distributed.stop()
+
+
+def read_pseudo_labels(layout: Layout) -> dict[str, int]:
+    """Return image name -> pseudo-label, as train_classifier.py wrote them."""
+    labels = load_array(layout.pseudo_labels)
+    try:
+        names = torch.load(layout.image_names, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{layout.image_names}: no such file; run train_classifier.py --func=get_cluster") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{layout.image_names}: cut short or no list of names ({type(error).__name__})") from None
+    if not isinstance(names, list) or labels.shape != (len(names),):
+        raise UserError(f"{layout.pseudo_labels}: {list(labels.shape)} labels do not belong to the names in "
+                        f"{layout.image_names}; run train_classifier.py --func=get_cluster anew")
+    return dict(zip(map(str, names), labels.astype(int).tolist(), strict=True))
+
+
+def begin(record: Record, overwrite: bool) -> bool:
+    """Make the folder the place of these latents; False if all are there already."""
+    if record.is_complete(overwrite):
+        return False
+    if not record.path.exists():  # whatever lies there belongs to something else
+        for name in (MOMENTS, MOMENTS.replace(".npy", ".part.npy"), LABELS, ABOUT):
+            (record.output / name).unlink(missing_ok=True)
+    make_dir(record.output)
+    record.begin()
+    return True
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,166 @@
+"""Latents of a data set on disk, and the batches that training draws from them.
+
+    <folder>/moments.npy    float32 or float16 [2N, 2C, s, s], mean and log-variance of each image and its mirror image
+    <folder>/labels.npy     int64 [2N], the class of each row
+    <folder>/latents.json   class names, the VAE's scale and fingerprint, resolution
+
+A visit draws a latent anew from the moments of its row. Row i holds what the published code kept in the file i.npy of
+its folder, a pickled pair of moments and class; such a folder is read too, and nothing in it is run.
+"""
+from __future__ import annotations
+
+import json
+import os
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from EDM.latent.vae import SCALE
+from shared.cli import UserError
+from shared.data.parallel import Prefetched
+from shared.data.safe import load_array, load_objects
+from shared.distributed import World
+from shared.training.randomness import numpy_rng
+
+MOMENTS, LABELS, ABOUT = "moments.npy", "labels.npy", "latents.json"
+MAKE = "make it with extract_imagenet_features_semi.py"
+
+
+class Rows(Protocol):
+    """Moments and classes by row number."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return moments [n, 2C, s, s] and classes int64 [n] of these rows."""
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """Rows of two arrays, the moments memory-mapped."""
+
+    moments: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.moments[rows], self.labels[rows]
+
+
+@dataclass(frozen=True)
+class PublishedRows:
+    """The files 0.npy, 1.npy, ... of a published folder, each read when it is asked for."""
+
+    folder: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pairs = [self._read(row) for row in rows]
+        return np.stack([moments for moments, _ in pairs]), np.array([label for _, label in pairs], np.int64)
+
+    def _read(self, row: int) -> tuple[np.ndarray, int]:
+        path = self.folder / f"{row}.npy"
+        pair = load_objects(path)
+        if len(pair) != 2 or not isinstance(pair[0], np.ndarray) or not isinstance(pair[1], int) or pair[0].ndim != 3:
+            raise UserError(f"{path}: expected a pair of moments [2C, s, s] and a class")
+        return pair[0], pair[1]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """rows: see Rows. classes: names in label order, () if unknown. coder: fingerprint of the VAE, "" if unknown."""
+
+    rows: Rows
+    classes: tuple[str, ...] = ()
+    scale: float = SCALE
+    coder: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_latents(folder: Path, z_shape: tuple[int, ...]) -> Latents:
+    """Return the latents in a folder, ours or published; UserError if they are missing, damaged or of another shape."""
+    if (folder / MOMENTS).exists():
+        latents = _read_arrays(folder)
+    elif (folder / "0.npy").exists():
+        latents = Latents(PublishedRows(folder, sum(entry.name.endswith(".npy") for entry in os.scandir(folder))))
+    else:
+        raise UserError(f"{folder}: no latents there; {MAKE}")
+    moments, _ = latents.rows.take(np.array([0, len(latents) - 1]))
+    if moments.shape[1:] != (2 * z_shape[0], *z_shape[1:]):
+        raise UserError(f"{folder}: its moments are {list(moments.shape[1:])}, --config.z_shape={tuple(z_shape)} has "
+                        f"{[2 * z_shape[0], *z_shape[1:]]}")
+    return latents
+
+
+def _read_arrays(folder: Path) -> Latents:
+    try:
+        moments = np.load(folder / MOMENTS, mmap_mode="r")
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        classes, scale, coder = tuple(map(str, about["classes"])), float(about["scale"]), str(about["coder"])
+    except (ValueError, EOFError, OSError, SyntaxError, tokenize.TokenError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: cut short or damaged ({error}); {MAKE}") from None
+    labels = load_array(folder / LABELS)
+    if moments.ndim != 4 or labels.shape != moments.shape[:1] or moments.dtype.kind != "f" or not len(labels):
+        raise UserError(f"{folder}: {MOMENTS} {list(moments.shape)} and {LABELS} {list(labels.shape)} do not belong "
+                        f"together; {MAKE}")
+    return Latents(ArrayRows(moments, labels.astype(np.int64)), classes, scale, coder)
+
+
+def drop_labels(labels: np.ndarray, draws: np.ndarray, p_uncond: float, none_label: int) -> np.ndarray:
+    """Return the labels with none_label where the uniform draws are below p_uncond."""
+    return np.where(draws < p_uncond, none_label, labels)
+
+
+class LatentBatches:
+    """One process's part of each step's batch, read ahead in a thread.
+
+    Every epoch visits all rows in a new order; what does not fill a batch is left out. p_uncond: share of labels that
+    become none_label. last: the last step. Raises UserError for a batch larger than the set.
+    """
+
+    def __init__(self, latents: Latents, batch: int, seed: int, p_uncond: float, none_label: int, world: World,
+                 last: int) -> None:
+        self.latents, self.batch, self.seed = latents, batch, seed
+        self.p_uncond, self.none_label, self.device = p_uncond, none_label, world.device
+        self.part = world.slice(batch)
+        self.per_epoch = len(latents) // batch
+        if not self.per_epoch:
+            raise UserError(f"a batch of {batch} is larger than the {len(latents)} latents; give a smaller "
+                            "--config.train.batch_size")
+        self._order: tuple[int, np.ndarray] = -1, np.zeros(0, np.int64)
+        self._read_ahead = Prefetched(self._read, last)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return moments float32 [n, 2C, s, s] and labels int64 [n] on the device; nothing waits for it."""
+        moments, labels = self._read_ahead(step)
+        return (moments.to(self.device, non_blocking=True).float(), labels.to(self.device, non_blocking=True))
+
+    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+        moments, labels = self.latents.rows.take(self._rows(step))
+        if labels.min() < 0 or labels.max() >= self.none_label:
+            raise UserError(f"the latents have classes up to {labels.max()}, --config.nnet.num_classes="
+                            f"{self.none_label + 1} is made for 0 to {self.none_label - 1} and none")
+        draws = numpy_rng(self.seed, step, "label dropout").random(self.batch)[self.part]
+        return self._pinned(moments), self._pinned(drop_labels(labels, draws, self.p_uncond, self.none_label))
+
+    def _rows(self, step: int) -> np.ndarray:
+        epoch, position = divmod(step, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, numpy_rng(self.seed, epoch, "order").permutation(len(self.latents))
+        return self._order[1][position * self.batch:][:self.batch][self.part]
+
+    def _pinned(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor  # a GPU fetches from there by itself
