@@ -18,7 +18,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -27,13 +28,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from EDM.conversion.sources import (
+    CIFAR,
+    DIGITS,
+    MNIST_TEST,
+    MNIST_TRAIN,
+    Item,
+    Label,
+    Part,
+    is_digits,
+    mnist_labels,
+    open_source,
+)
 from EDM.tdsm.transition import plan_noise
 from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, parse, run_main
-from shared.data.classes import classes_by_folder, find_images, listed_labels
+from shared.data.classes import find_table
 from shared.data.datasets import load_dataset
-from shared.data.formats import CIFAR10, CIFAR100, Layout, read_batches, read_mnist
-from shared.data.images import iterate, open_image, read_images
-from shared.data.parallel import one_ahead, ordered_map
+from shared.data.images import PIXELS_VARIABLE, load_image, plain_image
+from shared.data.parallel import ordered_map
 from shared.data.safe import Member, read_members
 from shared.data.writers import encode_png, image_name, labels_json, open_destination, to_pillow
 from shared.training.files import make_dir
@@ -41,10 +53,6 @@ from shared.training.progress import Progress
 from shared.training.record import Record
 
 CHUNK = 128  # images a worker prepares at a time
-DIGITS = "digits"  # scikit-learn's, part of the package: the one data set that is no file
-CIFAR = {layout.archive: layout for layout in (CIFAR10, CIFAR100)}
-CIFAR_TRAIN, CIFAR_TEST = 50_000, 10_000
-MNIST_TRAIN, MNIST_TEST = "train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"
 MAX_SIDE = 16_384
 
 
@@ -72,6 +80,11 @@ FLAGS = {
         Option("--resolution", Resolution, None, "size of the written images, such as 64x64"),
         Option("--eval", Bool, False, "take the test images of a CIFAR archive or of digits"),
         Option("--overwrite", Flag, False, "make a .zip anew that was made from something else"),
+        Option("--labels", Text, None, "CSV of the columns file and label", metavar="CSV",
+               default_help="labels.csv in the source or beside it"),
+        Option("--test-fraction", Float(0, 1, open=True), None, "divide the source by class: write DEST/train.zip and "
+               "DEST/test.zip, which gets this fraction"),
+        Option("--max-pixels", Int(1), None, "allow images of so many pixels", default_help="134 million"),
     ),
     "label noise": (
         Option("--noise_type", Choice("sym", "asym"), None, "flip labels: to any other class, or to one similar class"),
@@ -80,11 +93,9 @@ FLAGS = {
                metavar="FILE"),
         Option("--dataset", Text, None, "mnist, cifar10, cifar100 or digits, for --noise_type; by default what the "
                "name of the source or --dest says", metavar="NAME"),
-        Option("--seed", Int(0, 2**32 - 1), None, "seed of the flips; 0 if not given"),
+        Option("--seed", Int(0, 2**32 - 1), None, "seed of the flips and of --test-fraction; 0 if not given"),
     ),
 }
-Label = int | list[float] | None
-Item = tuple[Label, Member | bytes | np.ndarray]  # a source image: a file, its content, or pixels uint8 [C, H, W]
 Labels = list[tuple[str, Label]]
 # The labels of the written images, in their order -> the labels to write, and further keys of dataset.json.
 Relabel = Callable[[Labels], tuple[Labels, dict[str, Any]]]
@@ -92,25 +103,44 @@ Relabel = Callable[[Labels], tuple[Labels, dict[str, Any]]]
 
 def main(argv: Sequence[str] | None = None) -> None:
     o = parse(__doc__, FLAGS, argv)
-    relabel = plan_noise(o.noise_type, o.noise_rate, o.transition, o.dataset, o.seed, o.source, o.dest)
-    inputs = {"--source": o.source, "--transition": o.transition}
-    if _is_digits(o.source):
+    if o.max_pixels is not None:
+        os.environ[PIXELS_VARIABLE] = str(o.max_pixels)  # also for the processes that decode
+    divided = o.test_fraction is not None
+    if divided and o.dest.lower().endswith((".zip", ".npz")):
+        raise UserError(f"--test-fraction writes two sets, train.zip and test.zip: name a folder in place of "
+                        f"--dest={o.dest}")
+    has_noise = o.noise_type is not None or o.transition is not None
+    seed_of_noise = None if divided and not has_noise else o.seed
+    relabel = plan_noise(o.noise_type, o.noise_rate, o.transition, o.dataset, seed_of_noise, o.source, o.dest)
+    inputs = {"--source": o.source, "--transition": o.transition, "--labels": o.labels or find_table(Path(o.source))}
+    if is_digits(o.source):
         inputs["--source"] = load_dataset(DIGITS, "test" if o.eval else "train")
     if Path(o.source).name in (MNIST_TRAIN, MNIST_TEST):
-        inputs["the labels beside --source"] = _mnist_labels(Path(o.source))
+        inputs["the labels beside --source"] = mnist_labels(Path(o.source))
     names = ("max_images", "transform", "resolution", "eval", "noise_type", "noise_rate", "dataset", "seed")
-    record = Record(o.dest, {name: getattr(o, name) for name in names}, inputs)
-    into_zip = o.dest.lower().endswith(".zip")  # a folder has to be empty, as published
-    if into_zip and record.is_complete(overwrite=o.overwrite):
-        return
-    convert(o.source, o.dest, o.max_images, o.transform, o.resolution, test_split=o.eval, relabel=relabel)
-    if into_zip:
-        record.write()
+    settings = {name: getattr(o, name) for name in names}
+    if divided:
+        settings["test_fraction"] = o.test_fraction
+
+    def make(dest: str | Path, part: Part | None = None, noise: Relabel | None = None) -> None:
+        record = Record(dest, settings, inputs)
+        into_zip = str(dest).lower().endswith(".zip")  # a folder has to be empty, as published
+        if into_zip and record.is_complete(overwrite=o.overwrite):
+            return
+        convert(o.source, dest, o.max_images, o.transform, o.resolution, test_split=o.eval, relabel=noise,
+                table=o.labels, part=part)
+        if into_zip:
+            record.write()
+
+    if not divided:
+        return make(o.dest, noise=relabel)
+    for name, noise in (("train", relabel), ("test", None)):  # tests are on clean labels
+        make(Path(o.dest) / f"{name}.zip", Part(name, o.test_fraction, o.seed or 0), noise)
 
 
 def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int | None = None,
             transform: str | None = None, resolution: tuple[int, int] | None = None, *, test_split: bool = False,
-            relabel: Relabel | None = None) -> None:
+            relabel: Relabel | None = None, table: str | os.PathLike | None = None, part: Part | None = None) -> None:
     """Write the images of `source` to `dest`, a .zip file or a folder that is empty or absent.
 
     source: as --source; an .npz holds images and labels, the fine labels of CIFAR-100 are taken, and those of MNIST lie
@@ -120,6 +150,7 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
         result on a black square. The last two make gray images RGB.
     test_split: take the test images of a CIFAR archive or of the digits.
     relabel: what happens to the labels before they are written.
+    table: a CSV of labels. part: convert a part of the source alone.
 
     Images stream through one process per core (pixels that stay as they are: through one), and no more than a few
     hundred are held. The destination appears when it is complete, and not at all after an error. Raises UserError for
@@ -128,13 +159,14 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
     """
     source, dest = Path(source), Path(dest)
     _check_arguments(source, transform, resolution, test_split)
-    total, items = _open_source(source, test_split)
-    work = ((source, index, chunk, transform, resolution) for index, chunk in _chunks(islice(items, max_images)))
+    images = open_source(source, test_split, None if table is None else Path(table), part)
+    work = ((source, index, chunk, transform, resolution) for index, chunk in
+            _chunks(islice(images.items, max_images)))
     has_pixels = not source.is_dir() and source.suffix.lower() != ".zip"
     workers = 1 if has_pixels and resolution is None else None  # to send them costs more than to encode them
     make_dir(dest.absolute().parent)
     check, labels = _Checks(any_side=source.suffix == ".npz"), []
-    progress = Progress(f"converting {source.name}", min(total, max_images or total), "images")
+    progress = Progress(f"converting {source.name}", min(images.total, max_images or images.total), "images")
     with open_destination(dest) as save:
         with closing(progress):
             for prepared in ordered_map(_prepare, work, workers):
@@ -149,8 +181,10 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
                     labels.append((name, image.label))
         if not labels:
             raise UserError(f"{source}: no image is left: all are smaller than {resolution} or damaged")
+        if source.name in CIFAR:
+            deque(images.items, maxlen=0)  # the checks of an archive are of all its images
         written, further = relabel(labels) if relabel is not None else (labels, {})
-        save("dataset.json", labels_json(written, further).encode())
+        save("dataset.json", labels_json(written, images.classes, further).encode())
     check.finish(source, labels)
 
 
@@ -162,19 +196,15 @@ def _chunks(items: Iterator[Item]) -> Iterator[tuple[int, list[Item]]]:
         index += len(chunk)
 
 
-def _is_digits(source: str | os.PathLike) -> bool:
-    return os.fspath(source) == DIGITS and not os.path.exists(source)
-
-
 def _check_arguments(source: Path, transform: str | None, resolution: tuple[int, int] | None, test_split: bool) -> None:
     if transform is not None and resolution is None:
         raise UserError(f"must specify --resolution=WxH when using {transform} transform")
     if transform == "center-crop-wide" and resolution[1] > resolution[0]:
         raise UserError(f"--resolution={resolution[0]}x{resolution[1]} is not wide, as center-crop-wide needs it; use "
                         "--transform=center-crop")
-    if not source.exists() and not _is_digits(source):
+    if not source.exists() and not is_digits(source):
         raise UserError(f"Missing input file or directory: {source}")
-    if test_split and source.name not in (*CIFAR, MNIST_TEST) and not _is_digits(source):
+    if test_split and source.name not in (*CIFAR, MNIST_TEST) and not is_digits(source):
         raise UserError(f"--eval takes the test images of {', '.join(CIFAR)} or {DIGITS}; {source} has one part: leave "
                         f"it out (MNIST's test images are the source {MNIST_TEST})")
 
@@ -200,7 +230,8 @@ class _Checks:
                 raise UserError("Image width/height after scale and crop are required to be power-of-two. "
                                 f"Got {width}x{height}; pass --resolution={side}x{side}")
         elif image.shape != self.first:
-            pairs = zip(("width", "height", "channels"), self.first, image.shape, strict=True)
+            found = (*image.shape[:2], image.bands if image.shape[2] != self.first[2] else image.shape[2])
+            pairs = zip(("width", "height", "channels"), self.first, found, strict=True)
             raise UserError(f"Image {name} attributes must be equal across all images of the dataset.  Got: "
                             + " ".join(f"dataset {what}/cur image {what}: {a}/{b}" for what, a, b in pairs)
                             + "; pass --resolution=WxH")
@@ -231,6 +262,7 @@ class _Prepared(NamedTuple):
     label: Label
     png: bytes = b""                # empty: left out
     shape: tuple[int, int, int] = (0, 0, 0)     # width, height, channels
+    bands: int = 0                  # channels of the file, transparency among them
     problem: str = ""               # why it was left out, if it could not be decoded
 
 
@@ -238,32 +270,39 @@ def _prepare(work: tuple[Path, int, list[Item], str | None, tuple[int, int] | No
     source, first, chunk, transform, size = work
     labels, images = zip(*chunk, strict=True)
     prepared = []
-    for index, (label, image) in enumerate(zip(labels, _decoded(source, images, first), strict=True), first):
-        if isinstance(image, UserError):
-            prepared.append(_Prepared(index, label, problem=str(image)))
+    for index, (label, found) in enumerate(zip(labels, _decoded(source, images, first), strict=True), first):
+        if isinstance(found, UserError):
+            prepared.append(_Prepared(index, label, problem=str(found)))
             continue
+        image, bands = found
         image = transformed(image, transform, size)
         if image is None:
             prepared.append(_Prepared(index, label))
         else:
-            prepared.append(_Prepared(index, label, encode_png(image), (*image.size, len(image.getbands()))))
+            prepared.append(_Prepared(index, label, encode_png(image), (*image.size, len(image.getbands())), bands))
     return prepared
 
 
 def _decoded(source: Path, images: Sequence[Member | bytes | np.ndarray],
-             first: int) -> Iterator[Image.Image | UserError]:
-    """Decode images of one form; damaged bytes yield their error, a damaged member raises it."""
+             first: int) -> Iterator[tuple[Image.Image, int] | UserError]:
+    """Decode images of one form, each with its file's channels; damaged bytes yield their error, a damaged member
+    raises it."""
     if isinstance(images[0], np.ndarray):
-        yield from map(to_pillow, images)
+        yield from ((to_pillow(pixels), len(pixels)) for pixels in images)
     elif isinstance(images[0], Member):
         for member, data in zip(images, read_members(source, images), strict=True):
-            yield open_image(data, f"{source}/{member.name}")
+            yield _decode(data, f"{source}/{member.name}")
     else:
         for index, data in enumerate(images, first):
             try:
-                yield open_image(data, f"{source}: entry {index}")
+                yield _decode(data, f"{source}: entry {index}")
             except UserError as error:
                 yield error
+
+
+def _decode(data: bytes, name: str) -> tuple[Image.Image, int]:
+    image = load_image(data, name)
+    return plain_image(image, name), len(image.getbands())
 
 
 def transformed(image: Image.Image, transform: str | None, size: tuple[int, int] | None) -> Image.Image | None:
@@ -288,94 +327,6 @@ def transformed(image: Image.Image, transform: str | None, size: tuple[int, int]
 def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-# ------------------------------------------------------------------------------------------------------------- sources
-
-def _open_source(source: Path, test_split: bool) -> tuple[int, Iterator[Item]]:
-    """Return (number of images, the stream of them)."""
-    if _is_digits(source):
-        digits = load_dataset(DIGITS, "test" if test_split else "train")
-        return len(digits), _from_pixels(iterate(digits))
-    if source.is_dir() and source.name.endswith("_lmdb"):
-        return _from_lmdb(source)
-    if source.is_dir() or source.suffix.lower() == ".zip":
-        return _from_files(source)
-    if source.name in CIFAR:
-        return CIFAR_TEST if test_split else CIFAR_TRAIN, _from_cifar(source, CIFAR[source.name], test_split)
-    if source.name in (MNIST_TRAIN, MNIST_TEST):
-        images, numbers = read_mnist(source, _mnist_labels(source))
-        return len(images), _from_pixels([(images, numbers)])
-    if source.suffix.lower() == ".npz":
-        images = read_images(source)
-        return len(images), _from_pixels(iterate(images))
-    raise UserError(f"{source}: Unknown archive type; expected a folder, a .zip, an .npz, {', '.join(CIFAR)}, "
-                    f"{MNIST_TRAIN} or {MNIST_TEST}")
-
-
-def _from_files(source: Path) -> tuple[int, Iterator[Item]]:
-    files = find_images(source)
-    if not files.members:
-        raise UserError(f"{source}: No image files found in the specified path")
-    labels: list[Label] = listed_labels(files) or _folder_labels(source, files.names)
-    order = list(range(len(files)))
-    if source.is_dir():  # in order of the folder names, where a ZIP keeps that of the whole names
-        order.sort(key=lambda i: files.members[i].name.split("/"))
-    return len(files), ((labels[i], files.members[i]) for i in order)
-
-
-def _folder_labels(source: Path, names: Sequence[str]) -> list[Label]:
-    """Return the classes of images by their top-level folders, if these are at least two.
-
-    Files beside the folders are a class of their own, as in the published converter.
-    """
-    found = classes_by_folder(names, source, loose=True)
-    if found is None or len(set(found.labels.tolist())) < 2:
-        return [None] * len(names)
-    return found.labels.tolist()
-
-
-def _from_pixels(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[Item]:
-    for images, numbers in parts:
-        yield from zip((None if number < 0 else number for number in numbers.tolist()), np.array(images), strict=True)
-
-
-def _from_cifar(source: Path, layout: Layout, test_split: bool) -> Iterator[Item]:
-    names, expected = (layout.test, CIFAR_TEST) if test_split else (layout.train, CIFAR_TRAIN)
-    counts = np.zeros(layout.num_classes, int)
-    for images, numbers in one_ahead(read_batches(source, layout, names)):
-        yield from _from_pixels([(images, numbers)])
-        counts += np.bincount(numbers, minlength=layout.num_classes)
-    if counts.sum() != expected:
-        warnings.warn(f"{source}: {counts.sum()} images in place of {expected}", stacklevel=2)
-    if absent := np.flatnonzero(counts == 0).tolist():
-        warnings.warn(f"{source}: no image of class {', '.join(map(str, absent))}; without the top class a network's "
-                      "label input is narrower", stacklevel=2)
-
-
-def _mnist_labels(source: Path) -> Path:
-    labels = source.with_name(source.name.replace("-images-idx3-", "-labels-idx1-"))
-    if source.exists() and not labels.exists():
-        raise UserError(f"Missing input file or directory: {labels}")
-    return labels
-
-
-def _from_lmdb(source: Path) -> tuple[int, Iterator[Item]]:
-    try:
-        import lmdb  # an optional package
-    except ImportError:
-        raise UserError(f"{source}: reading LMDB needs the package lmdb: pip install lmdb") from None
-    try:
-        environment = lmdb.open(str(source), readonly=True, lock=False)
-    except lmdb.Error as error:
-        raise UserError(f"{source}: not a readable LMDB ({error})") from None
-
-    def values() -> Iterator[Item]:
-        with environment.begin(buffers=False) as transaction:
-            for _, value in transaction.cursor():
-                yield None, value
-
-    return environment.stat()["entries"], values()
 
 
 if __name__ == "__main__":

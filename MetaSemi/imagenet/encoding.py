@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from shared.cli import UserError
-from shared.data.images import open_image
+from shared.data.images import load_image, open_image
 
-EXIF_ORIENTATION = 0x0112
+AS_IT_IS = ("L", "RGB", "LA", "RGBA")  # modes that --color -1 keeps
 
 
 def payloads(paths: Sequence[str], options: SimpleNamespace) -> list[bytes | UserError]:
@@ -30,7 +30,9 @@ def payload(path: str, options: SimpleNamespace) -> bytes | UserError:
     except OSError as error:
         return UserError(f"{path} cannot be read ({error.strerror})")
     try:
-        image = open_image(data, path)
+        image = None if options.color >= 0 else load_image(data, path)
+        if image is None or image.mode not in AS_IT_IS:
+            image = open_image(data, path)
     except UserError as error:
         return error
     return data if options.pass_through else encode(transform(image, options), options)
@@ -39,8 +41,6 @@ def payload(path: str, options: SimpleNamespace) -> bytes | UserError:
 def transform(image: Image.Image, options: SimpleNamespace) -> Image.Image:
     """Return the image as it is to be stored: gray or RGB, its central square, its shorter side resized."""
     if options.color >= 0:
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
         image = image.convert("RGB" if options.color else "L")
     elif image.mode not in ("L", "RGB") and options.encoding == ".jpg":
         image = image.convert("RGB")

@@ -26,7 +26,7 @@ import numpy as np
 from shared.cli import UserError
 from shared.training.files import cache_folder, hold
 
-FORMAT = 2
+FORMAT = 3
 DEFAULT_GB = 32.0
 DAY = 86_400.0
 

@@ -1,29 +1,27 @@
 """Which images a folder or ZIP holds, of which class each is, and draws of equally many images of every class.
 
-A class is a name. `class_numbers` alone decides which number it has, for folders, ZIPs, converters and trainers.
+A class is a name. `class_numbers` alone decides which number it has, for folders, ZIPs, converters and trainers, and
+`match_labels` alone turns the numbers of one artefact into those of another, by name.
 """
 from __future__ import annotations
 
 import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from shared.cli import UserError
+from shared.cli import UserError, nearest
+from shared.data.image_files import LABEL_FILE, LABEL_TABLES, is_image_file, left_out, walk
+from shared.data.lists import read_label_csv
 from shared.data.safe import Member, read_members, zip_members
 from shared.training.randomness import numpy_rng
 
-LABEL_FILE = "dataset.json"
-# PostScript would start another program; the others need decoders that Pillow does not have.
-NOT_DECODED = frozenset(("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"))
-SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir"))  # resource forks of macOS, thumbnails of Synology
 MAX_CLASSES = 100_000
 # Images as dataset_tool.py numbers them, a thousand to a folder: such folders are no classes.
 NUMBERED = re.compile(r"(\d{5,})/img(\d{8,})\.\w+")
@@ -35,14 +33,19 @@ Labels = list[int | None] | list[list[float]]
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The image files under a folder or in a ZIP, sorted by name as text, with the labels of its dataset.json.
+    """The image files under a folder or in a ZIP, sorted by name as text, with the labels that a list gives them.
 
-    labels: name -> label as listed; {} without a dataset.json.
+    labels: name -> label as listed by dataset.json or a CSV; {} without one. classes: names that the list gives the
+    classes, in label order; () if none. notes: what was left out, and what the list names in vain. label_file: the
+    list, for messages.
     """
 
     path: Path
     members: tuple[Member, ...]
     labels: dict[str, object]
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    label_file: str = LABEL_FILE
 
     def __len__(self) -> int:
         return len(self.members)
@@ -56,26 +59,18 @@ class ImageFiles:
         """Yield the content of each file."""
         return read_members(self.path, self.members)
 
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """Return the file name endings, in lower case, that Pillow decodes by itself."""
-    Image.init()
-    return frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN
-                     and kind not in NOT_DECODED)
+    def warn(self) -> None:
+        """Say what was left out."""
+        for note in self.notes:
+            warnings.warn(f"{self.path}: {note}", stacklevel=2)
 
 
-def is_image(name: str) -> bool:
-    """Return whether a relative path names an image: by its ending, and neither hidden nor in a system folder."""
-    parts = name.split("/")
-    return os.path.splitext(name)[1].lower() in image_suffixes() and not any(
-        part.startswith(".") or part in SYSTEM_FOLDERS for part in parts)
+def find_images(path: Path, prefix: str = "", table: Path | None = None) -> ImageFiles:
+    """List the images below a folder or in a ZIP whose names begin with `prefix`; files without an ending count by
+    their content.
 
-
-def find_images(path: Path, prefix: str = "") -> ImageFiles:
-    """List the images below a folder or in a ZIP whose names begin with `prefix`.
-
-    Raises UserError if the path is neither, or a ZIP is damaged or hostile.
+    table: a CSV of labels; by default the dataset.json or CSV of `find_table`. Raises UserError if the path is neither
+    folder nor ZIP, a ZIP is damaged or hostile, and for a list of labels that contradicts itself.
     """
     if path.is_dir():
         found = [Member(name) for name in walk(path)]
@@ -83,33 +78,106 @@ def find_images(path: Path, prefix: str = "") -> ImageFiles:
         found = zip_members(path)
     else:
         raise UserError(f"{path}: Path must point to a directory or zip")
+    found = [member for member in found if member.name.startswith(prefix) or member.name == LABEL_FILE]
+    images = sorted((member for member in found if member.name.startswith(prefix) and is_image_file(path, member)),
+                    key=lambda member: member.name)
+    note = left_out(found, images, prefix)
+    files = ImageFiles(path, tuple(images), {}, notes=(note,) if note else ())
+    lists = [member for name in dict.fromkeys((LABEL_FILE, prefix + LABEL_FILE))
+             for member in found if member.name == name]
+    if lists and table is None:
+        return _with_json(files, lists, prefix)
+    table = table or find_table(path, prefix)
+    return files if table is None else _with_table(files, table)
+
+
+# --------------------------------------------------------------------------------------------------- lists of labels
+
+def find_table(path: Path, prefix: str = "") -> Path | None:
+    """Return the CSV of labels of a folder or ZIP: labels.csv or label_these.csv in a folder or beside it, or
+    NAME.csv beside it; None without."""
+    inside = [path / name for name in LABEL_TABLES] if path.is_dir() else []
+    own = path.absolute()
+    beside = [own.with_name(f"{own.stem if path.is_file() else own.name}.csv"),
+              *(own.with_name(name) for name in LABEL_TABLES)]
+    return next((file for file in (*inside, *beside) if file.is_file()), None)
+
+
+def _with_table(files: ImageFiles, table: Path) -> ImageFiles:
+    """Return the files with the labels of a CSV; names are relative to the folder, to one above it or absolute."""
+    found = read_label_csv(table)
+    names, above = set(files.names), "/" + files.path.resolve().as_posix().strip("/") + "/"
+    labels, absent = {}, []
+    numbers = class_numbers({label for label in found.labels if label is not None}, table)
+    for listed, label in zip(found.files, found.labels, strict=True):
+        name = listed if listed in names else _below(listed, above, names)
+        if name is None:
+            absent.append(listed)
+        else:
+            labels[name] = None if label is None else numbers[label]
+    if not labels and table.parent != files.path:
+        note = f"{table} beside it names none of its files (it names {found.files[0]}) and is not used"
+        return replace(files, notes=(*files.notes, note))
+    if not labels:
+        raise _names_nothing(files, table.name, list(found.files))
+    notes = files.notes if table.parent != files.path else (*files.notes, *_listed_in_vain(table.name, absent))
+    classes = () if are_numbers(numbers) else tuple(numbers)
+    return replace(files, labels=labels, classes=classes, notes=notes, label_file=table.name)
+
+
+def _below(listed: str, above: str, names: Collection[str]) -> str | None:
+    """Return the name below the folder `above` that a longer path means, such as train/a.png for a.png in train/."""
+    parts = listed.strip("/").split("/")
+    for count in range(1, len(parts)):
+        name = "/".join(parts[count:])
+        if name in names and above.endswith("/" + "/".join(parts[:count]) + "/"):
+            return name
+    return None
+
+
+def _with_json(files: ImageFiles, lists: Sequence[Member], prefix: str) -> ImageFiles:
     labels: dict[str, object] = {}
-    for name in dict.fromkeys((LABEL_FILE, prefix + LABEL_FILE)):
-        for member in found:
-            if member.name == name:
-                labels.update(_read_labels(path, member, name.removesuffix(LABEL_FILE)))
-    images = [member for member in found if member.name.startswith(prefix) and is_image(member.name)]
-    return ImageFiles(path, tuple(sorted(images, key=lambda member: member.name)), labels)
+    classes: tuple[str, ...] = ()
+    for member in lists:
+        listed, named = _read_labels(files.path, member)
+        labels.update(listed)
+        classes = named or classes
+    labels = {name: label for name, label in labels.items() if name.startswith(prefix)}
+    absent = sorted(set(labels) - set(files.names))
+    if labels and len(absent) == len(labels):
+        return replace(files, labels=labels)  # an error where labels are wanted
+    return replace(files, labels=labels, classes=classes, notes=(*files.notes, *_listed_in_vain(LABEL_FILE, absent)))
 
 
-def walk(folder: Path) -> Iterator[str]:
-    """Yield the relative paths of all files below `folder`, with forward slashes, in no particular order."""
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise UserError(f"cannot read the folder {folder}")
-    for root, _, names in os.walk(folder, followlinks=True):
-        inside = os.path.relpath(root, folder).replace(os.sep, "/") + "/"
-        for name in names:
-            yield name if inside == "./" else inside + name
+def _listed_in_vain(source: str, absent: Sequence[str]) -> tuple[str, ...]:
+    return (f"{source} lists {len(absent)} files that are not there (first: {absent[0]})",) if absent else ()
 
 
-def _read_labels(path: Path, member: Member, folder: str) -> dict[str, object]:
-    """Return name -> label as listed by a dataset.json, whose names are relative to its `folder`."""
+def _names_nothing(files: ImageFiles, source: str, listed: Sequence[str]) -> UserError:
+    found = f"found: {files.names[0]}" if files.members else "found: no images"
+    return UserError(f"{files.path}: {source} lists {len(listed)} files, none of which is there (listed: {listed[0]}; "
+                     f"{found}); names are relative to that folder")
+
+
+def _read_labels(path: Path, member: Member) -> tuple[dict[str, object], tuple[str, ...]]:
+    """Return (name -> label as listed, class names) of a dataset.json, whose names are relative to its folder."""
+    folder = member.name.removesuffix(LABEL_FILE)
     try:
         content = json.loads(next(read_members(path, [member])))
-        pairs = content.get("labels") or []
-        return {folder + str(name).replace("\\", "/"): label for name, label in pairs}
+        pairs = [(folder + str(name).replace("\\", "/").removeprefix("./"), label)
+                 for name, label in content.get("labels") or []]
+        classes = tuple(content.get("classes") or ())
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f'{path}: {member.name} must hold {{"labels": [["file", class], ...]}} ({error})') from None
+    if len(set(map(str, classes))) < len(classes) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path}: {member.name}: `classes` must be a list of different names, in label order")
+    labels = dict(pairs)
+    if len(labels) < len(pairs):
+        for name, label in pairs:
+            if labels[name] != label:
+                raise UserError(f"{path}: {member.name} lists {name} twice, as {label} and as {labels[name]}; keep the "
+                                "right one")
+    return labels, classes
 
 
 # ------------------------------------------------------------------------------------------------------------ classes
@@ -131,7 +199,7 @@ def class_numbers(folders: Iterable[str], source: str | Path, classes: Sequence[
     folders = sorted(set(folders))
     if classes is not None:
         if unknown := [name for name in folders if name not in classes]:
-            raise UserError(f"{source}: the class {unknown[0]!r} is not one of the training set's classes")
+            raise _unknown_class(unknown, classes, source)
         return {name: classes.index(name) for name in sorted(folders, key=classes.index)}
     if not are_numbers(folders):
         return {name: number for number, name in enumerate(folders)}
@@ -142,6 +210,34 @@ def class_numbers(folders: Iterable[str], source: str | Path, classes: Sequence[
         raise UserError(f"{source}: the folder {max(folders, key=int)} would be class {max(numbers.values())}; folders "
                         "named by integers are class numbers, so number them from 0")
     return numbers
+
+
+def _unknown_class(unknown: Sequence[str], classes: Sequence[str], source: str | Path) -> UserError:
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    known = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+    return UserError(f"{source}: the class {unknown[0]!r}{more} is not one of the training set's classes"
+                     f"{nearest(unknown[0], classes)} ({known})")
+
+
+def match_labels(labels: np.ndarray, own: Sequence[str], classes: Sequence[str], source: str | Path) -> np.ndarray:
+    """Return int64 labels [N] of classes named `own` as numbers of the same names in `classes`.
+
+    Where one side knows its classes as numbers alone, there is nothing to match, and the labels stay. Names of `own`
+    that no label has do not count. Raises UserError for other names that `classes` lacks.
+    """
+    if not has_names(own) or not has_names(classes):
+        return labels
+    numbers = {name: number for number, name in enumerate(classes)}
+    occurring = [own[label] for label in np.unique(labels).tolist() if label >= 0]
+    if unknown := [name for name in occurring if name not in numbers]:
+        raise _unknown_class(unknown, classes, source)
+    table = np.array([*(numbers.get(name, -1) for name in own), -1], np.int64)  # the last one for -1
+    return table[labels]
+
+
+def has_names(classes: Sequence[str]) -> bool:
+    """Return whether classes have names, other than their numbers."""
+    return bool(classes) and not are_numbers(classes)
 
 
 def are_numbers(folders: Collection[str]) -> bool:
@@ -174,32 +270,47 @@ def _is_numbered(name: str) -> bool:
 def class_folders(path: Path) -> list[str]:
     """Return the names of the sub-folders that hold images, in class order, without listing every image."""
     names = [entry.name for entry in os.scandir(path) if entry.is_dir()
-             and any(is_image(f"{entry.name}/{name}") for name in walk(path / entry.name))]
+             and any(is_image_file(path, Member(f"{entry.name}/{name}")) for name in walk(path / entry.name))]
     return list(class_numbers(names, path))
 
 
 def listed_labels(files: ImageFiles) -> Labels | None:
-    """Return the label that dataset.json gives to each image, in their order; None if it lists none at all.
+    """Return the label that dataset.json or a CSV gives to each image, in their order; None if it lists none at all.
 
     An image that is missing from the list or listed with null has the label None. Raises UserError, naming file and
-    label, for a label that is no class number (an integer from 0 on), for lists of unequal length or of anything but
-    finite numbers, and for a mixture of the two.
+    label, for a list that names none of the images, for a label that is no class number (an integer from 0 on) or has
+    no name among `classes`, for lists of unequal length or of anything but finite numbers, and for a mixture.
     """
     labels = [files.labels.get(name) for name in files.names]
+    if files.labels and not any(name in files.labels for name in files.names):
+        raise _names_nothing(files, files.label_file, list(files.labels))
     if all(label is None for label in labels):
         return None
-    where = f"{files.path}: {LABEL_FILE}"
+    where = f"{files.path}: {files.label_file}"
     lengths = {len(label) if isinstance(label, list) else None for label in labels}
     if len(lengths) > 1:
         raise UserError(f"{where}: every image must have a list of numbers of the same length, or none of them")
+    most = len(files.classes) or MAX_CLASSES
     for name, label in zip(files.names, labels, strict=True):
         if isinstance(label, list):
             if not all(type(v) in (int, float) and np.isfinite(v) for v in label):
                 raise UserError(f"{where}: the label of {name} must hold finite numbers, got {label!r}")
-        elif label is not None and (type(label) is not int or not 0 <= label < MAX_CLASSES):
-            raise UserError(f"{where}: the label of {name} must be a class number from 0 to {MAX_CLASSES - 1} or null, "
+        elif label is not None and (type(label) is not int or not 0 <= label < most):
+            raise UserError(f"{where}: the label of {name} must be a class number from 0 to {most - 1} or null, "
                             f"got {label!r}")
     return labels
+
+
+def labels_of(files: ImageFiles, source: str | Path) -> FolderClasses | None:
+    """Return the classes of images by a list of labels, else by class folders; None without either, or for labels that
+    are lists of numbers. Raises UserError."""
+    labels = listed_labels(files)
+    if labels is None:
+        return classes_by_folder(files.names, source)
+    if isinstance(labels[0], list):
+        return None
+    numbers = np.array([-1 if label is None else label for label in labels], np.int64)
+    return FolderClasses(numbers, files.classes or tuple(map(str, range(numbers.max() + 1))))
 
 
 def class_balanced_draw(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:

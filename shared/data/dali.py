@@ -15,7 +15,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from shared.cli import UserError
 from shared.data.images import open_image
 from shared.data.parallel import one_ahead
-from shared.data.photographs import MEAN, STD, Photograph, Photographs, Request, View, check_whole, image_size
+from shared.data.photographs import MEAN, STD, Photograph, Photographs, Request, View, for_dali, image_size
 
 Inputs = tuple[list[np.ndarray], ...]
 
@@ -48,12 +48,13 @@ def _inputs(photographs: Photographs, view: View, request: Callable[[int], Reque
         for step in steps:
             wanted = request(step)
             # What is cut short is found before DALI meets it, whose threads do not survive that.
-            batch = [photographs.get(int(position), check_whole)[1] for position in wanted.positions]
-            payloads = [np.frombuffer(one.payload, np.uint8) for one in batch]
+            encoded, batch = map(list, zip(*(photographs.get(int(position), for_dali)
+                                             for position in wanted.positions), strict=True))
+            payloads = [np.frombuffer(one, np.uint8) for one in encoded]
             if wanted.crops is None:
                 yield batch, (payloads, [np.array([-1 if one.stands_in else one.label]) for one in batch])
                 continue
-            windows = [wanted.crops.window(number, *image_size(one.payload)) for number, one in enumerate(batch)]
+            windows = [wanted.crops.window(number, *image_size(one)) for number, one in enumerate(encoded)]
             yield batch, (payloads, [np.array([one.label]) for one in batch],
                           [np.array(window[:2], np.int32) for window in windows],
                           [np.array(window[2:], np.int32) for window in windows],
@@ -120,6 +121,7 @@ def _why_bad(payload: bytes, name: str) -> str:
     """Return why an image cannot be decoded, or '' if it can."""
     try:
         open_image(payload, name)
+        payload = for_dali(payload, name)
     except UserError as error:
         return str(error)
     alone = Pipeline(1, 1, None)
@@ -142,8 +144,7 @@ class Decoder:
 
     def __call__(self, payloads: list[bytes], names: list[str]) -> list[torch.Tensor]:
         """Return uint8 [3, H, W] each; UserError naming the first that cannot be decoded."""
-        for payload, name in zip(payloads, names, strict=True):
-            check_whole(payload, name)
+        payloads = [for_dali(payload, name) for payload, name in zip(payloads, names, strict=True)]
         if len(payloads) not in self.pipelines:
             self.pipelines[len(payloads)] = self._pipeline(len(payloads))
         pipeline = self.pipelines[len(payloads)]

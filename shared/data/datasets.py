@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,8 +10,19 @@ import numpy as np
 
 from shared.cli import UserError, nearest
 from shared.data.cache import Allocate, Stored, cached
-from shared.data.classes import LABEL_FILE, are_numbers, class_folders
-from shared.data.formats import CIFAR10, CIFAR100, Layout, class_names, layout_of, read_batches, read_mat, read_mnist
+from shared.data.classes import find_images, labels_of
+from shared.data.formats import (
+    CIFAR10,
+    CIFAR100,
+    Layout,
+    class_names,
+    layout_of,
+    npz_arrays,
+    npz_classes,
+    read_batches,
+    read_mat,
+    read_mnist,
+)
 from shared.data.images import ImageSet, read_images
 from shared.data.safe import zip_members
 from shared.training.fingerprint import fingerprint
@@ -21,6 +33,9 @@ SPLITS = {"digits": ("train", "test"), "cifar10": ("train", "test"), "cifar100":
 NAMES = tuple(SPLITS)
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 TEN_DIGITS = tuple(map(str, range(10)))
+# What folders, archives and arrays of an own set may be called, the first that is there.
+SPELLINGS = {"test": ("test", "val", "valid", "validation"), "unlabeled": ("unlabeled", "unlabelled")}
+ENDINGS = ("", ".zip", ".npz")
 STL10_SIDE = 96
 STL10_COUNTS = {"train": 5_000, "test": 8_000, "unlabeled": 100_000}
 
@@ -33,9 +48,11 @@ def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = ".
     archives as they are; digits needs none. MNIST comes padded to 32x32. `download` fetches missing files with
     torchvision, which checks them. Files that differ from the published ones are read with a warning.
 
-    A path is the user's own set: a folder holding `train/`, `test/` and if wanted `unlabeled/`, each a folder of class
-    sub-folders or with a dataset.json, or the same as train.zip, test.zip or .npz files; a ZIP whose names begin with
-    train/ and test/; a CIFAR folder or archive. A folder, ZIP or npz without such parts is all training set.
+    A path is the user's own set: a folder holding `train/`, `test/` (or `val/` or `valid/`) and if wanted `unlabeled/`,
+    each a folder of class sub-folders or with a dataset.json or labels.csv, or the same as train.zip, test.zip or .npz
+    files; a ZIP whose names begin with train/ and test/; an npz with x_train and x_test, or train_images and
+    test_images; a CIFAR folder or archive. A folder, ZIP or npz without such parts is all training set. Labels of the
+    test images are those of the training images' classes of the same name.
 
     Images are decoded once, then opened from the cache in milliseconds (shared/data/cache.py). Raises UserError if the
     files are missing, damaged, hostile or without that split.
@@ -124,29 +141,64 @@ def _own(path: Path, split: str) -> ImageSet:
         return _cifar(path, layout, split, path.name)
     part, prefix = _part(path, split)
     if part is None:
-        raise UserError(f"{path}: has no split {split!r}; expected {path}/{split}/ (class sub-folders of images), "
-                        f"{split}.zip or {split}.npz in that folder, or a ZIP whose names begin with {split}/")
+        raise UserError(_no_split(path, split))
     train, train_prefix = _part(path, "train") if split == "test" else (None, "")
-    # The class names of the training folder decide what the test folder's labels mean.
-    classes = _folder_classes(train) if train is not None and not train_prefix else None
-    images = read_images(part, part=prefix, classes=classes if part.is_dir() else None)
+    # The class names of the training images decide what the test images' labels mean.
+    classes = None if train is None else own_classes(train, train_prefix)
+    images = read_images(part, part=prefix, classes=classes or None)
     return ImageSet(images.images, images.labels, images.classes, f"{path.stem} {split}", images.vectors)
+
+
+def _no_split(path: Path, split: str) -> str:
+    message = (f"{path}: has no split {split!r}; expected {path}/{split}/ (class sub-folders of images), {split}.zip "
+               f"or {split}.npz in that folder, or a ZIP whose names begin with {split}/")
+    if split != "test" or _part(path, "train")[0] is None:
+        return message
+    return f"{message}; dataset_tool.py --source={path} --dest=DIR --test-fraction=0.2 divides one set into both"
+
+
+def own_classes(path: Path, prefix: str = "") -> tuple[str, ...]:
+    """Return the class names of an own set in label order, without decoding an image; () without labels."""
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return npz_classes(path)
+    files = find_images(path, prefix)
+    short = replace(files, members=tuple(member._replace(name=member.name.removeprefix(prefix))
+                                         for member in files.members),
+                    labels={name.removeprefix(prefix): label for name, label in files.labels.items()})
+    found = labels_of(short, path)
+    return () if found is None else found.names
+
+
+def training_classes(path: Path) -> tuple[str, ...]:
+    """Return the class names of the training set beside an own test set (test/ or val/ beside train/, test.zip beside
+    train.zip); () if `path` is none."""
+    if (path.name if path.is_dir() else path.stem) not in SPELLINGS["test"]:
+        return ()
+    train, prefix = _part(path.absolute().parent, "train")
+    return () if train is None or train == path.absolute().parent else own_classes(train, prefix)
 
 
 def _part(path: Path, split: str) -> tuple[Path | None, str]:
     """Return the folder or file of a split, and what its names begin with inside it."""
+    names = SPELLINGS.get(split, (split,))
     if path.is_dir():
-        for candidate in (path / split, path / f"{split}.zip", path / f"{split}.npz"):
-            if candidate.exists():
-                return candidate, ""
-        divided = any((path / f"{other}{end}").exists() for other in ("train", "test") for end in ("", ".zip", ".npz"))
-        return (path if split == "train" and not divided else None), ""
+        there = {name: [path / f"{name}{end}" for end in ENDINGS if (path / f"{name}{end}").exists()]
+                 for name in ("train", "test", *names)}
+        if not there["train"]:  # without training images, val/ is a class of that name
+            names = names[:1]
+        found = [candidate for name in names for candidate in there[name]]
+        if found:
+            return found[0], ""
+        return (path if split == "train" and not there["test"] else None), ""
     if path.suffix.lower() == ".zip":
         state = path.stat()
         folders = _top_folders(path, state.st_size, state.st_mtime_ns)
-        if split in folders:
-            return path, f"{split}/"
+        found = [name for name in names[:None if "train" in folders else 1] if name in folders]
+        if found:
+            return path, f"{found[0]}/"
         return (path if split == "train" and not folders & {"train", "test"} else None), ""
+    if path.suffix.lower() == ".npz":
+        return (path if npz_arrays(path, split) else None), f"{split}/"
     return (path if split == "train" else None), ""
 
 
@@ -154,14 +206,6 @@ def _part(path: Path, split: str) -> tuple[Path | None, str]:
 def _top_folders(path: Path, size: int, changed: int) -> frozenset[str]:
     """Return the top-level folders of a ZIP; its size and time of change are the key to what is remembered."""
     return frozenset(member.name.partition("/")[0] for member in zip_members(path) if "/" in member.name)
-
-
-def _folder_classes(train: Path) -> list[str] | None:
-    """Return the class names of a folder of class sub-folders unless they are numbers, which speak for themselves."""
-    if not train.is_dir() or (train / LABEL_FILE).exists():
-        return None
-    names = class_folders(train)
-    return names if names and not are_numbers(names) else None
 
 
 # --------------------------------------------------------------------------------------------------- the published sets

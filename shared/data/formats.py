@@ -1,4 +1,4 @@
-"""The file formats of published data sets, read in place: CIFAR's pickled batches, MNIST's idx files, MATLAB 5."""
+"""The file formats of published data sets, read in place: CIFAR's pickled batches, MNIST's idx files, MATLAB 5, npz."""
 from __future__ import annotations
 
 import hashlib
@@ -8,18 +8,29 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from shared.cli import UserError
-from shared.data.safe import READ_ERRORS, SMALL, load_numpy_pickle, read_gzip, read_tar
+from shared.data.cache import Allocate, Stored
+from shared.data.classes import MAX_CLASSES, class_numbers
+from shared.data.safe import READ_ERRORS, SMALL, load_numpy_pickle, read_gzip, read_tar, zip_members
 
 CIFAR_SIDE = 32
 CIFAR_ROW = 3 * CIFAR_SIDE**2  # bytes of an image: its red, green and blue plane
 MAT_TYPES = {1: "<i1", 2: "<u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8"}
 MAT_MATRIX, MAT_COMPRESSED = 14, 15
 MAT_RATIO = 10                 # unpacked to packed; SVHN has 1.3
+MAX_ARRAY_BYTES = 1 << 40
+ROWS = 256                     # images that are copied at a time
+# Names of (images, labels) in npz files: ours first, then those of Keras, MedMNIST and others.
+NPZ_WHOLE = (("images", "labels"), ("arr_0", "arr_1"))
+NPZ_SPLIT = {split: tuple((image.format(name), label.format(name)) for name in names for image, label in
+                          (("x_{}", "y_{}"), ("{}_images", "{}_labels"), ("X_{}", "Y_{}"), ("X_{}", "y_{}"),
+                           ("{}_x", "{}_y")))
+             for split, names in (("train", ("train",)), ("test", ("test", "val", "valid")),
+                                  ("unlabeled", ("unlabeled",)))}
 
 
 class Layout(NamedTuple):
@@ -202,3 +213,79 @@ def _inflate(packed: memoryview, limit: int) -> memoryview:
     if not inflate.eof:
         raise EOFError("cut short")
     return memoryview(content)
+
+
+# ------------------------------------------------------------------------------------------------------------- npz
+
+def npz_arrays(path: Path, split: str = "") -> tuple[str, str] | None:
+    """Return the names of the arrays of images and labels in an npz: of a split of its own ("train", "test"), else of
+    the whole set; None if it has none. A file with splits has no whole set but its training images."""
+    names = {member.name.removesuffix(".npy") for member in zip_members(path, max_member=MAX_ARRAY_BYTES)}
+    divided = any(pair[0] in names for pairs in NPZ_SPLIT.values() for pair in pairs)
+    pairs = NPZ_SPLIT.get(split or "train", ()) if divided else NPZ_WHOLE if split in ("", "train") else ()
+    images = [pair for pair in pairs if pair[0] in names]
+    return next((pair for pair in images if pair[1] in names), images[0] if images else None)
+
+
+def npz_classes(path: Path) -> tuple[str, ...]:
+    """Return the names of the classes in an npz, if it holds any; UserError for a damaged file."""
+    if not any(member.name == "classes.npy" for member in zip_members(path, max_member=MAX_ARRAY_BYTES)):
+        return ()
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return tuple(str(name) for name in arrays["classes"])
+    except (*READ_ERRORS, MemoryError, TypeError) as error:
+        raise UserError(f"{path}: cut short or not plain arrays ({error})") from None
+
+
+def read_npz(path: Path, split: str, allocate: Allocate) -> Stored:
+    """Read images uint8 [N, C, H, W], [N, H, W, C] or gray [N, H, W], labels [N] or [N, 1] (integers, or names), and
+    `classes`, if known. Raises UserError for other arrays."""
+    pair = npz_arrays(path, split)
+    if pair is None:
+        names = [member.name.removesuffix(".npy") for member in zip_members(path, max_member=MAX_ARRAY_BYTES)]
+        raise UserError(f"{path}: expected an array `images`, uint8 [N, C, H, W], or x_train or train_images; it holds "
+                        f"{', '.join(names) or 'nothing'}")
+    image, label = pair
+    try:
+        with np.load(path, allow_pickle=False) as arrays, arrays.zip.open(f"{image}.npy") as stream:
+            size = arrays.zip.getinfo(f"{image}.npy").file_size
+            images = _stream_images(f"{path}: `{image}`", stream, size, allocate)
+            labels = arrays[label] if label in arrays else np.full(len(images), -1)
+            classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
+    except (*READ_ERRORS, MemoryError, TypeError) as error:
+        raise UserError(f"{path}: cut short or not plain arrays ({error})") from None
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
+    if labels.dtype.kind == "U" and labels.shape == (len(images),):
+        numbers = class_numbers(set(labels.tolist()), path)
+        classes = classes or list(numbers)
+        labels = np.array([numbers[name] for name in labels.tolist()], np.int64)
+    known = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+    if not known or not -1 <= int(labels.min()) <= int(labels.max()) < MAX_CLASSES:
+        raise UserError(f"{path}: `{label}` must be {len(images)} integers from -1 on, got {labels.dtype} "
+                        f"{list(labels.shape)}")
+    count = int(labels.max()) + 1
+    if classes is not None and len(classes) < count:
+        raise UserError(f"{path}: {len(classes)} `classes` but a label {count - 1}")
+    return Stored(images, labels.astype(np.int64), tuple(classes or map(str, range(count))))
+
+
+def _stream_images(source: str, stream: IO[bytes], size: int, allocate: Allocate) -> np.ndarray:
+    """Copy the array of an .npy stream of `size` bytes a chunk at a time."""
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    stored, fortran, dtype = read_header[np.lib.format.read_magic(stream)](stream)
+    shape = (stored[0], 1, *stored[1:]) if len(stored) == 3 else stored
+    if len(shape) != 4 or dtype != np.uint8 or fortran or not shape[0] or not {1, 3} & {shape[1], shape[3]}:
+        raise UserError(f"{source} must be uint8 [N, 1 or 3, H, W], [N, H, W, 1 or 3] or [N, H, W] in C order, got "
+                        f"{dtype} {list(stored)}")
+    if math.prod(shape) > size:
+        raise UserError(f"{source} is cut short, it should be {list(stored)}")
+    last = shape[1] not in (1, 3)  # channels last
+    array = allocate((shape[0], shape[3], *shape[1:3]) if last else shape)
+    for start in range(0, len(array), ROWS):
+        count = min(ROWS, len(array) - start)
+        data = stream.read(count * math.prod(shape[1:]))
+        chunk = np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+        array[start:start + count] = chunk.transpose(0, 3, 1, 2) if last else chunk
+    return array

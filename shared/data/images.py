@@ -1,30 +1,53 @@
-"""ImageSet: the images every reader returns, every trainer takes and every writer writes."""
+"""ImageSet: the images every reader returns, every trainer takes and every writer writes; and how one is decoded.
+
+One policy for every image, whoever reads it: the EXIF orientation is applied; what is transparent lies on white;
+palettes become the colours they mean, bilevel becomes gray; gray of 16 bits is scaled to 8; CMYK, YCbCr and LAB become
+RGB; of an animation the first frame is taken. Images of more than MAX_PIXELS are refused, and larger ones than
+PLAIN_PIXELS that are packed a thousandfold, which only plain colour is; FEWLABEL_MAX_PIXELS raises both limits.
+"""
 from __future__ import annotations
 
 import io
-import math
+import os
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shared.cli import UserError
 from shared.data.cache import Allocate, Stored, cached
-from shared.data.classes import LABEL_FILE, MAX_CLASSES, ImageFiles, classes_by_folder, find_images, listed_labels
+from shared.data.classes import (
+    ImageFiles,
+    classes_by_folder,
+    find_images,
+    find_table,
+    has_names,
+    listed_labels,
+    match_labels,
+)
+from shared.data.formats import read_npz
+from shared.data.image_files import is_hidden, walk
 from shared.data.parallel import ordered_map
-from shared.data.safe import MAX_RATIO, READ_ERRORS, Member, read_members, zip_members
+from shared.data.safe import Member, read_members
 from shared.training.fingerprint import fingerprint, fingerprint_arrays
 from shared.training.progress import Progress
 
 CHUNK = 256  # images a worker decodes at a time
-MAX_ARRAY_BYTES = 1 << 40
-MAX_PIXELS = 89_478_485  # Pillow's own bound, at which it only warns
+MAX_PIXELS = 1 << 27     # 134 million: 400 MB in colour
 PLAIN_PIXELS = 1 << 24   # an image of fewer pixels may be of one colour, packed as well as that can be
+PLAIN_RATIO = 500        # decoded to stored bytes: a blank JPEG reaches 250, a PNG of one colour 1000
+EXIF_ORIENTATION = 0x0112
+PIXELS_VARIABLE = "FEWLABEL_MAX_PIXELS"
+Image.MAX_IMAGE_PIXELS = None  # the limit is ours
+
+
+class UnequalSizes(UserError):
+    """Images of several sizes where one is needed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +106,7 @@ class ImageSet:
     def concatenate(self, other: ImageSet) -> ImageSet:
         """Return this set followed by `other`; raise UserError if image shapes or classes differ."""
         if self.images.shape[1:] != other.images.shape[1:]:
-            raise UserError(f"{other.name} has images of {shape_text(other)}, {self.name} of {shape_text(self)}")
+            raise UnequalSizes(f"{other.name} has images of {shape_text(other)}, {self.name} of {shape_text(self)}")
         if self.classes and other.classes and self.classes != other.classes:
             raise UserError(f"{other.name} has other classes than {self.name}")
         return ImageSet(np.concatenate((self.images, other.images)), np.concatenate((self.labels, other.labels)),
@@ -111,40 +134,104 @@ def with_classes(images: ImageSet, num_classes: int, source: str | Path) -> Imag
     return ImageSet(images.images, images.labels, names, images.name, images.vectors)
 
 
+def with_names(images: ImageSet, classes: Sequence[str], source: str | Path) -> ImageSet:
+    """Return the set with the labels that its classes have in `classes`, by name (see match_labels).
+
+    A warning says which classes it has no image of. Labels of classes without names stay, and so do the names of a set
+    whose numbers lie beyond `classes`. Raises UserError for a class that is none of `classes`.
+    """
+    labels = match_labels(images.labels, images.classes, classes, source)
+    if has_names(images.classes) and (absent := sorted(set(range(len(classes))) - set(labels.tolist()))):
+        more = ", ..." if len(absent) > 10 else ""
+        warnings.warn(f"{source}: no image of class {', '.join(classes[c] for c in absent[:10])}{more}", stacklevel=2)
+    is_beyond = int(labels.max(initial=-1)) >= len(classes)  # of numbers, for which there is nothing to match
+    return ImageSet(images.images, labels, images.classes if is_beyond else tuple(classes), images.name, images.vectors)
+
+
 # ----------------------------------------------------------------------------------------------------------- one image
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    """Decode one image file; raise UserError, naming it, if it is damaged, hostile or not 8 bits a channel.
+    """Decode one image file by the policy of this module, to mode L or RGB.
 
-    The result has mode L, RGB, LA or RGBA: palettes become the colours they mean, bilevel becomes L.
+    Raises UserError, naming it, if it is damaged, hostile or not 8 or 16 bits a channel.
     """
+    return plain_image(load_image(data, name), name)
+
+
+def plain_image(image: Image.Image, name: str) -> Image.Image:
+    """Return a decoded image as `open_image` does; UserError, naming it, for other numbers than 8 or 16 bits."""
+    try:
+        return _plain(_upright(image))
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        raise UserError(f"{name}: cut short or not an image ({error})") from None
+    except NotImplementedError:
+        raise UserError(f"{name}: mode {image.mode} is neither 8 nor 16 bits a channel; convert it to 8-bit gray or "
+                        "RGB") from None
+
+
+def load_image(data: bytes, name: str) -> Image.Image:
+    """Decode one image file as it is, in any mode of Pillow; UserError, naming it, if it is damaged or hostile."""
     try:
         image = Image.open(io.BytesIO(data))
         if image.format == "EPS":
             raise UserError(f"{name}: PostScript is not read")
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS or pixels > PLAIN_PIXELS and pixels * len(image.getbands()) > MAX_RATIO * len(data):
-            raise UserError(f"{name}: refused, {len(data)} bytes unfold to {image.width}x{image.height} pixels")
+        _check_size(image, len(data), name)
         image.load()
-        if image.mode in ("L", "RGB", "LA", "RGBA"):
-            return image
-        if image.mode == "1":
-            return image.convert("L")
-        if image.mode == "P":
-            return image.convert("RGBA").convert("RGB")
-        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
-            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error, Image.DecompressionBombError,
             OverflowError) as error:
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{name}: cut short or not an image ({reason})") from None
-    raise UserError(f"{name}: mode {image.mode} is not 8 bits a channel; convert it to 8-bit gray or RGB")
+    return image
+
+
+def _check_size(image: Image.Image, stored: int, name: str) -> None:
+    """Raise UserError for an image of too many pixels, or of many in next to no bytes."""
+    given = os.environ.get(PIXELS_VARIABLE, "")
+    most, pixels = max(MAX_PIXELS, int(given) if given.isdigit() else 0), image.width * image.height
+    is_plain = pixels > PLAIN_PIXELS and pixels * len(image.getbands()) > PLAIN_RATIO * stored
+    if pixels > most or is_plain and not given:
+        raise UserError(f"{name}: refused, {stored} bytes unfold to {image.width}x{image.height} pixels; if it is an "
+                        f"image, allow it with {PIXELS_VARIABLE}={max(pixels, MAX_PIXELS)} before the command")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, struct.error):
+        return image  # a damaged note on a whole image
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Return a decoded image as L or RGB; NotImplementedError for other numbers than 8 or 16 bits."""
+    if image.mode in ("P", "PA") or "transparency" in image.info and image.mode in ("1", "L", "RGB"):
+        is_gray = image.mode in ("1", "L")
+        image = image.convert("RGBA").convert("LA") if is_gray else image.convert("RGBA")
+        if image.mode == "RGBA" and image.getextrema()[3] == (255, 255):
+            return image.convert("RGB")
+    if image.mode in ("RGBA", "LA", "RGBa", "La"):
+        mode = "RGBA" if image.mode.startswith("RGB") else "LA"
+        image = image if image.mode == mode else image.convert(mode)
+        white = Image.new(mode.removesuffix("A"), image.size, 255 if mode == "LA" else (255, 255, 255))
+        white.paste(image.convert(white.mode), mask=image.getchannel("A"))
+        return white
+    if image.mode in ("L", "RGB"):
+        return image
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
+        return image.convert("RGB")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if 0 <= values.min() and values.max() <= 65_535:
+            return Image.fromarray(((values * 255 + 32_767) // 65_535).astype(np.uint8))
+    raise NotImplementedError
 
 
 def to_chw(image: Image.Image, channels: int | None = None) -> np.ndarray:
-    """Return uint8 [C, H, W] with 1 or 3 channels (default: as many as the image has), transparency dropped."""
+    """Return uint8 [C, H, W] with 1 or 3 channels (default: as many as the image has)."""
     if channels is None:
-        channels = 1 if image.mode in ("L", "LA") else 3
+        channels = 1 if image.mode == "L" else 3
     mode = "L" if channels == 1 else "RGB"
     array = np.asarray(image if image.mode == mode else image.convert(mode))
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
@@ -153,17 +240,19 @@ def to_chw(image: Image.Image, channels: int | None = None) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- readers
 
 def read_images(path: str | Path, *, resolution: int | None = None, channels: int | None = None,
-                num_classes: int | None = None, classes: Sequence[str] | None = None, part: str = "") -> ImageSet:
+                num_classes: int | None = None, classes: Sequence[str] | None = None, part: str = "",
+                table: str | Path | None = None) -> ImageSet:
     """Read a folder, a ZIP or an npz of images: decoded once on all cores, later opened from the cache.
 
-    - a folder or ZIP with a dataset.json `{"labels": [["file", class], ...]}`: files by name. An image that is not
-      listed, or listed with null, has the label -1, and a warning says how many;
+    - a folder or ZIP with a dataset.json `{"labels": [["file", class], ...]}`, if wanted with `"classes": [names]`, or
+      with a CSV of the columns file and label (labels.csv in it or beside it, or `table`): files by name. An image that
+      is not listed, or listed without a label, has the label -1, and a warning says how many;
     - a folder or ZIP with class sub-folders (shared/data/classes.py): the files in each, by class, folder, file name;
     - a folder or ZIP of images without either: labels -1;
-    - an npz with `images` uint8 [N, C, H, W] or [N, H, W, C], and if known `labels` int64 [N] and `classes`.
+    - an npz (shared/data/formats.py), of which `part` "train/" or "test/" takes the arrays of that split.
 
     `resolution`: the images must be squares of this side. `channels`: 1 or 3; default 1 if every image is gray, else 3.
-    `num_classes`: labels must lie below it. `classes`: the names in label order, if another set fixes them.
+    `num_classes`: labels must lie below it. `classes`: names that another set has in label order, matched by name.
     `part`: only the names in a ZIP that begin so.
 
     Raises UserError for a missing path, no images, unequal sizes, damaged or hostile files and wrong labels.
@@ -171,54 +260,57 @@ def read_images(path: str | Path, *, resolution: int | None = None, channels: in
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    options = [channels, list(classes) if classes is not None else None, part]
+    is_array = path.suffix.lower() == ".npz" and path.is_file()
+    table = None if is_array else Path(table) if table is not None else find_table(path, part)
+    hidden = sorted(filter(is_hidden, walk(path))) if path.is_dir() else []  # which the fingerprint passes over
+    options = [channels, part, None if table is None else fingerprint(table), len(hidden), *hidden[:1]]
     key, name = [fingerprint(path), options], path.stem if path.is_file() else path.resolve().name
 
     def read(allocate: Allocate) -> Stored:
-        if path.suffix.lower() == ".npz" and path.is_file():
-            return _read_npz(path, allocate)
-        return _read_files(find_images(path, part), channels, classes, part, allocate)
+        if is_array:
+            return read_npz(path, part.rstrip("/"), allocate)
+        return _read_files(find_images(path, part, table), channels, part, allocate)
 
     stored = cached(name, key, read, path)
     images = ImageSet(stored.images, stored.labels, stored.classes, name, stored.vectors)
+    if classes is not None:
+        images = with_names(images, classes, path)
     if resolution is not None and images.size != (resolution, resolution):
         raise UserError(f"{path}: Image files do not match the specified resolution: they are "
                         f"{images.size[1]}x{images.size[0]}, not {resolution}x{resolution}")
     return images if num_classes is None else with_classes(images, num_classes, path)
 
 
-def _read_files(files: ImageFiles, channels: int | None, classes: Sequence[str] | None, part: str,
-                allocate: Allocate) -> Stored:
+def _read_files(files: ImageFiles, channels: int | None, part: str, allocate: Allocate) -> Stored:
     labels = listed_labels(files)
     if labels is None:
-        return _read_by_folder(files, channels, classes, part, allocate)
-    images = decode(files, channels, allocate)
+        return _read_by_folder(files, channels, part, allocate)
+    images, notes = decode(files, channels, allocate), [*files.notes]
     unknown = np.full(len(files), -1, np.int64)
     if isinstance(labels[0], list):
-        return Stored(images, unknown, vectors=np.array(labels, np.float32))
+        return Stored(images, unknown, vectors=np.array(labels, np.float32), notes=files.notes)
     numbers = np.array([-1 if label is None else label for label in labels], np.int64)
-    notes = ()
     if missing := [name for name, label in zip(files.names, labels, strict=True) if label is None]:
-        notes = (f"{len(missing)} of {len(files)} images have no label in {LABEL_FILE} (first: "
-                 f"{missing[0]}); they count as unlabelled",)
-    return Stored(images, numbers, tuple(str(c) for c in range(numbers.max() + 1)), notes=notes)
+        notes.append(f"{len(missing)} of {len(files)} images have no label in {files.label_file} (first: "
+                     f"{missing[0]}); they count as unlabelled")
+    classes = files.classes or tuple(str(c) for c in range(numbers.max() + 1))
+    return Stored(images, numbers, classes, notes=tuple(notes))
 
 
-def _read_by_folder(files: ImageFiles, channels: int | None, classes: Sequence[str] | None, part: str,
-                    allocate: Allocate) -> Stored:
+def _read_by_folder(files: ImageFiles, channels: int | None, part: str, allocate: Allocate) -> Stored:
     names = [name.removeprefix(part) for name in files.names]
-    found = classes_by_folder(names, files.path, classes)
+    found = classes_by_folder(names, files.path)
     if found is None:
-        return Stored(decode(files, channels, allocate), np.full(len(files), -1, np.int64))
+        return Stored(decode(files, channels, allocate), np.full(len(files), -1, np.int64), notes=files.notes)
     # Class folder by class folder, inside it by sub-folder, then by file name.
-    tops = found.labels.tolist() if classes is None else [name.partition("/")[0] for name in names]
-    order = sorted(np.flatnonzero(found.labels >= 0).tolist(), key=lambda i: (tops[i], *names[i].rpartition("/")[::2]))
-    labels, notes = found.labels[order], []
+    order = sorted(np.flatnonzero(found.labels >= 0).tolist(),
+                   key=lambda i: (found.labels[i], *names[i].rpartition("/")[::2]))
+    labels, notes = found.labels[order], [*files.notes]
     if loose := len(files) - len(order):
         notes.append(f"{loose} images that lie in no class folder are left out")
     if empty := sorted(set(range(len(found.names))) - set(labels.tolist())):
         notes.append(f"no image of class {', '.join(found.names[c] for c in empty[:10])}")
-    kept = ImageFiles(files.path, tuple(files.members[i] for i in order), {})
+    kept = replace(files, members=tuple(files.members[i] for i in order))
     return Stored(decode(kept, channels, allocate), labels, found.names, notes=tuple(notes))
 
 
@@ -252,48 +344,8 @@ def _decode_chunk(chunk: tuple[Path, tuple[Member, ...], int | None, tuple[int, 
     for member, data in zip(members, read_members(path, members), strict=True):
         image = open_image(data, f"{path}/{member.name}")
         if image.size != size[::-1]:
-            raise UserError(f"{path}/{member.name} is {image.width}x{image.height}, the images before it "
-                            f"{size[1]}x{size[0]}; make them equal with dataset_tool.py --resolution")
+            raise UnequalSizes(f"{path}/{member.name} is {image.width}x{image.height}, the images before it "
+                               f"{size[1]}x{size[0]}; make them equal with dataset_tool.py --resolution")
         images.append(to_chw(image, channels))
     most = max(map(len, images))
     return np.stack([np.broadcast_to(image, (most, *size)) for image in images])
-
-
-def _read_npz(path: Path, allocate: Allocate) -> Stored:
-    names = [member.name for member in zip_members(path, max_member=MAX_ARRAY_BYTES)]
-    if "images.npy" not in names:
-        raise UserError(f"{path}: expected an array `images`, uint8 [N, C, H, W]; it holds "
-                        f"{', '.join(names) or 'nothing'}")
-    try:
-        with np.load(path, allow_pickle=False) as arrays, arrays.zip.open("images.npy") as stream:
-            images = _stream_images(path, stream, arrays.zip.getinfo("images.npy").file_size, allocate)
-            labels = arrays["labels"] if "labels" in arrays else np.full(len(images), -1)
-            classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
-    except (*READ_ERRORS, MemoryError, TypeError) as error:
-        raise UserError(f"{path}: cut short or not plain arrays ({error})") from None
-    known = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    if not known or not -1 <= labels.min() <= labels.max() < MAX_CLASSES:
-        raise UserError(f"{path}: `labels` must be {len(images)} integers from -1 on, got {labels.dtype} "
-                        f"{list(labels.shape)}")
-    count = int(labels.max()) + 1
-    if classes is not None and len(classes) < count:
-        raise UserError(f"{path}: {len(classes)} `classes` but a label {count - 1}")
-    return Stored(images, labels.astype(np.int64), tuple(classes or map(str, range(count))))
-
-
-def _stream_images(path: Path, stream: IO[bytes], size: int, allocate: Allocate) -> np.ndarray:
-    """Copy the array of an .npy stream of `size` bytes a chunk at a time."""
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = read_header[np.lib.format.read_magic(stream)](stream)
-    if len(shape) != 4 or dtype != np.uint8 or fortran or not shape[0] or not {1, 3} & {shape[1], shape[3]}:
-        raise UserError(f"{path}: `images` must be uint8 [N, 1 or 3, H, W] in C order, got {dtype} {list(shape)}")
-    if math.prod(shape) > size:
-        raise UserError(f"{path}: cut short, `images` should be {list(shape)}")
-    last = shape[1] not in (1, 3)  # channels last
-    array = allocate((shape[0], shape[3], *shape[1:3]) if last else shape)
-    for start in range(0, len(array), CHUNK):
-        count = min(CHUNK, len(array) - start)
-        data = stream.read(count * math.prod(shape[1:]))
-        chunk = np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
-        array[start:start + count] = chunk.transpose(0, 3, 1, 2) if last else chunk
-    return array

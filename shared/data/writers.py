@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from shared.cli import UserError
+from shared.data.classes import has_names
 from shared.data.images import ImageSet, iterate
 from shared.training.files import atomic, make_dir
 
@@ -95,14 +96,17 @@ def image_name(index: int) -> str:
     return f"{index // 1000:05d}/img{index:08d}.png"
 
 
-def labels_json(labels: Sequence[tuple[str, int | list[float] | None]],
+def labels_json(labels: Sequence[tuple[str, int | list[float] | None]], classes: Sequence[str] = (),
                 further: Mapping[str, Any] | None = None) -> str:
     """Return the text of dataset.json: every name with its label, or null in place of all if one has none.
 
-    further: other keys, which readers of labels pass over.
+    classes: names in label order, written as `classes` unless they are numbers. further: other keys. Published readers
+    of labels pass over both.
     """
     listed = [[name, label] for name, label in labels]
-    return json.dumps({"labels": None if any(label is None for _, label in listed) else listed, **(further or {})})
+    unknown = any(label is None for _, label in listed)
+    named = {"classes": list(classes)} if has_names(classes) and not unknown else {}
+    return json.dumps({"labels": None if unknown else listed, **named, **(further or {})})
 
 
 @contextmanager
@@ -159,7 +163,8 @@ def whole_folder(dest: Path, problem: str = "the folder must be empty") -> Itera
 
 
 def write_zip(images: ImageSet, path: str | Path) -> None:
-    """Write EDM's form, a .zip or a folder: 00000/img00000000.png and so on, uncompressed, and dataset.json last.
+    """Write EDM's form, a .zip or a folder: 00000/img00000000.png and so on, uncompressed, and dataset.json last, with
+    the names of the classes.
 
     One image without a label makes all labels null there, which is how EDM says that a set has none.
     """
@@ -169,7 +174,7 @@ def write_zip(images: ImageSet, path: str | Path) -> None:
         for name, png in zip(names, _all_pngs(images), strict=True):
             save(name, png)
         pairs = [(name, None if label == -1 else label) for name, label in zip(names, labels, strict=True)]
-        save("dataset.json", labels_json(pairs).encode())
+        save("dataset.json", labels_json(pairs, images.classes).encode())
 
 
 def write_folder(images: ImageSet, path: str | Path) -> None:

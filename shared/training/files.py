@@ -4,7 +4,7 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -148,3 +148,23 @@ def in_use(folder: str | os.PathLike, name: str = LOCK) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def walk_folders(folder: str | os.PathLike, onerror: Callable[[OSError], None] | None = None
+                 ) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Do as os.walk from the top; links are followed, but not back up to a folder that they lie in."""
+    above = {os.fspath(folder): (_identity(folder),)}
+    for root, below, names in os.walk(folder, onerror=onerror, followlinks=True):
+        here = above.pop(root)
+        known = {name: _identity(os.path.join(root, name)) for name in below}
+        below[:] = [name for name in below if known[name] not in here]
+        above.update({os.path.join(root, name): (*here, known[name]) for name in below})
+        yield root, below, names
+
+
+def _identity(folder: str | os.PathLike) -> tuple[int, int] | None:
+    try:
+        state = os.stat(folder)
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from shared.cli import UserError
-from shared.training.files import atomic, cache_folder
+from shared.training.files import atomic, cache_folder, walk_folders
 from shared.training.progress import Progress
 
 CHUNK = 1 << 22  # bytes read at a time
@@ -121,7 +121,7 @@ def _files_below(path: Path) -> Files:
     if not path.is_dir():
         return [("", path.stat())]
     found = []
-    for folder, below, names in os.walk(path, onerror=_refuse, followlinks=True):
+    for folder, below, names in walk_folders(path, _refuse):
         below[:] = [name for name in below if not name.startswith(".")]
         inside = Path(folder).relative_to(path).as_posix()
         above = "" if inside == "." else f"{inside}/"  # as text: a data set has many files

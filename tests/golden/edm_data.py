@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import warnings
 import zipfile
@@ -116,7 +117,7 @@ def test_dataset_tool(case: Case, name: str, made_files: tuple[Path, dict[str, s
     dest = folder / flag(fact["args"], "--dest")
     members = read_output(dest)
     assert list(members) == fact["members"]
-    assert members["dataset.json"].decode() == fact["dataset_json"]
+    assert without_names(members["dataset.json"].decode()) == fact["dataset_json"]
     pngs = [content for member, content in members.items() if member != "dataset.json"]
     if "png_sizes" in fact:
         assert [len(png) for png in pngs][:len(fact["png_sizes"])] == fact["png_sizes"]
@@ -134,6 +135,11 @@ def test_dataset_tool(case: Case, name: str, made_files: tuple[Path, dict[str, s
     assert found.shape == given[f"{name}/pixels"].shape
     allowed = 0 if flag(fact["args"], "--resolution") is None else number(case["tolerance"], r"\+-#", 1)
     assert np.abs(found - given[f"{name}/pixels"]).max() <= allowed
+
+
+def without_names(text: str) -> str:
+    """Return a dataset.json as the published tool writes it, without the names of the classes."""
+    return json.dumps({key: value for key, value in json.loads(text).items() if key != "classes"})
 
 
 def chunks(png: bytes) -> list[tuple[bytes, int]]:

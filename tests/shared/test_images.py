@@ -198,9 +198,9 @@ class TestBadInput:
         (tmp_path / "b.png").unlink()
         assert "8x8, not 16x16" in error_of(tmp_path, resolution=16)
 
-    def test_sixteen_bits(self, tmp_path: Path) -> None:
-        Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "a.png")
-        assert "8 bits a channel" in error_of(tmp_path)
+    def test_numbers_that_are_no_grays(self, tmp_path: Path) -> None:
+        Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tif")
+        assert "neither 8 nor 16 bits a channel" in error_of(tmp_path)
 
     @pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.999])
     def test_truncated(self, tmp_path: Path, share: float) -> None:
