@@ -177,6 +177,8 @@ def paper_table(content: Mapping[str, Any]) -> list[Part]:
                  for row in rows]
         parts.append(table(head, lines, title.rstrip(":") or content["title"], fold=title.rstrip(":")))
     parts.append({"kind": "p", "text": about(content)})
+    if any(not cell["runs"] for cell in content["cells"]) and "command" in content:
+        parts.append({"kind": "p", "text": f"Cells that are not run are filled by: {content['command']}"})
     runs = [[f"{cell['row']}, {cell['column']}", run["seed"], run["commit"], duration(run["seconds"]),
              hardware_text(run["hardware"]), ", ".join(run["configs"]) or "command line", run["folder"],
              ", ".join(run["logs"])] for cell in content["cells"] for run in cell["runs"]]

@@ -368,9 +368,10 @@ def main(module: str, tables: Tables, flags: Sequence[Option] = (), argv: Sequen
         failed = run_tasks(missing, cards or [{"OMP_NUM_THREADS": threads}] * options.jobs)
     if options.run is None:
         with lock(folder, wait=True):  # two of these commands that end at a time write one after the other
-            content = {"title": whole.title, "name": whole.name, "source": whole.source, "unit": whole.unit,
-                       "scale": options.scale, "protocols": list(whole.protocols), "seeds": list(seeds),
-                       "note": whole.note, "base": whole.base, "machine": machine(), "cells": []}
+            content = {"title": whole.title, "name": whole.name, "command": f"python -m {module} {whole.name}",
+                       "source": whole.source, "unit": whole.unit, "scale": options.scale,
+                       "protocols": list(whole.protocols), "seeds": list(seeds), "note": whole.note,
+                       "base": whole.base, "machine": machine(), "cells": []}
             for cell in whole.cells:
                 of_cell = [task(cell.job, seed) for seed in seeds]
                 found = [(one.seed, one.folder, one.record()) for one in of_cell if one.finished()]

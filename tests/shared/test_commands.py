@@ -20,7 +20,8 @@ from shared.report import tables
 from tests.shared.programs import ROOT, declared_options, environment
 
 PUBLISHED = Path(__file__).with_name("published_commands.txt")
-READMES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
+READMES = sorted(path for depth in ("", "*/", "*/*/", "*/*/*/") for path in ROOT.glob(f"{depth}*.md")
+                 if not path.relative_to(ROOT).parts[0].startswith("."))
 MODULES_OF_OTHERS = {"pytorch_fid", "pip", "venv", "pytest"}
 WITH_COMMANDS = ("EDM/fid.py",)
 
@@ -34,7 +35,7 @@ def readme_commands(readme: Path) -> Iterator[tuple[str, str]]:
     for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE):
         if block.startswith("#!"):
             continue  # a file of its own, which other tests run
-        folder = readme.parent
+        folder = ROOT if "docs" in readme.parts else readme.parent  # the pages of docs/ are typed from the root
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True) if re.match(r"[\w\"'./]", line) else []
             if words[:1] == ["cd"]:
@@ -116,7 +117,7 @@ def understand_shell(script: str, arguments: list[str]) -> None:
         if "..." not in arguments:
             assert len(arguments) == 4 and arguments[0].isdigit() and arguments[3].isdigit()
     else:
-        assert script == "tests/run.sh"
+        assert script in ("tests/run.sh", "docs/results/build.sh")
 
 
 COMMANDS = [*dict.fromkeys([*published_commands(), *(pair for path in READMES for pair in readme_commands(path))])]
