@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shared.distributed import World
+from shared.networks import train_mode
 
 
 @dataclass
@@ -110,7 +111,7 @@ def frozen_batchnorm(net: nn.Module) -> Iterator[None]:
     """
     was_training = net.training
     layers = [layer for layer in net.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
-    net.train()
+    train_mode(net)
     for layer in layers:
         layer.track_running_stats = False
     try:
@@ -118,7 +119,7 @@ def frozen_batchnorm(net: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
-        net.train(was_training)
+        train_mode(net) if was_training else net.eval()
 
 
 def ramp_up(step: int, fraction: float, total: int) -> float:

@@ -28,10 +28,11 @@ from shared.augment.views import (
 from shared.cli import UserError
 from shared.data.classes import LABEL_FILE, are_numbers, class_folders
 from shared.data.datasets import has_split, load_dataset
-from shared.data.images import ImageSet, iterate, read_images, shape_text
+from shared.data.images import ImageSet, UnequalSizes, iterate, read_images, shape_text
 from shared.data.photographs import EVAL_SIDE, PhotographSet, list_imagenet, list_photographs
 from shared.data.pool import PhotographPool, Pool, make_pool
 from shared.distributed import World
+from shared.networks import is_timm
 from shared.training.files import atomic
 from shared.training.fingerprint import fingerprint_arrays, fingerprints
 from shared.training.precision import to_device
@@ -89,7 +90,7 @@ def load_training_data(options: SimpleNamespace, folder: Path) -> TrainingData:
     test = load_split(options.dataset, "test", options.data_dir, options.download)
     num_classes = count_classes(options, pool)
     if (test.channels, test.size) != (pool.channels, pool.size):
-        raise UserError(f"{options.dataset}: test images are {shape_text(test)}, training images {shape_text(pool)}")
+        raise UnequalSizes(f"{options.dataset}: test images are {shape_text(test)}, training images {shape_text(pool)}")
     if not len(test) or test.labels.min() < 0 or test.labels.max() >= num_classes:
         raise UserError(f"{options.dataset}: every test image needs a label in 0..{num_classes - 1}")
     index, held_out = labeled_and_held_out(options, pool.labels, num_classes, folder)
@@ -188,10 +189,11 @@ def read_extra_images(path: str, train: ImageSet | PhotographSet, num_classes: i
 def input_fingerprints(data: TrainingData, options: SimpleNamespace) -> dict[str, str]:
     """Return the fingerprint of the images and labels of each flag that was given."""
     sets = (data.unlabeled, data.test) if data.validation is None else (data.unlabeled, data.test, data.validation)
-    extra = data.labeled.subset(slice(data.num_real, None))
+    extra, source = data.labeled.subset(slice(data.num_real, None)), options.pretrained
     return fingerprints({
         "--dataset": fingerprint_arrays(*[part for images in sets for part in content(images)], data.unlabeled.classes),
-        "--aug_path": fingerprint_arrays(*content(extra)) if options.aug_path else None})
+        "--aug_path": fingerprint_arrays(*content(extra)) if options.aug_path else None,
+        "--pretrained": fingerprint_arrays([source]) if source and is_timm(source) else source})
 
 
 def content(images: ImageSet | PhotographSet) -> tuple[np.ndarray | list[str], np.ndarray]:
@@ -323,28 +325,31 @@ def rows_of_rank(sizes: list[int], world: World) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------------------------------- a summary
 
-def report(train: ImageSet, test: ImageSet | None = None) -> str:
-    """Return lines for the user: size, images per class, unlabelled images, and duplicates within and between the two.
+def report(train: ImageSet, test: ImageSet | None = None, unlabeled: ImageSet | None = None) -> str:
+    """Return lines for the user: size, images per class, unlabelled images, and duplicates within and between the sets.
 
     Two images are duplicates if every pixel is equal.
     """
-    parts = [("train", train)] + ([("test", test)] if test is not None else [])
+    parts = {name: part for name, part in (("train", train), ("test", test), ("unlabeled", unlabeled)) if part}
     lines = [f"data set {train.name}: {train.num_classes} classes, images {shape_text(train)}"]
-    counts = {split: np.bincount(part.labels[part.labels >= 0], minlength=train.num_classes) for split, part in parts}
-    for split, part in parts:
+    counts = {split: np.bincount(part.labels[part.labels >= 0], minlength=train.num_classes)
+              for split, part in parts.items()}
+    for split, part in parts.items():
         unknown = int((part.labels < 0).sum())
         balance = f", {counts[split].min()} to {counts[split].max()} a class" if part.has_labels else ""
         lines.append(f"  {split:5s} {len(part)} images{balance}" + (f", {unknown} without a label" if unknown else ""))
         if part.images.shape[1:] != train.images.shape[1:]:
             lines.append(f"  warning: the {split} images are {shape_text(part)}")
+    labelled = {split: count for split, count in counts.items() if parts[split].has_labels}
     for index, name in enumerate(train.classes if train.num_classes <= LISTED_CLASSES else ()):
-        lines.append(f"  class {index:2d} {name:20s} " + "  ".join(f"{s} {c[index]}" for s, c in counts.items()))
-    hashes = [pixel_hashes(part) for _, part in parts]
-    text = f"  duplicates: {len(train) - len(np.unique(hashes[0]))} within train"
-    if test is not None:
-        text += (f", {len(test) - len(np.unique(hashes[1]))} within test, {int(np.isin(hashes[1], hashes[0]).sum())} "
-                 "test images are also in train")
-    return "\n".join([*lines, text])
+        lines.append(f"  class {index:2d} {name:20s} " + "  ".join(f"{s} {c[index]}" for s, c in labelled.items()))
+    hashes = {split: pixel_hashes(part) for split, part in parts.items()}
+    found = [f"{len(part) - len(np.unique(hashes[split]))} within {split}" for split, part in parts.items()]
+    for one, other, adjective in (("test", "train", "test"), ("unlabeled", "test", "unlabelled"),
+                                  ("unlabeled", "train", "unlabelled")):
+        if one in parts and other in parts:
+            found.append(f"{int(np.isin(hashes[one], hashes[other]).sum())} {adjective} images are also in {other}")
+    return "\n".join([*lines, f"  duplicates: {', '.join(found)}"])
 
 
 def pixel_hashes(images: ImageSet) -> np.ndarray:

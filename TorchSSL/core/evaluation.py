@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from shared.cli import UserError
+from shared.cli import UserError, less_memory
 from shared.data.images import ImageSet
 from shared.data.photographs import PhotographSet
 from shared.data.pool import PhotographPool, Pool, evaluated, make_pool
@@ -127,12 +127,15 @@ class Classifier:
     std: tuple[float, ...] | None
 
 
-def make_network(options: Mapping[str, Any], num_classes: int, in_channels: int,
-                 rotation_head: bool = False) -> nn.Module:
-    """Return the untrained network of the options (keys NETWORK_OPTIONS and `dataset`); UserError."""
+def make_network(options: Mapping[str, Any], num_classes: int, in_channels: int, rotation_head: bool = False,
+                 size: tuple[int, int] | None = None) -> nn.Module:
+    """Return the untrained network of the options (keys NETWORK_OPTIONS and `dataset`); UserError.
+
+    size: (H, W) of the images; only networks of timm depend on it.
+    """
     others = {name: options[name] for name in NETWORK_OPTIONS if name != "net"}
     return build_network(options["net"], num_classes, first_stride=first_stride_for(options["dataset"]),
-                         rotation_head=rotation_head, in_channels=in_channels, **others)
+                         rotation_head=rotation_head, in_channels=in_channels, size=size, **others)
 
 
 def load_classifier(path: str, options: SimpleNamespace, images: ImageSet,
@@ -161,7 +164,7 @@ def load_classifier(path: str, options: SimpleNamespace, images: ImageSet,
             print(f"warning: {path} is a checkpoint of USB; its images of {options.dataset} are taken to be "
                   "normalised as TorchSSL does", file=sys.stderr)
     net = make_network({**chosen, "dataset": options.dataset}, num_classes, images.channels,
-                       rotation_head="rot_classifier.weight" in state)
+                       rotation_head="rot_classifier.weight" in state, size=tuple(images.size))
     check_fits(state, net, path)
     net.load_state_dict(state)
     return Classifier(net.eval(), mean, std)
@@ -229,6 +232,7 @@ def predict_split(options: SimpleNamespace, split: str) -> tuple[torch.Tensor, I
     return predict(net, pool, options.batch_size).cpu(), images
 
 
+@less_memory("--eval_batch_size")
 def keep_confident(data: TrainingData, options: SimpleNamespace, world: World) -> TrainingData:
     """Return the data without extra images to whose label the classifier --aug_filter gives too little probability.
 

@@ -1,4 +1,4 @@
-"""The classifiers of TorchSSL: WideResNet, WideResNetVar (a fourth stage, for STL-10) and ResNet50.
+"""The classifiers of TorchSSL: WideResNet, WideResNetVar (a fourth stage, for STL-10), ResNet50, and those of timm.
 
 Images enter as normalised floats [N, C, H, W]; logits leave as [N, num_classes]. Names, shapes and initialisation are
 those of the published checkpoints. Wide residual networks: Zagoruyko and Komodakis 2016, with pre-activation blocks,
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from shared.cli import UserError, nearest
 from shared.cpu.batchnorm import BatchNorm2d
+from shared.networks import TIMM, TimmNetwork, is_timm
 from shared.training.dropout import Dropout
 
 WIDE_BN_EPS = 0.001
@@ -258,10 +259,12 @@ NAMES = (*WIDE, "ResNet50")
 
 def build_network(name: str, num_classes: int, *, net_from_name: bool = False, depth: int = 28, widen_factor: int = 2,
                   leaky_slope: float = LEAKY_SLOPE, dropout: float = 0.0, first_stride: int = 1,
-                  rotation_head: bool = False, in_channels: int = 3, bn_momentum: float | None = None) -> nn.Module:
+                  rotation_head: bool = False, in_channels: int = 3, bn_momentum: float | None = None,
+                  size: tuple[int, int] | None = None) -> nn.Module:
     """Return the network `name`, freshly initialised, in train mode on the CPU.
 
-    name: one of NAMES, or with `net_from_name` a classification constructor of torchvision.models (resnet18, ...).
+    name: one of NAMES, "timm:NAME", or with `net_from_name` a classification constructor of torchvision.models
+    (resnet18, ...). size: (H, W) of the images, for the networks of timm.
     depth, widen_factor, leaky_slope, dropout and first_stride concern the wide networks alone. bn_momentum None keeps
     each network's own value.
 
@@ -270,9 +273,14 @@ def build_network(name: str, num_classes: int, *, net_from_name: bool = False, d
     """
     if net_from_name:
         return build_from_torchvision(name, num_classes, rotation_head, in_channels, bn_momentum)
+    if is_timm(name):
+        net = TimmNetwork(name.removeprefix(TIMM), num_classes, in_channels, size or (224, 224), rotation_head)
+        if bn_momentum is not None:
+            set_bn_momentum(net, bn_momentum)
+        return net
     if name not in NAMES:
-        raise UserError(f'net: unknown network "{name}"{nearest(name, NAMES)}; known: {", ".join(NAMES)}, or a '
-                        "torchvision constructor with net_from_name True")
+        raise UserError(f'net: unknown network "{name}"{nearest(name, NAMES)}; known: {", ".join(NAMES)}, '
+                        "timm:NAME, or a torchvision constructor with net_from_name True")
     if name == "ResNet50":
         return ResNet50(num_classes, rotation_head=rotation_head, in_channels=in_channels, bn_momentum=bn_momentum)
     return WIDE[name](num_classes, depth=depth, widen_factor=widen_factor, first_stride=first_stride, dropout=dropout,

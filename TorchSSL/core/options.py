@@ -16,7 +16,7 @@ from typing import Any
 from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, parse
 
 NETWORK = (
-    Option("--net", Text, "WideResNet", "WideResNet, WideResNetVar or ResNet50"),
+    Option("--net", Text, "WideResNet", "WideResNet, WideResNetVar, ResNet50, or timm:NAME, any classifier of timm"),
     Option("--net_from_name", Bool, False, "take --net as the name of a torchvision network"),
     Option("--depth", Int(0), 28, "layers of a wide residual network"),
     Option("--widen_factor", Int(0), 2, "its width"),
@@ -79,6 +79,13 @@ COMMON = {
         Option("--strong_ops", Int(0), 3, "strong view: RandAugment operations before cutout"),
     ),
     "network": NETWORK,
+    "pretrained": (
+        Option("--pretrained", Text, None, "start from the weights of a file (.pth, .safetensors), or of timm:NAME, "
+               "which timm fetches; for other classes the label layer is made anew"),
+        Option("--freeze", Text, None, "parts that do not learn: backbone (all but the label layer), or names of "
+               "modules, such as conv1,block1"),
+        Option("--head_lr", Float(0), None, "learning rate of the label layer (default: --lr)"),
+    ),
     "optimisation": (
         Option("--optim", Choice("SGD", "AdamW"), "SGD", "SGD has Nesterov momentum"),
         Option("--lr", Float(0), 0.03, "learning rate at the start of the cosine"),
@@ -127,7 +134,8 @@ PREDICTED_BY = ("use_train_model", "num_classes", *(option.key for option in NET
 NOT_THE_METHOD = frozenset({
     "c", "given", "save_dir", "save_name", "resume", "load_path", "overwrite", "use_tensorboard", "data_dir",
     "num_save_iter", "save_seconds", "eval_batch_size", "download", "num_workers", "decoder", "rank", "dist_url",
-    "dist_backend", "gpu", "multiprocessing_distributed", "device", "epoch", "train_sampler", "label_idx"})
+    "dist_backend", "gpu", "multiprocessing_distributed", "device", "epoch", "train_sampler", "label_idx",
+    "pretrained"})
 
 
 def learner_options(algorithm: str, doc: str, flags: Sequence[Option], argv: Sequence[str] | None = None,
@@ -159,6 +167,8 @@ def _check_combinations(options: SimpleNamespace) -> None:
     for key in ("real_fraction", "aug_filter"):
         if getattr(options, key) is not None and options.aug_path is None:
             raise UserError(f"--{key} needs --aug_path: there are no extra images to mix or filter")
+    if options.aug_filter is not None and not os.path.isfile(options.aug_filter):
+        raise UserError(f"--aug_filter: there is no file {options.aug_filter}")
     if options.weak_subpixel and options.weak_pad_mode != "zero":
         raise UserError("--weak_subpixel True needs --weak_pad_mode zero")
     if options.num_warmup_iter >= options.num_train_iter and options.num_warmup_iter > 0:

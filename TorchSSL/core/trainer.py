@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared import distributed
-from shared.cli import UserError
+from shared.cli import UserError, less_memory
 from shared.cpu.allocator import keep_freed_memory
 from shared.data.datasets import NAMES
 from shared.data.parallel import Prefetched
-from shared.data.photographs import PhotographSet
+from shared.data.photographs import EVAL_SIDE, PhotographSet
 from shared.data.pool import PhotographPool, Pool, make_pool
 from shared.distributed import World, sync_batchnorm
+from shared.networks import TimmNetwork, freeze, is_below, is_timm, label_layers, start_from, train_mode
 from shared.training.checkpoint import keep_layout
 from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA
@@ -46,6 +49,7 @@ FREQUENT_FROM = 0.8       # ... in the last fifth of the training
 MEDIAN_OF = 20            # evaluations behind the median accuracy
 
 
+@less_memory("--batch_size or --uratio")
 def train(options: SimpleNamespace, algorithm: type[Algorithm]) -> None:
     """Train one classifier with the learner `algorithm`. Raises UserError before the run folder is touched."""
     # Processes, device and arithmetic.
@@ -60,19 +64,24 @@ def train(options: SimpleNamespace, algorithm: type[Algorithm]) -> None:
     # Data.
     folder = Path(options.save_dir) / options.save_name
     data = keep_confident(load_training_data(options, folder), options, world)
-    test, validation = (
-        None if images is None else make_pool(images, data.mean, data.std, world.device, options.num_workers,
-                                              options.decoder) for images in (data.test, data.validation))
 
     # Learner, network and batches.
     setting = Setting(data.num_classes, len(data.unlabeled), tuple(data.class_fractions), world, options.seed)
     learner = algorithm(options, setting)
     torch.manual_seed(options.seed)
-    net = make_network(vars(options), data.num_classes, data.unlabeled.channels, learner.rotation_head)
+    net = make_network(vars(options), data.num_classes, data.unlabeled.channels, learner.rotation_head,
+                       tuple(data.unlabeled.size))
+    data = prepare_start(net, data, options)
     net = sync_batchnorm(net.to(world.device), world)
+    if options.freeze is not None:
+        freeze(net, options.freeze, data.num_classes)
     if not options.strict:
         net = net.to(memory_format=torch.channels_last)
-    trainer = Trainer(net, learner, options, world, precision)
+    heads = label_layers(net, data.num_classes) if options.head_lr is not None else ()
+    trainer = Trainer(net, learner, options, world, precision, heads)
+    test, validation = (
+        None if images is None else make_pool(images, data.mean, data.std, world.device, options.num_workers,
+                                              options.decoder) for images in (data.test, data.validation))
     batches = Batches(data, options, world, learner.views, batch_size, learner.labeled_views)
     warm_up = learner.supervised_steps
     total = warm_up + options.num_train_iter
@@ -82,7 +91,10 @@ def train(options: SimpleNamespace, algorithm: type[Algorithm]) -> None:
     config = {**method_config(options), "precision": precision, "num_classes": data.num_classes,
               "labeled_images": len(data.labeled), "unlabeled_images": len(data.unlabeled)}
     facts = {"options": {**vars(options), "given": sorted(options.given), "num_classes": data.num_classes},
-             "mean": data.mean, "std": data.std, "classes": data.unlabeled.classes}
+             "mean": data.mean, "std": data.std, "classes": data.unlabeled.classes,
+             # What images the classifier takes, and how those of another size become so.
+             **({"size": (EVAL_SIDE, EVAL_SIDE), "resize": "square"} if isinstance(data.unlabeled, PhotographSet) else
+                {"size": data.unlabeled.size})}
     inputs = input_fingerprints(data, options)
     open_folder(folder, options, config, inputs, data, world)
     log = Log(folder, world, every=min(100, options.num_eval_iter), image_batch=sum(batches.counts),
@@ -113,16 +125,28 @@ def train(options: SimpleNamespace, algorithm: type[Algorithm]) -> None:
     distributed.stop()
 
 
+def prepare_start(net: nn.Module, data: TrainingData, options: SimpleNamespace) -> TrainingData:
+    """Load the weights of --pretrained into `net`; return the data, normalised as these weights expect, with a note."""
+    images = data.unlabeled
+    if options.pretrained is None:
+        note = (f"{options.net}: random weights; --pretrained {options.net} starts from trained ones",)
+        return dataclasses.replace(data, notes=(*data.notes, *note)) if is_timm(options.net) else data
+    start = start_from(net, options.pretrained, images.classes, images.channels)
+    return dataclasses.replace(data, notes=(*data.notes, start.note), mean=start.mean or data.mean,
+                               std=start.std or data.std)
+
+
 class Trainer:
     """Network, loss, optimiser, schedule and average of the weights: one training step.
 
-    net: on the world's device, with equal weights on all ranks. `iteration`: the iteration at hand, from 0.
+    net: on the world's device, with equal weights on all ranks. heads: see `make_optimizer`. `iteration`: the iteration
+    at hand, from 0.
     """
 
     def __init__(self, net: nn.Module, algorithm: Algorithm, options: SimpleNamespace, world: World,
-                 precision: str = "fp32") -> None:
-        self.net, self.algorithm, self.options, self.world = net.train(), algorithm, options, world
-        self.optimizer = make_optimizer(net, options)
+                 precision: str = "fp32", heads: Sequence[str] = ()) -> None:
+        self.net, self.algorithm, self.options, self.world = train_mode(net), algorithm, options, world
+        self.optimizer = make_optimizer(net, options, heads)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: cosine(step, options.num_train_iter, options.num_warmup_iter))
         self.ema = EMA(net, buffers="copy")
@@ -159,7 +183,7 @@ class Trainer:
         """Prepare dropout, the only draws of a network, so that they depend on the step alone."""
         self.step, self.passes = step, 0
         self.sizes = [len(part) for part in (batch.labeled, *batch.views, *batch.labeled_views)]
-        if self.options.net_from_name:  # torchvision's networks draw from PyTorch's generator
+        if self.options.net_from_name or is_timm(self.options.net):  # they draw from PyTorch's generator
             torch.manual_seed((self.options.seed * 1_000_003 + step) * 4096 + self.world.rank)
 
     def choose_dropout(self, net: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -190,11 +214,18 @@ class Trainer:
                 "algorithm": self.algorithm, "scaler": self.scaler}
 
 
-def make_optimizer(net: nn.Module, options: SimpleNamespace) -> torch.optim.Optimizer:
-    """Return SGD with Nesterov momentum, or AdamW; weight decay on parameters named neither `bn` nor `bias`."""
-    decayed = [value for name, value in net.named_parameters() if "bn" not in name and "bias" not in name]
-    plain = [value for name, value in net.named_parameters() if "bn" in name or "bias" in name]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def make_optimizer(net: nn.Module, options: SimpleNamespace, heads: Sequence[str] = ()) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum, or AdamW, of the parameters that learn; weight decay on those of `decays`.
+
+    heads: names of the layers whose learning rate is --head_lr.
+    """
+    found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, value in net.named_parameters():
+        if value.requires_grad:
+            is_head = any(is_below(name, head) for head in heads)
+            found.setdefault((is_head, not decays(net, name, value)), []).append(value)
+    groups = [{"params": part, "weight_decay": 0.0 if plain else options.weight_decay,
+               "lr": options.head_lr if is_head else options.lr} for (is_head, plain), part in sorted(found.items())]
     if options.optim == "AdamW":
         optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=not options.strict)
     else:
@@ -202,6 +233,15 @@ def make_optimizer(net: nn.Module, options: SimpleNamespace) -> torch.optim.Opti
                                     fused=not options.strict)
     optimizer.register_load_state_dict_post_hook(keep_layout)
     return optimizer
+
+
+def decays(net: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter has weight decay: named neither `bn` nor `bias`; of timm the matrices that timm
+    decays."""
+    if isinstance(net, TimmNetwork):
+        spared = net.body.no_weight_decay() if hasattr(net.body, "no_weight_decay") else ()
+        return parameter.ndim > 1 and name.removeprefix("body.") not in spared
+    return "bn" not in name and "bias" not in name
 
 
 def cosine(step: int, total: int, warm_up: int = 0) -> float:
@@ -219,6 +259,7 @@ def is_evaluated(iteration: int, options: SimpleNamespace) -> bool:
     return iteration % period == 0 or iteration == options.num_train_iter - 1
 
 
+@less_memory("--eval_batch_size")
 def evaluate(run: Run, trainer: Trainer, test: Pool | PhotographPool, validation: Pool | PhotographPool | None,
              values: dict[str, Any], options: SimpleNamespace) -> bool:
     """Measure the averaged weights on the test set and log them; return whether they are the best so far.
@@ -294,7 +335,7 @@ def global_batch_size(options: SimpleNamespace, world: World) -> int:
 
 def describe(data: TrainingData, options: SimpleNamespace, world: World, precision: str) -> str:
     """Return the first lines of a log."""
-    lines = [*data.notes, f"len(lb_dset) {len(data.labeled)}"] if data.notes else []
+    lines = [*data.notes, f"len(lb_dset) {len(data.labeled)}"] if options.aug_path else list(data.notes)
     return "\n".join([*lines, (
         f"{options.save_name}: {data.num_real} labelled of {len(data.unlabeled)} images, {data.num_classes} classes, "
         f"{len(data.test)} test images; {world.size} process(es) on {world.device.type}, {precision}")])

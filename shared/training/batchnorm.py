@@ -21,10 +21,12 @@ class GlobalBatchNorm(_BatchNorm):
 
     @classmethod
     def take_over(cls, layer: _BatchNorm) -> GlobalBatchNorm:
-        """Return a layer that shares the parameters and buffers of `layer`."""
+        """Return a layer that shares the parameters and buffers of `layer`, and what timm's layers do after it."""
         ours = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             setattr(ours, name, getattr(layer, name))
+        for name, child in layer.named_children():  # of a layer of normalisation and activation: drop, act
+            ours.add_module(name, child)
         return ours.train(layer.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -34,10 +36,13 @@ class GlobalBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
-            return super().forward(input)
-        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
-        if self.training and self.running_mean is not None and self.track_running_stats:
-            update_running(self, mean, variance, count)
+            output = super().forward(input)
+        else:
+            output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps)
+            if self.training and self.running_mean is not None and self.track_running_stats:
+                update_running(self, mean, variance, count)
+        for child in self.children():
+            output = child(output)
         return output
 
 
