@@ -8,6 +8,7 @@ The same command again makes only what is missing.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from types import SimpleNamespace
 
 from EDM.sampling import files
 from EDM.sampling.seeds import ABLATION_FLAGS, SAMPLERS, SeedSampler, chosen_classes, load_sampler
-from shared.cli import Choice, Flag, Float, Int, IntList, Option, UserError, parse, run_main
+from shared.cli import Choice, Flag, Float, Int, IntList, Option, UserError, less_memory, parse, run_main
+from shared.data.images import ImageSet
 from shared.data.writers import PngWriter
 from shared.distributed import barrier, on_main, start, stop
 from shared.training.progress import Progress
@@ -108,6 +110,17 @@ def check(flags: SimpleNamespace) -> None:
         flags.precision = "fp32"
 
 
+def foresee(flags: SimpleNamespace, images: ImageSet, processes: int) -> int:
+    """Return the bytes of generated images like `images`, one of every class a seed; UserError for flags that
+    contradict each other, or name a network that is not there."""
+    check(flags)
+    for name, path in (("--guide-network", flags.guide_network), ("--network_2", flags.network_2)):
+        if path is not None and "://" not in path and not os.path.isfile(path):
+            raise UserError(f"{name}: no such file: {path}")
+    return len(flags.seeds) * max(1, images.num_classes) * images.images[0].nbytes // 2  # as PNGs are compressed
+
+
+@less_memory("--batch")
 def generate(flags: SimpleNamespace) -> None:
     """Make the images of checked flags, on all processes of the world."""
     world = start(flags.device)

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from EDM.training import flags as shared_flags
 from EDM.training.dataset import TrainingSet, open_data
-from EDM.training.launch import check, join, launch
+from EDM.training.launch import check, foresee_denoiser, join, launch
 from EDM.training.training_loop import Denoising
 from shared.cli import Choice, UserError, parse, run_main
+from shared.data.images import ImageSet
 
 FLAGS = {
     "main options": shared_flags.main_options(
@@ -44,6 +47,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     world, (dataset, options) = join(flags, plan)
     launch(options, dataset, Denoising, flags, world)
+
+
+def foresee(flags: SimpleNamespace, images: ImageSet, processes: int) -> int:
+    """Return the bytes that a run on such images writes at least; UserError for what would end it at its start."""
+    check(flags)
+    label_dim = images.num_classes if flags.cond else 0
+    dataset = TrainingSet(images.images, images.labels, np.arange(len(images)), np.zeros(len(images), bool), label_dim,
+                          images.name)
+    return foresee_denoiser(flags, dataset, option_dictionary(flags, dataset), processes)
 
 
 # Networks and constants of table 1 and appendix F; ddpmpp_mnist is the one of "Label-Noise Robust Diffusion Models" for

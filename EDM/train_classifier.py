@@ -21,10 +21,12 @@ from EDM.tdsm.tasks import NoisyClassification
 from EDM.tdsm.transition import check_labels
 from EDM.train import AUGMENT_DIM, PRECONDITIONINGS, option_dictionary, set_given
 from EDM.training import flags as shared_flags
+from EDM.training.config import batch_rounds
 from EDM.training.dataset import TrainingSet
 from EDM.training.flags import COUNT
 from EDM.training.launch import check, join, launch
 from shared.cli import Bool, Choice, IntList, Option, UserError, parse, run_main
+from shared.data.images import ImageSet
 
 FLAGS = {
     "main options": shared_flags.main_options(
@@ -74,6 +76,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"label noise: {noise}")
     method = partial(NoisyClassification, label_noise=noise, data=flags.data, test=test)
     launch(options, dataset, method, flags, world)
+
+
+def foresee(flags: SimpleNamespace, images: ImageSet, processes: int) -> int:
+    """See train.py; the files of a classifier are small."""
+    check_noise(flags)
+    check(flags)
+    batch_rounds(flags.batch, flags.batch_gpu, processes)
+    return 0
 
 
 def check_noise(flags: SimpleNamespace) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+from EDM import train
 from EDM.tdsm.noise import Noise, agreed_noise, open_noisy_set
 from EDM.tdsm.tasks import TDSM, classifier_snapshot
 from EDM.tdsm.transition import check_labels
@@ -25,6 +26,7 @@ from EDM.training.flags import COUNT, FRACTION, POSITIVE
 from EDM.training.launch import check, join, launch
 from EDM.training.snapshots import Snapshot, digest
 from shared.cli import Choice, Flag, Option, parse, run_main
+from shared.data.images import ImageSet
 
 FLAGS = {
     "main options": shared_flags.main_options(Choice("ddpmpp", "ddpmpp_mnist", "ncsnpp", "adm"), ["vp", "ve", "edm"],
@@ -66,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if world.main:
         print(f"label noise: {noise}")
     launch(options, dataset, partial(TDSM, label_noise=noise, snapshot=classifier), flags, world)
+
+
+def foresee(flags: SimpleNamespace, images: ImageSet, processes: int) -> int:
+    """See train.py."""
+    return train.foresee(flags, images, processes)
 
 
 def denoiser_dictionary(flags: SimpleNamespace, dataset: TrainingSet, noise: Noise) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 set -eo pipefail
 dataset=digits labels="" images_per_class="" seed=1 seeds=1 controls="" gpus="" stages=1,2,3 data_dir="" out=""
 stage1=freematch stage2=edm stage3="" imbalance="" transition="" held_out="" only_tdsm="" overwrite=""
+resolution="" transform=""
 stage1_args="" stage2_args="" generate_args="" stage3_args="" classifier_args=""
 source "$root/shared/stages.sh"
 arguments=("$@")
@@ -26,16 +27,31 @@ split generate-args "$generate_args" && more_generate=("${words[@]}")
 split stage3-args "$stage3_args" && more3=("${words[@]}")
 split classifier-args "$classifier_args" && more_classifier=("${words[@]}")
 
+[ -z "$data_dir" ] || data_dir=$(absolute "$data_dir")
+[ -z "$out" ] || out=$(absolute "$out")
+
+# Take own images as the set of equal ones that `resize` makes of them.
+resized() {
+    [[ -n $resolution ]] || fail "--transform needs --resolution, such as --resolution=64x64"
+    [[ -d $dataset ]] || fail "--resolution: unpack $dataset into a folder with train/ and test/, and give that"
+    originals=$dataset title+=-$resolution${transform:+-$transform}
+    dataset=${out:+$out/data}
+    dataset=${dataset:-${data_dir:-$root/TorchSSL/data}}/$title
+}
+
 source "$root/recipes/defaults.sh"
-title=$dataset
+title=$dataset originals=""
 case $dataset in
     digits | cifar10 | cifar100 | svhn | stl10 | mnist) source "$root/recipes/$dataset.sh" ;;
     *)
         [ -e "$dataset" ] ||
             fail "--dataset $dataset: neither digits, cifar10, cifar100, svhn, stl10, mnist nor a path that exists"
         dataset=$(absolute "$dataset") title=$(basename "$dataset" .zip)
+        [ -z "$resolution$transform" ] || resized
         source "$root/recipes/own.sh" ;;
 esac
+[ -n "$originals" ] || [ -z "$resolution$transform" ] ||
+    fail "--resolution and --transform are for your own images; those of $dataset have one size"
 last=${images_per_class:+$((images_per_class - 1))}
 last=${last:-$recipe_last}
 [[ -n $dry_run || ${gpus:-1} -le $(visible_gpus) ]] ||
@@ -43,8 +59,6 @@ last=${last:-$recipe_last}
 gpus=${gpus:-$(visible_gpus)}
 launch=(python)
 [ "$gpus" = 1 ] || launch=(torchrun --standalone "--nproc_per_node=$gpus")
-[ -z "$data_dir" ] || data_dir=$(absolute "$data_dir")
-[ -z "$out" ] || out=$(absolute "$out")
 anew=()
 [ -z "$overwrite" ] || anew=(--overwrite)
 
@@ -58,21 +72,48 @@ generate() {  # step, run folder of the diffusion model, folder of the images; b
     run bash generate.sh "$last" "$3" "$snapshot" "$gpus" "${more_generate[@]}" "${anew[@]}"
 }
 
-# Run `experiment` for every seed, then report on all of them. Before that, let the programs read the --...-args.
+# Make own images equal, as --resolution and --transform say.
+resize() {
+    local part file
+    step "resized images" TorchSSL "Your images, resized"
+    for part in train test unlabeled; do
+        for file in "$originals/$part" "$originals/$part.zip"; do
+            [ -e "$file" ] || continue
+            run python dataset_tool.py "--source=$file" "--dest=$dataset/$part.zip" "--resolution=$resolution" \
+                ${transform:+"--transform=$transform"} "${anew[@]}"
+            break
+        done
+    done
+}
+
+has_packages() { "$fewlabel_python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'; }
+
+# Run `experiment` for every seed, then report on all of them. Before that, check all that can be known.
 for_every_seed() {  # what tells the reports of runs/ apart, folder and name of the script that writes them
+    local checked=$stage1_args$stage2_args$generate_args$stage3_args$classifier_args$originals
+    [ -d "$dataset" ] && checked=1
     local last_seed=$((seed + seeds - 1)) folders=() span=$seed
     [ "$seeds" = 1 ] || span=$seed-$last_seed
     reports=${out:-$root/runs/${title}_$1_$span} report=$reports
-    if [ -z "$dry_run" ]; then
-        source "$root/shared/env.sh" ""
-        [ -z "$stage1_args$stage2_args$generate_args$stage3_args$classifier_args" ] ||
-            bash "$0" "${arguments[@]}" --dry-run | python "$root/TorchSSL/check_data.py" --commands
-        hold "$reports"
+    [ -n "$dry_run" ] || source "$root/shared/env.sh" ""
+    if [[ -z $dry_run ]] || { [[ -n $checked ]] && has_packages; }; then
+        (dry_run=1 && all_seeds) | "$fewlabel_python" "$root/TorchSSL/check_data.py" --commands >&2
     fi
+    [ -n "$dry_run" ] || hold "$reports"
     if [[ -n $one_thread && -z $OMP_NUM_THREADS ]]; then
         echo "export OMP_NUM_THREADS=1"
         export OMP_NUM_THREADS=1
     fi
+    all_seeds
+    [ "$seeds" = 1 ] && return
+    report=$reports history=$reports/commands.jsonl
+    step "report of all seeds" "$2" "Mean and standard deviation over the seeds"
+    show python "$3" "--out=$(typed)" "${folders[@]}"
+}
+
+all_seeds() {
+    history=$reports/commands.jsonl
+    [ -z "$originals" ] || resize
     for ((; seed <= last_seed; seed++)); do
         report=$reports
         [ "$seeds" = 1 ] || report=$reports/seed_$seed
@@ -81,9 +122,4 @@ for_every_seed() {  # what tells the reports of runs/ apart, folder and name of 
         folders+=("--seed_report=$(typed)")
         experiment
     done
-    [ "$seeds" = 1 ] && return
-    report=$reports history=$reports/commands.jsonl
-    step "report of all seeds" "$2" "Mean and standard deviation over the seeds"
-    run python "$3" "--out=$(typed)" "${folders[@]}"
 }
-

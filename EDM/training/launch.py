@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import IO, Any, TypeVar
 
+import torch
+
 from EDM.training.config import batch_rounds, choose_folder, is_finished, write_options
 from EDM.training.dataset import TrainingSet
 from EDM.training.published import local_file
-from EDM.training.training_loop import Denoising, training_loop
+from EDM.training.stats import TickSchedule
+from EDM.training.training_loop import Denoising, network_table, training_loop
 from shared import distributed
 from shared.cli import UserError
 from shared.distributed import World
@@ -42,6 +45,22 @@ def check(flags: SimpleNamespace) -> None:
         flags.fp16, flags.precision = True, None
     # An explicit --fp16=0 means fp32; by default the device decides.
     flags.arithmetic = flags.precision or ("fp16" if flags.fp16 else "fp32" if "fp16" in flags.given else None)
+
+
+def foresee_denoiser(flags: SimpleNamespace, dataset: TrainingSet, options: Mapping[str, Any], processes: int) -> int:
+    """Return the bytes that the training of a denoiser writes at least; UserError for what would end it at its start.
+
+    options: the option dictionary for `dataset`, of which only the size and the number of classes count.
+    """
+    part, _ = batch_rounds(flags.batch, flags.batch_gpu, processes)
+    with torch.device("meta"):
+        net = Denoising(options, dataset, World(device=torch.device("meta"))).net
+        network_table(net, part)
+    schedule = TickSchedule(flags.batch, options["total_kimg"], flags.tick, flags.snap, flags.dump)
+    ticks = 1 + options["total_kimg"] // flags.tick
+    # A snapshot is the average; a state and a checkpoint, of which there are two, hold network, average and moments.
+    copies = 2 + ticks // schedule.snapshot_ticks + 4 * (2 + ticks // schedule.state_dump_ticks)
+    return copies * sum(4 * value.numel() for value in net.parameters())
 
 
 def join(flags: SimpleNamespace, plan: Callable[[], Plan]) -> tuple[World, Plan]:

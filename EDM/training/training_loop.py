@@ -22,7 +22,7 @@ from EDM.training.networks import PRECONDITIONERS, use_channels_last
 from EDM.training.snapshots import load_training_state, load_weights, read_snapshot, save_snapshot
 from EDM.training.stats import Moments, TickClock, TickSchedule, module_table, stats_line, status_line
 from shared import distributed
-from shared.cli import UserError
+from shared.cli import UserError, less_memory
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World
 from shared.training.checkpoint import keep_layout
@@ -87,6 +87,7 @@ class Denoising:
         return {}
 
 
+@less_memory("--batch-gpu")
 def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World,
                   make_method: Callable[[Mapping[str, Any], TrainingSet, World], Denoising] = Denoising, *,
                   inputs: Mapping[str, Any] | None = None, precision: str | None = None, strict: bool = False,
@@ -109,11 +110,7 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
     # Network, average and optimizer.
     method = make_method(options, dataset, world)
     net, loss_fn, augment = method.net, method.loss_fn, method.augment
-    try:
-        table = module_table(net, part)
-    except (RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"no network of --arch with these --cbase and --cres for images of {dataset.resolution} x "
-                        f"{dataset.resolution}: {error}") from None
+    table = network_table(net, part)
     if not strict:
         use_channels_last(net)
         if device.type == "cpu":
@@ -197,6 +194,17 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
         with atomic(folder / RESULT_FILE, "w") as file:
             file.write(json.dumps(result, indent=2))
     log.print(f"Done: {folder / LATEST}")
+
+
+def network_table(net: torch.nn.Module, part: int) -> str:
+    """Return the table of modules for `part` images; UserError for a network that does not fit its images."""
+    try:
+        return module_table(net, part)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"no network of --arch with these --cbase and --cres for images of {net.img_resolution} x "
+                        f"{net.img_resolution}: {' '.join(str(error).split())[:200]}") from None
 
 
 # ---------------------------------------------------------------------------------------------- the parts of a step

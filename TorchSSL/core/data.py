@@ -162,14 +162,13 @@ def read_extra_images(path: str, train: ImageSet | PhotographSet, num_classes: i
     flag, folder = f"--aug_path {path}", Path(path)
     if not folder.exists():
         raise UserError(f"{flag}: no such folder; stage 2 writes it, as <class>/<image>.png")
-    classes = None
+    classes = train.classes
     if folder.is_dir() and not (folder / LABEL_FILE).exists():
         names = class_folders(folder)
         if not names:
             raise UserError(f"{flag}: expected one folder per class (0, 1, ... or the names of the classes) with "
                             "images inside; it has no sub-folder with images")
-        classes = None if are_numbers(names) else train.classes
-        if classes and (unknown := sorted(set(names) - set(classes))):
+        if not are_numbers(names) and (unknown := sorted(set(names) - set(classes))):
             raise UserError(f"{flag}: the folder {unknown[0]!r} is neither a class number nor one of the classes "
                             f"{', '.join(classes[:10])}")
     if isinstance(train, PhotographSet):

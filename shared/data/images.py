@@ -145,7 +145,7 @@ def with_names(images: ImageSet, classes: Sequence[str], source: str | Path) -> 
         more = ", ..." if len(absent) > 10 else ""
         warnings.warn(f"{source}: no image of class {', '.join(classes[c] for c in absent[:10])}{more}", stacklevel=2)
     is_beyond = int(labels.max(initial=-1)) >= len(classes)  # of numbers, for which there is nothing to match
-    return ImageSet(images.images, labels, images.classes if is_beyond else tuple(classes), images.name, images.vectors)
+    return replace(images, labels=labels, classes=images.classes if is_beyond else tuple(classes))
 
 
 # ----------------------------------------------------------------------------------------------------------- one image
