@@ -96,9 +96,13 @@ class VisionTransformer(nn.Module):
         """Return the class tokens of the last `blocks` blocks side by side, before the last norm: [N, D * blocks]."""
         return torch.cat([tokens[:, 0] for tokens in self.tokens(images, blocks, kept)], dim=1)
 
+    def class_token(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return the class token after the last norm, [N, D]."""
+        return self.norm(self.features(images, kept=kept))
+
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """Return the normalised class token [N, D], or what the head makes of it."""
-        x = self.norm(self.features(images, kept=kept))
+        x = self.class_token(images, kept)
         return x if self.fc is None else self.fc(x)
 
 

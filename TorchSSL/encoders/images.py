@@ -1,0 +1,124 @@
+"""Images by position, with their names and labels, read as they are needed: sets of any size in little memory."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shared.cli import UserError
+from shared.data.classes import ImageFiles, classes_by_folder, find_images, in_class_order, listed_labels
+from shared.data.datasets import NAMES, load_dataset, own_part
+from shared.data.formats import layout_of
+from shared.data.images import ImageSet, UnequalSizes, open_image, read_images
+from shared.data.photographs import PhotographSet, list_imagenet
+from shared.data.safe import Member, read_members
+from shared.training.fingerprint import fingerprint_arrays
+from TorchSSL.core.data import load_pools
+
+
+class Images:
+    """Images in an array, or in the files of a folder or ZIP.
+
+    path: what they are of. names: of the files, relative to the folder or ZIP, or positions in an array. labels: int64
+    [N], -1 unknown. classes: names in label order.
+    """
+
+    def __init__(self, path: str | Path, labels: np.ndarray, classes: Sequence[str], array: np.ndarray | None = None,
+                 files: ImageFiles | None = None) -> None:
+        self.path, self.labels, self.classes = Path(path), labels, tuple(classes)
+        self.array, self.files = array, files
+        self.names = files.names if files is not None else list(map(str, range(len(labels))))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, positions: Sequence[int]) -> Iterator[bytes | np.ndarray]:
+        """Yield what is stored of each image: an encoded file, or uint8 [C, H, W]."""
+        if self.files is None:
+            yield from (self.array[position] for position in positions)
+        else:
+            yield from read_members(self.files.path, [self.files.members[position] for position in positions])
+
+    def decode(self, content: bytes | np.ndarray, position: int) -> Image.Image:
+        """Return what `read` gave of an image in mode L or RGB; UserError if it is none."""
+        if isinstance(content, bytes):
+            return open_image(content, f"{self.files.path}/{self.names[position]}")
+        return Image.fromarray(content[0] if len(content) == 1 else content.transpose(1, 2, 0))
+
+    def size(self) -> tuple[int, int]:
+        """Return width and height of the first image."""
+        return self.decode(next(self.read([0])), 0).size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of images, names and labels; files count by their names and sizes."""
+        if self.files is None:
+            return fingerprint_arrays(self.array, self.labels, self.classes)
+        root = self.files.path
+        sizes = [member.crc if member.offset >= 0 else (root / member.name).stat().st_size
+                 for member in self.files.members]
+        return fingerprint_arrays(self.names, np.array(sizes), self.labels, self.classes)
+
+    def as_set(self) -> ImageSet | PhotographSet:
+        """Return them as a set: decoded if they are small and of one size, else as photographs; UserError."""
+        if self.array is not None:
+            return ImageSet(self.array, self.labels, self.classes, self.path.name)
+        root = self.files.path
+        if not root.is_dir():
+            raise UserError(f"{root}: unpack the ZIP; photographs are read from a folder")
+        return PhotographSet(np.array([f"{root}/{name}" for name in self.names]), self.labels, self.classes, root.name,
+                             str(root))
+
+
+def list_images(path: str) -> Images:
+    """Return all images of a folder, ZIP or npz in the order of their names, without labels; UserError."""
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"there is no {path}; expected a folder, ZIP or npz of images")
+    if place.suffix.lower() == ".npz" and place.is_file():
+        found = read_images(place)
+        return Images(path, np.full(len(found), -1), (), array=found.images)
+    files = find_images(place)
+    files.warn()
+    if not files.members:
+        raise UserError(f"{path} holds no images")
+    return Images(path, np.full(len(files), -1), (), files=files)
+
+
+def training_images(dataset: str, data_dir: str = "./data", download: bool = False, small: int = 64) -> Images:
+    """Return the images that labels are drawn from, in the order in which trainers count them; UserError.
+
+    dataset: as of a trainer. small: own images whose larger side is longer stay files and are not decoded.
+    """
+    if dataset == "imagenet":
+        found = list_imagenet(data_dir, "train")
+        files = ImageFiles(Path(found.root), tuple(map(Member, found.names)), {})
+        return Images(found.root, found.labels, found.classes, files=files)
+    part, prefix = (None, "") if dataset in NAMES else own_part(Path(dataset), "train")
+    if part is None or part.suffix.lower() == ".npz" or layout_of(Path(dataset)) is not None:
+        found = load_pools(dataset, data_dir, download)[0]
+        return Images(dataset, found.labels, found.classes, array=found.images)
+    files = find_images(part, prefix)
+    files.warn()
+    if not files.members:
+        raise UserError(f"{part} holds no images")
+    listed, names = listed_labels(files), [name.removeprefix(prefix) for name in files.names]
+    labels, classes = np.full(len(files), -1), ()
+    if listed is not None and not isinstance(listed[0], list):
+        labels = np.array([-1 if label is None else label for label in listed], np.int64)
+        classes = files.classes or tuple(map(str, range(labels.max() + 1)))
+    elif listed is None and (by_folder := classes_by_folder(names, part)) is not None:
+        order = in_class_order(by_folder.labels, names)
+        files = replace(files, members=tuple(files.members[position] for position in order))
+        labels, classes = by_folder.labels[order], by_folder.names
+    images = Images(part, labels, classes, files=files)
+    if max(images.size()) <= small:
+        try:
+            images.array = load_dataset(dataset, "train").images
+        except UnequalSizes:
+            images.array = None
+    return images
