@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from shared import cli
-from shared.cli import Option, Text, UserError, nearest
+from shared.cli import Option, Options, Text, UserError, nearest
 from shared.option_types import Bool, Float, Int
 
 CONFIG = Option("--config", Text, None, "Python file with get_config(), such as configs/NAME.py; --config.KEY=VALUE "
@@ -31,14 +31,15 @@ class Config(dict):
             raise AttributeError(key) from None
 
 
-def parse(doc: str, flags: Sequence[Option], argv: Sequence[str] | None = None) -> tuple[SimpleNamespace, Config]:
+def parse(doc: str, flags: Options, argv: Sequence[str] | None = None) -> tuple[SimpleNamespace, Config]:
     """Read a command line (None: this process's); return the values of `flags` and --config, and the configuration.
 
     The configuration has two further keys, as published: `config_name` and `hparams`. Raises UserError for a mistake.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     overrides = [word for word in words if word.startswith("--config.")]
-    options = cli.parse(doc, (CONFIG, *flags), [word for word in words if word not in overrides])
+    groups = dict(flags) if isinstance(flags, Mapping) else {"": tuple(flags)}
+    options = cli.parse(doc, {"configuration": (CONFIG,), **groups}, [w for w in words if w not in overrides])
     config = read_config(options.config)
     for word in overrides:
         override(config, word)

@@ -80,6 +80,7 @@ class PublishedRows:
 class Latents:
     """rows: see Rows. classes: names in label order, () if unknown. coder: fingerprint of the VAE, "" if unknown."""
 
+    folder: Path
     rows: Rows
     classes: tuple[str, ...] = ()
     scale: float = SCALE
@@ -94,7 +95,8 @@ def read_latents(folder: Path, z_shape: tuple[int, ...]) -> Latents:
     if (folder / MOMENTS).exists():
         latents = _read_arrays(folder)
     elif (folder / "0.npy").exists():
-        latents = Latents(PublishedRows(folder, sum(entry.name.endswith(".npy") for entry in os.scandir(folder))))
+        count = sum(entry.name.endswith(".npy") for entry in os.scandir(folder))
+        latents = Latents(folder, PublishedRows(folder, count))
     else:
         raise UserError(f"{folder}: no latents there; {MAKE}")
     moments, _ = latents.rows.take(np.array([0, len(latents) - 1]))
@@ -115,7 +117,7 @@ def _read_arrays(folder: Path) -> Latents:
     if moments.ndim != 4 or labels.shape != moments.shape[:1] or moments.dtype.kind != "f" or not len(labels):
         raise UserError(f"{folder}: {MOMENTS} {list(moments.shape)} and {LABELS} {list(labels.shape)} do not belong "
                         f"together; {MAKE}")
-    return Latents(ArrayRows(moments, labels.astype(np.int64)), classes, scale, coder)
+    return Latents(folder, ArrayRows(moments, labels.astype(np.int64)), classes, scale, coder)
 
 
 def drop_labels(labels: np.ndarray, draws: np.ndarray, p_uncond: float, none_label: int) -> np.ndarray:

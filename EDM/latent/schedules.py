@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.cli import UserError
 from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng, torch_rng
 
@@ -32,6 +33,8 @@ class ContinuousSchedule:
     name, time_scale = "continuous", 999.0
 
     def __init__(self, pred: str = "noise_pred", beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if pred not in ("noise_pred", "x0_pred"):
+            raise UserError(f"--config.pred={pred}: expected noise_pred or x0_pred")
         self.pred, self.beta_min, self.beta_max = pred, beta_min, beta_max
 
     def beta(self, t: Tensor) -> Tensor:
@@ -115,10 +118,6 @@ class DiscreteSchedule:
 
     def network_time(self, n: Tensor) -> Tensor:
         return n
-
-    def noise_prediction(self, output: Tensor, x: Tensor, n: Tensor) -> Tensor:
-        """Return the network's output: it predicts the noise."""
-        return output
 
 
 Schedule = ContinuousSchedule | DiscreteSchedule

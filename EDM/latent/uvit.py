@@ -123,10 +123,16 @@ class UViT(nn.Module):
                 module.full_precision = full
 
 
-def make_uvit(nnet: dict[str, Any]) -> UViT:
-    """Return the network of a configuration's section `nnet`, with initial weights."""
+def make_uvit(nnet: dict[str, Any], z_shape: tuple[int, ...], seed: int = 0) -> UViT:
+    """Return the network of a configuration's section `nnet`, with initial weights; UserError if there is none such,
+    or it is not made for latents of this shape (C, s, s)."""
     if nnet.get("name", "uvit") != "uvit":
         raise UserError(f"--config.nnet.name={nnet['name']}: the only network is uvit")
+    if (nnet["in_chans"], nnet["img_size"]) != tuple(z_shape[:2]):
+        raise UserError(f"--config.nnet: in_chans={nnet['in_chans']} and img_size={nnet['img_size']} are not those of "
+                        f"latents {tuple(z_shape)}; give --config.nnet.in_chans={z_shape[0]} "
+                        f"--config.nnet.img_size={z_shape[1]}")
+    torch.manual_seed(seed)
     try:
         return UViT(**{key: value for key, value in nnet.items() if key != "name"})
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:

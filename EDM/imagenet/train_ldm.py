@@ -1,0 +1,98 @@
+"""Train the large U-ViT, with the continuous noise schedule, on latents with pseudo-labels.
+
+    python train_ldm.py --config=configs/accelerate_b4_subset1_2img_k_128_large.py
+    torchrun --standalone --nproc_per_node=8 train_ldm.py --config=...
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 train_ldm.py --config=...
+
+It needs the latents of extract_imagenet_features_semi.py. In assets/DPM/... it writes checkpoints, previews, and the
+FID of each checkpoint if there are statistics to compare with. The same command again continues.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from EDM.imagenet.config import Config, parse
+from EDM.imagenet.layout import Layout
+from EDM.latent.generation import Sampler, fid
+from EDM.latent.latents import read_latents
+from EDM.latent.schedules import ContinuousSchedule, Schedule
+from EDM.latent.training import train
+from EDM.latent.uvit import UViT, make_uvit
+from EDM.latent.vae import load_coder
+from EDM.metrics.detectors import load_detector
+from shared import distributed
+from shared.cli import Choice, Flag, Float, Option, Text, UserError, run_main
+from shared.training.precision import default_precision
+
+MACHINE = (
+    Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if there is one", metavar="NAME"),
+    Option("--precision", Choice("fp32", "bf16"), None, "arithmetic of networks",
+           default_help="bf16 on a GPU that has it, else fp32"),
+    Option("--strict", Flag, False, "the published arithmetic: fp32, attention included, and no fused operation"),
+)
+SCORES = (
+    Option("--fid_stats", Text, None, "npz with the statistics of real images, such as fid.py ref writes",
+           default_help="assets/fid_stats/fid_stats_imagenet{resolution}_guided_diffusion.npz", metavar="FILE"),
+    Option("--detector", Text, "inception", "inception, dinov2 or a file of weights, see fid.py", metavar="NAME|FILE"),
+)
+FLAGS = {
+    "main options": (
+        Option("--workdir", Text, None, "output folder", default_help="assets/DPM/...", metavar="DIR"),
+        Option("--dataset_path", Text, None, "folder of latents, ours or published",
+               default_help="pretrained/datasets/...", metavar="DIR"),
+        Option("--compile", Flag, False, "compile the blocks: slow to start, then faster"),
+        Option("--checkpoint_minutes", Float(0, open=True), 10.0, "time between two checkpoints"),
+    ),
+    "FID": SCORES,
+    "machine": MACHINE,
+}
+
+
+def main(doc: str = __doc__, schedule_of: Callable[[Config], Schedule] = lambda config: ContinuousSchedule(config.pred),
+         argv: Sequence[str] | None = None) -> None:
+    options, config = parse(doc, FLAGS, argv)
+    world = distributed.start(options.device)
+    precision = options.precision or default_precision(world.device, options.strict)
+    layout, schedule = Layout(config), schedule_of(config)
+    workdir = Path(options.workdir or layout.workdir)
+
+    # What it needs, checked before it starts.
+    latents = read_latents(Path(options.dataset_path or config.dataset.path or layout.latents), config.z_shape)
+    coder = load_coder(config.autoencoder.pretrained_path, config.z_shape, config.resolution,
+                       "--config.autoencoder.pretrained_path").to(world.device)
+    if latents.coder not in ("", coder.fingerprint):
+        raise UserError(f"{latents.folder}: latents of another VAE than {config.autoencoder.pretrained_path}; name "
+                        "theirs, or make them anew: extract_imagenet_features_semi.py --overwrite")
+    statistics = Path(options.fid_stats or layout.fid_statistics)
+    detector = load_detector(options.detector, world.device, world=world) if statistics.is_file() else None
+    if options.fid_stats and detector is None:
+        raise UserError(f"--fid_stats: there is no file {statistics}")
+    if detector is None and world.main:
+        print(f"without FID: there is no {statistics} (fid.py ref writes one)", flush=True)
+    net = make_uvit(config.nnet, config.z_shape, config.seed)
+    check_classes(net, latents.classes, str(latents.folder))
+
+    # Train.
+    def sampler_of(averaged: UViT) -> Sampler:
+        return Sampler(averaged, schedule, coder, config.z_shape, precision, options.strict)
+
+    def score(sampler: Sampler, count: int) -> float:
+        return fid(sampler, count, config.seed, config.sample.sample_steps, 0.0, config.sample.mini_batch_size,
+                   detector, statistics, world)
+
+    train(config, net, schedule, latents, sampler_of, workdir, world, precision=precision, strict=options.strict,
+          compiled=options.compile, score=score if detector else None,
+          checkpoint_seconds=60 * options.checkpoint_minutes)
+    distributed.stop()
+
+
+def check_classes(net: UViT, classes: Sequence[str], source: str) -> None:
+    """Raise UserError for a network that is made for another number of classes."""
+    if classes and net.num_classes > 0 and len(classes) != net.none_label:
+        raise UserError(f"{source} has {len(classes)} classes, --config.nnet.num_classes={net.num_classes} is made for "
+                        f"{net.none_label} and none; give --config.nnet.num_classes={len(classes) + 1}")
+
+
+if __name__ == "__main__":
+    run_main(main)
