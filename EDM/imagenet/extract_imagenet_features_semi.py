@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from EDM.imagenet.config import parse
+from EDM.imagenet.images import training_images
 from EDM.imagenet.layout import Layout
 from EDM.latent.extraction import extract, pseudo_labels_of
 from EDM.latent.latents import ABOUT, LABELS, MOMENTS
 from EDM.latent.vae import load_coder
 from shared import distributed
 from shared.cli import Choice, Flag, Option, Text, UserError, run_main
-from shared.data.photographs import list_photographs
 from shared.data.safe import load_array
 from shared.training.files import make_dir
 from shared.training.record import Record
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     layout = Layout(config)
     folder = layout.latents
 
-    photographs = distributed.on_main(lambda: list_photographs(layout.train_images), world)
+    photographs = distributed.on_main(lambda: training_images(config), world)
     labels = distributed.on_main(lambda: pseudo_labels_of(photographs, read_pseudo_labels(layout)), world)
     coder = load_coder(config.autoencoder.pretrained_path, config.z_shape, config.resolution,
                        "--config.autoencoder.pretrained_path")
@@ -56,17 +56,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_pseudo_labels(layout: Layout) -> dict[str, int]:
-    """Return image name -> pseudo-label, as train_classifier.py wrote them."""
-    labels = load_array(layout.pseudo_labels)
+    """Return path below image_path, or in published folders base name -> pseudo-label, as train_classifier.py wrote
+    them."""
+    file = layout.image_paths if layout.image_paths.is_file() else layout.image_names
     try:
-        names = torch.load(layout.image_names, weights_only=True)
+        labels, names = load_array(layout.pseudo_labels), torch.load(file, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{layout.image_names}: no such file; run train_classifier.py --func=get_cluster") from None
+        raise UserError(f"{file}: no such file; run train_classifier.py --func=get_cluster") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{layout.image_names}: cut short or no list of names ({type(error).__name__})") from None
+        raise UserError(f"{file}: cut short or no list of names ({type(error).__name__})") from None
     if not isinstance(names, list) or labels.shape != (len(names),):
         raise UserError(f"{layout.pseudo_labels}: {list(labels.shape)} labels do not belong to the names in "
-                        f"{layout.image_names}; run train_classifier.py --func=get_cluster anew")
+                        f"{file}; run train_classifier.py --func=get_cluster anew")
     return dict(zip(map(str, names), labels.astype(int).tolist(), strict=True))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from EDM.imagenet.layout import Layout
 from shared.cli import UserError, nearest
 from shared.data.classes import class_folders
 from shared.data.photographs import PhotographSet, list_photographs, list_unlabeled
-from shared.data.safe import load_array
-from shared.training.checkpoint import read_checkpoint
 from shared.training.files import atomic, make_dir
 
 SOLUTION = "LOC_val_solution.csv"  # comes with the flat `val`: ImageId,PredictionString ("n03995372 85 1 499 272 ...")
@@ -128,42 +125,6 @@ def write_pseudo_labels(layout: Layout, images: PhotographSet, labels: np.ndarra
                         (layout.pseudo_probabilities, torch.from_numpy(probabilities)),
                         (layout.true_labels, torch.from_numpy(images.labels)),
                         (layout.image_names, [Path(name).name for name in images.names]),
-                        (layout.image_paths, {"paths": images.names})):
+                        (layout.image_paths, images.names)):
         with atomic(path) as file:
             torch.save(value, file)
-
-
-def pseudo_labels(layout: Layout, images: PhotographSet) -> np.ndarray:
-    """Return the pseudo-label of each image, int64 [N], found by its path, or by its base name in published files.
-
-    Raises UserError without files, for an image that has none, and for a label beyond the classes.
-    """
-    if not layout.pseudo_labels.is_file():
-        raise UserError(f"{layout.pseudo_labels}: no pseudo-labels; make them with train_classifier.py "
-                        "--func=get_cluster")
-    labels = load_array(layout.pseudo_labels)
-    if layout.image_paths.is_file():
-        names, wanted = read_checkpoint(layout.image_paths)["paths"], images.names
-    else:
-        names, wanted = _published_names(layout), [Path(name).name for name in images.names]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise UserError(f"{layout.image_names}: {twice[0]} stands for several images; make the pseudo-labels anew")
-    if labels.shape != (len(names),) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-        raise UserError(f"{layout.pseudo_labels}: expected a class number for each of {len(names)} images")
-    if labels.max(initial=0) >= len(images.classes):
-        raise UserError(f"{layout.pseudo_labels}: holds the class {labels.max()}, but there are only "
-                        f"{len(images.classes)}; make the pseudo-labels anew")
-    found = dict(zip(names, labels.tolist(), strict=True))
-    if (absent := next((name for name in wanted if name not in found), None)) is not None:
-        raise UserError(f"{layout.cluster}: no pseudo-label of {absent}; make them anew with --func=get_all_features "
-                        "and --func=get_cluster")
-    return np.array([found[name] for name in wanted], np.int64)
-
-
-def _published_names(layout: Layout) -> list[str]:
-    try:
-        names = torch.load(layout.image_names, weights_only=True)
-        return [str(name) for name in names]
-    except (OSError, RuntimeError, TypeError, ValueError, torch.serialization.pickle.UnpicklingError) as error:
-        raise UserError(f"{layout.image_names}: cannot be read ({type(error).__name__})") from None
