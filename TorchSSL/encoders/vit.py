@@ -39,7 +39,7 @@ class VisionTransformer(nn.Module):
                  num_heads: int = 12, mlp_ratio: float = 4, head: nn.Module | None = None) -> None:
         super().__init__()
         self.architecture = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth,
-                                 num_heads=num_heads, mlp_ratio=mlp_ratio)
+                                 num_heads=num_heads, mlp_ratio=float(mlp_ratio))
         self.patch_size, self.embed_dim = patch_size, embed_dim
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
