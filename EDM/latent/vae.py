@@ -35,6 +35,11 @@ def sample(moments: Tensor, noise: Tensor, scale: float = SCALE) -> Tensor:
     return scale * (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise)
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """Return images in [-1, 1] as images in [0, 1]; what lies outside is clipped."""
+    return (0.5 * (images + 1)).clamp(0, 1)
+
+
 class Coder:
     """A VAE with the functions that latent diffusion needs. factor: an image's side over its latent's."""
 
@@ -63,7 +68,7 @@ class Coder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return images float32 [N, 3, S, S] in [0, 1]."""
-        return (0.5 * (self.vae.decode(latents / self.scale).sample.float() + 1)).clamp(0, 1)
+        return to_unit(self.vae.decode(latents / self.scale).sample.float())
 
 
 class SpaceToDepth:
@@ -86,7 +91,7 @@ class SpaceToDepth:
         return torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return (0.5 * (F.pixel_shuffle(latents, self.factor) + 1)).clamp(0, 1)
+        return to_unit(F.pixel_shuffle(latents, self.factor))
 
 
 def load_coder(name: str, z_shape: tuple[int, ...], resolution: int, flag: str) -> Coder | SpaceToDepth:

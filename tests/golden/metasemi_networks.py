@@ -61,7 +61,8 @@ def test_output(case: Case) -> None:
         prefix = case["keys"]["buffers_after"].partition("<")[0]
         for key, value in stored(case).items():
             if key.startswith(prefix):
-                np.testing.assert_allclose(net.get_buffer(key.removeprefix(prefix)).cpu(), value, err_msg=key, **allowed)
+                found = net.get_buffer(key.removeprefix(prefix)).cpu()
+                np.testing.assert_allclose(found, value, err_msg=key, **allowed)
 
 
 class Replayed:
