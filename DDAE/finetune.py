@@ -24,7 +24,7 @@ from DDAE.ddae.model import check_names
 from DDAE.ddae.probe import ENCODER, Encoder, load_encoder, load_split, write_result
 from shared import cli, distributed
 from shared.augment.views import draw_strong, strong
-from shared.cli import Choice, Flag, Float, Int, Option, Text, run_main
+from shared.cli import Choice, Flag, Float, Int, Option, Text, less_memory, run_main
 from shared.report.plots import curves
 from shared.training.dropout import set_dropout_keys
 from shared.training.log import Log
@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return cli.parse(__doc__, FLAGS, argv)
 
 
+@less_memory("--batch_size")
 def main() -> None:
     options = parse()
     world = distributed.start(options.device)
@@ -64,7 +65,7 @@ def main() -> None:
     check_names([block], encoder.widths)
     encoder.check_levels([level])
     train, test = load_split(encoder, "train", options), load_split(encoder, "test", options)
-    inputs = encoder.inputs(train, world)
+    inputs = {**encoder.inputs(train, world), "test images": encoder.inputs(test, world)["dataset"]}
     net = Classifier(encoder, block, level, not options.no_noise, options.seed).to(world.device)
     size = options.batch_size * (options.gpus or world.size)
     batches = TrainBatches(train, size, world, options.seed, probe.flip, probe.pad)

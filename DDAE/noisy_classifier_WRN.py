@@ -30,7 +30,7 @@ from DDAE.ddae.noise_classifier import (
     training_view,
 )
 from shared import cli, distributed
-from shared.cli import Choice, Flag, Float, Int, Option, Text, run_main
+from shared.cli import Choice, Flag, Float, Int, Option, Text, less_memory, run_main
 from shared.cpu.allocator import keep_freed_memory
 from shared.training.fingerprint import fingerprints
 from shared.training.log import Log
@@ -53,6 +53,7 @@ FLAGS = (
     Option("--blocks_per_group", Int(1), 4, "residual blocks, depth is 6 B + 4"),
     Option("--channel_multiplier", Int(1), 10, "width"),
     Option("--save_dir", Text, None, "results  [./output_WRN_{mode}]", metavar="DIR"),
+    Option("--overwrite", Flag, False, "move another run in that folder aside and start anew (without it: an error)"),
 )
 
 
@@ -60,6 +61,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return cli.parse(__doc__, FLAGS, argv)
 
 
+@less_memory("--batch_size")
 def main() -> None:
     options = parse()
     for path in options.compare:
@@ -109,7 +111,8 @@ def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision
         "seed")} | {"batch": batches.size, "precision": precision}
     outdir = Path(options.save_dir or f"./output_WRN_{options.mode}")
     log = Log(outdir, world, image_batch=batches.size, desc="WRN")
-    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log, inputs=inputs)
+    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log, inputs=inputs,
+              overwrite=options.overwrite)
     model = distributed.data_parallel(net, world)
     net.train()
     for step in run.steps(options.epoch * batches.per_epoch):

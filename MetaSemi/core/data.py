@@ -183,7 +183,7 @@ class SmallImages(Source):
         self.batches = Batches(train, pools, options.dataset, self.batch, options.seed, world, self.layout)
         self.test = Pool(test, *NORMALISATION[options.dataset], world.device)
         self.channels, self.rest, self.classes, self.size = train.channels, len(rest), train.classes, train.size
-        self.inputs = distributed.on_main(lambda: fingerprints({"--dataset": train}), world)
+        self.inputs = distributed.on_main(lambda: fingerprints({"--dataset": train, "--dataset (test)": test}), world)
 
     def _warn_of_split(self, labels: np.ndarray) -> None:
         wanted, classes = self.options.num_label, self.options.num_classes

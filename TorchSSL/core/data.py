@@ -192,6 +192,7 @@ def input_fingerprints(data: TrainingData, options: SimpleNamespace) -> dict[str
     return fingerprints({
         "--dataset": fingerprint_arrays(*[part for images in sets for part in content(images)], data.unlabeled.classes),
         "--aug_path": fingerprint_arrays(*content(extra)) if options.aug_path else None,
+        "--aug_filter": options.aug_filter,
         "--pretrained": fingerprint_arrays([source]) if source and is_timm(source) else source})
 
 

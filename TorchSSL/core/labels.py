@@ -66,13 +66,15 @@ def labeled_index(options: SimpleNamespace, labels: np.ndarray, num_classes: int
     else:
         index = class_balanced_split(labels, options.num_labels, num_classes, options.seed)
     file = folder / INDEX_FILE
-    if file.exists() and not np.array_equal(earlier := read_index(str(file), labels, "the run folder"), index):
+    if options.overwrite or not file.exists():
+        return index
+    if not np.array_equal(earlier := read_index(str(file), labels, "the run folder"), index):
         facts, source = split_facts(options, num_classes), file.with_suffix(".json")
         was = json.loads(source.read_text(encoding="utf-8")) if source.exists() else {}
         changed = [f"{key} {was[key]} there, {now} here" for key, now in facts.items() if was.get(key, now) != now]
         reason = "; ".join(changed) or f"{len(earlier)} other images than the {len(index)} of this command"
         raise UserError(f"{file} holds the labelled images of another run ({reason}); choose another --save_name, "
-                        f"remove that folder, or keep those images with --label_idx {file}")
+                        f"keep those images with --label_idx {file}, or give --overwrite to move that run aside")
     return index
 
 

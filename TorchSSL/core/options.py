@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, parse
+from shared.data.datasets import NAMES
 
 NETWORK = (
     Option("--net", Text, "WideResNet", "WideResNet, WideResNetVar, ResNet50, or timm:NAME, any classifier of timm"),
@@ -178,7 +179,13 @@ def _check_combinations(options: SimpleNamespace) -> None:
 
 def method_config(options: SimpleNamespace) -> dict[str, Any]:
     """Return the options that decide the numbers, as plain values; a continued run must agree on them."""
-    return {key: value for key, value in sorted(vars(options).items()) if key not in NOT_THE_METHOD}
+    other = NOT_THE_METHOD | set(paths_in(options))
+    return {key: value for key, value in sorted(vars(options).items()) if key not in other}
+
+
+def paths_in(options: SimpleNamespace) -> tuple[str, ...]:
+    """Return the options that name files and folders, of which the content counts (see `input_fingerprints`)."""
+    return ("aug_path", "aug_filter") if options.dataset in NAMES else ("aug_path", "aug_filter", "dataset")
 
 
 def relaunch(options: SimpleNamespace, gpus: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from shared import distributed
@@ -19,6 +20,7 @@ from shared.training.precision import computed_on
 from shared.training.run import Run, plain
 from TorchSSL.core.data import TrainingData, write_split
 from TorchSSL.core.evaluation import check_fits, strip_prefix
+from TorchSSL.core.labels import INDEX_FILE
 
 LATEST, BEST, CONFIG, RESULT = "latest_model.pth", "model_best.pth", "config.json", "result.json"
 
@@ -30,7 +32,7 @@ def open_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any
     A folder of the same configuration and inputs is continued. A folder of another run or program is an error, or with
     --overwrite moved aside as `<name>.replaced-1`. Raises UserError.
     """
-    distributed.on_main(lambda: _take_folder(folder, options, config, inputs), world)
+    distributed.on_main(lambda: _take_folder(folder, options, config, inputs, data.labeled_index), world)
     if world.main:
         write_split(data, options, folder)
         values = {key: value for key, value in vars(options).items() if key != "given"}
@@ -39,10 +41,10 @@ def open_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any
     distributed.barrier(world)
 
 
-def _take_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any],
-                 inputs: Mapping[str, str]) -> None:
+def _take_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any], inputs: Mapping[str, str],
+                 labeled: np.ndarray) -> None:
     with lock(folder):  # a run that is still going on there is not moved
-        reason = _foreign_owner(folder, options, config, inputs)
+        reason = _foreign_owner(folder, options, config, inputs, labeled)
         if reason and not options.overwrite:
             raise UserError(f"{folder} holds another run ({reason}); choose another --save_name, or give --overwrite "
                             "to move it aside and start anew")
@@ -51,8 +53,8 @@ def _take_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, An
     make_dir(folder)
 
 
-def _foreign_owner(folder: Path, options: SimpleNamespace, config: Mapping[str, Any],
-                   inputs: Mapping[str, str]) -> str:
+def _foreign_owner(folder: Path, options: SimpleNamespace, config: Mapping[str, Any], inputs: Mapping[str, str],
+                   labeled: np.ndarray) -> str:
     """Return why the folder belongs to another run, or ''."""
     latest = folder / LATEST
     if not any(path.exists() for path in (latest, previous_path(latest), folder / BEST)):
@@ -64,9 +66,12 @@ def _foreign_owner(folder: Path, options: SimpleNamespace, config: Mapping[str, 
     saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     changed = [f"{key} was {saved[key]!r}, is {value!r}" for key, value in plain(config).items()
                if key in saved and saved[key] != value]
-    before = saved.get("inputs", {})  # older versions wrote none
-    changed += [f"the content of {name} has changed" for name, digest in inputs.items()
-                if before.get(name, digest) != digest]
+    before = saved.get("inputs", inputs)  # older versions wrote none
+    changed += [f"the content of {name} has changed" for name in {**before, **inputs}
+                if before.get(name) != inputs.get(name)]
+    index = folder / INDEX_FILE
+    if index.exists() and not np.array_equal(np.load(index, allow_pickle=False), labeled):
+        changed.append(f"other labelled images are listed in {INDEX_FILE}")
     return "; ".join(changed[:4])
 
 

@@ -41,7 +41,7 @@ from TorchSSL.core.evaluation import (
     metrics,
     predict,
 )
-from TorchSSL.core.options import method_config, relaunch
+from TorchSSL.core.options import method_config, paths_in, relaunch
 from TorchSSL.core.run_folder import LATEST, load_foreign, open_folder, resume_from, write_best, write_result
 
 FREQUENT_EVAL = 1000      # evaluations come at least this often ...
@@ -100,8 +100,8 @@ def train(options: SimpleNamespace, algorithm: type[Algorithm]) -> None:
     log = Log(folder, world, every=min(100, options.num_eval_iter), image_batch=sum(batches.counts),
               tensorboard=options.use_tensorboard, desc=options.save_name)
     run = Run(folder, config, keep=trainer.parts(), world=world, log=log, inputs=inputs, checkpoint=LATEST,
-              resume=resume_from(folder, options), extra=lambda: {**facts, "it": trainer.iteration},
-              save_seconds=options.save_seconds, save_every=options.num_save_iter)
+              ignore=paths_in(options), resume=resume_from(folder, options), save_seconds=options.save_seconds,
+              save_every=options.num_save_iter, extra=lambda: {**facts, "it": trainer.iteration})
     load_foreign(run, trainer, options)
     log.print(describe(data, options, world, precision))
     if options.dataset not in NAMES and run.resumed_from is None and world.main:

@@ -178,8 +178,10 @@ def test_other_configuration(uninterrupted: Path, tmp_path: Path) -> None:
 def test_labels_of_another_seed_are_refused(tmp_path: Path) -> None:
     tiny.run(tmp_path, sabotage=kill_after_steps(1), status=-signal.SIGKILL)
     before = (tmp_path / "saved_models/tiny/sampled_label_idx.npy").read_bytes()
-    for flags in (["--seed=2"], ["--seed=2", "--overwrite"], ["--num_labels=30"]):
+    for flags in (["--seed=2"], ["--num_labels=30"]):
         tiny.run(tmp_path, *flags, status=2)
     errors = (tmp_path / "stderr.txt").read_text()
     assert "seed 1 there, 2 here" in errors and "num_labels 20 there, 30 here" in errors
     assert (tmp_path / "saved_models/tiny/sampled_label_idx.npy").read_bytes() == before
+    tiny.run(tmp_path, "--seed=2", "--overwrite")
+    assert (tmp_path / "saved_models/tiny/sampled_label_idx.npy").read_bytes() != before
