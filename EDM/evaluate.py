@@ -35,9 +35,9 @@ from EDM.metrics.judge import (
 from EDM.metrics.sources import SetImages
 from EDM.tdsm.noise import with_clean_labels
 from EDM.training.published import local_file
-from shared.cli import Bool, Choice, Flag, Int, Option, UserError, parse, run_main
+from shared.cli import Bool, Choice, Flag, Int, Option, UserError, less_memory, parse, run_main
 from shared.data.datasets import NAMES, load_dataset
-from shared.data.images import ImageSet, read_images, shape_text, with_classes
+from shared.data.images import ImageSet, read_images, shape_text, with_classes, with_names
 from shared.distributed import World, start
 from shared.report.plots import confusion_matrices, image_grid
 from shared.training.files import atomic, make_dir
@@ -92,6 +92,7 @@ FLAGS = {
 }
 
 
+@less_memory("--batch")
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(__doc__, FLAGS, argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -176,6 +177,7 @@ def real_images(flags: SimpleNamespace) -> tuple[ImageSet, ImageSet]:
     train, test = sets
     if test.images.shape[1:] != train.images.shape[1:]:
         raise UserError(f"--test has images of {shape_text(test)}, --data of {shape_text(train)}")
+    test = with_names(test, train.classes, flags.test or flags.data)
     return train, with_classes(test, train.num_classes, flags.test or flags.data)
 
 
@@ -188,7 +190,7 @@ def generated_images(flags: SimpleNamespace, train: ImageSet, outdir: Path) -> I
         generate.main([f"--network={flags.network}", f"--outdir={path}",
                        f"--seeds={flags.first_seed}-{flags.first_seed + flags.per_class - 1}", "--classes=all",
                        f"--steps={flags.steps}", f"--batch={flags.batch}", *more])
-    images = read_images(path, channels=train.channels, num_classes=train.num_classes)
+    images = read_images(path, channels=train.channels, num_classes=train.num_classes, classes=train.classes)
     if images.images.shape[1:] != train.images.shape[1:]:
         raise UserError(f"{path} has images of {shape_text(images)}, --data of {shape_text(train)}")
     if images.labels.min() < 0:

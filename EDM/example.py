@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from EDM.sampling.conditions import read_conditions
 from EDM.sampling.samplers import denoiser, edm_sampler
 from EDM.training.published import local_file
 from EDM.training.snapshots import load_network
@@ -82,8 +83,9 @@ def draw_grid(network: str, name: str, folder: Path, seed: int, device: torch.de
     latents = torch.randn(shape, generator=random, device=device)
     labels = None
     if net.label_dim:
-        classes = torch.randint(net.label_dim, shape[:1], generator=random, device=device)
-        labels = torch.eye(net.label_dim, device=device)[classes]
+        trained = read_conditions(net.dataset_kwargs, net.label_dim)  # only what occurred, in its proportion
+        drawn = torch.randint(trained.draws_from, shape[:1], generator=random, device=device)
+        labels = trained.inputs(trained.chosen(drawn), device)
 
     model, dtype = denoiser(net, labels), torch.float32 if device.type == "mps" else torch.float64
     bar = Progress(f"sampling {name}", 2 * settings["num_steps"] - 1, "calls")

@@ -27,7 +27,7 @@ COUNT, POSITIVE, NOT_NEGATIVE, SEEDS = Int(1), Float(0, open=True), Float(0), In
 
 # How images are made from a snapshot.
 SAMPLING = (
-    Option("--class", Int(0), None, "class label", default_help="random", key="class_index"),
+    Option("--class", Int(0), None, "class label", default_help="random, as often as in training", key="class_index"),
     Option("--classes", metavar="all|LIST", help="every seed once per class, in OUTDIR/CLASS/"),
     Option("--steps", COUNT, 18, "number of sampling steps"),
     Option("--sigma_min", POSITIVE, None, "lowest noise level", default_help="varies"),
@@ -128,7 +128,7 @@ def generate(flags: SimpleNamespace) -> None:
     outdir, label_dim = Path(flags.outdir), sampler.net.label_dim
     is_archive = outdir.suffix.lower() in files.ARCHIVES
     root = files.work_folder(outdir) if is_archive else outdir
-    classes = chosen_classes(flags, label_dim)
+    classes = chosen_classes(flags, label_dim, sampler.trained)
     folders = {index: root if flags.classes is None else root / files.class_folder(index, label_dim)
                for index in classes}
     planned = {index: files.plan_samples(folder, flags.seeds, index, flags.subdirs)
@@ -179,7 +179,7 @@ def generate(flags: SimpleNamespace) -> None:
         if sheet:
             files.write_sheet(root / sheet, samples)
         if is_archive:
-            files.pack(outdir, samples, labels, label_dim, everything)
+            files.pack(outdir, samples, labels, sampler.trained, everything)
         print("Done.")
     return stop()
 

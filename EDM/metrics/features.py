@@ -21,6 +21,7 @@ from EDM.metrics.sources import Source
 from EDM.training.published import local_file
 from shared.cli import UserError, nearest
 from shared.cpu.allocator import keep_freed_memory
+from shared.data.classes import match_labels
 from shared.data.safe import READ_ERRORS, zip_members
 from shared.distributed import World, gather
 from shared.training.files import atomic, make_dir
@@ -37,12 +38,14 @@ class Extraction:
     """What a pass leaves. The moments are those of all ranks; what is kept lies on the CPU of rank 0 alone.
 
     features: float32 [N, F], logits: float32 [N, classes], labels: int64 [N], in the order of the images, or None.
+    classes: names in label order, or ().
     """
 
     moments: Moments
     features: Tensor | None = None
     logits: Tensor | None = None
     labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
 
 
 def extract(source: Source, detector: Detector, batch: int, world: World, *, keep_features: bool = False,
@@ -79,7 +82,7 @@ def extract(source: Source, detector: Detector, batch: int, world: World, *, kee
                 store[together[0][0]:together[0][0] + len(found)] = found.cpu()
         counter.advance(sum(map(len, together)))
     counter.close()
-    return Extraction(moments.over_ranks(world), **(kept if world.main else {}))
+    return Extraction(moments.over_ranks(world), **(kept if world.main else {}), classes=tuple(source.classes))
 
 
 def _detect(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -103,7 +106,8 @@ def _of_all_ranks(rows: Tensor, sizes: Sequence[int], world: World) -> Tensor:
 class Reference:
     """mu: float64 [F]; sigma: float64 [F, F]; features float32 [N, F] and labels int64 [N], if they were asked for.
 
-    count: number of images; None if the file does not say, as those of the published code.
+    count: number of images; None if the file does not say, as those of the published code. classes: names in label
+    order, or ().
     """
 
     mu: Tensor
@@ -112,12 +116,14 @@ class Reference:
     source: str
     features: Tensor | None = None
     labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
 
 
 def from_extraction(extraction: Extraction, source: str) -> Reference:
     """Return the statistics of images that a detector has seen."""
     mu, sigma = extraction.moments.mean_and_covariance()
-    return Reference(mu.cpu(), sigma.cpu(), extraction.moments.count, source, extraction.features, extraction.labels)
+    return Reference(mu.cpu(), sigma.cpu(), extraction.moments.count, source, extraction.features, extraction.labels,
+                     extraction.classes)
 
 
 def write_reference(path: str, reference: Reference, detector: Detector) -> None:
@@ -126,7 +132,8 @@ def write_reference(path: str, reference: Reference, detector: Detector) -> None
         "mu": reference.mu.numpy(), "sigma": reference.sigma.numpy(), "num_images": reference.count,
         "detector": detector.name, "detector_sha256": detector.sha256, "resize": detector.resize}
     if reference.features is not None:
-        arrays |= {"features": reference.features.numpy(), "labels": reference.labels.numpy()}
+        arrays |= {"features": reference.features.numpy(), "labels": reference.labels.numpy(),
+                   "classes": np.array(reference.classes, np.str_)}
     make_dir(Path(path).absolute().parent)
     with atomic(path) as file:
         np.savez(file, **arrays)
@@ -157,7 +164,7 @@ def read_reference(path: str, detector: Detector) -> Reference:
     count = int(arrays["num_images"]) if "num_images" in arrays else None
     features, labels = (torch.from_numpy(arrays[name]) if name in arrays else None for name in ("features", "labels"))
     return Reference(torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64)), count,
-                     str(path), features, labels)
+                     str(path), features, labels, tuple(map(str, arrays.get("classes", ()))))
 
 
 def _check_fits(path: str, arrays: dict[str, np.ndarray], width: int, detector: Detector) -> None:
@@ -210,7 +217,8 @@ def score(names: Sequence[str], generated: Extraction, reference: Reference, det
     if NEED_FEATURES & set(names):
         ours, real = generated.features.to(device), reference.features.to(device)
     if {"cwfid", "cwprdc"} & set(names):
-        labels, real_labels = generated.labels.to(device), reference.labels.to(device)
+        matched = match_labels(generated.labels.numpy(), generated.classes, reference.classes, "the generated images")
+        labels, real_labels = torch.from_numpy(matched).to(device), reference.labels.to(device)
     for name in names:
         if name == "fid":
             mu, sigma = generated.moments.mean_and_covariance()

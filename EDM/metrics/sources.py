@@ -16,7 +16,7 @@ from torch import Tensor
 from EDM.sampling.files import RECORD, archive_record, read_record
 from EDM.sampling.seeds import chosen_classes, load_sampler
 from shared.cli import UserError
-from shared.data.classes import ImageFiles, classes_by_folder, find_images, listed_labels
+from shared.data.classes import ImageFiles, find_images, labels_of
 from shared.data.images import ImageSet, open_image, read_images, to_chw
 from shared.data.parallel import cores
 from shared.data.safe import read_members
@@ -30,7 +30,9 @@ Result = TypeVar("Result")
 
 
 class Source(Protocol):
-    """Images by position 0..len - 1, each of which is asked for once."""
+    """Images by position 0..len - 1, each of which is asked for once. classes: names in label order, or ()."""
+
+    classes: Sequence[str]
 
     def __len__(self) -> int: ...
 
@@ -54,11 +56,13 @@ class FileImages:
         self.content: ImageFiles | ImageSet
         if self.path.suffix.lower() == ".npz":
             self.content = read_images(self.path)
-            self.total, self.labels = len(self.content), self.content.labels
+            self.total, self.labels, self.classes = len(self.content), self.content.labels, self.content.classes
         else:
             self.content = find_images(self.path)
             self.total = len(self.content.members)
-            self.labels = read_labels(self.content) if labelled else np.full(self.total, -1, np.int64)
+            self.content.warn()
+            unknown = np.full(self.total, -1, np.int64), ()
+            self.labels, self.classes = read_labels(self.content) if labelled else unknown
         if not self.total:
             raise UserError(f"{path}: No image files found in the specified path")
         if count is not None and self.total < count:
@@ -118,7 +122,7 @@ class FileImages:
         for member, data in zip(members, read_members(files.path, members), strict=True):
             name = f"{files.path}/{member.name}"
             image = open_image(data, name)
-            if self.channels == 1 and image.mode not in ("L", "LA"):
+            if self.channels == 1 and image.mode != "L":
                 raise UserError(f"{name}: has colour, the detector takes gray images")
             images.append(to_chw(image, self.channels))
             _check_size(name, images[-1].shape[1:], images[0].shape[1:])
@@ -135,7 +139,7 @@ class SetImages:
     """The images of a set in memory, as a source; gray ones repeated to `channels`."""
 
     def __init__(self, images: ImageSet, channels: int) -> None:
-        self.images, self.repeat = images, channels // images.channels
+        self.images, self.classes, self.repeat = images, images.classes, channels // images.channels
         if not self.repeat:
             raise UserError(f"{images.name}: has colour images, the detector takes gray ones")
 
@@ -158,10 +162,10 @@ class GeneratedImages:
 
     def __init__(self, flags: SimpleNamespace, world: World, channels: int = 3) -> None:
         self.sampler, self.settings = load_sampler(flags, world)
-        self.channels, self.net = channels, self.sampler.net
+        self.channels, self.net, self.classes = channels, self.sampler.net, self.sampler.trained.names
         if channels == 1 and self.net.img_channels == 3:
             raise UserError(f"{flags.network}: makes colour images, the detector takes gray ones")
-        classes = chosen_classes(flags, self.net.label_dim)
+        classes = chosen_classes(flags, self.net.label_dim, self.sampler.trained)
         self.samples = [(seed, index) for index in classes for seed in flags.seeds]
         self.rows = self.sampler.batch_rows(split_batches(self.samples, flags.batch, world.size))
 
@@ -204,15 +208,13 @@ def subset(total: int, count: int | None, seed: int) -> np.ndarray:
     return order
 
 
-def read_labels(files: ImageFiles) -> np.ndarray:
-    """Return the classes int64 [N] that dataset.json or else the names of class folders give; -1 where unknown."""
-    labels = listed_labels(files)
-    if labels is not None:
-        if isinstance(labels[0], list):
-            raise UserError(f"{files.path}: labels are lists of numbers, expected a class for each image")
-        return np.array([-1 if label is None else label for label in labels], np.int64)
-    found = classes_by_folder(files.names, files.path)
-    return np.full(len(files), -1, np.int64) if found is None else found.labels
+def read_labels(files: ImageFiles) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the classes int64 [N] that a list or else the names of class folders give, -1 where unknown, and their
+    names."""
+    if any(isinstance(label, list) for label in files.labels.values()):
+        raise UserError(f"{files.path}: labels are lists of numbers, expected a class for each image")
+    found = labels_of(files, files.path)
+    return (np.full(len(files), -1, np.int64), ()) if found is None else found
 
 
 def threaded_map(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:

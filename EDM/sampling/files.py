@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from EDM.sampling.conditions import Conditions
 from shared.cli import UserError
 from shared.data.images import ImageSet
 from shared.data.writers import read_pngs, write_npz, write_png, write_zip
@@ -127,11 +128,14 @@ def is_complete(archive: Path, settings: Mapping[str, Any], overwrite: bool) -> 
     return True
 
 
-def pack(archive: Path, samples: Sequence[Sample], labels: Sequence[int], label_dim: int,
+def pack(archive: Path, samples: Sequence[Sample], labels: Sequence[int], trained: Conditions,
          settings: Mapping[str, Any]) -> None:
     """Move finished samples into an EDM dataset .zip or an .npz (images, labels, classes), in the order given."""
-    images = ImageSet(read_pngs([sample.path for sample in samples]), np.asarray(labels, dtype=np.int64),
-                      tuple(map(str, range(label_dim))), archive.stem)
+    numbers, vectors = np.asarray(labels, dtype=np.int64), None
+    if trained.vectors is not None:
+        numbers, vectors = np.full(len(samples), -1), trained.vectors.numpy()[numbers]
+    names = trained.names or tuple(map(str, range(trained.label_dim)))
+    images = ImageSet(read_pngs([sample.path for sample in samples]), numbers, names, archive.stem, vectors)
     with atomic(archive_record(archive), "w") as file:
         file.write(json.dumps(settings, indent=2) + "\n")
     (write_zip if archive.suffix == ".zip" else write_npz)(images, archive)

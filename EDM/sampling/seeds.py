@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from EDM.sampling import samplers
+from EDM.sampling.conditions import Conditions, read_conditions
 from EDM.sampling.samplers import Model, Noise, affine, denoiser, guided
 from EDM.training.layers import store_bf16_weights
 from EDM.training.networks import use_channels_last
@@ -54,6 +56,7 @@ class SeedSampler:
                                    != (net.img_channels, net.img_resolution, net.label_dim)):
             raise UserError("the second network does not fit the first: other image size, channels or classes")
         self.loss_kwargs = getattr(net, "loss_kwargs", {})
+        self.trained = read_conditions(getattr(net, "dataset_kwargs", {}), net.label_dim)
         self.device = next(net.parameters()).device
         if fast and self.device.type == "cpu":
             keep_freed_memory()
@@ -74,7 +77,8 @@ class SeedSampler:
                rows: int | None = None) -> torch.Tensor:
         """Return one image per seed: uint8 [len(seeds), C, R, R] on the device.
 
-        classes: class of each image; None there or for all: drawn from the seed. rows: batch size that the network
+        classes: class of each image (of a network for lists of numbers, the place of one in `trained.vectors`); None
+        there or for all: drawn from the seed, as often as it occurred in training. rows: batch size that the network
         sees; more than len(seeds) is filled up. Raises UserError when an image is not finite.
         """
         rows = rows or len(seeds)
@@ -86,10 +90,10 @@ class SeedSampler:
         latents = filled(generators.normal(self.shape))
         labels = None
         if self.net.label_dim:
-            drawn = generators.integers(self.net.label_dim).tolist()  # drawn even where a class is given, as published
+            drawn = self._drawn(generators)  # even where a class is given, as published
             chosen = [own if given is None else given
                       for own, given in zip(drawn, classes or [None] * len(seeds), strict=True)]
-            labels = filled(torch.eye(self.net.label_dim, device=self.device)[chosen])
+            labels = filled(self.trained.inputs(chosen, self.device))
 
         images = self._run(self._model(labels), latents,
                            lambda step: filled(generators.normal(self.shape, self.state_dtype)))[:len(seeds)]
@@ -107,8 +111,11 @@ class SeedSampler:
         for seed in seeds:
             generators = SeedGenerators([seed], self.device)
             generators.normal(self.shape)
-            classes.append(generators.integers(self.net.label_dim).item())
+            classes += self._drawn(generators)
         return classes
+
+    def _drawn(self, generators: SeedGenerators) -> list[int]:
+        return self.trained.chosen(generators.integers(self.trained.draws_from)).tolist()
 
     def batch_rows(self, batches: Sequence[Sequence[Any]]) -> int:
         """Return the `rows` under which the images of `batches` depend on neither batch nor process."""
@@ -199,13 +206,17 @@ def load_sampler(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dic
     return sampler, settings
 
 
-def chosen_classes(flags: SimpleNamespace, label_dim: int) -> list[int | None]:
-    """Return the classes to generate; [None] where each seed draws its own. Raises UserError for those not there."""
+def chosen_classes(flags: SimpleNamespace, label_dim: int, trained: Conditions) -> list[int | None]:
+    """Return the classes to generate; [None] where each seed draws its own. Raises UserError for those not there, in
+    the network or in what it was trained on; `all` leaves out the latter and says so."""
     name = "class" if flags.classes is None else "classes"
     if flags.class_index is None and flags.classes is None:
         return [None]
     if not label_dim:
         raise UserError(f"--{name} was given, but {flags.network} is not class-conditional")
+    if trained.vectors is not None:
+        raise UserError(f"--{name}: {flags.network} was trained on lists of numbers in place of classes; leave it out, "
+                        "and each seed draws one that occurred")
     try:
         classes = list(range(label_dim)) if flags.classes == "all" else \
             [flags.class_index] if flags.classes is None else list(dict.fromkeys(parse_int_list(flags.classes)))
@@ -215,4 +226,11 @@ def chosen_classes(flags: SimpleNamespace, label_dim: int) -> list[int | None]:
     if wrong or not classes:
         raise UserError(f"--{name}={wrong[0] if wrong else flags.classes}: {flags.network} has the classes 0 to "
                         f"{label_dim - 1}")
-    return classes
+    absent = sorted(set(classes) - set(trained.present))
+    said = ", ".join(trained.names[index] if trained.names else str(index) for index in absent[:10])
+    if absent and flags.classes != "all":
+        raise UserError(f"--{name}: {flags.network} was trained without an image of class {said}; it knows "
+                        f"{', '.join(map(str, trained.present[:20]))}")
+    if absent:
+        warnings.warn(f"--classes=all: left out class {said}, of which {flags.network} saw no image", stacklevel=2)
+    return [index for index in classes if index not in absent]

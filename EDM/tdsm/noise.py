@@ -18,7 +18,7 @@ from EDM.tdsm.classifiers import volmin_transition
 from EDM.training.dataset import TrainingSet, open_data, open_training_set
 from EDM.training.snapshots import Snapshot
 from shared.cli import UserError
-from shared.data.classes import LABEL_FILE, find_images
+from shared.data.classes import LABEL_FILE, find_images, match_labels
 from shared.data.images import ImageSet
 from shared.data.safe import Member, read_members, zip_members
 
@@ -77,6 +77,9 @@ def open_eval_set(flags: SimpleNamespace, dataset: TrainingSet) -> TrainingSet |
         test = open_training_set(flags.eval_data, use_labels=True)
     except UserError as error:
         raise UserError(f"--eval-data: {error}") from None
+    if test.has_onehot_labels:
+        labels = match_labels(test.raw_labels, test.classes, dataset.classes, f"--eval-data: {flags.eval_data}")
+        test = dataclasses.replace(test, raw_labels=labels, label_dim=int(labels.max()) + 1)
     shapes = [(found.num_channels, found.resolution) for found in (test, dataset)]
     if not test.has_onehot_labels or test.label_dim > dataset.label_dim or shapes[0] != shapes[1]:
         raise UserError(f"--eval-data: {flags.eval_data} needs class labels below {dataset.label_dim} and images of "
@@ -145,7 +148,7 @@ def with_clean_labels(images: ImageSet, path: str) -> ImageSet:
     labels = clean_labels(path)
     if labels is None:
         return images
-    classes = tuple(map(str, range(max(int(labels.max()) + 1, images.num_classes))))
+    classes = images.classes + tuple(map(str, range(images.num_classes, int(labels.max()) + 1)))
     return ImageSet(images.images, labels, classes, images.name)
 
 

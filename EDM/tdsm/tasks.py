@@ -51,6 +51,11 @@ def classifier_snapshot(path: str | None, dataset: TrainingSet) -> Snapshot | No
     if path is None:
         return None
     snapshot = read_snapshot(path).expect(CLASSIFIERS, "a classifier of noisy images")
+    names = snapshot.dataset_kwargs.get("class_names") or list(dataset.classes)
+    if dataset.classes and names != list(dataset.classes):
+        raise UserError(f"--cls: {path} is a classifier of the classes {', '.join(map(str, names[:10]))}, but those of "
+                        f"the data are {', '.join(dataset.classes[:10])}; train one on this data with "
+                        "train_classifier.py")
     for name, value, unit in (("label_dim", dataset.label_dim, "classes"),
                               ("img_channels", dataset.num_channels, "image channels"),
                               ("img_resolution", dataset.resolution, "pixels a side")):

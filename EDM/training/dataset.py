@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from EDM.sampling.conditions import describe_labels
 from shared.cli import UserError
-from shared.data.classes import LABEL_FILE
+from shared.data.classes import LABEL_FILE, has_names
 from shared.data.images import read_images
 from shared.distributed import World
 from shared.training.precision import to_device
@@ -35,6 +36,7 @@ class TrainingSet:
     flipped: bool [items].
     label_dim: width of the network's label input; number of classes, D, or 0.
     name: base name of the path without its last extension.
+    classes: their names, in label order; () if they are numbers.
     """
 
     images: np.ndarray
@@ -43,6 +45,7 @@ class TrainingSet:
     flipped: np.ndarray
     label_dim: int
     name: str
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -72,6 +75,11 @@ class TrainingSet:
     @property
     def has_onehot_labels(self) -> bool:
         return self.raw_labels.dtype == np.int64
+
+    def describe_labels(self) -> dict[str, Any]:
+        """Return what snapshots record of the labels of the items: names and counts, or the vectors that occur."""
+        named = self.classes if len(self.classes) == self.label_dim else ()
+        return describe_labels(self.raw_labels[self.indices], self.label_dim, named)
 
     def details(self, item: int) -> dict[str, object]:
         """Return which image an item is, whether it is mirrored, and its label as dataset.json has it."""
@@ -124,7 +132,8 @@ def open_training_set(path: str | os.PathLike, use_labels: bool = False, max_siz
     if xflip:
         indices, flipped = np.tile(indices, 2), np.repeat([False, True], len(indices))
     name = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
-    return TrainingSet(images.images, raw_labels, indices, flipped, label_dim, name)
+    classes = images.classes if label_dim and has_names(images.classes) else ()
+    return TrainingSet(images.images, raw_labels, indices, flipped, label_dim, name, classes)
 
 
 def open_data(path: str, use_labels: bool, xflip: bool) -> TrainingSet:

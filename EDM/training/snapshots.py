@@ -7,7 +7,7 @@ Our `network-snapshot-NNNNNN.pkl` keeps the published name and is a plain torch.
     class_name     EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, a classifier of EDM/tdsm/classifiers.py or CAS_class
     init_kwargs    its constructor keywords
     state_dict     its tensors, float32 on the CPU (the EMA of a training run)
-    dataset_kwargs what it was trained on
+    dataset_kwargs what it was trained on; label_counts and class_names, or label_vectors, say which labels occurred
     loss_kwargs    of TDSM: the label noise it was trained for, `transition_matrix` among it
 
 `.safetensors` files hold the same, with all but the tensors as JSON in the header, and a SHA-256 of it. Reading any of
@@ -66,6 +66,7 @@ class Snapshot:
                             f"({error})") from None
         load_weights(net, self.state_dict, self.source)
         net.loss_kwargs = dict(self.loss_kwargs)  # says of a denoiser whether it was trained from noisy labels
+        net.dataset_kwargs = dict(self.dataset_kwargs)  # says which classes occurred
         return net.eval().requires_grad_(False)
 
 

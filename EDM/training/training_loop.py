@@ -132,6 +132,7 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
     if compiled:
         net.model.compile()
     batches = Batches(dataset, order, batch_size, world)
+    trained_on = {**options["dataset_kwargs"], **dataset.describe_labels()}
     log.print(f"Training for {total_kimg} kimg from {schedule.nimg(run.step) / 1000:.1f}: {precision} on "
               f"{world.size} x {device.type}, {rounds} round(s) of {part} images")
 
@@ -178,7 +179,7 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
         if name := schedule.snapshot(step):
             distributed.check_equal(ema.state_dict(), world, f"in the averaged network; nothing was written to {name}")
             if world.main:
-                save_snapshot(folder / name, ema.module, options["dataset_kwargs"], method.loss_kwargs)
+                save_snapshot(folder / name, ema.module, trained_on, method.loss_kwargs)
                 with open(folder / name, "rb") as source, atomic(folder / LATEST) as target:
                     shutil.copyfileobj(source, target)
         if (name := schedule.state_dump(step)) and world.main:

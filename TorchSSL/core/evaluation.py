@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from shared.cli import UserError, less_memory
-from shared.data.images import ImageSet
+from shared.data.classes import match_labels
+from shared.data.images import ImageSet, with_names
 from shared.data.photographs import PhotographSet
 from shared.data.pool import PhotographPool, Pool, evaluated, make_pool
 from shared.distributed import World, broadcast_value, gather, start
@@ -120,11 +121,15 @@ def confusion_text(counts: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network in eval mode, and the normalisation of its images (None: the data set's own)."""
+    """A network in eval mode, and the normalisation of its images (None: the data set's own).
+
+    classes: their names, in the order of the outputs; () if the checkpoint does not say.
+    """
 
     net: nn.Module
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    classes: tuple[str, ...] = ()
 
 
 def make_network(options: Mapping[str, Any], num_classes: int, in_channels: int, rotation_head: bool = False,
@@ -167,7 +172,7 @@ def load_classifier(path: str, options: SimpleNamespace, images: ImageSet,
                        rotation_head="rot_classifier.weight" in state, size=tuple(images.size))
     check_fits(state, net, path)
     net.load_state_dict(state)
-    return Classifier(net.eval(), mean, std)
+    return Classifier(net.eval(), mean, std, tuple(map(str, content.get("classes") or ())))
 
 
 def trained_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -206,7 +211,8 @@ def open_split(options: SimpleNamespace, split: str) -> tuple[nn.Module, Pool | 
     """Return the classifier of --load_path on --device, and a split of the data set as its pool and as images.
 
     split: "train" (the unlabelled pool: all training images, those of STL-10 after its unlabelled ones) or "test".
-    Data set and folder are those of the training unless given. Raises UserError.
+    Data set and folder are those of the training unless given. Labels are numbers of the classifier's classes, by
+    name. Raises UserError.
     """
     device = start(options.device).device
     trained = trained_options(read_checkpoint(options.load_path))
@@ -217,6 +223,8 @@ def open_split(options: SimpleNamespace, split: str) -> tuple[nn.Module, Pool | 
     else:
         images = load_split(options.dataset, split, options.data_dir, options.download)
     classifier = load_classifier(options.load_path, options, images, options.use_train_model)
+    if classifier.classes:
+        images = with_names(images, classifier.classes, options.dataset)
     mean, std = classifier.mean, classifier.std
     if mean is None or std is None:
         if options.dataset not in NORMALISATION:
@@ -248,7 +256,8 @@ def keep_confident(data: TrainingData, options: SimpleNamespace, world: World) -
     if probabilities.shape[1] != data.num_classes:
         raise UserError(f"--aug_filter: {options.aug_filter} knows {probabilities.shape[1]} classes, {options.dataset} "
                         f"has {data.num_classes}")
-    confidence = probabilities.gather(1, pool.labels[:, None])[:, 0]
+    labels = match_labels(extra.labels, data.unlabeled.classes, judge.classes, f"--aug_filter: {options.aug_filter}")
+    confidence = probabilities.gather(1, torch.from_numpy(labels).to(probabilities.device)[:, None])[:, 0]
     kept = broadcast_value((confidence >= options.aug_confidence).nonzero()[:, 0].tolist(), world)
     if not kept:
         raise UserError(f"--aug_confidence {options.aug_confidence}: none of the {len(extra)} images of --aug_path "

@@ -262,6 +262,11 @@ def classes_by_folder(names: Sequence[str], source: str | Path, classes: Sequenc
     return FolderClasses(np.array([numbers.get(top, -1) for top in tops], np.int64), found)
 
 
+def in_class_order(labels: np.ndarray, names: Sequence[str]) -> list[int]:
+    """Return the positions of the images that have a class: class by class, inside it by sub-folder, then by name."""
+    return sorted(np.flatnonzero(labels >= 0).tolist(), key=lambda i: (labels[i], *names[i].rpartition("/")[::2]))
+
+
 def _is_numbered(name: str) -> bool:
     match = NUMBERED.fullmatch(name)
     return match is not None and int(match[1]) == int(match[2]) // 1000

@@ -139,9 +139,7 @@ def _own(path: Path, split: str) -> ImageSet:
     layout = layout_of(path)
     if layout is not None:
         return _cifar(path, layout, split, path.name)
-    part, prefix = _part(path, split)
-    if part is None:
-        raise UserError(_no_split(path, split))
+    part, prefix = own_part(path, split)
     train, train_prefix = _part(path, "train") if split == "test" else (None, "")
     # The class names of the training images decide what the test images' labels mean.
     classes = None if train is None else own_classes(train, train_prefix)
@@ -176,6 +174,14 @@ def training_classes(path: Path) -> tuple[str, ...]:
         return ()
     train, prefix = _part(path.absolute().parent, "train")
     return () if train is None or train == path.absolute().parent else own_classes(train, prefix)
+
+
+def own_part(path: Path, split: str) -> tuple[Path, str]:
+    """Return the folder or file of a split of an own set, and what its names begin with inside it; UserError."""
+    part, prefix = _part(path, split)
+    if part is None:
+        raise UserError(_no_split(path, split))
+    return part, prefix
 
 
 def _part(path: Path, split: str) -> tuple[Path | None, str]:

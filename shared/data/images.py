@@ -27,6 +27,7 @@ from shared.data.classes import (
     find_images,
     find_table,
     has_names,
+    in_class_order,
     listed_labels,
     match_labels,
 )
@@ -302,9 +303,7 @@ def _read_by_folder(files: ImageFiles, channels: int | None, part: str, allocate
     found = classes_by_folder(names, files.path)
     if found is None:
         return Stored(decode(files, channels, allocate), np.full(len(files), -1, np.int64), notes=files.notes)
-    # Class folder by class folder, inside it by sub-folder, then by file name.
-    order = sorted(np.flatnonzero(found.labels >= 0).tolist(),
-                   key=lambda i: (found.labels[i], *names[i].rpartition("/")[::2]))
+    order = in_class_order(found.labels, names)
     labels, notes = found.labels[order], [*files.notes]
     if loose := len(files) - len(order):
         notes.append(f"{loose} images that lie in no class folder are left out")

@@ -71,7 +71,8 @@ def load_data(cfg: Config) -> TrainingData:
 def with_generated(data: TrainingData, path: str) -> TrainingData:
     """Return the data with the images of a folder, zip or npz among the labelled ones; UserError."""
     labelled = data.labelled
-    generated = read_images(path, resolution=labelled.size[0], channels=labelled.channels, num_classes=data.num_classes)
+    generated = read_images(path, resolution=labelled.size[0], channels=labelled.channels, num_classes=data.num_classes,
+                            classes=labelled.classes)
     if (generated.labels < 0).any():
         raise UserError(f"DATASET.AUG_PATH {path}: {int((generated.labels < 0).sum())} images have no class; expected "
                         "one sub-folder a class, named by its number")
