@@ -21,7 +21,7 @@ from DDAE.sample import SAMPLER, make_sampler
 from EDM.metrics.detectors import load_detector
 from EDM.metrics.features import extract, full_precision, read_reference, score
 from shared import cli, distributed
-from shared.cli import Flag, Int, Option, Text, run_main
+from shared.cli import Flag, Int, Option, Text, less_memory, run_main
 from shared.training.files import atomic, make_dir
 
 FLAGS = (
@@ -39,6 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return cli.parse(__doc__, FLAGS, argv)
 
 
+@less_memory("--batch")
 def main() -> None:
     options = parse()
     config = read_config(options.config, options.set)

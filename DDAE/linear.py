@@ -36,7 +36,7 @@ from DDAE.ddae.probe import (
     write_probes,
 )
 from shared import cli, distributed
-from shared.cli import Choice, Flag, Int, IntList, Option, Text, run_main
+from shared.cli import Choice, Flag, Int, IntList, Option, Text, less_memory, run_main
 from shared.report.plots import curves, heat_map
 from shared.training.files import atomic
 from shared.training.log import Log
@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return cli.parse(__doc__, FLAGS, argv)
 
 
+@less_memory("linear.batch_size of the config (--set linear.batch_size=N)")
 def main() -> None:
     options = parse()
     world = distributed.start(options.device)

@@ -21,7 +21,7 @@ from DDAE.ddae.model import check_names
 from DDAE.ddae.noise_classifier import COMPARE, accuracy_by_level, read_curve, report_by_level
 from DDAE.ddae.probe import ENCODER, Encoder, NoiseHead, cosine_rate, load_encoder, load_split
 from shared import cli, distributed
-from shared.cli import Option, Text, run_main
+from shared.cli import Option, Text, less_memory, run_main
 from shared.training.log import Log
 from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
@@ -39,6 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return cli.parse(__doc__, FLAGS, argv)
 
 
+@less_memory("linear.batch_size of the config (--set linear.batch_size=N)")
 def main() -> None:
     options = parse()
     for path in options.compare:

@@ -18,7 +18,7 @@ from DDAE.ddae.checkpoints import find_checkpoint, load_model
 from DDAE.ddae.config import COMMON, FAST, Config, choose_precision, read_config
 from DDAE.ddae.sampling import BATCH, ImageSampler, folder_name, png_path, to_uint8
 from shared import cli, distributed
-from shared.cli import Choice, Flag, Float, Int, Option, UserError, run_main
+from shared.cli import Choice, Flag, Float, Int, Option, UserError, less_memory, run_main
 from shared.data.writers import PngWriter
 from shared.distributed import World
 from shared.training.precision import set_arithmetic
@@ -50,6 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return cli.parse(__doc__, FLAGS, argv)
 
 
+@less_memory("--batch")
 def main() -> None:
     options = parse()
     config = read_config(options.config, options.set)

@@ -17,7 +17,7 @@ from DDAE.ddae.data import TrainBatches, check_fits, load_images
 from DDAE.ddae.model import AttentionBlock
 from DDAE.ddae.training import train
 from shared import cli, distributed
-from shared.cli import Flag, Float, Int, Option, run_main
+from shared.cli import Flag, Float, Int, Option, less_memory, run_main
 from shared.training.fingerprint import fingerprints
 from shared.training.precision import set_arithmetic
 
@@ -36,6 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return cli.parse(__doc__, FLAGS, argv)
 
 
+@less_memory("batch_size of the config (--set batch_size=N)")
 def main() -> None:
     options = parse()
     config = read_config(options.config, options.set)

@@ -30,7 +30,7 @@ from EDM.metrics.features import (
 from EDM.metrics.metrics import check_neighbours, check_subset_size
 from EDM.metrics.sources import FileImages, GeneratedImages
 from EDM.training.published import local_file
-from shared.cli import Flag, Int, Option, UserError, parse, run_main
+from shared.cli import Flag, Int, Option, UserError, less_memory, parse, run_main
 from shared.distributed import World, on_main, start, stop
 from shared.training.files import atomic, make_dir
 from shared.training.record import Record
@@ -84,6 +84,7 @@ REF_FLAGS = (
 )
 
 
+@less_memory("--batch")
 def main(argv: Sequence[str] | None = None) -> None:
     command, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command == "calc":

@@ -16,7 +16,7 @@ from MetaSemi.core.evaluation import accuracy
 from MetaSemi.core.meta import supervised_step
 from MetaSemi.core.options import DATA_AND_NETWORK, MIX_UP, OPTIMISATION, OURS, RUNNING, read_options
 from MetaSemi.core.training import Training
-from shared.cli import run_main
+from shared.cli import less_memory, run_main
 
 LINE = ("Step: [{step:05d}/{total}] Dtime: {dtime:.3f} Btime: {btime:.3f} loss: {loss:.3f} (avg {loss_avg:.3f}) "
         "Lacc: {label_acc:.3f} (avg {label_acc_avg:.3f}) LR: {rate:.4f}")
@@ -34,6 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return read_options("train_baseline", __doc__, FLAGS, argv)
 
 
+@less_memory("--batch-size")
 def main() -> None:
     options = parse()
     training = Training(options, SmallImages, unlabeled=options.mix_up)

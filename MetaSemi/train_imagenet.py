@@ -23,7 +23,7 @@ from MetaSemi.core.options import (
 )
 from MetaSemi.core.training import Training
 from MetaSemi.imagenet.source import RecordImages
-from shared.cli import run_main
+from shared.cli import less_memory, run_main
 
 LINE = ("Ep[{epoch}/{epochs}] It[{step}/{length}] Bt {btime:.3f} Dt {dtime:.3f} Loss {loss:.3f} ({loss_avg:.3f}) "
         "Acc1 {acc1:.3f} ({acc1_avg:.3f}) Acc5 {acc5:.3f} ({acc5_avg:.3f}) LR {rate:.3E}")
@@ -40,6 +40,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return read_imagenet_options("train_imagenet", __doc__, FLAGS, argv)
 
 
+@less_memory("--batch-size")
 def main() -> None:
     options = parse()
     training = Training(options, RecordImages, unlabeled=False)

@@ -18,7 +18,7 @@ from MetaSemi.core.evaluation import accuracy
 from MetaSemi.core.meta import MetaGradient, compute_weight, meta_step
 from MetaSemi.core.options import DATA_AND_NETWORK, EPSILON, META, MIX_UP, OPTIMISATION, OURS, RUNNING, read_options
 from MetaSemi.core.training import Training
-from shared.cli import Choice, Float, Option, run_main
+from shared.cli import Choice, Float, Option, less_memory, run_main
 
 LINE = ("Step {step:05d} Dtime: {dtime:.3f} Btime: {btime:.3f} Lloss: {label_loss:.3f} (avg {label_loss_avg:.3f}) "
         "Uloss: {unlabel_loss:.3f} (avg {unlabel_loss_avg:.3f}) Lacc: {label_acc:.3f} (avg {label_acc_avg:.3f}) "
@@ -38,6 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return read_options("train_meta", __doc__, FLAGS, argv)
 
 
+@less_memory("--batch-size")
 def main() -> None:
     options = parse()
     training = Training(options, SmallImages, unlabeled=True)

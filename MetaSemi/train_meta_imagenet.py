@@ -29,7 +29,7 @@ from MetaSemi.core.options import (
 )
 from MetaSemi.core.training import Training
 from MetaSemi.imagenet.source import RecordImages
-from shared.cli import run_main
+from shared.cli import less_memory, run_main
 
 LINE = ("Ep[{epoch}/{epochs}] It[{step}/{length}] Bt {btime:.3f} Dt {dtime:.3f} "
         "Lloss: {label_loss:.3f} (avg {label_loss_avg:.3f}) Uloss: {unlabel_loss:.3f} (avg {unlabel_loss_avg:.3f}) "
@@ -50,6 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return read_imagenet_options("train_meta_imagenet", __doc__, FLAGS, argv)
 
 
+@less_memory("--batch-size")
 def main() -> None:
     options = parse()
     training = Training(options, RecordImages, unlabeled=True)

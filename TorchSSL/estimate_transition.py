@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from shared.augment.views import WeakPolicy, draw_weak, weak
-from shared.cli import Choice, Flag, Int, Option, Text, UserError, run_main
+from shared.cli import Choice, Flag, Int, Option, Text, UserError, less_memory, run_main
 from shared.cli import parse as parse_flags
 from shared.data.pool import Pool
 from shared.training.checkpoint import read_checkpoint
@@ -66,6 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return options
 
 
+@less_memory("--batch_size")
 def main() -> None:
     options = parse()
     net, pool, images = open_split(options, "train")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
-from shared.cli import Option, Text, UserError, run_main
+from shared.cli import Option, Text, UserError, less_memory, run_main
 from shared.cli import parse as parse_flags
 from shared.training.files import atomic
 from TorchSSL.core.evaluation import confusion_matrix, confusion_text, metrics, predict_split
@@ -26,6 +26,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return parse_flags(__doc__, {"prediction": PREDICTION, "output": OUTPUT, "network": NETWORK}, argv, config="--c")
 
 
+@less_memory("--batch_size")
 def main() -> None:
     options = parse()
     logits, images = predict_split(options, "test")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from shared.cli import Flag, Option, Text, run_main
+from shared.cli import Flag, Option, Text, less_memory, run_main
 from shared.cli import parse as parse_flags
 from shared.training.files import atomic, make_dir
 from shared.training.fingerprint import fingerprint_arrays
@@ -37,6 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return parse_flags(__doc__, {"prediction": PREDICTION, "output": OUTPUT, "network": NETWORK}, argv, config="--c")
 
 
+@less_memory("--batch_size")
 def main() -> None:
     options = parse()
     net, pool, images = open_split(options, "train")

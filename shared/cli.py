@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ from shared.option_types import (
 )
 
 __all__ = ["Bool", "Choice", "Diverged", "Flag", "Float", "Int", "IntList", "IntTuple", "MachineError", "Option",
-           "Text", "UserError", "is_bounded", "nearest", "parse", "read_value", "read_yaml", "run_main"]
+           "Text", "UserError", "is_bounded", "less_memory", "nearest", "parse", "read_value", "read_yaml", "run_main"]
 
 # OS errors (disk full, no permission): one line, no traceback.
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -54,17 +54,51 @@ class MachineError(UserError):
     """A disk that is full, or that may not be written to."""
 
 
+@contextlib.contextmanager
+def less_memory(remedy: str) -> Iterator[None]:
+    """Turn running out of memory, in this context or decorated function, into a UserError that says what to lower.
+
+    remedy: the flag or key as the user writes it, "--batch-gpu".
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(f"{_what_was_full(error)}; lower {remedy}") from None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name, since torch need not be there; the CPU's allocator and CUDA's libraries have no class of their own.
+    text = str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+        "CUDA error: out of memory" in text or "ALLOC_FAILED" in text or "DefaultCPUAllocator" in text)
+
+
+def _what_was_full(error: BaseException) -> str:
+    text = str(error)
+    wanted, whole = re.search(r"allocate ([\d.]+ \w+)", text), re.search(r"capacity of ([\d.]+ \w+)", text)
+    device = "memory" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text else "the GPU's memory"
+    facts = [f"{wanted[1]} more were needed" if wanted else "", f"it has {whole[1]}" if whole else ""]
+    shown = ", ".join(fact for fact in facts if fact)
+    return f"out of memory: {device} is used up{f' ({shown})' if shown else ''}"
+
+
 def run_main(main: Callable[..., Any]) -> NoReturn:
     """Run `main` as a program.
 
-    A UserError and a full or read-only disk end in one line on stderr; the exit status is 2 for what the user can mend,
-    1 for a diverged run, 130 for Ctrl-C.
+    A UserError, memory that is used up and a full or read-only disk end in one line on stderr; the exit status is 2 for
+    what the user can mend, 1 for a diverged run, 130 for Ctrl-C.
     """
     warnings.formatwarning = _one_line_warning
     try:
         main()
     except UserError as error:
         _fail(str(error), error.status, at_once=isinstance(error, MachineError))
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(f"{_what_was_full(error)}; end what else uses it, or take a machine with more", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:  # `| head` has seen enough

@@ -32,7 +32,7 @@ from DASO.lib.report import (
 )
 from DASO.lib.solver import Scheduler, average_gradients, make_optimizer
 from shared import distributed
-from shared.cli import UserError
+from shared.cli import UserError, less_memory
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World, sync_batchnorm
 from shared.training.checkpoint import previous_path, read_checkpoint, weights_in, write_checkpoint
@@ -56,6 +56,7 @@ def device_of(cfg: Config) -> str | None:
     return None if int(os.environ.get("WORLD_SIZE", 1)) > 1 else f"cuda:{cfg.GPU_ID}"
 
 
+@less_memory("SOLVER.IMS_PER_BATCH or SOLVER.UNLABELED_BATCH_RATIO")
 def train(cfg: Config, folder: Path, world: World, overwrite: bool = False) -> None:
     """Train as the configuration says; with `overwrite`, another run in `folder` is moved aside. Raises UserError
     before `folder` is touched."""
@@ -218,6 +219,7 @@ class Trainer:
     def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.world.device, self.precision)
 
+    @less_memory("EVAL_BATCH")
     def predict(self, pool: ViewedPool) -> Tensor:
         """Return the evaluated network's float32 logits [N, K] of all images in order, in eval mode."""
         averaged = self.ema is not None and self.algorithm.evaluates_average

@@ -25,7 +25,7 @@ from DDAE.ddae.probe import Examples, LinearHeads, test_heads, train_heads, writ
 from DDAE.DiT.latents import DIT, Latents, code_folder, read_latents
 from DDAE.DiT.network import DiT, latent_features, load_dit
 from shared import cli, distributed
-from shared.cli import Float, Int, IntList, Option, Text, run_main
+from shared.cli import Float, Int, IntList, Option, Text, less_memory, run_main
 from shared.distributed import World
 from shared.training.arrays import rank_part
 from shared.training.fingerprint import fingerprints
@@ -61,6 +61,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return options
 
 
+@less_memory("--batch_size")
 def main() -> None:
     options = parse()
     world = distributed.start(options.device)

@@ -25,7 +25,7 @@ from DDAE.DiT.latents import DIT, code_folder, code_path
 from EDM.latent.vae import SCALE, load_vae, sample
 from shared import cli, distributed
 from shared.augment.views import WeakPolicy, draw_weak, shift_whole
-from shared.cli import Flag, Int, Option, Text, UserError, run_main
+from shared.cli import Flag, Int, Option, Text, UserError, less_memory, run_main
 from shared.data.images import ImageSet
 from shared.distributed import World
 from shared.report.plots import image_grid
@@ -54,6 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
     return cli.parse(__doc__, FLAGS, argv)
 
 
+@less_memory("--batch_size")
 def main() -> None:
     options = parse()
     world = distributed.start(options.device)

@@ -162,6 +162,8 @@ class Run:
             target = distributed.unwrap(kept) if isinstance(kept, torch.nn.Module) else kept
             try:
                 target.load_state_dict(saved[name])
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{path}: its {name} does not fit this run: {reason}") from None

@@ -56,11 +56,13 @@ def set_dropout(net: torch.nn.Module, p: float) -> None:
 class Way:
     """A network, its optimizer and average, and `step(number)`, which returns the mean loss."""
 
-    def __init__(self, net: EDMPrecond, images: int, precision: str | None) -> None:
+    def __init__(self, net: EDMPrecond, images: int, precision: str | None, device: str = "cpu") -> None:
+        net = net.to(device)
         self.net, self.precision, self.loss_fn, self.augment = net, precision, EDMLoss(), AugmentPipe(**AUGMENT)
         generator = torch.Generator().manual_seed(0)
-        self.batch = Batch(2 * torch.rand([images, 3, 32, 32], generator=generator) - 1,
-                           torch.eye(10)[torch.randint(10, [images], generator=generator)], np.arange(images))
+        pictures = 2 * torch.rand([images, 3, 32, 32], generator=generator) - 1
+        labels = torch.eye(10)[torch.randint(10, [images], generator=generator)]
+        self.batch = Batch(pictures.to(device), labels.to(device), np.arange(images))
         if precision is None:
             net.model.forward = lambda *inputs: eager_unet.forward(net.model, *inputs)
             self.optimizer = torch.optim.Adam(net.parameters(), lr=LR, foreach=False)
@@ -69,16 +71,17 @@ class Way:
             self.optimizer = torch.optim.Adam(net.parameters(), lr=LR, fused=True)
         self.ema = EMA(net, buffers="keep")
 
-    def step(self, number: int) -> float:
+    def step(self, number: int) -> torch.Tensor:
+        """Take a step with the draws of `number`; return the mean loss."""
         draws = draw(self.loss_fn, self.augment, 0, number, len(self.batch.images), self.batch)
         if self.precision is None:
             return self._original_step(draws)
         sums, _ = forward_backward(self.net, self.loss_fn, self.augment, self.batch, draws, precision=self.precision)
         update(self.net, self.optimizer, LR)
         self.ema.update(self.net, BETA)
-        return sums[0].item() / self.batch.images.numel()
+        return sums[0] / self.batch.images.numel()
 
-    def _original_step(self, draws) -> float:
+    def _original_step(self, draws) -> torch.Tensor:
         images, augment_labels = self.augment.apply(self.batch.images, draws.augment)
         loss = self.loss_fn(self.net, images, self.batch.labels, augment_labels, draws.level, draws.noise)
         loss.sum().mul(1 / len(images)).backward()
@@ -89,14 +92,14 @@ class Way:
             for average, parameter in zip(self.ema.module.parameters(), self.net.parameters(), strict=True):
                 average.copy_(parameter.lerp(average, BETA))
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.mean().item()
+        return loss.mean()
 
 
 def first_update(net: EDMPrecond, images: int, precision: str | None) -> tuple[float, torch.Tensor]:
     """Return loss and all gradients of a step without dropout, as Adam's first moments tell them."""
     way = Way(copy.deepcopy(net), images, precision)
     set_dropout(way.net, 0)
-    loss = way.step(0)
+    loss = way.step(0).item()
     return loss, torch.cat([way.optimizer.state[parameter]["exp_avg"].flatten() for parameter in way.net.parameters()])
 
 
@@ -126,7 +129,7 @@ def main() -> int:
         times, units = [], [unit()]
         for number in range(1, args.repeats + 1):
             start = time.perf_counter()
-            way.step(number)
+            way.step(number).item()
             times.append(time.perf_counter() - start)
             units.append(unit())
         del way  # three of the largest network would be too many

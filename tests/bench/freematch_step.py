@@ -29,12 +29,13 @@ LABELED, UNLABELED, CLASSES = 64, 448, 10
 BARS = {"fp32": 140.0, "bf16": 50.0}  # in units; the original takes 282
 
 
-def make_batch(layout: torch.memory_format) -> Batch:
+def make_batch(layout: torch.memory_format, device: str = "cpu") -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(LABELED + 2 * UNLABELED, 3, 32, 32, generator=generator).contiguous(memory_format=layout)
     labels = torch.randint(CLASSES, (LABELED,), generator=generator)
-    labeled, weak, strong = images.split([LABELED, UNLABELED, UNLABELED])
-    return Batch(labeled, labels, (weak, strong), torch.arange(UNLABELED), torch.full((UNLABELED,), -1))
+    labeled, weak, strong = images.to(device).split([LABELED, UNLABELED, UNLABELED])
+    return Batch(labeled, labels.to(device), (weak, strong), torch.arange(UNLABELED, device=device),
+                 torch.full((UNLABELED,), -1, device=device))
 
 
 def original_forward(net: WideResNet, x: Tensor) -> Tensor:
@@ -52,13 +53,15 @@ def original_forward(net: WideResNet, x: Tensor) -> Tensor:
 
 def slow_step(net: WideResNet) -> Callable[[], float]:
     """Return a function that does one step the original way and returns its loss."""
-    batch = make_batch(torch.contiguous_format)
+    device = next(net.parameters()).device
+    batch = make_batch(torch.contiguous_format, device)
     shadow = {name: p.detach().clone() for name, p in net.named_parameters()}
     decayed = [p for name, p in net.named_parameters() if "bn" not in name and "bias" not in name]
     plain = [p for name, p in net.named_parameters() if "bn" in name or "bias" in name]
     optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": 5e-4}, {"params": plain}], lr=0.03, momentum=0.9,
                                 nesterov=True, foreach=False)
-    time_p, p_model = torch.tensor(1 / CLASSES), torch.full((CLASSES,), 1 / CLASSES)
+    time_p = torch.tensor(1 / CLASSES, device=device)
+    p_model = torch.full((CLASSES,), 1 / CLASSES, device=device)
 
     def step() -> float:
         nonlocal time_p, p_model
@@ -79,21 +82,22 @@ def slow_step(net: WideResNet) -> Callable[[], float]:
     return step
 
 
-def fast_step(net: WideResNet, precision: str) -> Callable[[], float]:
-    """Return a function that does one step of the trainer and returns its loss."""
-    options, world = parse(["--compile", "False"]), World()
-    net = net.to(memory_format=torch.channels_last)
+def fast_step(net: WideResNet, precision: str, device: str = "cpu", compiled: bool = False,
+              layout: torch.memory_format = torch.channels_last) -> Callable[[], Tensor]:
+    """Return a function that does one step of the trainer and returns its loss, a tensor."""
+    options, world = parse(["--compile", str(compiled)]), World(device=torch.device(device))
+    net = net.to(device, memory_format=layout)
     algorithm = FreeMatch(options, Setting(CLASSES, 50_000, (1 / CLASSES,) * CLASSES, world))
-    trainer, batch = Trainer(net, algorithm, options, world, precision), make_batch(torch.channels_last)
-    return lambda: trainer.train_step(batch)["train/total_loss"].item()
+    trainer, batch = Trainer(net, algorithm, options, world, precision), make_batch(layout, device)
+    return lambda: trainer.train_step(batch)["train/total_loss"]
 
 
-def measure(step: Callable[[], float], repeats: int) -> tuple[float, float]:
+def measure(step: Callable[[], float | Tensor], repeats: int) -> tuple[float, float]:
     """Return the loss of the first step and the median time of the others in units, those measured around each."""
-    loss, ratios, before = step(), [], unit()
+    loss, ratios, before = float(step()), [], unit()
     for _ in range(repeats):
         start = time.perf_counter()
-        step()
+        float(step())
         seconds = time.perf_counter() - start
         after = unit()
         ratios.append(2 * seconds / (before + after))

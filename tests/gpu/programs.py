@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.ddae import tiny as ddae
+from tests.edm import latent_runs
 from tests.edm import training_runs as edm
-from tests.shared.programs import ROOT
 
+ROOT = Path(__file__).resolve().parents[2]
 EDM = ("--cond=1", "--cbase=8", "--cres=1,1", "--num-blocks=1", "--attn-resolutions=4", "--batch=16", "--tick=1000",
        "--dump=1000", "--snap=1000", "--seed=3", "--nosubdir", "--outdir=run", "--data=tiny.zip")
 
@@ -66,6 +67,16 @@ def tdsm(script: str, *flags: str, waits: int = 0) -> Program:
     return Program(f"EDM/{script}.py", args, slow=True, waits=waits)
 
 
+def train_ldm(script: str, config: str, slow: bool = True) -> Program:
+    """Four blocks, computed again in the backward pass, as the published sizes are."""
+    def args(folder: Path, steps: int) -> list[str]:
+        latent_runs.write_latents(folder / "latents")
+        seldom = (f"--config.train.{key}_interval=1000" for key in ("log", "eval", "save"))
+        return [config, *latent_runs.TINY, *seldom, f"--config.train.n_steps={steps}", "--config.nnet.depth=4",
+                "--dataset_path=latents", "--workdir=run"]
+    return Program(f"EDM/imagenet/{script}.py", args, slow)
+
+
 def daso(name: str, slow: bool = True) -> Program:
     config = ROOT / "DASO" / "configs" / "digits" / f"{name}.yaml"
     return Program("DASO/main.py", lambda folder, steps: [
@@ -95,6 +106,8 @@ PROGRAMS = {
     "edm": train_edm("--augment=0.12", slow=False),
     "edm in rounds": train_edm("--augment=0.12", "--batch-gpu=4"),
     "edm, ncsnpp": train_edm("--arch=ncsnpp"),
+    "latent diffusion": train_ldm("train_ldm", latent_runs.LARGE, slow=False),
+    "latent diffusion, discrete": train_ldm("train_ldm_discrete", latent_runs.HUGE),
     "ddae": train_ddae(slow=False),
     "ddae, ddpm": train_ddae(**ddae.DDPM),
     "linear": evaluate_ddae("linear", "--steps={steps}"),
