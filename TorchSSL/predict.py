@@ -24,20 +24,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 
 from shared import distributed
-from shared.cli import Choice, Flag, Int, Option, Text, UserError, parse, run_main
-from shared.data.classes import find_images
-from shared.data.images import open_image, read_images
+from shared.cli import Choice, Flag, Int, Option, Text, UserError, less_memory, parse, run_main
 from shared.data.parallel import cores, one_ahead
-from shared.data.safe import read_members
 from shared.distributed import World
 from shared.report.gallery import Section, picture, write_page
 from shared.training.files import atomic, make_dir
 from shared.training.progress import Progress
 from shared.training.record import Record
 from TorchSSL.core.classifier import BLOCK, Classifier, open_classifier
+from TorchSSL.encoders.images import Images, list_images
 
 FLAGS = {
     "input": (
@@ -66,12 +63,13 @@ FLAGS = {
 DECIMALS = 6  # of a probability
 
 
+@less_memory("--batch_size")
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__, FLAGS, argv)
     check_places(options)
     world = distributed.start(options.device)
     classifier = open_classifier(options.load_path, world.device, options.dataset, options.use_train_model)
-    out, images = Path(options.out), Images(options.images)
+    out, images = Path(options.out), list_images(options.images)
     settings = {name: getattr(options, name) for name in ("use_train_model", "dataset", "resize", "skip_bad", "top")}
     record = Record(out, settings, {"--load_path": options.load_path, "--images": options.images})
     make_dir(out.parent)
@@ -94,45 +92,6 @@ def check_places(options: SimpleNamespace) -> None:
     for flag, place in (("--out", options.out), ("--html", options.html), ("--sort-into", options.sort_into)):
         if place is not None and folder.is_dir() and Path(place).resolve().is_relative_to(folder):
             raise UserError(f"{flag} {place} lies inside --images {options.images}; choose a place outside it")
-
-
-# ---------------------------------------------------------------- images
-
-class Images:
-    """The images of a folder, ZIP or npz, in the order of their names; none is held in memory.
-
-    names: relative to the folder or ZIP, or positions in an npz.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path, self.arrays, self.files = Path(path), None, None
-        if not self.path.exists():
-            raise UserError(f"--images: there is no {path}")
-        if self.path.suffix.lower() == ".npz" and self.path.is_file():
-            self.arrays = read_images(self.path).images
-            self.names = list(map(str, range(len(self.arrays))))
-            return
-        self.files = find_images(self.path)
-        self.files.warn()
-        self.names = self.files.names
-        if not self.names:
-            raise UserError(f"--images: {path} holds no images")
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, positions: Sequence[int]) -> Iterator[bytes | np.ndarray]:
-        """Yield the encoded images, or uint8 [C, H, W] of an npz."""
-        if self.arrays is not None:
-            yield from (self.arrays[position] for position in positions)
-        else:
-            yield from read_members(self.path, [self.files.members[position] for position in positions])
-
-    def decode(self, content: bytes | np.ndarray, position: int) -> Image.Image:
-        """Return the image in mode L or RGB; UserError if it is none."""
-        if isinstance(content, bytes):
-            return open_image(content, f"{self.path}/{self.names[position]}")
-        return Image.fromarray(content[0] if len(content) == 1 else content.transpose(1, 2, 0))
 
 
 # ---------------------------------------------------------------- predictions
@@ -280,7 +239,7 @@ def sort_into(images: Images, options: SimpleNamespace) -> None:
     progress = Progress("sorting", len(images), "images")
     with contextlib.closing(progress):
         for position, file, name, _ in predictions(Path(options.out)):
-            target = folder / folder_name(name) / (f"{file}.png" if images.arrays is not None else file)
+            target = folder / folder_name(name) / (f"{file}.png" if images.files is None else file)
             target.parent.mkdir(parents=True, exist_ok=True)
             if not os.path.lexists(target):
                 place(images, position, target, options.copy)
