@@ -5,6 +5,7 @@
 dry_run=""      # print the commands and run nothing
 history=""      # file of JSON lines, one for every command that was run
 place=""        # folder below $root in which the commands run
+verbose=""      # show what the programs print; otherwise it goes to logs/ beside the history
 child="" caught=""
 
 fail() {
@@ -104,11 +105,16 @@ pass_on() {
 step() {  # name in the history, folder below $root, what it does
     name_of_step=$1
     printf '\n# %s\n' "$3"
-    [ "$place" = "$2" ] || echo "cd ${place:+../}$2"
+    if [[ $place != "$2" && $place$2 == *..* ]]; then  # outside of $root
+        echo "cd $(quoted "$(absolute "$root/$2")")"
+    elif [ "$place" != "$2" ]; then
+        echo "cd $(sed -E 's#[^/]+/?#../#g' <<< "$place")$2"
+    fi
     place=$2
 }
 
-# Print a command and run it; its last two words may be `>> FILE`. If it fails, the script ends with its status.
+# Print a command and run it; its last two words may be `>> FILE`. If it fails, the script ends with its status. Progress
+# bars, warnings and errors stay on the terminal.
 run() {
     local text log="" started status=0 took
     text=$(quoted "$@")
@@ -117,6 +123,10 @@ run() {
     if [ "${*: -2:1}" = '>>' ]; then
         log=${*: -1}
         set -- "${@:1:$#-2}"
+    elif [[ -z $verbose && -n $history ]]; then
+        log=$(dirname "$history")/logs/${name_of_step//[^a-zA-Z0-9]/_}.log
+        mkdir -p "${log%/*}"
+        echo "\$ $text" >> "$log"
     fi
     started=$(microseconds) caught=""
     (
@@ -138,11 +148,14 @@ run() {
         "$(printf %s "$text" | tr '\n\t' '  ' | sed 's/[\\"]/\\&/g')" "$status" "${started%??????}" \
         $((took / 1000)) $((took % 1000)) >> "$history"
     if [ "$status" -gt 0 ]; then
-        echo "stopped in \"$name_of_step\" (exit status $status); the same command continues from here" >&2
+        echo "stopped in \"$name_of_step\" (exit status $status); the same command continues from here${log:+; log: $log}" >&2
         exit "$status"
     fi
     echo "# $((took / 1000)).$((took / 100 % 10)) s"
 }
+
+# Run a command whose output is meant to be read.
+show() { verbose=1 run "$@"; }
 
 # Print words as they can be typed.
 quoted() {

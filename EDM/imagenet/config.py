@@ -18,7 +18,7 @@ from shared.option_types import Bool, Float, Int
 CONFIG = Option("--config", Text, None, "Python file with get_config(), such as configs/NAME.py; --config.KEY=VALUE "
                 "replaces a value of it, --config.SECTION.KEY=VALUE one of a section", required=True, metavar="FILE")
 # Keys that a configuration may lack, with the value that this means.
-OPTIONAL = {"nnet.conv": True, "nnet.skip": True}
+OPTIONAL = {"nnet.conv": True, "nnet.skip": True, "encoder": ""}
 
 
 class Config(dict):

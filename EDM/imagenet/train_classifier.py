@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,11 +38,12 @@ from EDM.imagenet.layout import Layout
 from shared import distributed
 from shared.cli import Choice, Flag, Int, Option, Text, UserError, run_main
 from shared.data.photographs import PhotographSet
+from shared.data.safe import load_array
 from shared.distributed import World
 from shared.training.files import atomic, make_dir
 from shared.training.record import Record
 from TorchSSL.encoders.classifier import Classifier, fit, prepared, read_classifier
-from TorchSSL.encoders.encoder import TIMM, Encoder, open_encoder
+from TorchSSL.encoders.encoder import Encoder, open_encoder
 from TorchSSL.encoders.features import Features, features_of, read_features
 
 FUNCTIONS = ("train_classifier_stage1", "get_all_features", "get_cluster", "get_aug_features",
@@ -49,6 +51,8 @@ FUNCTIONS = ("train_classifier_stage1", "get_all_features", "get_cluster", "get_
 FLAGS = (
     Option("--func", Choice(*FUNCTIONS), None, "what to do", required=True),
     # Beyond the published command line.
+    Option("--rows", Choice("generated", "real"), "generated", "stage 3: real is a control, the training images with "
+           "their pseudo-labels in place of generated ones"),
     Option("--batch-size", Int(1), 64, "images at a time on each process"),
     Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "what decodes photographs; auto: DALI on a GPU"),
     Option("--workers", Int(1), None, "threads that decode", default_help="one a core"),
@@ -83,11 +87,10 @@ class Job:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The published encoder, whose name says its size; or any other, whose file does."""
+        """The published encoder, whose name says its size; or any other, config.encoder."""
         config = self.config
-        file = config.fname if config.fname.startswith(TIMM) else self.layout.encoder
         published = config.model_name if config.model_name.startswith("deit_") else None
-        return open_encoder(file, published, config.blocks, config.mask)
+        return open_encoder(config.get("encoder") or self.layout.encoder, published, config.blocks, config.mask)
 
     def features(self, images: PhotographSet, file: Path) -> Features:
         """Return the features of images, from their file or computed now by all processes."""
@@ -150,16 +153,26 @@ def get_aug_features(job: Job) -> None:
 def train_classifier_stage3(job: Job) -> None:
     if not job.world.main:
         return
-    layout = job.layout
+    layout, path = job.layout, job.layout.classifier_stage3
     files = {"generated": layout.generated_features}
+    if job.options.rows == "real":
+        files, path = {"real": layout.all_features}, path.with_name(f"{path.stem}-real.pkl")
     if job.config.using_true_label and layout.train_features.is_file():
         files["labelled"] = layout.train_features
     parts = [read_features(file) for file in files.values()]
-    train_classifier(job, files, parts, read_features(layout.val_features), layout.classifier_stage3)
+    inputs = dict(files)
+    if job.options.rows == "real":
+        inputs["pseudo-labels"] = layout.pseudo_labels
+        parts[0] = replace(parts[0], labels=load_array(layout.pseudo_labels))
+        if len(parts[0].labels) != len(parts[0]):
+            raise UserError(f"{layout.pseudo_labels} does not belong to {layout.all_features}; repeat "
+                            "--func=get_cluster")
+    train_classifier(job, inputs, parts, read_features(layout.val_features), path)
 
 
 def train_classifier(job: Job, files: dict[str, Path], parts: Sequence[Features], test: Features, path: Path) -> None:
-    """Fit the classifier of all rows of `parts`, whose files these are, write it to `path` and log its scores."""
+    """Fit the classifier of all rows of `parts`, write it to `path` and log its scores. files: those of the parts, in
+    their order, and others that decide about them."""
     encoders = {part.encoder for part in (*parts, test) if part.encoder}
     if len(encoders) > 1:
         raise UserError(f"{', '.join(map(str, files.values()))} and the test images' features are not of one encoder; "
@@ -180,7 +193,7 @@ def train_classifier(job: Job, files: dict[str, Path], parts: Sequence[Features]
     right = sum(classifier.accuracy(part.values, part.labels, device)["top1"] * len(part) for part in parts)
     train_score = right / sum(map(len, parts))
     scores = classifier.accuracy(test.values, test.labels, device)
-    write_facts(path, {"rows": {name: len(part) for name, part in zip(files, parts, strict=True)},
+    write_facts(path, {"rows": {name: len(part) for name, part in zip(files, parts, strict=False)},
                        "test_images": len(test), "classes": classes, "train_top1": train_score, **scores})
     job.log(f"classifier: {path}")
     job.log(f"train score: {train_score:.6g}")

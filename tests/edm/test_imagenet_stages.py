@@ -82,6 +82,10 @@ def test_the_five_functions(folder, capsys):
     text = Path("log/classifier").read_text()
     assert text.count("test score: ") == 2 and "pseudo-label accuracy: " in text
 
+    do("train_classifier_stage3", "--rows=real")
+    control = found.classifier_stage3.with_name(f"{found.classifier_stage3.stem}-real.pkl.json")
+    assert json.loads(control.read_text())["rows"] == {"real": 13, "labelled": 3}
+
     capsys.readouterr()
     for name in train_classifier.FUNCTIONS:
         do(name)
