@@ -10,7 +10,11 @@
 #
 #   --dataset NAME          digits (needs no download), cifar10, cifar100, svhn, stl10, mnist, or the path of your own
 #                           images: a folder with train/<class>/ and test/<class>/, or a zip with dataset.json [digits]
+#   --resolution WxH        resize your own images, for instance 64x64; needed where they differ or are not square
+#   --transform NAME        crop them before: center-crop, center-crop-wide
 #   --labels N              labelled images in all [digits 10, cifar100 400, your own: all with a label, others 40]
+#   --label-choice NAME     which images get a label: class, equally many of every class; or, knowing no class, typical,
+#                           coverage or random (TorchSSL/suggest_labels.py) [class]
 #   --images-per-class N    generated images [digits 101, others 1001]
 #   --seed S                first seed [1]
 #   --seeds N               repeat with N seeds; report mean, standard deviation and differences [1]
@@ -35,6 +39,7 @@
 #   --stage3-args "..."     further flags of stage 3's learner
 #   --classifier-args "..." further flags of train_classifier.py, for tdsm
 #   --overwrite             make anew what other settings or inputs have made; runs are moved aside as NAME.replaced-1
+#   --verbose               show what the programs print; otherwise it is in logs/ beside the report
 #   -n, --dry-run           print the commands and run nothing
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -44,6 +49,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     [ "$stage2" != tdsm ] || exec bash "$root/run_tdsm.sh" "${arguments[@]}"
 fi
 labels=${labels:-$recipe_labels} stage3=${stage3:-freematch}
+[[ -z $choice || $labels != 0 ]] || fail "--label-choice $label_choice: give --labels N, how many images get a label"
 learners=$(cd "$root/TorchSSL/config" && printf '%s ' */ | tr -d /)
 for name in "$stage1" "$stage3"; do
     [[ " $learners" == *" $name "* ]] || fail "--stage1, --stage3: expected daso in both or any of $learners; got $name"
@@ -67,8 +73,8 @@ experiment() {  # of one seed
 }
 
 set_names() {
-    name=${stage1}_${title}_${labels}_$seed
-    zip_name=$stage1-$labels-seed$seed-$title$shape
+    name=${stage1}_${title}_${labels}_$seed$choice
+    zip_name=$stage1-$labels-seed$seed-$title$choice$shape
     run1=$saved/$name run3=$saved/${name}_aug$last
     [ "$stage3" = "$stage1" ] || run3+=_$stage3
     model=$models/$zip_name generated=$images/$name/nums_$last
@@ -76,16 +82,22 @@ set_names() {
     # The published folder of images does not tell data sets and seeds apart, and the published training command numbers
     # its folder: both are kept for the published experiment alone.
     published=""
-    [ "$dataset $labels $seed $stage1 $stage3$out$stage2_args$generate_args" != "cifar10 40 1 freematch freematch" ] ||
+    [ "$dataset $labels $seed $stage1 $stage3$choice$out$stage2_args$generate_args" != \
+        "cifar10 40 1 freematch freematch" ] ||
         published=1 generated=$images/nums_$last
 }
 
 look_at_data() {
     step data TorchSSL "The data set: fetched where it is missing; classes, counts, sizes, duplicates"
-    run python check_data.py "--dataset=$dataset" --download "${elsewhere[@]}"
+    show python check_data.py "--dataset=$dataset" --download "${elsewhere[@]}"
 }
 
 stage_1() {
+    if [ -n "$choice" ]; then
+        step "label choice" TorchSSL "Choose the images to label"
+        run python suggest_labels.py "--dataset=$dataset" "${elsewhere[@]}" "--budget=$labels" \
+            "--strategy=$label_choice" "--seed=$seed" "--save_path=${run1}_labels" "${anew[@]}"
+    fi
     step classifier TorchSSL "Stage 1: train the classifier on the few labels"
     learner "$stage1" "$config" "$name" "$seed"
     run "${command[@]}" "${more1[@]}"
@@ -156,6 +168,7 @@ learner() {  # name of the learner, its file in TorchSSL/config if it is FreeMat
     # The published script of this name would take every label there is.
     [ "$1" != fullysupervised ] || command+=(--all_labels=False)
     [ "$saved" = ./saved_models ] || command+=("--save_dir=$saved")
+    [ -z "$choice" ] || command+=("--label_idx=${run1}_labels/sampled_label_idx.npy")
     command+=("${elsewhere[@]}" "${anew[@]}")
 }
 
@@ -184,8 +197,8 @@ iterations() {
 report() {
     numbered
     step report TorchSSL "The report"
-    run python report.py "--out=$(typed)" "--dataset=$dataset" "--stage1=$run1" "--stage2=$(from_torchssl "$model")" \
+    show python report.py "--out=$(typed)" "--dataset=$dataset" "--stage1=$run1" "--stage2=$(from_torchssl "$model")" \
         "--images=$generated" "--stage3=$run3" "${elsewhere[@]}" "${report_flags[@]}"
 }
 
-[ "${BASH_SOURCE[0]}" != "$0" ] || for_every_seed "$labels" TorchSSL report.py
+[ "${BASH_SOURCE[0]}" != "$0" ] || for_every_seed "$labels$choice" TorchSSL report.py

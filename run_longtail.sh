@@ -79,7 +79,7 @@ report() {
     local flags=()
     [ -z "$controls" ] || flags=("--control=${run1}_twice" "--control=${run1}_real_balanced")
     step report DASO "The report: what each class gained"
-    run python dpt_report.py "--out=$(typed)" "--stage1=$run1" "--stage3=$run3" "${flags[@]}"
+    show python dpt_report.py "--out=$(typed)" "--stage1=$run1" "--stage3=$run3" "${flags[@]}"
 }
 
 for_every_seed "imbalance$imbalance" DASO dpt_report.py

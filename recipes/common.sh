@@ -5,7 +5,7 @@ set -eo pipefail
 dataset=digits labels="" images_per_class="" seed=1 seeds=1 controls="" gpus="" stages=1,2,3 data_dir="" out=""
 stage1=freematch stage2=edm stage3="" imbalance="" transition="" held_out="" only_tdsm="" overwrite=""
 resolution="" transform=""
-stage1_args="" stage2_args="" generate_args="" stage3_args="" classifier_args=""
+label_choice=class stage1_args="" stage2_args="" generate_args="" stage3_args="" classifier_args=""
 source "$root/shared/stages.sh"
 arguments=("$@")
 read_options "$root/run_all.sh" "$@"
@@ -17,6 +17,11 @@ for option in labels images-per-class seeds gpus imbalance held-out; do
     whole_number $option 1
 done
 [[ $stages =~ ^[123](,[123])*$ ]] || fail "--stages: expected some of 1,2,3 separated by commas, got '$stages'"
+[[ $label_choice =~ ^(class|typical|coverage|random)$ ]] ||
+    fail "--label-choice: expected class, typical, coverage or random, got '$label_choice'"
+[[ $stage1 != daso || $label_choice == class ]] || fail "--label-choice is not for --stage1 daso"
+choice=""  # in names
+[ "$label_choice" = class ] || choice=_$label_choice
 [[ $stage2 == edm || $stage2 == tdsm ]] || fail "--stage2: expected edm or tdsm, got '$stage2'"
 [[ $stage1 == daso || -z $imbalance ]] || fail "--imbalance belongs to --stage1 daso"
 [[ $stage2 == tdsm || -z $transition$held_out$only_tdsm$classifier_args ]] ||
@@ -97,7 +102,7 @@ for_every_seed() {  # what tells the reports of runs/ apart, folder and name of 
     reports=${out:-$root/runs/${title}_$1_$span} report=$reports
     [ -n "$dry_run" ] || source "$root/shared/env.sh" ""
     if [[ -z $dry_run ]] || { [[ -n $checked ]] && has_packages; }; then
-        (dry_run=1 && all_seeds) | "$fewlabel_python" "$root/TorchSSL/check_data.py" --commands >&2
+        dry_run=1 all_seeds | "$fewlabel_python" "$root/TorchSSL/check_data.py" --commands >&2
     fi
     [ -n "$dry_run" ] || hold "$reports"
     if [[ -n $one_thread && -z $OMP_NUM_THREADS ]]; then

@@ -105,7 +105,8 @@ def test_commands_are_recorded_with_their_time_and_their_output_is_appended(proj
 def test_a_failing_command_ends_the_script_with_its_status(project: Path) -> None:
     body = 'hold "$root/out"; history=$root/out/commands.jsonl; step x place X; run {}; run touch never\n'
     said = run(project, body.format("bash -c 'exit 3'"), status=3)
-    assert said == 'stopped in "x" (exit status 3); the same command continues from here\n'
+    assert said == (f'stopped in "x" (exit status 3); the same command continues from here; '
+                    f'log: {project}/out/logs/x.log\n')
     assert "no-such-program" in run(project, body.format("no-such-program"), status=127)
     assert [entry["status"] for entry in history(project)] == [3, 127] and not (project / "place" / "never").exists()
 
@@ -150,7 +151,7 @@ def test_a_signal_reaches_the_running_command_which_saves(project: Path, number:
         os.kill(child, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and (project / "place" / "saved").exists()
-    assert err.strip() == f'stopped in "sleep" (exit status {128 + number}); the same command continues from here'
+    assert err.startswith(f'stopped in "sleep" (exit status {128 + number}); the same command continues from here')
     assert [entry["status"] for entry in history(project)] == [128 + number]
 
 
