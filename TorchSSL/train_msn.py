@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, parse, run_main
-from shared.data.images import ImageSet
+from shared.data.images import ImageSet, UnequalSizes
 from shared.data.parallel import Prefetched
 from shared.data.photographs import MEAN, STD, PhotographSet, image_size, list_photographs, list_unlabeled
 from shared.data.pool import make_pool
@@ -97,7 +97,7 @@ FLAGS = {
 }
 FREE = ("outdir", "data_dir", "download", "device", "decoder", "workers", "save_seconds", "log_every", "overwrite",
         "dataset", "given")
-PHOTOGRAPH = 128  # a folder whose first image has this side at least is read as photographs, one batch at a time
+PHOTOGRAPH = 128  # own images with this side at least, or of unequal sizes, are decoded one batch at a time
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -129,12 +129,17 @@ def check(options: SimpleNamespace) -> dict[str, int]:
 def open_images(options: SimpleNamespace) -> ImageSet | PhotographSet:
     """Return the training images; labels are not looked at."""
     folder = Path(options.dataset)
-    if (folder / "train").is_dir():
-        photographs = list_photographs(folder / "train")
-        if min(image_size(Path(photographs.files[0]).read_bytes())) >= PHOTOGRAPH:
-            unlabeled = folder / "unlabeled"
-            return photographs.concatenate(list_unlabeled(unlabeled)) if unlabeled.is_dir() else photographs
-    return load_pools(options.dataset, options.data_dir, options.download)[1]
+    if not (folder / "train").is_dir():
+        return load_pools(options.dataset, options.data_dir, options.download)[1]
+    photographs, unlabeled = list_photographs(folder / "train"), folder / "unlabeled"
+    if unlabeled.is_dir():
+        photographs = photographs.concatenate(list_unlabeled(unlabeled))
+    if min(image_size(Path(photographs.files[0]).read_bytes())) >= PHOTOGRAPH:
+        return photographs
+    try:
+        return load_pools(options.dataset, options.data_dir, options.download)[1]
+    except UnequalSizes:
+        return photographs
 
 
 class Student(nn.Module):

@@ -47,21 +47,21 @@ DROPPED = ("config_name", "hparams")  # the reader adds them again
 def main(argv: Sequence[str] | None = None) -> None:
     options, config = parse(__doc__, FLAGS, argv)
     dest = make_dir(options.dest)
-    config.image_path = os.path.abspath(options.dataset)
+    config["image_path"] = os.path.abspath(options.dataset)
     if options.dataset in NAMES:
-        config.image_path = str(dest / "images")
+        config["image_path"] = str(dest / "images")
         write_images(options, config)
     images = training_images(config)
     validation_images(config, images.classes)
     write_labels(options, images, dest / "labels.txt")
 
     if options.dataset in NAMES:
-        config.image_path = "images"
-    config.nnet.num_classes, config.seed = images.num_classes + 1, options.seed
+        config["image_path"] = "images"
+    config.nnet["num_classes"], config["seed"] = images.num_classes + 1, options.seed
     if options.encoder is not None:
         path = Path(options.encoder)
-        config.encoder = os.path.abspath(path) if path.exists() else options.encoder
-        config.model_name = config.fname = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.name)
+        config["encoder"] = os.path.abspath(path) if path.exists() else options.encoder
+        config["model_name"] = config["fname"] = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.name)
     with atomic(dest / "config.py", "w") as file:
         kept = {key: value for key, value in config.items() if key not in DROPPED}
         text = pformat(kept, width=100, sort_dicts=False).replace("\n", "\n    ")

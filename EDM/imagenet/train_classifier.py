@@ -154,25 +154,28 @@ def train_classifier_stage3(job: Job) -> None:
     if not job.world.main:
         return
     layout, path = job.layout, job.layout.classifier_stage3
-    files = {"generated": layout.generated_features}
     if job.options.rows == "real":
-        files, path = {"real": layout.all_features}, path.with_name(f"{path.stem}-real.pkl")
+        path = path.with_name(f"{path.stem}-real.pkl")
+        files = {"real": layout.all_features, "pseudo-labels": layout.pseudo_labels}
+        parts = [with_pseudo_labels(layout)]
+    else:
+        files, parts = {"generated": layout.generated_features}, [read_features(layout.generated_features)]
     if job.config.using_true_label and layout.train_features.is_file():
         files["labelled"] = layout.train_features
-    parts = [read_features(file) for file in files.values()]
-    inputs = dict(files)
-    if job.options.rows == "real":
-        inputs["pseudo-labels"] = layout.pseudo_labels
-        parts[0] = replace(parts[0], labels=load_array(layout.pseudo_labels))
-        if len(parts[0].labels) != len(parts[0]):
-            raise UserError(f"{layout.pseudo_labels} does not belong to {layout.all_features}; repeat "
-                            "--func=get_cluster")
-    train_classifier(job, inputs, parts, read_features(layout.val_features), path)
+        parts.append(read_features(layout.train_features))
+    train_classifier(job, files, parts, read_features(layout.val_features), path)
+
+
+def with_pseudo_labels(layout: Layout) -> Features:
+    """Return the features of all training images with their pseudo-labels."""
+    features, labels = read_features(layout.all_features), load_array(layout.pseudo_labels)
+    if labels.shape != features.labels.shape:
+        raise UserError(f"{layout.pseudo_labels} does not belong to {layout.all_features}; repeat --func=get_cluster")
+    return replace(features, labels=labels)
 
 
 def train_classifier(job: Job, files: dict[str, Path], parts: Sequence[Features], test: Features, path: Path) -> None:
-    """Fit the classifier of all rows of `parts`, write it to `path` and log its scores. files: those of the parts, in
-    their order, and others that decide about them."""
+    """Fit the classifier of all rows of `parts`, write it to `path` and log its scores. files: what these come from."""
     encoders = {part.encoder for part in (*parts, test) if part.encoder}
     if len(encoders) > 1:
         raise UserError(f"{', '.join(map(str, files.values()))} and the test images' features are not of one encoder; "
@@ -193,7 +196,8 @@ def train_classifier(job: Job, files: dict[str, Path], parts: Sequence[Features]
     right = sum(classifier.accuracy(part.values, part.labels, device)["top1"] * len(part) for part in parts)
     train_score = right / sum(map(len, parts))
     scores = classifier.accuracy(test.values, test.labels, device)
-    write_facts(path, {"rows": {name: len(part) for name, part in zip(files, parts, strict=False)},
+    kinds = [name for name in files if name != "pseudo-labels"]
+    write_facts(path, {"rows": {name: len(part) for name, part in zip(kinds, parts, strict=True)},
                        "test_images": len(test), "classes": classes, "train_top1": train_score, **scores})
     job.log(f"classifier: {path}")
     job.log(f"train score: {train_score:.6g}")
