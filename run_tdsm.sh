@@ -75,4 +75,4 @@ judge() {
     done
 }
 
-for_every_seed "$labels" TorchSSL report.py
+for_every_seed "$labels$choice" TorchSSL report.py

@@ -3,19 +3,25 @@
     python get_labels.py --load_path ./saved_models/freematch_cifar10_40_1/model_best.pth \\
         --save_path ./saved_models/freematch_cifar10_40_1/
 
-Writes <save_path>/pseudo_label.npy (int64, one class per training image, in file order) and pseudo_label.json (class
-counts and agreement with the true labels, which take no part in the prediction). The last line names the agreement.
+Writes <save_path>/pseudo_label.npy (int64, one class per training image, in file order), pseudo_label.csv (file, class
+name, its probability) and pseudo_label.json (class counts and agreement with the true labels, which take no part in the
+prediction). The last line names the agreement.
 """
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from shared.cli import Flag, Option, Text, less_memory, run_main
 from shared.cli import parse as parse_flags
+from shared.data.datasets import NAMES, has_split
+from shared.data.images import ImageSet
+from shared.data.photographs import PhotographSet
 from shared.training.files import atomic, make_dir
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.record import Record
@@ -23,7 +29,9 @@ from TorchSSL.core.data import content
 from TorchSSL.core.evaluation import open_split, predict
 from TorchSSL.core.labels import PSEUDO_LABEL_FILE, labeled_part, read_index
 from TorchSSL.core.options import NETWORK, PREDICTED_BY, PREDICTION
+from TorchSSL.encoders.images import own_images
 
+NAMED_FILE = "pseudo_label.csv"
 OUTPUT = (
     Option("--save_path", Text, "./saved_models/fixmatch", "folder for pseudo_label.npy"),
     Option("--label_idx", Text, None, "give the images named in this .npy file (a run's sampled_label_idx.npy) their "
@@ -66,6 +74,13 @@ def main() -> None:
               "mean_confidence": float(predicted.softmax(1).amax(1).mean()), "load_path": options.load_path}
     with atomic(folder / "pseudo_label.json", "w") as file:
         json.dump(report, file, indent=1)
+    with atomic(folder / NAMED_FILE, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", "label", "probability"])
+        chances = predicted.softmax(1)[torch.arange(len(labels)), torch.from_numpy(labels)].tolist()
+        names = pool_names(images, options)
+        writer.writerows([name, images.classes[label] if label < len(images.classes) else label, f"{chance:.6f}"]
+                         for name, label, chance in zip(names, labels.tolist(), chances, strict=True))
     with atomic(folder / PSEUDO_LABEL_FILE) as file:
         np.save(file, labels)
     record.write()
@@ -74,6 +89,18 @@ def main() -> None:
     print(f"first pseudo-labels {labels[:20].tolist()}\nfirst true labels   {images.labels[:20].tolist()}")
     print(f"pseudo-labels per class {counts.tolist()}\ntrue labels per class   {true_counts.tolist()}")
     print(f"Test Accuracy: {agreement}" if agreement is not None else "no true labels are known to compare with")
+
+
+def pool_names(images: ImageSet | PhotographSet, options: SimpleNamespace) -> list[str]:
+    """Return the names of the unlabelled images: of their files, or positions where they come from no files."""
+    if isinstance(images, PhotographSet):
+        return images.names
+    names = list(map(str, range(len(images))))
+    if options.dataset in NAMES:
+        return names
+    splits = ("unlabeled", "train") if has_split(options.dataset, "unlabeled") else ("train",)
+    listed = [name for split in splits for name in own_images(options.dataset, split).names]
+    return listed if len(listed) == len(images) else names
 
 
 if __name__ == "__main__":

@@ -130,7 +130,9 @@ def images_of(options: SimpleNamespace) -> ImageSet | None:
         if os.path.exists(options.dataset):
             raise
         return None  # to be fetched
-    data = load_training_data(SimpleNamespace(**{**vars(options), "aug_path": None, "label_idx": None}),
+    # Labelled images that an earlier stage chooses are not known yet, and need not be equally many of every class.
+    chosen = {"label_idx": None, "num_labels": 0} if options.label_idx else {}
+    data = load_training_data(SimpleNamespace(**{**vars(options), "aug_path": None, **chosen}),
                               Path(options.save_dir) / options.save_name)
     images = data.unlabeled
     return replace(images, name=f"--dataset {options.dataset}") if isinstance(images, ImageSet) else None

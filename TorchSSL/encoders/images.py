@@ -98,9 +98,24 @@ def training_images(dataset: str, data_dir: str = "./data", download: bool = Fal
         found = list_imagenet(data_dir, "train")
         files = ImageFiles(Path(found.root), tuple(map(Member, found.names)), {})
         return Images(found.root, found.labels, found.classes, files=files)
-    part, prefix = (None, "") if dataset in NAMES else own_part(Path(dataset), "train")
-    if part is None or part.suffix.lower() == ".npz" or layout_of(Path(dataset)) is not None:
+    if dataset in NAMES:
         found = load_pools(dataset, data_dir, download)[0]
+        return Images(dataset, found.labels, found.classes, array=found.images)
+    images = own_images(dataset, "train")
+    if images.array is None and max(images.size()) <= small:
+        try:
+            images.array = load_dataset(dataset, "train").images
+        except UnequalSizes:
+            images.array = None
+    return images
+
+
+def own_images(dataset: str, split: str) -> Images:
+    """Return a split of the user's own images in the order of `load_dataset`; files are not decoded. UserError."""
+    path = Path(dataset)
+    part, prefix = (path, "") if path.exists() and layout_of(path) is not None else own_part(path, split)
+    if part.suffix.lower() == ".npz" or layout_of(path) is not None:
+        found = load_dataset(dataset, split)
         return Images(dataset, found.labels, found.classes, array=found.images)
     files = find_images(part, prefix)
     files.warn()
@@ -115,10 +130,4 @@ def training_images(dataset: str, data_dir: str = "./data", download: bool = Fal
         order = in_class_order(by_folder.labels, names)
         files = replace(files, members=tuple(files.members[position] for position in order))
         labels, classes = by_folder.labels[order], by_folder.names
-    images = Images(part, labels, classes, files=files)
-    if max(images.size()) <= small:
-        try:
-            images.array = load_dataset(dataset, "train").images
-        except UnequalSizes:
-            images.array = None
-    return images
+    return Images(part, labels, classes, files=files)
