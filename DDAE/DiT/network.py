@@ -11,7 +11,7 @@ from DDAE.ddae.model import check_names
 from DDAE.DiT.gaussian import SpacedDiffusion
 from EDM.latent.layers import Attention, Mlp, PatchEmbed, sinusoid, unpatchify
 from shared.cli import UserError, nearest
-from shared.training.checkpoint import read_checkpoint
+from shared.training.checkpoint import check_finite, read_checkpoint
 
 # name -> depth, width, heads
 SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
@@ -192,6 +192,7 @@ def load_dit(path: str, name: str, input_size: int, device: torch.device) -> DiT
     if wrong:
         raise UserError(f"--ckpt {path}: not the weights of {name} for latents of {input_size} x {input_size}: "
                         f"{wrong[0]} is missing, superfluous or of another shape ({len(wrong)} such tensors)")
+    check_finite(state, f"--ckpt {path}")
     net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return net.to(device).eval().requires_grad_(False)
 

@@ -23,7 +23,7 @@ from DDAE.ddae.model import UNet, check_names
 from EDM.training.networks import UNetBlock
 from EDM.training.snapshots import load_network
 from shared.cli import UserError
-from shared.training.checkpoint import read_checkpoint
+from shared.training.checkpoint import check_finite, read_checkpoint
 from shared.training.files import atomic
 
 ONLINE, AVERAGED = "module.nn_model.", "ema_model.nn_model."
@@ -106,6 +106,7 @@ def load_weights(net: nn.Module, content: Mapping[str, Any], entry: str, path: P
         if tensor.shape != tensors[name].shape:
             raise UserError(f"{path}: checkpoint of another network, {name} has shape {tuple(tensors[name].shape)}, "
                             f"expected {tuple(tensor.shape)}; give the config that it was trained with")
+    check_finite(tensors, path)
     net.load_state_dict(tensors)
 
 

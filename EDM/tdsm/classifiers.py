@@ -21,7 +21,7 @@ from EDM.training.layers import FourierEmbedding, Init, Linear, PositionalEmbedd
 from EDM.training.networks import constructor_kwargs, edm_coefficients, expect, vp_time
 from shared.cli import UserError
 from shared.cpu.batchnorm import BatchNorm2d
-from shared.training.checkpoint import read_checkpoint
+from shared.training.checkpoint import check_finite, read_checkpoint
 
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet34_64": (3, 4, 6, 3)}
 WIDTHS, STRIDES = (64, 128, 256, 512), (1, 2, 2, 2)
@@ -314,6 +314,7 @@ class CAS_ResNet50(torch.nn.Module):
         if unfit:
             raise UserError(f"{path}: expected the state_dict of torchvision's ResNet-50 for images of "
                             f"{own['conv1.weight'].shape[1]} channel(s); {unfit[0]} is missing or of another shape")
+        check_finite({name: tensors[name] for name in wanted}, path)
         self.classifier.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from safetensors.torch import save
 from EDM.training.networks import PRECONDITIONERS
 from EDM.training.published import Record, describe, is_plain, local_file, read_pickle, read_zip
 from shared.cli import UserError, nearest
+from shared.training.checkpoint import check_finite
 from shared.training.files import atomic
 
 FORMAT = "fewlabel network snapshot"
@@ -88,6 +89,7 @@ def load_weights(net: torch.nn.Module, tensors: Mapping[str, torch.Tensor], sour
         if own[name].shape != tensors[name].shape:
             raise UserError(f"{source}: snapshot of another network, {name} has shape {tuple(tensors[name].shape)}, "
                             f"expected {tuple(own[name].shape)}")
+    check_finite({name: tensors[name] for name in shared}, source)
     net.load_state_dict({name: tensors[name] for name in shared}, strict=False)
 
 

@@ -89,12 +89,21 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def weights_in(content: Mapping[str, Any], name: str, source: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Return the state dict that a checkpoint holds under `name`; UserError if there is something else."""
+    """Return the state dict that a checkpoint holds under `name`; UserError if there is something else, or a number
+    that is not finite."""
     state = content.get(name)
     if not isinstance(state, Mapping) or not all(isinstance(key, str) and isinstance(value, torch.Tensor)
                                                  for key, value in state.items()):
         raise UserError(f"{source}: its entry {name} does not hold the weights of a network")
+    check_finite(state, source)
     return dict(state)
+
+
+def check_finite(state: Mapping[str, Any], source: str | os.PathLike) -> None:
+    """Raise UserError for weights that are not finite, of which no number must come."""
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} holds numbers that are not finite; take an earlier or another file")
 
 
 def load_newest(path: Path) -> tuple[Path, dict[str, Any]] | None:

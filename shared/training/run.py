@@ -30,7 +30,7 @@ import torch.distributed as dist
 from shared import distributed
 from shared.cli import MACHINE_ERRORS, Diverged, MachineError, UserError
 from shared.distributed import World
-from shared.training.checkpoint import is_readable, load_newest, read_checkpoint, write_checkpoint
+from shared.training.checkpoint import check_finite, is_readable, load_newest, read_checkpoint, write_checkpoint
 from shared.training.files import lock, move_aside
 from shared.training.fingerprint import fingerprints
 from shared.training.log import Log
@@ -152,10 +152,11 @@ class Run:
         return ""
 
     def restore(self, saved: Mapping[str, Any], path: Path, strict: bool = False) -> None:
-        """Load the content of the checkpoint `path` into the kept objects; what it lacks is an error if `strict`."""
+        """Load the content of the checkpoint `path` into the kept objects; what it lacks is an error if `strict`, a
+        network always."""
         for name, kept in self.keep.items():
             if name not in saved:
-                if strict:
+                if strict or network_in(kept) is not None:
                     raise UserError(f"{path}: it holds no {name}; it is not a checkpoint of this run")
                 warnings.warn(f"{path} holds no {name}: it starts from its initial value", stacklevel=2)
                 continue
@@ -167,6 +168,8 @@ class Run:
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{path}: its {name} does not fit this run: {reason}") from None
+            if (net := network_in(kept)) is not None:
+                check_finite(net.state_dict(), f"{path}: {name}")
         self.step, self.finished = int(saved.get("step", 0)), bool(saved.get("finished", False))
         self.state, self.seconds = dict(saved.get("state", {})), float(saved.get("seconds", 0.0))
         self.log.load_state(saved)
@@ -283,8 +286,7 @@ class Run:
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield names and values of the parameters and buffers of the kept networks and averages."""
         for part, kept in self.keep.items():
-            net = distributed.unwrap(getattr(kept, "module", kept))
-            if isinstance(net, torch.nn.Module):
+            if (net := network_in(kept)) is not None:
                 for name, tensor in net.state_dict().items():
                     yield f"{part}.{name}", tensor
 
@@ -297,6 +299,12 @@ class Run:
         if self.world.size > 1:
             distributed.check_equal(dict(self._tensors()), self.world, f"after step {self.step}; nothing was saved, "
                                     f"{self.outdir} keeps its last checkpoint, from which the same command continues")
+
+
+def network_in(kept: Any) -> torch.nn.Module | None:
+    """Return the network that a kept object is, or is an average of; None for anything else."""
+    net = getattr(kept, "module", kept)
+    return distributed.unwrap(net) if isinstance(net, torch.nn.Module) else None
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

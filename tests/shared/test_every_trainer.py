@@ -100,10 +100,14 @@ def test_ranks_that_drift_apart_are_found_at_the_next_checkpoint(trainer: Traine
     assert trainer.saved(tmp_path / "run")["step"] <= 6
 
 
-def test_a_weight_that_is_no_number_is_named(trainer: Trainer, tmp_path: Path) -> None:
-    line = one_line_error(trainer.call(tmp_path / "run", 12, "nan", 6, status=1))
-    assert "is not finite at step 6 on rank 0; the first non-finite tensor is " in line
-    assert trainer.saved(tmp_path / "run")["step"] <= 6
+@pytest.mark.parametrize("at", [6, 11])
+def test_a_weight_that_is_no_number_is_named(trainer: Trainer, tmp_path: Path, at: int) -> None:
+    """In the middle, and in the last step, whose loss was still finite: nothing of it is kept as a result."""
+    line = one_line_error(trainer.call(tmp_path / "run", 12, "nan", at, status=1))
+    assert f"is not finite at step {at} on rank 0; the first non-finite tensor is " in line
+    assert trainer.saved(tmp_path / "run")["step"] <= at
+    assert not trainer.saved(tmp_path / "run")["finished"]
+    assert not list((tmp_path / "run").rglob("result*.json")) and not list((tmp_path / "run").rglob("model_final*"))
 
 
 def test_memory_of_ten_thousand_steps(trainer: Trainer, tmp_path: Path) -> None:

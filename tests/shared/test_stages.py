@@ -63,7 +63,8 @@ def test_options(project: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--nam=x"], 'unknown option --nam=x (did you mean "--name"?); see --help'), (["stray"], "unknown option stray; see --help"),
+    (["--nam=x"], 'unknown option --nam=x (did you mean "--name"?); see --help'),
+    (["stray"], "unknown option stray; see --help"),
     (["--name"], "--name: expected a value"), (["--name", "--loud"], "--name: expected a value"),
     (["--loud=1"], "--loud takes no value"), (["--count=1"], "--count: expected a whole number of at least 2, got '1'"),
     (["--count=two"], "got 'two'"), (["--count=99999999999999999999"], "expected a whole number"),

@@ -8,7 +8,7 @@ from torchvision.models import resnet34
 
 from shared.cli import UserError
 from shared.cpu.batchnorm import BatchNorm2d
-from shared.training.checkpoint import read_checkpoint
+from shared.training.checkpoint import check_finite, read_checkpoint
 
 SLOPE = 0.1  # of the leaky rectifiers
 
@@ -76,6 +76,7 @@ class ResNet34(nn.Module):
         self.net.fc = nn.Identity()
         if weights:
             state = {name: value for name, value in read_checkpoint(weights).items() if not name.startswith("fc.")}
+            check_finite(state, f"MODEL.PRETRAINED {weights}")
             try:
                 self.net.load_state_dict(state)
             except RuntimeError as error:
