@@ -129,7 +129,7 @@ stage_2() {
     step latents "$here" "Stage 2: latents of all training images"
     run "${launch[@]}" "${scripts}extract_imagenet_features_semi.py" "${given[@]}" "${anew[@]}"
     step "diffusion model" "$here" "Train the diffusion model on the pseudo-labels"
-    run "${launch[@]}" "${scripts}train_ldm$discrete.py" "${given[@]}"
+    run "${launch[@]}" "${scripts}train_ldm$discrete.py" "${given[@]}" "${anew[@]}"
     step "generated images" "$here" "Draw images of every class"
     run "${launch[@]}" "${scripts}sample_ldm${discrete}_all.py" "${given[@]}" --output_path=log/sample_log "${anew[@]}"
 }

@@ -41,6 +41,7 @@ FLAGS = {
         Option("--workdir", Text, None, "output folder", default_help="assets/DPM/...", metavar="DIR"),
         Option("--dataset_path", Text, None, "folder of latents, ours or published",
                default_help="pretrained/datasets/...", metavar="DIR"),
+        Option("--overwrite", Flag, False, "move another run in --workdir aside and start anew (without it: an error)"),
         Option("--compile", Flag, False, "compile the blocks: slow to start, then faster"),
         Option("--checkpoint_minutes", Float(0, open=True), 10.0, "time between two checkpoints"),
     ),
@@ -82,7 +83,7 @@ def main(doc: str = __doc__, schedule_of: Callable[[Config], Schedule] = lambda 
                    detector, statistics, world)
 
     train(config, net, schedule, latents, sampler_of, workdir, world, precision=precision, strict=options.strict,
-          compiled=options.compile, score=score if detector else None,
+          compiled=options.compile, score=score if detector else None, overwrite=options.overwrite,
           checkpoint_seconds=60 * options.checkpoint_minutes)
     distributed.stop()
 

@@ -133,6 +133,8 @@ def write_classes(sampler: Sampler, folder: Path, classes: Sequence[str], per_cl
 class RandomImages:
     """Images of classes drawn uniformly, a source for EDM/metrics: made when they are asked for, never written."""
 
+    classes: tuple[str, ...] = ()
+
     def __init__(self, sampler: Sampler, count: int, seed: int, calls: int, scale: float) -> None:
         self.sampler, self.seed, self.calls, self.scale = sampler, seed, calls, scale
         self.labels = numpy_rng(seed, 0, "classes for FID").integers(0, max(sampler.net.none_label, 1), count)

@@ -39,12 +39,12 @@ FREE = ("train.n_steps", "train.log_interval", "train.eval_interval", "train.sav
 
 def train(config: Any, net: UViT, schedule: Schedule, latents: Latents, sampler_of: Callable[[UViT], Sampler],
           workdir: Path, world: World, *, precision: str = "fp32", strict: bool = False, compiled: bool = False,
-          score: Score | None = None, checkpoint_seconds: float = 600.0) -> None:
+          score: Score | None = None, overwrite: bool = False, checkpoint_seconds: float = 600.0) -> None:
     """Train `net` as a configuration says, and leave the published files in `workdir`.
 
-    config: see EDM/imagenet/config.py. sampler_of: what makes images with the averaged network. score: FID of a
-    sampler; None: without. strict: attention in fp32 and no fused operation. compiled: compile the blocks.
-    checkpoint_seconds: between two checkpoints of the run, from which the same call continues.
+    config: see EDM/imagenet/config.py. sampler_of: what makes images with the averaged network. strict: attention in
+    fp32 and no fused operation. compiled: compile the blocks. score: FID of a sampler; None: without. overwrite: move
+    another run in `workdir` aside. checkpoint_seconds: between two checkpoints, from which the same call continues.
     """
     # Setup.
     device, seed, batch_size, total = world.device, config.seed, config.train.batch_size, config.train.n_steps
@@ -60,9 +60,9 @@ def train(config: Any, net: UViT, schedule: Schedule, latents: Latents, sampler_
 
     # Continue, or start, or take over what the published code left.
     log = Log(workdir, world, every=None, image_batch=batch_size)
-    run = Run(workdir, settings_of(config, schedule, precision), dict(net=net, ema=ema, optimizer=optimizer,
-                                                                      lr_scheduler=rates),
-              world, log=log, inputs={"the latents": latents.folder}, ignore=FREE, save_seconds=checkpoint_seconds)
+    run = Run(workdir, {**settings_of(config, schedule), "precision": precision, "strict": strict},
+              dict(net=net, ema=ema, optimizer=optimizer, lr_scheduler=rates), world, log=log,
+              inputs={"the latents": latents.folder}, ignore=FREE, overwrite=overwrite, save_seconds=checkpoint_seconds)
     if run.resumed_from is None and (found := newest_published(workdir / "ckpts")):
         run.step = load_published(found, net, ema, optimizer, rates)
         log.print(f"continuing at step {run.step}: {found}")
@@ -134,13 +134,13 @@ def update(loss: Tensor, net: UViT, ema: EMA, optimizer: torch.optim.Optimizer,
     ema.update(net, ema_rate)
 
 
-def settings_of(config: Any, schedule: Schedule, precision: str) -> dict[str, Any]:
+def settings_of(config: Any, schedule: Schedule) -> dict[str, Any]:
     """Return what decides about the numbers of a run, by the names of `--config.KEY`."""
     sections = ("train", "optimizer", "lr_scheduler", "nnet", "dataset", "sample")
     values = {f"{section}.{key}": value for section in sections for key, value in config[section].items()
               if f"{section}.{key}" != "dataset.path"}
     values |= {key: config[key] for key in ("seed", "pred", "ema_rate", "z_shape", "resolution")}
-    return {**values, "schedule": schedule.name, "precision": precision}
+    return {**values, "schedule": schedule.name}
 
 
 def make_optimizer(net: torch.nn.Module, settings: Mapping[str, Any], strict: bool = False) -> torch.optim.Optimizer:
@@ -174,6 +174,7 @@ def note_score(run: Run, step: int, count: int, value: float, final: bool = Fals
         run.save()
     else:
         run.state["fids"][str(step)] = [count, value]
+        run.state.pop("final", None)  # of a run that was shorter
     run.log.print(f"step={step} fid{count}={value:.6g}")
     if run.world.main:
         with atomic(run.outdir / "eval.log", "w") as file:
