@@ -3,14 +3,16 @@
     python im2rec.py ./val /your-download-path/val --recursive --list --num-thread 8
     python im2rec.py ./val /your-download-path/val --recursive --pass-through --pack-label --num-thread 8
 
-The first writes val.lst (id, label, path), the second val.rec and val.idx. A stopped command continues when it is
-given again.
+The first writes val.lst (id, label, path), the second val.rec, val.idx and the names of the classes, val.synset.txt, if
+each class has a folder of its own. A stopped command continues when it is given again. A root without images ends
+--list with an error, where MXNet's program writes an empty list.
 """
 from __future__ import annotations
 
 import os
 import random
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
@@ -18,6 +20,10 @@ from types import SimpleNamespace
 
 from MetaSemi.imagenet.packing import pack
 from shared.cli import Choice, Flag, Float, Int, Option, UserError, parse, run_main
+from shared.data.classes import class_numbers
+from shared.data.image_files import is_hidden
+from shared.data.image_files import walk as find_names
+from shared.data.lists import read_class_names
 from shared.training.files import atomic
 from shared.training.progress import progress
 
@@ -84,7 +90,9 @@ def write_lists(options: SimpleNamespace) -> None:
         deeper = "" if options.recursive else "; give --recursive to look into its sub-folders"
         raise UserError(f"{options.root}: no file ends with {' or '.join(options.exts)}{deeper}")
     folders = dict.fromkeys(os.path.dirname(path) for path in found) if options.recursive else {"": 0}
-    labels = numbered(folders, options.classes)
+    say_left_out(options, exts, len(found))
+    check_folders(folders, options, len(found))
+    labels = numbered(folders, options)
     if options.recursive:
         for folder, label in labels.items():
             print(folder or ".", label)
@@ -94,6 +102,28 @@ def write_lists(options: SimpleNamespace) -> None:
     for suffix, part in parts(lines, options.chunks, options.train_ratio, options.test_ratio):
         with atomic(f"{options.prefix}{suffix}.lst", "w") as file:
             file.writelines(part)
+
+
+def say_left_out(options: SimpleNamespace, exts: set[str], count: int) -> None:
+    """Say how many files are no images by their endings, or lie in hidden folders."""
+    seen = find_names(options.root) if options.recursive else [
+        entry.name for entry in os.scandir(options.root) if entry.is_file()]
+    others = [name for name in seen if is_hidden(name) or os.path.splitext(name)[1].lower() not in exts]
+    if others and count:
+        print(f"left out {len(others)} files that are hidden or end with none of {' '.join(options.exts)} (first: "
+              f"{min(others)}); name further endings with --exts")
+
+
+def check_folders(folders: dict[str, int], options: SimpleNamespace, count: int) -> None:
+    """Raise UserError where no image has a class though --recursive asks for some; warn where all get the same."""
+    if options.recursive and not any(folders):
+        raise UserError(f"{options.root}: all {count} images lie directly in it, in no class folder; sort them into "
+                        f"<class>/<file>, or write {options.prefix}.lst yourself: id, class number and file between "
+                        "tabs, one line an image")
+    if options.recursive and "" in folders:
+        print(f"warning: {options.root}: the images directly in it count as a class of their own", file=sys.stderr)
+    if not options.recursive:
+        print("warning: every image has the label 0; with --recursive each sub-folder is a class", file=sys.stderr)
 
 
 def walk(root: str, exts: set[str], folder: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
@@ -107,31 +137,33 @@ def walk(root: str, exts: set[str], folder: str = "", above: tuple[tuple[int, in
     if here in above:  # a link that leads back up
         return
     for entry in entries:
-        if os.path.splitext(entry.name)[1].lower() in exts and entry.is_file():
+        if os.path.splitext(entry.name)[1].lower() in exts and entry.is_file() and not is_hidden(entry.name):
             yield os.path.join(folder, entry.name)
     for entry in entries:
-        if entry.is_dir():
+        if entry.is_dir() and not is_hidden(entry.name):
             yield from walk(root, exts, os.path.join(folder, entry.name), (*above, here))
 
 
 def flat(root: str, exts: set[str]) -> list[str]:
     """Return the names of the images directly in `root`, sorted."""
     return sorted(entry.name for entry in os.scandir(root)
-                  if os.path.splitext(entry.name)[1].lower() in exts and entry.is_file())
+                  if os.path.splitext(entry.name)[1].lower() in exts and entry.is_file() and not is_hidden(entry.name))
 
 
-def numbered(folders: dict[str, int], classes: str | None) -> dict[str, int]:
-    """Return folder -> label: in the order given, or as listed in the file `classes`; UserError."""
-    if classes is None:
-        return {folder: label for label, folder in enumerate(folders)}
-    try:
-        names = Path(classes).read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes: cannot read {classes} ({error})") from None
+def numbered(folders: dict[str, int], options: SimpleNamespace) -> dict[str, int]:
+    """Return folder -> label: by class_numbers, or as listed in the file --classes; UserError.
+
+    Folders in folders keep the order in which they were found, as published.
+    """
+    if options.classes is None:
+        if any("/" in folder for folder in folders):
+            return {folder: label for label, folder in enumerate(folders)}
+        return class_numbers(folders, options.root)
+    names = {name: label for label, name in enumerate(read_class_names(options.classes, folders))}
     unknown = sorted(set(folders) - set(names))
     if unknown:
-        raise UserError(f"--classes: the folder {unknown[0] or '.'!r} is not listed in {classes}")
-    return {folder: names.index(folder) for folder in folders}
+        raise UserError(f"--classes: the folder {unknown[0] or '.'!r} is not listed in {options.classes}")
+    return {folder: names[folder] for folder in folders}
 
 
 def parts(lines: Sequence[str], chunks: int, train: float, test: float) -> Iterator[tuple[str, Sequence[str]]]:

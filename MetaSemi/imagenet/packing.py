@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -20,8 +21,16 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from MetaSemi.imagenet.encoding import payloads
-from MetaSemi.imagenet.records import BytesLike, encode_record, magic_words, record_head
+from MetaSemi.imagenet.records import (
+    BytesLike,
+    encode_record,
+    magic_words,
+    record_head,
+    write_synset,
+)
 from shared.cli import UserError
+from shared.data.classes import MAX_CLASSES
+from shared.data.lists import read_class_names, read_lines
 from shared.data.parallel import cores, ordered_map
 from shared.training.files import atomic
 from shared.training.progress import Progress
@@ -60,7 +69,7 @@ def read_list(path: Path) -> list[Entry]:
     Raises UserError for a file that holds none at all.
     """
     entries: list[Entry] = []
-    for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for line_number, line in read_lines(path, "a list: id, label and path between tabs"):
         fields = [field.strip() for field in line.split("\t")]
         try:
             if len(fields) < 3:
@@ -68,6 +77,8 @@ def read_list(path: Path) -> list[Entry]:
             number, labels = int(fields[0]), tuple(float(field) for field in fields[1:-1])
             if not 0 <= number < 1 << 64:
                 raise ValueError(f"the id {number} is out of range")
+            if not all(map(math.isfinite, labels)):
+                raise ValueError(f"the label {'nan' if any(map(math.isnan, labels)) else 'inf'} is no class")
         except ValueError as error:
             print(f"warning: {path}: line {line_number} left out, expected id, label and path between tabs ({error})",
                   file=sys.stderr)
@@ -102,8 +113,30 @@ def pack(path: Path, options: SimpleNamespace) -> None:
     finally:
         bar.close()
     output.finish()
+    known = read_class_names(options.classes, {os.path.dirname(entry.path) for entry in entries}) if options.classes \
+        else ()
+    if names := class_names(entries, known):
+        write_synset(path, names)
     skipped = f", {output.skipped} bad left out" if output.skipped else ""
     print(f"{path.with_suffix('.rec')}: {output.records} records, {output.size} bytes{skipped}")
+
+
+def class_names(entries: Sequence[Entry], known: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of the classes in label order, as the folders of the entries say; () if they say nothing.
+
+    known: names in label order, which also has classes without an image.
+    """
+    folders: dict[float, set[str]] = {}
+    for entry in entries:
+        folders.setdefault(entry.labels[0], set()).add(os.path.dirname(entry.path))
+    single = {int(label): next(iter(names)) for label, names in folders.items() if len(names) == 1 and label >= 0
+              and label == int(label)}
+    is_named = len(single) == len(folders) == len(set(single.values())) and all(single.values())
+    if not is_named or max(single) >= MAX_CLASSES:
+        return ()
+    if all(known[label:label + 1] == (name,) for label, name in single.items()):
+        return tuple(known)
+    return tuple(single.get(label, str(label)) for label in range(max(single) + 1))
 
 
 def key(path: Path, options: SimpleNamespace) -> str:

@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from shared.cli import UserError
+from shared.data.classes import match_labels
+from shared.data.lists import read_lines
+from shared.training.files import atomic
 
 MAGIC_NUMBER = 0xCED7230A
 MAGIC = struct.pack("<I", MAGIC_NUMBER)
@@ -94,6 +97,8 @@ class RecordFile:
     checks each record. skip_bad: leave records out that opening finds damaged; `skipped` says which.
     Raises UserError naming file and record: files missing or empty, an index that is none or of another file, records
     cut short. Reading is safe from several threads and processes at once.
+
+    classes: names in label order, of `<path>.synset.txt`; () without that file.
     """
 
     def __init__(self, path: str | os.PathLike, skip_bad: bool = False) -> None:
@@ -103,6 +108,7 @@ class RecordFile:
         for file in (self.path, index):
             if not file.is_file():
                 raise UserError(f"{file}: no such file; expected the files that im2rec.py writes")
+        self.classes, self.renumbered = read_synset(self.path), None
         self.ids, self.starts = read_index(index)
         self.file = os.open(self.path, os.O_RDONLY)
         self.size = os.fstat(self.file).st_size
@@ -138,9 +144,26 @@ class RecordFile:
         return Record(identity, labels, content[first:])
 
     def get(self, position: int) -> tuple[bytes, float]:
-        """Return image and label of a record, of several labels the first, -1 without any; raises Damaged."""
+        """Return image and label of a record, of several labels the first, -1 without any; raises Damaged.
+
+        The label is the number that the class has in `match_classes`.
+        """
         record = self.read(position)
-        return record.payload, record.labels[0] if record.labels else -1.0
+        label = record.labels[0] if record.labels else -1.0
+        if self.renumbered is not None and 0 <= label < len(self.renumbered) and label == int(label):
+            label = float(self.renumbered[int(label)])
+        return record.payload, label
+
+    def match_classes(self, classes: Sequence[str]) -> None:
+        """Let labels be numbers of the same names in `classes`; UserError for a class that is none of them."""
+        own = np.arange(len(self.classes))
+        matched = match_labels(own, self.classes, classes, synset_file(self.path))
+        self.renumbered = None if np.array_equal(own, matched) else matched
+
+    def has_one_label(self) -> bool:
+        """Return whether all records, or 2,000 of many, have the same label."""
+        positions = np.unique(np.linspace(0, len(self) - 1, min(len(self), CHECKED_AT_START)).astype(int)).tolist()
+        return len({self.get(position)[1] for position in positions}) == 1
 
     def _parts(self, data: bytes, position: int, end: int) -> Iterator[BytesLike]:
         at, kind = 0, FIRST
@@ -205,6 +228,23 @@ class RecordFile:
         whole = PART.size + length + (-length % 4)
         if magic != MAGIC or word >> 29 != WHOLE or start + whole != end or end > self.size:
             self.read(position)  # says what is wrong, or that all is well with a record of several parts
+
+
+def synset_file(path: Path) -> Path:
+    """Return the file of class names beside a list or record file."""
+    return path.with_suffix(".synset.txt")
+
+
+def write_synset(path: Path, names: Sequence[str]) -> None:
+    """Write the names of the classes beside a list or record file, one a line in label order."""
+    with atomic(synset_file(path), "w") as file:
+        file.writelines(f"{name}\n" for name in names)
+
+
+def read_synset(path: Path) -> tuple[str, ...]:
+    """Return the names of the classes beside a list or record file, in label order; () if there are none."""
+    file = synset_file(path)
+    return tuple(name for _, name in read_lines(file, "a list of class names")) if file.is_file() else ()
 
 
 def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,7 @@ class RecordImages(Source):
         self.view = RandomCrop(options.imcrop)
         names = (LABELED, UNLABELED) if unlabeled else (LABELED,)
         self.pools = {name: self._open(name) for name in (*names, VALIDATION)}
+        self._match_classes()
         self.orders = {name: Epochs(len(self.pools[name]), self.batch, self._rng, name) for name in names}
         self.length = self.orders[names[-1]].length
         self.first, self.total = options.start_epoch * self.length, options.epochs * self.length
@@ -70,6 +71,17 @@ class RecordImages(Source):
             warnings.warn(f"{len(images.skipped)} bad records are left out, the first: {images.skipped[0]}",
                           stacklevel=2)
         return Photographs(images, options.num_classes, options.skip_bad)
+
+    def _match_classes(self) -> None:
+        """Let the labels of all record files be those of the labelled one, by name; UserError."""
+        self.classes = self.pools[LABELED].files.classes
+        for pool in self.pools.values():
+            if pool.files.classes and self.classes:
+                pool.files.match_classes(self.classes)
+        val = self.pools[VALIDATION]
+        if len(val) > 1 and self.options.num_classes > 1 and val.files.has_one_label():
+            raise UserError(f"{val.files.path}: all images have the same label, as of a folder without class folders; "
+                            "sort them into val/<class>/<file> and pack them anew with im2rec.py --recursive")
 
     def _rng(self, step: int, purpose: str) -> np.random.Generator:
         return numpy_rng(self.options.seed, step, purpose)
@@ -90,8 +102,8 @@ class RecordImages(Source):
 
     def images_seen(self) -> dict[str, Any]:
         options = self.options
-        return {"arch": options.arch, "mean": MEAN, "std": STD, "size": (options.imcrop, options.imcrop),
-                "resize": "centre-edge", "side": options.imsize}
+        return {"classes": self.classes, "arch": options.arch, "mean": MEAN, "std": STD,
+                "size": (options.imcrop, options.imcrop), "resize": "centre-edge", "side": options.imsize}
 
     def stream(self, first: int, stop: int) -> Iterator[Batch]:
         kinds = [self._decoded(self.pools[name], self.view, lambda step, name=name: self._request(name, step),

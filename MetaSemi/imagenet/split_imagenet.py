@@ -17,6 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shared.cli import Flag, Float, Int, Option, UserError, parse, run_main
+from shared.data.classes import class_folders
+from shared.data.image_files import is_hidden, is_image, walk
+from shared.data.lists import read_lines
 from shared.training.files import atomic, make_dir
 from shared.training.progress import progress
 
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train = data / "train"
     if not train.is_dir():
         raise UserError(f"--data-path {data}: there is no folder train/ in it; expected train/<wnid>/<file>.JPEG")
-    lists, drawn = read_lists(Path(options.list_path)), False
+    lists, drawn = read_lists(Path(options.list_path), train), False
     if lists is None:
         chosen = split(images_by_class(train), options.seed, options.per_class, options.fraction)
         lists, drawn = dict(zip(LISTS, chosen, strict=True)), True
@@ -53,13 +56,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def images_by_class(train: Path) -> dict[str, list[str]]:
-    """Return wnid -> file names of the images in train/; whatever is no image by its name is passed over."""
-    found = {}
+    """Return wnid -> file names of the images in train/; what is no image by its name is left out, and counted."""
+    found, left_out = {}, []
     for folder in sorted(entry.name for entry in os.scandir(train) if entry.is_dir()):
-        names = [entry.name for entry in os.scandir(train / folder)
-                 if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")]
+        entries = [entry.name for entry in os.scandir(train / folder)]
+        names = [name for name in entries if name.lower().endswith(SUFFIXES) and not is_hidden(f"{folder}/{name}")]
+        left_out += [f"{folder}/{name}" for name in set(entries) - set(names)]
         if names:
             found[folder] = names
+    if left_out:
+        print(f"left out {len(left_out)} files of {train} that are hidden or no {' '.join(SUFFIXES)} (first: "
+              f"{min(left_out)})")
     if not found:
         raise UserError(f"{train}: no images; expected train/<wnid>/<file>.JPEG")
     return found
@@ -87,8 +94,11 @@ def split(files: Mapping[str, Iterable[str]], seed: int = 0, per_class: int = 12
     return labeled, unlabeled
 
 
-def read_lists(folder: Path) -> dict[str, list[str]] | None:
-    """Return part -> names as the list files have them, None where there are no such files; UserError."""
+def read_lists(folder: Path, train: Path) -> dict[str, list[str]] | None:
+    """Return part -> names as the list files have them, None where there are no such files; UserError.
+
+    A line is the name of a file, which may hold blanks, or such a name and further columns.
+    """
     there = [name for name in LISTS.values() if (folder / name).exists()]
     if not there:
         return None
@@ -98,12 +108,13 @@ def read_lists(folder: Path) -> dict[str, list[str]] | None:
     lists = {}
     for part, name in LISTS.items():
         lists[part] = []
-        for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in read_lines(folder / name):
             words = line.split()
-            pieces = words[0].split("/") if words else []
+            image = line if len(words) == 1 or (train / line).is_file() else words[0]
+            pieces = image.split("/")
             if len(pieces) != 2 or any(piece in ("", ".", "..") for piece in pieces):
                 raise UserError(f"{folder / name}: line {number} must begin with <wnid>/<file name>, it is {line!r}")
-            lists[part].append(words[0])
+            lists[part].append(image)
     return lists
 
 
@@ -115,7 +126,10 @@ def check(lists: Mapping[str, Sequence[str]], data: Path) -> None:
     classes = {part: {name.split("/")[0] for name in names} for part, names in lists.items()}
     val = data / "val"
     if val.is_dir():
-        classes["val"] = {entry.name for entry in os.scandir(val) if entry.is_dir()}
+        classes["val"] = set(class_folders(val))
+        if not classes["val"] and any(is_image(name) for name in walk(val)):
+            raise UserError(f"{val}: its images lie in no class folders, so their classes are unknown; sort them into "
+                            "val/<wnid>/<file>, or take val/ out of --data-path")
     for part in classes:
         other = sorted(classes["labeled"] ^ classes[part])
         if other:

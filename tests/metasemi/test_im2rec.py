@@ -257,3 +257,78 @@ def test_dali_reads_the_records(tree: Path, prefix: Path) -> None:
         assert np.array(labels[number]).tolist() == [number + 0.5, 7.0]
         record = RecordFile(prefix.with_suffix(".rec")).read(number)
         assert record.payload == (root / path).read_bytes() and record.number == number + 3
+
+
+class TestClasses:
+    """Classes keep their names from the folders to the records, whatever lies beside them and whatever they hold."""
+
+    def tree(self, folder: Path, files: dict[str, int]) -> Path:
+        for name, level in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (level, level, level)).save(folder / name)
+        return folder
+
+    def packed(self, root: Path, prefix: Path, *extra: str | Path) -> RecordFile:
+        call(im2rec, prefix, root, "--recursive", "--list", "--no-shuffle", *extra)
+        call(im2rec, prefix, root, "--recursive", "--pass-through", "--num-thread", "1", *extra)
+        return RecordFile(prefix)
+
+    def test_names_lie_beside_the_records(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        root = self.tree(tmp_path / "set", {"owl/a b.png": 1, "cat/1.png": 2, ".ipynb_checkpoints/1.png": 3,
+                                            "cat/2.gif": 4})
+        (root / "empty").mkdir()
+        records = self.packed(root, tmp_path / "val")
+        assert records.classes == ("cat", "owl") and [records.get(i)[1] for i in range(2)] == [0, 1]
+        said = "left out 2 files that are hidden or end with none of .jpeg .jpg .png (first: .ipynb_checkpoints/1.png)"
+        assert said in capsys.readouterr().out
+
+    def test_records_are_matched_by_name(self, tmp_path: Path) -> None:
+        train = self.packed(self.tree(tmp_path / "train", {"cat/1.png": 1, "dog/1.png": 2, "owl/1.png": 3}),
+                            tmp_path / "train_label")
+        val = self.packed(self.tree(tmp_path / "test", {"dog/1.png": 2, "owl/1.png": 3}), tmp_path / "val")
+        assert [val.get(i)[1] for i in range(2)] == [0, 1]
+        val.match_classes(train.classes)
+        assert [val.get(i)[1] for i in range(2)] == [1, 2]
+        with pytest.raises(UserError, match=r"val.synset.txt: the class 'dog' is not one of .*\(cat, owl\)"):
+            val.match_classes(("cat", "owl"))
+
+    def test_numbers_are_classes(self, tmp_path: Path) -> None:
+        root = self.tree(tmp_path / "set", {"1/1.png": 1, "2/1.png": 2, "10/1.png": 3})
+        records = self.packed(root, tmp_path / "set")
+        assert sorted(records.get(i)[1] for i in range(3)) == [1, 2, 10] and not (records.classes[1:] == ("1", "10"))
+
+    def test_a_list_of_classes_with_words(self, tmp_path: Path) -> None:
+        root = self.tree(tmp_path / "set", {"n01/1.png": 1, "n03/1.png": 2})
+        (tmp_path / "classes.txt").write_bytes("\ufeffn01 tench, Tinca tinca\r\nn02 goldfish\r\nn03 shark\r\n".encode())
+        records = self.packed(root, tmp_path / "set", "--classes", tmp_path / "classes.txt")
+        assert [records.get(i)[1] for i in range(2)] == [0, 2] and records.classes == ("n01", "n02", "n03")
+
+    def test_images_without_class_folders(self, tmp_path: Path) -> None:
+        root = self.tree(tmp_path / "val", {"1.png": 1, "2.png": 2})
+        message = error(im2rec, tmp_path / "val", root, "--recursive", "--list")
+        assert "all 2 images lie directly in it" in message and "write " in message
+        (tmp_path / "val.lst").write_bytes("\ufeff0\t1\t1.png\r\n1\t0\t2.png\r\n".encode())  # the remedy
+        call(im2rec, tmp_path / "val", root, "--recursive", "--pass-through")
+        records = RecordFile(tmp_path / "val")
+        assert [records.get(i)[1] for i in range(2)] == [1, 0] and records.classes == ()
+
+    @pytest.mark.parametrize(("content", "message"), [
+        (b"0\tnan\ta.png\n", "no line of it"), (b"\x89PNG\0\xff", "not UTF-8"), (b"0\t0\ta\0.png\n", "binary")])
+    def test_lists_that_are_none(self, content: bytes, message: str, tmp_path: Path,
+                                 capsys: pytest.CaptureFixture) -> None:
+        (tmp_path / "val.lst").write_bytes(content)
+        assert message in error(im2rec, tmp_path / "val", self.tree(tmp_path / "set", {"a.png": 1}))
+        if b"nan" in content:
+            assert "the label nan is no class" in capsys.readouterr().err
+
+    def test_splitting_reads_what_it_wrote(self, tmp_path: Path) -> None:
+        self.tree(tmp_path / "train", {f"{name}/an owl {i}.png": i for name in ("cat", "owl") for i in range(4)})
+        arguments = ["--data-path", tmp_path, "--list-path", tmp_path / "lists", "--per-class", "1"]
+        for _ in range(2):
+            call(split_imagenet, *arguments)
+        assert len(list((tmp_path / "unlabeled").rglob("*.png"))) == 6
+        for list_file in (tmp_path / "lists").iterdir():
+            list_file.write_bytes(b"\xef\xbb\xbf" + list_file.read_bytes().replace(b"\n", b"\r\n"))
+        call(split_imagenet, *arguments)
+        self.tree(tmp_path / "val", {"1.png": 1})
+        assert "val: its images lie in no class folders" in error(split_imagenet, *arguments)
