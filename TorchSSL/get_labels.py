@@ -26,7 +26,7 @@ from shared.training.files import atomic, make_dir
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.record import Record
 from TorchSSL.core.data import content
-from TorchSSL.core.evaluation import open_split, predict
+from TorchSSL.core.evaluation import open_split, predict_in_blocks
 from TorchSSL.core.labels import PSEUDO_LABEL_FILE, labeled_part, read_index
 from TorchSSL.core.options import NETWORK, PREDICTED_BY, PREDICTION
 from TorchSSL.encoders.images import own_images
@@ -55,7 +55,7 @@ def main() -> None:
                      "--dataset": fingerprint_arrays(*content(images), images.classes)})
     if record.is_complete(options.overwrite):
         return
-    predicted = predict(net, pool, options.batch_size).cpu()
+    predicted = predict_in_blocks(net, pool, options.batch_size)
     labels, known = predicted.argmax(1).numpy().astype(np.int64), images.labels >= 0
     given = np.zeros(len(labels), bool)
     if options.label_idx is not None:

@@ -6,6 +6,7 @@ resize; those of the original code do not, and then the name of the data set say
 """
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from DASO.lib.models.ema import as_counters
@@ -30,13 +32,21 @@ from shared.cli import UserError, nearest
 from shared.data.images import to_chw
 from shared.data.photographs import MEAN, STD
 from shared.data.pool import resize
+from shared.networks import ROTATION_HEAD, is_timm
 from shared.training.checkpoint import read_checkpoint, weights_in
 from TorchSSL.core.algorithm import classify
 from TorchSSL.core.data import NORMALISATION
-from TorchSSL.core.evaluation import AVERAGED, NETWORK_OPTIONS, TRAINED, USB_HEAD, make_network, strip_prefix
+from TorchSSL.core.evaluation import (
+    AVERAGED,
+    BLOCK,
+    NETWORK_OPTIONS,
+    TRAINED,
+    USB_HEAD,
+    make_network,
+    strip_prefix,
+)
 
-# Kernels of a CPU round differently for batches of different sizes, and an image's place in the batch may matter too.
-BLOCK = 64  # images that a network gets at a time, always
+EXPORTED = "fewlabel classifier"  # in the header of a file that export.py wrote
 SIGMA = 0.01  # noise level at which a classifier of noisy images sees an image as it is
 
 # Of checkpoints that do not say how their images were normalised, by the program that made them.
@@ -151,7 +161,7 @@ def open_classifier(path: str | Path, device: str | torch.device = "cpu", datase
     Raises UserError for anything but a classifier, and for weights that are not finite.
     """
     path = Path(path)
-    content = {} if path.suffix in (".pkl", ".safetensors") else read_checkpoint(path)
+    content = read_exported(path) or ({} if path.suffix in (".pkl", ".safetensors") else read_checkpoint(path))
     if not content or "class_name" in content:
         found = _snapshot(path)
     elif "state_dict" in content:
@@ -169,6 +179,34 @@ def open_classifier(path: str | Path, device: str | torch.device = "cpu", datase
     return _finished(found, content, path, torch.device(device), dataset)
 
 
+def read_exported(path: Path) -> dict[str, Any] | None:
+    """Return what export.py wrote as .safetensors in the form of a checkpoint; None for other files."""
+    if path.suffix != ".safetensors":
+        return None
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != EXPORTED:
+                return None
+            build = json.loads(header["build"])
+            state = {name: file.get_tensor(name) for name in build.pop("names")}
+            facts = {name: json.loads(header[name]) for name in ("classes", "mean", "std", "size", "side")
+                     if name in header}
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged, not a classifier that export.py wrote ({error})") from None
+    return {**build, **facts, "resize": header.get("resize"), build["entry"]: state}
+
+
+def is_snapshot(path: str | Path) -> bool:
+    """Return whether a file is a snapshot of EDM, of a classifier or a denoiser. Raises UserError."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_exported(path) is None
+    return path.suffix == ".pkl" or "class_name" in read_checkpoint(path)
+
+
 # ---------------------------------------------------------------- one function for each program
 
 def _torchssl(content: Mapping[str, Any], state: dict[str, Tensor], path: Path, dataset: str | None) -> dict[str, Any]:
@@ -178,6 +216,8 @@ def _torchssl(content: Mapping[str, Any], state: dict[str, Tensor], path: Path, 
         kind = "USB"
         state = {re.sub(f"^{re.escape(USB_HEAD)}", "fc.", name): value for name, value in state.items()}
     options = {**_network_options(state), "dataset": dataset or "", **options}
+    if is_timm(options["net"]) and not any(name.startswith("body.") for name in state):  # timm's own names
+        state = {name if name.startswith(ROTATION_HEAD) else f"body.{name}": value for name, value in state.items()}
     classes = len(state["fc.weight"]) if "fc.weight" in state else options.get("num_classes", 0)
     net = make_network(options, classes, _channels(state), rotation_head="rot_classifier.weight" in state,
                        size=content.get("size"))

@@ -34,6 +34,9 @@ from TorchSSL.core.networks import build_network, first_stride_for
 AUC_EVERY_TIME, AUC_AT_ALL = 20, 200
 LOGGED_CLASSES = 100  # larger confusion matrices are not written into the log
 
+# Kernels of a CPU round differently for batches of different sizes, and an image's place in the batch may matter too.
+BLOCK = 64  # images that a network gets at a time, always, where predictions must not depend on such things
+
 # The entries of a checkpoint that hold weights: ours and the published ones first, then those of older trainers.
 AVERAGED, TRAINED = ("ema_model", "eval_model"), ("model", "train_model")
 # USB, the successor of TorchSSL, has ImageNet's numbers on CIFAR-10, and its wide networks call `fc` `classifier`.
@@ -57,6 +60,20 @@ def predict(net: nn.Module, pool: Pool | PhotographPool, batch_size: int = 1024,
     parts = [indices[start:start + batch_size] for start in range(0, part, batch_size)]
     logits = [classify(net, images) for images in evaluated(pool, parts)]
     return gather(torch.cat(logits), world)[:len(pool)]
+
+
+def predict_in_blocks(net: nn.Module, pool: Pool | PhotographPool, batch_size: int) -> torch.Tensor:
+    """Return float32 logits [N, C] on the CPU as `predict` does; they do not depend on `batch_size`."""
+    return predict(lambda images: in_blocks(net, images), pool, -(-batch_size // BLOCK) * BLOCK).cpu()
+
+
+def in_blocks(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits [n, C] of images [n, ...], which the network gets BLOCK at a time, the last ones padded."""
+    found = []
+    for block in images.split(BLOCK):
+        padding = block.new_zeros(BLOCK - len(block), *block.shape[1:])
+        found.append(classify(net, torch.cat((block, padding))))
+    return torch.cat(found)[:len(images)]
 
 
 def metrics(logits: torch.Tensor, labels: torch.Tensor, auc: bool | None = None) -> dict[str, float]:
@@ -237,7 +254,7 @@ def open_split(options: SimpleNamespace, split: str) -> tuple[nn.Module, Pool | 
 def predict_split(options: SimpleNamespace, split: str) -> tuple[torch.Tensor, ImageSet | PhotographSet]:
     """Return (float32 logits [N, C] on the CPU, images) of a split of the data set; see `open_split`."""
     net, pool, images = open_split(options, split)
-    return predict(net, pool, options.batch_size).cpu(), images
+    return predict_in_blocks(net, pool, options.batch_size), images
 
 
 @less_memory("--eval_batch_size")
