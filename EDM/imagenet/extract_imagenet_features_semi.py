@@ -68,7 +68,11 @@ def read_pseudo_labels(layout: Layout) -> dict[str, int]:
     if not isinstance(names, list) or labels.shape != (len(names),):
         raise UserError(f"{layout.pseudo_labels}: {list(labels.shape)} labels do not belong to the names in "
                         f"{file}; run train_classifier.py --func=get_cluster anew")
-    return dict(zip(map(str, names), labels.astype(int).tolist(), strict=True))
+    found = dict(zip(map(str, names), labels.astype(int).tolist(), strict=True))
+    if len(found) < len(names):
+        raise UserError(f"{file}: {len(names) - len(found)} names occur twice; run train_classifier.py "
+                        "--func=get_cluster anew, which writes their folders too")
+    return found
 
 
 def begin(record: Record, overwrite: bool) -> bool:
