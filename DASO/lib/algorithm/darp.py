@@ -70,9 +70,10 @@ class DARP(Stateful):
 def most_probable(table: torch.Tensor, target: torch.Tensor, kept: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which entries of the table [N, K] are among the kept[c] largest of their class, and each class's scale.
 
-    The scale [K] makes the probabilities kept add up to target [K]. Of equal entries the earlier image goes first.
+    The scale [K] makes the probabilities kept add up to target [K]. Equal entries, which most are at first, stand in
+    the order in which torch.sort leaves those of a column, as in the published code.
     """
-    order = table.argsort(dim=0, descending=True, stable=True)[:max(kept)]
+    order = torch.stack([column.sort(descending=True).indices[:max(kept)] for column in table.unbind(1)], dim=1)
     among = torch.arange(len(order), device=table.device)[:, None] < torch.tensor(kept, device=table.device)
     mask = torch.zeros_like(table).scatter_(0, order, among.to(table.dtype))
     return mask, ((target + SMALLEST) / ((table * mask).sum(0) + SMALLEST)).to(table.dtype)
