@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from EDM.imagenet.config import parse as parse_with_config
 from shared.cli import UserError, parse
 from shared.report import tables
 from tests.shared.programs import ROOT, declared_options, environment
@@ -47,7 +48,7 @@ def readme_commands(readme: Path) -> Iterator[tuple[str, str]]:
 def is_command(words: list[str]) -> bool:
     """Whether a line starts a program of ours or, by its looks, means to; the READMEs show output as well."""
     program = next((word for word in words if "=" not in word), "")
-    return program in ("python", "python3", "bash", "torchrun") or program.endswith((".py", ".sh"))
+    return program in ("python", "python3", "bash", "torchrun", "accelerate") or program.endswith((".py", ".sh"))
 
 
 def published_commands() -> Iterator[tuple[str, str]]:
@@ -62,7 +63,7 @@ def arguments_of(folder: Path, command: str) -> tuple[str, list[str]] | None:
     words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z_]+=.*", word)]
     words = words[:next((i for i, word in enumerate(words) if word in (">", ">>", "|", "&&", "&")), len(words))]
     words[-1] = words[-1].rstrip(";")
-    if words[0] in ("torchrun", "bash") or words[1:3] == ["-m", "torch.distributed.launch"]:
+    if words[0] in ("torchrun", "bash", "accelerate") or words[1:3] == ["-m", "torch.distributed.launch"]:
         at = next(i for i, word in enumerate(words) if i and word.endswith((".py", ".sh")))
     elif words[1] == "-m":
         if words[2].split(".")[0] in MODULES_OF_OTHERS:
@@ -89,6 +90,8 @@ def understand(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatc
         with pytest.raises((Understood, SystemExit)) as ended:
             runpy.run_module(module.__name__, run_name="__main__")
         assert ended.type is Understood or ended.value.code == 0
+    elif read is parse_with_config:
+        read("", [option for option in declared_options(script) if option.name != "--config"], arguments)
     elif read in (None, parse):  # the script has no checks of its own beyond its declarations
         command = arguments.pop(0) if script in WITH_COMMANDS else ""
         parse("", declared_options(script, command), arguments)
@@ -108,7 +111,7 @@ def names_an_absent_file(error: UserError, arguments: list[str]) -> bool:
 
 
 def understand_shell(script: str, arguments: list[str]) -> None:
-    if script in ("run_all.sh", "run_tdsm.sh", "run_longtail.sh"):
+    if script in ("run_all.sh", "run_tdsm.sh", "run_longtail.sh", "run_imagenet.sh"):
         dry = [*arguments, "--dry-run"]
         done = subprocess.run(["bash", ROOT / script, *dry], text=True, capture_output=True, env=environment())
         if done.returncode:
