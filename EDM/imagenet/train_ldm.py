@@ -15,12 +15,13 @@ from pathlib import Path
 from EDM.imagenet.config import Config, parse
 from EDM.imagenet.layout import Layout
 from EDM.latent.generation import Sampler, fid
-from EDM.latent.latents import read_latents
+from EDM.latent.latents import LatentBatches, read_latents
 from EDM.latent.schedules import ContinuousSchedule, Schedule
 from EDM.latent.training import train
 from EDM.latent.uvit import UViT, make_uvit
 from EDM.latent.vae import load_coder
 from EDM.metrics.detectors import load_detector
+from EDM.tdsm.transition import clean_posterior, load_transition
 from shared import distributed
 from shared.cli import Choice, Flag, Float, Option, Text, UserError, run_main
 from shared.training.precision import default_precision
@@ -41,6 +42,8 @@ FLAGS = {
         Option("--workdir", Text, None, "output folder", default_help="assets/DPM/...", metavar="DIR"),
         Option("--dataset_path", Text, None, "folder of latents, ours or published",
                default_help="pretrained/datasets/...", metavar="DIR"),
+        Option("--transition", Text, None, "transition matrix p(pseudo-label | class), .json or .npy; each visit of a "
+               "latent then draws its class from p(class | pseudo-label)", metavar="FILE"),
         Option("--overwrite", Flag, False, "move another run in --workdir aside and start anew (without it: an error)"),
         Option("--compile", Flag, False, "compile the blocks: slow to start, then faster"),
         Option("--checkpoint_minutes", Float(0, open=True), 10.0, "time between two checkpoints"),
@@ -73,6 +76,12 @@ def main(doc: str = __doc__, schedule_of: Callable[[Config], Schedule] = lambda 
         print(f"without FID: there is no {statistics} (fid.py ref writes one)", flush=True)
     net = make_uvit(config.nnet, config.z_shape, config.seed)
     check_classes(net, latents.classes, str(latents.folder))
+    posterior = None
+    if options.transition:
+        posterior = clean_posterior(load_transition(options.transition, net.none_label))
+    batches = LatentBatches(latents, config.train.batch_size, config.seed,
+                            config.dataset.p_uncond if config.dataset.cfg else 0.0, net.none_label, world,
+                            config.train.n_steps - 1, posterior)
 
     # Train.
     def sampler_of(averaged: UViT) -> Sampler:
@@ -82,7 +91,7 @@ def main(doc: str = __doc__, schedule_of: Callable[[Config], Schedule] = lambda 
         return fid(sampler, count, config.seed, config.sample.sample_steps, 0.0, config.sample.mini_batch_size,
                    detector, statistics, world)
 
-    train(config, net, schedule, latents, sampler_of, workdir, world, precision=precision, strict=options.strict,
+    train(config, net, schedule, batches, sampler_of, workdir, world, precision=precision, strict=options.strict,
           compiled=options.compile, score=score if detector else None, overwrite=options.overwrite,
           checkpoint_seconds=60 * options.checkpoint_minutes)
     distributed.stop()

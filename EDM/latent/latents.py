@@ -125,16 +125,24 @@ def drop_labels(labels: np.ndarray, draws: np.ndarray, p_uncond: float, none_lab
     return np.where(draws < p_uncond, none_label, labels)
 
 
+def draw_labels(labels: np.ndarray, draws: np.ndarray, posterior: np.ndarray) -> np.ndarray:
+    """Return for each pseudo-label a class drawn by its row of posterior [K, K], p(class | pseudo-label), from uniform
+    draws in [0, 1)."""
+    classes = (draws[:, None] >= posterior.cumsum(1)[labels]).sum(1)
+    return np.minimum(classes, len(posterior) - 1)  # rows add up to 1 but for rounding
+
+
 class LatentBatches:
     """One process's part of each step's batch, read ahead in a thread.
 
     Every epoch visits all rows in a new order; what does not fill a batch is left out. p_uncond: share of labels that
-    become none_label. last: the last step. Raises UserError for a batch larger than the set.
+    become none_label. posterior: p(class | pseudo-label) by which a class is drawn at each visit, float64 [K, K]; None:
+    the pseudo-label. last: the last step. Raises UserError for a batch larger than the set.
     """
 
     def __init__(self, latents: Latents, batch: int, seed: int, p_uncond: float, none_label: int, world: World,
-                 last: int) -> None:
-        self.latents, self.batch, self.seed = latents, batch, seed
+                 last: int, posterior: np.ndarray | None = None) -> None:
+        self.latents, self.batch, self.seed, self.posterior = latents, batch, seed, posterior
         self.p_uncond, self.none_label, self.device = p_uncond, none_label, world.device
         self.part = world.slice(batch)
         self.per_epoch = len(latents) // batch
@@ -151,11 +159,16 @@ class LatentBatches:
 
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
         moments, labels = self.latents.rows.take(self._rows(step))
-        if labels.min() < 0 or labels.max() >= self.none_label:
+        if self.none_label >= 0 and (labels.min() < 0 or labels.max() >= self.none_label):
             raise UserError(f"the latents have classes up to {labels.max()}, --config.nnet.num_classes="
                             f"{self.none_label + 1} is made for 0 to {self.none_label - 1} and none")
-        draws = numpy_rng(self.seed, step, "label dropout").random(self.batch)[self.part]
-        return self._pinned(moments), self._pinned(drop_labels(labels, draws, self.p_uncond, self.none_label))
+        if self.posterior is not None:
+            labels = draw_labels(labels, self._uniform(step, "class of a pseudo-label"), self.posterior)
+        labels = drop_labels(labels, self._uniform(step, "label dropout"), self.p_uncond, self.none_label)
+        return self._pinned(moments), self._pinned(labels)
+
+    def _uniform(self, step: int, purpose: str) -> np.ndarray:
+        return numpy_rng(self.seed, step, purpose).random(self.batch)[self.part]
 
     def _rows(self, step: int) -> np.ndarray:
         epoch, position = divmod(step, self.per_epoch)

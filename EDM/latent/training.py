@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from EDM.latent.generation import Sampler
-from EDM.latent.latents import LatentBatches, Latents
+from EDM.latent.latents import LatentBatches
 from EDM.latent.schedules import Schedule, losses
 from EDM.latent.uvit import UViT, load_uvit
 from EDM.latent.vae import sample
@@ -37,7 +37,7 @@ CHECKPOINT = ("step", "optimizer", "lr_scheduler", "nnet", "nnet_ema")
 FREE = ("train.n_steps", "train.log_interval", "train.eval_interval", "train.save_interval", "sample.n_samples")
 
 
-def train(config: Any, net: UViT, schedule: Schedule, latents: Latents, sampler_of: Callable[[UViT], Sampler],
+def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sampler_of: Callable[[UViT], Sampler],
           workdir: Path, world: World, *, precision: str = "fp32", strict: bool = False, compiled: bool = False,
           score: Score | None = None, overwrite: bool = False, checkpoint_seconds: float = 600.0) -> None:
     """Train `net` as a configuration says, and leave the published files in `workdir`.
@@ -54,15 +54,14 @@ def train(config: Any, net: UViT, schedule: Schedule, latents: Latents, sampler_
     ema = EMA(net)
     optimizer = make_optimizer(net, config.optimizer, strict)
     rates = warm_up(optimizer, config.lr_scheduler)
-    p_uncond = config.dataset.p_uncond if config.dataset.cfg else 0.0
-    batches = LatentBatches(latents, batch_size, seed, p_uncond, net.none_label, world, total - 1)
     mine, shape = world.slice(batch_size), (batch_size, *config.z_shape)
 
     # Continue, or start, or take over what the published code left.
     log = Log(workdir, world, every=None, image_batch=batch_size)
     run = Run(workdir, {**settings_of(config, schedule), "precision": precision, "strict": strict},
               dict(net=net, ema=ema, optimizer=optimizer, lr_scheduler=rates), world, log=log,
-              inputs={"the latents": latents.folder}, ignore=FREE, overwrite=overwrite, save_seconds=checkpoint_seconds)
+              inputs={"the latents": batches.latents.folder, "--transition": batches.posterior}, ignore=FREE,
+              overwrite=overwrite, save_seconds=checkpoint_seconds)
     if run.resumed_from is None and (found := newest_published(workdir / "ckpts")):
         run.step = load_published(found, net, ema, optimizer, rates)
         log.print(f"continuing at step {run.step}: {found}")
@@ -70,7 +69,7 @@ def train(config: Any, net: UViT, schedule: Schedule, latents: Latents, sampler_
     if compiled:
         for block in (*net.in_blocks, net.mid_block, *net.out_blocks):
             block.compile()
-    log.print(f"Training {sum(p.numel() for p in net.parameters()):,} parameters on {len(latents):,} latents: "
+    log.print(f"Training {sum(p.numel() for p in net.parameters()):,} parameters on {len(batches.latents):,} latents: "
               f"{precision} on {world.size} x {device.type}, {batch_size} a step, the {schedule.name} schedule")
 
     # Train.
@@ -80,7 +79,7 @@ def train(config: Any, net: UViT, schedule: Schedule, latents: Latents, sampler_
         posterior, noise = (torch.randn(shape, generator=torch_rng(seed, step, purpose, device), device=device)[mine]
                             for purpose in ("posterior", "noise"))
         times = schedule.draw(seed, step, batch_size, device)[mine]
-        x0 = sample(moments, posterior, latents.scale)
+        x0 = sample(moments, posterior, batches.latents.scale)
 
         # Update.
         loss = loss_of(model, schedule, x0, labels if net.num_classes > 0 else None, times, noise, precision)

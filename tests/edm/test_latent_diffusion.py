@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from EDM.imagenet import eval_ldm, extract_imagenet_features_semi, sample_ldm_all, train_ldm, train_ldm_discrete
-from EDM.latent.latents import read_latents
+from EDM.latent.latents import draw_labels, read_latents
 from EDM.metrics.detectors import load_detector
 from EDM.metrics.features import extract, from_extraction, write_reference
 from EDM.metrics.sources import FileImages
@@ -198,3 +198,21 @@ def test_a_class_without_pseudo_label_is_a_warning(place):
         extract_imagenet_features_semi.main([LARGE, *TINY, "--overwrite"])
 
 
+
+
+def test_classes_are_drawn_by_the_transition(place):
+    frequencies = np.array([[0.5, 0.5, 0], [0, 1, 0], [0.2, 0, 0.8]])
+    labels = np.repeat(np.arange(3), 20_000)
+    drawn = draw_labels(labels, np.random.default_rng(0).random(len(labels)), frequencies)
+    found = np.stack([np.bincount(drawn[labels == label], minlength=3) / 20_000 for label in range(3)])
+    np.testing.assert_allclose(found, frequencies, atol=0.01)
+    np.testing.assert_array_equal(draw_labels(np.arange(3), np.array([0, 0.5, 1 - 1e-16]), np.eye(3)), np.arange(3))
+
+    np.save("transition.npy", np.full((3, 3), 1 / 3))
+    command("train_ldm", "--workdir=noisy", "--transition=transition.npy", cwd=place)
+    ours, theirs = (torch.load(folder / "ckpts/6.ckpt/nnet.pth")["label_emb.weight"] for folder in (Path("noisy"),
+                                                                                                    WORKDIR))
+    assert not torch.equal(ours, theirs)
+    np.save("transition.npy", np.eye(4))
+    with pytest.raises(UserError, match="transition.npy"):
+        train_ldm.main(argv=[LARGE, *TINY, "--workdir=noisy", "--transition=transition.npy"])
