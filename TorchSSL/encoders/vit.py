@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-EPSILON = 1e-6  # of the layer norms
 
 
 class Size(NamedTuple):
@@ -43,9 +44,11 @@ class VisionTransformer(nn.Module):
         self.patch_size, self.embed_dim = patch_size, embed_dim
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=EPSILON)
+        self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim=embed_dim, strict_img_size=False)
+        layer_norm = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm)
+                                    for _ in range(depth))
+        self.norm = layer_norm(embed_dim)
         self.fc = head
         self.initialise()
 
@@ -104,48 +107,3 @@ class VisionTransformer(nn.Module):
         """Return the normalised class token [N, D], or what the head makes of it."""
         x = self.class_token(images, kept)
         return x if self.fc is None else self.fc(x)
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, embed_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).mT
-
-
-class Attention(nn.Module):
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        queries, keys, values = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(queries, keys, values)
-        return self.proj(attended.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self, embed_dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden)
-        self.fc2 = nn.Linear(hidden, embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=EPSILON)
-        self.attn = Attention(embed_dim, num_heads)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=EPSILON)
-        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
