@@ -4,8 +4,9 @@
     cd run; python .../train_classifier.py --config=config.py --func=train_classifier_stage1
 
 Writes DEST/config.py, which is --config with what the images decide (paths, number of classes), and DEST/labels.txt,
-the labelled images. Your own photographs stay where they are: PATH/train/<class>/, PATH/test/<class>/ and, if there is
-one, PATH/unlabeled/. A data set by name is written to DEST/images, enlarged to --config.resolution.
+the labelled images; a list of your own there is kept. Photographs stay where they are: PATH/train/<class>/,
+PATH/test/<class>/ and, if there is one, PATH/unlabeled/. A data set by name is written to DEST/images, enlarged to
+--config.resolution.
 """
 from __future__ import annotations
 
@@ -97,10 +98,14 @@ def write_labels(options: SimpleNamespace, images: PhotographSet, file: Path) ->
         order = numpy_rng(options.seed, label, "labelled images").permutation(positions)
         chosen += order[:options.labels].tolist() if options.labels else positions.tolist()
     record = Record(file, {"labels": options.labels, "seed": options.seed}, {"--dataset": images.fingerprint})
-    if not record.is_complete(options.overwrite):
-        with atomic(file, "w") as stream:
-            stream.writelines(f"{images.names[position].removeprefix('train/')}\n" for position in chosen)
-        record.write()
+    if record.is_complete(options.overwrite):
+        return
+    if file.exists() and not options.overwrite:
+        print(f"kept as it is, for it was written by hand: {file}")
+        return
+    with atomic(file, "w") as stream:
+        stream.writelines(f"{images.names[position].removeprefix('train/')}\n" for position in chosen)
+    record.write()
 
 
 if __name__ == "__main__":

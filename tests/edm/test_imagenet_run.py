@@ -77,6 +77,9 @@ def test_a_folder_for_photographs(tmp_path, monkeypatch):
     prepare.main([*flags, "--labels=2", "--overwrite"])
     chosen = Path("run/labels.txt").read_text().split()
     assert len(chosen) == 4 and set(chosen) < set(everything)
+    Path("run/labels.txt").write_text("cat/0.jpg\ndog/0.jpg\n")
+    prepare.main([*flags, "--labels=2"])
+    assert Path("run/labels.txt").read_text() == "cat/0.jpg\ndog/0.jpg\n"
     with pytest.raises(UserError, match="--labels: dog has only 3 images in train"):
         prepare.main([*flags, "--labels=4"])
 
