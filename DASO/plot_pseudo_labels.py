@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cli import Choice, Option, UserError, parse, run_main
-from shared.report.plots import curves
+from shared.report.plots import Panel, curves
 
 PANELS = {"recall": "Recall of pseudo-labels", "precision": "Precision of pseudo-labels", "accuracy": "Test accuracy"}
 FLAGS = (
@@ -26,9 +26,10 @@ FLAGS = (
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__, FLAGS, argv)
     runs = {Path(run).resolve().name: read_run(Path(run), options.kind) for run in options.runs}
-    panels = {title: {run: (range(len(values[name])), values[name]) for run, values in runs.items() if name in values}
+    panels = {title: Panel({run: (range(len(values[name])), values[name]) for run, values in runs.items()
+                            if name in values}, "class, most frequent first", "%", percent=True)
               for name, title in PANELS.items()}
-    curves(panels, options.out, dict.fromkeys(panels, "class, most frequent first"), fractions=True)
+    curves(panels, options.out)
     print(f"{options.out}: {', '.join(runs)}")
 
 

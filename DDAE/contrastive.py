@@ -28,7 +28,7 @@ from shared import cli, distributed
 from shared.cli import Int, IntList, Option, Text, run_main
 from shared.data.images import ImageSet
 from shared.distributed import World
-from shared.report.plots import curves
+from shared.report.plots import Panel, curves
 from shared.training.files import atomic, make_dir
 from shared.training.precision import computed_on
 from shared.training.progress import progress
@@ -151,15 +151,14 @@ def report(results: dict[int, dict[str, Any]], out: Path, size: int) -> None:
     print(f"checkpoints {epochs}, batches of {size}")
     for title, key in (("align metric", "align"), ("uniform metric", "uniform")):
         print(f"{title}:")
-        panels[title] = {name: (epochs, [results[epoch][key][name] for epoch in epochs])
-                         for name in results[epochs[0]][key]}
-        for name, (_, values) in panels[title].items():
+        lines = {name: (epochs, [results[epoch][key][name] for epoch in epochs]) for name in results[epochs[0]][key]}
+        panels[title] = Panel(lines, "epoch", f"{title} (lower is better)")
+        for name, (_, values) in lines.items():
             print(f"'{name}': [{', '.join(formatted(values))}]")
-    panels["first and last checkpoint"] = {
-        f"epoch {epoch}": (list(results[epoch]["align"].values()), list(results[epoch]["uniform"].values()))
-        for epoch in (epochs[0], epochs[-1])}
-    curves(panels, out / "curves.png", {"align metric": "epoch", "uniform metric": "epoch",
-                                        "first and last checkpoint": "align metric (uniform metric: upwards)"})
+    panels["first and last checkpoint, a point a block"] = Panel(
+        {f"epoch {epoch}": (list(results[epoch]["align"].values()), list(results[epoch]["uniform"].values()))
+         for epoch in (epochs[0], epochs[-1])}, "align metric", "uniform metric")
+    curves(panels, out / "curves.png")
     print(f"result.json and curves.png are in {out}")
 
 

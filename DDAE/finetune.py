@@ -25,7 +25,7 @@ from DDAE.ddae.probe import ENCODER, Encoder, load_encoder, load_split, write_re
 from shared import cli, distributed
 from shared.augment.views import draw_strong, strong
 from shared.cli import Choice, Flag, Float, Int, Option, Text, less_memory, run_main
-from shared.report.plots import curves
+from shared.report.plots import Panel, curves
 from shared.training.dropout import set_dropout_keys
 from shared.training.log import Log
 from shared.training.precision import autocast
@@ -149,8 +149,8 @@ def fit(net: Classifier, encoder: Encoder, batches: TrainBatches, test: TestItem
         write_result(run, {"last": tests[-1][1] / 100, "best_on_test": max(test[1] for test in tests) / 100},
                      tests=tests)
         epochs, accuracies = zip(*tests, strict=True)
-        curves({"fine-tuning": {encoder.name: (epochs, accuracies)}}, run.outdir / "curve.png",
-               {"fine-tuning": "epoch"})
+        curves({"Fine-tuning": Panel({encoder.name: (epochs, accuracies)}, "epoch", "test accuracy, %")},
+               run.outdir / "curve.png")
 
 
 def make_optimizer(net: Classifier, batch: int, options: SimpleNamespace) -> torch.optim.AdamW:

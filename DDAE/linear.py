@@ -37,7 +37,7 @@ from DDAE.ddae.probe import (
 )
 from shared import cli, distributed
 from shared.cli import Choice, Flag, Int, IntList, Option, Text, less_memory, run_main
-from shared.report.plots import curves, heat_map
+from shared.report.plots import Panel, curves, heat_map
 from shared.training.files import atomic
 from shared.training.log import Log
 from shared.training.progress import progress
@@ -167,14 +167,14 @@ def write_grid(out: Path, encoder: Encoder, accuracies: dict[str, float], levels
     lines = [f"| {' | '.join(row)} |" for row in rows]
     with atomic(out / "table.md", "w") as file:
         file.write("\n".join([lines[0], "|---|" + "---|" * len(names), *lines[1:]]) + "\n")
-    title = f"{Path(encoder.config.source).stem} {encoder.name}: linear probe, test accuracy in %"
+    title = f"{Path(encoder.config.source).stem} {encoder.name}: linear probe"
     heat_map(np.array(table), list(map(str, levels)), list(names), out / "grid.png", title=title,
-             xlabel="decoder block", ylabel="noise level")
-    curves({"over blocks": {f"level {level}": (range(1, len(names) + 1), row)
-                            for level, row in zip(levels, table, strict=True)},
-            "over noise levels": {name: (levels, column)
-                                  for name, column in zip(names, zip(*table, strict=True), strict=True)}},
-           out / "curves.png", {"over blocks": "decoder block", "over noise levels": "noise level"})
+             xlabel="decoder block", ylabel="noise level (index)", unit="test accuracy, %")
+    by_block = {f"level {level}": (range(1, len(names) + 1), row) for level, row in zip(levels, table, strict=True)}
+    by_level = {name: (levels, column) for name, column in zip(names, zip(*table, strict=True), strict=True)}
+    curves({"Linear probe by block": Panel(by_block, "decoder block", "test accuracy, %"),
+            "Linear probe by noise level": Panel(by_level, "noise level (index)", "test accuracy, %")},
+           out / "curves.png")
 
 
 if __name__ == "__main__":

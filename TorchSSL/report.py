@@ -27,7 +27,7 @@ from shared.data.datasets import load_dataset
 from shared.data.images import ImageSet, read_images
 from shared.data.pool import Pool
 from shared.distributed import start
-from shared.report.plots import confusion_matrices, curves, image_grid
+from shared.report.plots import Panel, confusion_matrices, curves, image_grid
 from shared.training.files import atomic, make_dir
 from TorchSSL.core.data import load_pools
 from TorchSSL.core.evaluation import load_classifier
@@ -241,19 +241,22 @@ def draw(options: SimpleNamespace, results: Mapping[str, Any], classes: Sequence
     diffusion = [{key: value["mean"] for key, value in line.items() if isinstance(value, dict) and "mean" in value}
                  for line in (read_lines(Path(options.stage2) / "stats.jsonl") if options.stage2 else [])]
     panels = {
-        "Accuracy on the test set, %": {title: series(found, "step", "eval/top-1-acc", 100)
-                                        for title, found in lines.items()},
-        "Loss of the classifier": {title: series(found, "step", "train/total_loss") for title, found in smooth.items()},
-        "Fraction of unlabelled images used": {title: series(found, "step", "train/utilisation")
-                                               for title, found in smooth.items()},
-        "Loss of the diffusion model": {"Stage 2": series(diffusion, "Progress/kimg", "Loss/loss")}}
-    panels = {title: {name: line for name, line in found.items() if line[0]} for title, found in panels.items()}
-    panels = {title: found for title, found in panels.items() if found}
+        "Accuracy on the test set": panel(lines, "eval/top-1-acc", "accuracy, %", percent=True),
+        "Loss of the classifier": panel(smooth, "train/total_loss", "loss"),
+        "Unlabelled images used": panel(smooth, "train/utilisation", "fraction of the batch, %", percent=True),
+        "Loss of the diffusion model": Panel({"Stage 2": series(diffusion, "Progress/kimg", "Loss/loss")},
+                                             "thousand images", "loss")}
+    panels = {title: found for title, found in panels.items() if any(x for x, _ in found.lines.values())}
     if panels:
-        curves(panels, out / "curves.png", {title: "thousand images" if "diffusion" in title else "iteration"
-                                            for title in panels})
+        curves(panels, out / "curves.png")
     names = ("generated.png", "generated_tdsm.png", "curves.png", "confusion.png")
     return [name for name in names if (out / name).exists()]
+
+
+def panel(runs: dict[str, Sequence[dict[str, Any]]], key: str, ylabel: str, percent: bool = False) -> Panel:
+    """Return the chart of one quantity over the iterations, a line for every run that logs it."""
+    lines = {name: series(found, "step", key) for name, found in runs.items()}
+    return Panel({name: line for name, line in lines.items() if line[0]}, "iteration", ylabel, percent)
 
 
 def smoothed(lines: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -262,10 +265,10 @@ def smoothed(lines: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     return means if len(means) >= 10 else [line for line in lines if "eval/top-1-acc" in line] or means
 
 
-def series(lines: Sequence[dict[str, Any]], x: str, y: str, scale: float = 1) -> tuple[list[float], list[float]]:
-    """Return the points of the lines that have both keys; y is multiplied by `scale`."""
+def series(lines: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Return the points of the lines that have both keys."""
     having = [line for line in lines if x in line and y in line]
-    return [line[x] for line in having], [scale * line[y] for line in having]
+    return [line[x] for line in having], [line[y] for line in having]
 
 
 if __name__ == "__main__":

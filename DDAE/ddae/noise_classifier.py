@@ -15,7 +15,7 @@ from DDAE.ddae.diffusion import DDPM, EDM
 from DDAE.ddae.probe import write_result
 from shared import distributed
 from shared.cli import Option, Text, UserError
-from shared.report.plots import curves
+from shared.report.plots import Panel, curves
 from shared.training.progress import progress
 from shared.training.run import Run
 
@@ -200,8 +200,8 @@ def report_by_level(run: Run, name: str, accuracies: Mapping[int, float], compar
     lines = {name: (list(accuracies), list(accuracies.values()))}
     for path in compare:
         lines.update(read_curve(path))
-    curves({"accuracy over noise levels": lines}, run.outdir / "curve.png",
-           {"accuracy over noise levels": "noise level (index)"})
+    curves({"Noise-conditional classifiers": Panel(lines, "noise level (index)", "test accuracy, %", percent=True)},
+           run.outdir / "curve.png")
     run.log.print(f"result.json and curve.png are in {run.outdir}")
 
 

@@ -20,7 +20,7 @@ from EDM.training.snapshots import Snapshot, read_snapshot
 from EDM.training.training_loop import Denoising
 from shared.cli import UserError
 from shared.distributed import World, sync_batchnorm
-from shared.report.plots import curves
+from shared.report.plots import Panel, curves
 from shared.training.files import atomic
 from shared.training.randomness import numpy_rng, torch_rng
 from shared.training.run import Run
@@ -32,6 +32,8 @@ VM_SCHEDULE = (1500, 3000, 7500)  # thousand images
 
 class TDSM(Denoising):
     """A denoiser of clean classes, from noisy labels and, unless they are clean, the snapshot of a classifier."""
+
+    same_shapes = False  # an image goes through the network once for each label that it may have
 
     def __init__(self, options: Mapping[str, Any], dataset: TrainingSet, world: World, label_noise: Noise,
                  snapshot: Snapshot | None) -> None:
@@ -74,7 +76,7 @@ class NoisyClassification(Denoising):
     data: path of the training set. test: clean-labelled images to measure the accuracy on, in place of its own.
     """
 
-    networks, ema_buffers = CLASSIFIERS, "copy"
+    networks, ema_buffers, same_shapes = CLASSIFIERS, "copy", False
 
     def __init__(self, options: Mapping[str, Any], dataset: TrainingSet, world: World, label_noise: Noise, data: str,
                  test: TrainingSet | None) -> None:
@@ -191,14 +193,14 @@ class Accuracy:
         content = dict(sigma=LEVELS, images=self.what, history=history)
         with atomic(run.outdir / "accuracy.json", "w") as file:
             file.write(json.dumps(content, indent=1))
-        now, trained = f"accuracy after {history[-1]['nimg'] / 1000:.3g} thousand images", "thousand images"
-        panels: dict[str, Any] = {now: {f"{name} labels": (LEVELS, history[-1][name]) for name in self.labels}}
+        now = f"After {history[-1]['nimg'] / 1000:.3g} thousand images"
+        panels = {now: Panel({f"{name} labels": (LEVELS, history[-1][name]) for name in self.labels}, "noise level σ",
+                             "accuracy, %", percent=True, log_x=True)}
+        trained = [entry["nimg"] / 1000 for entry in history]
         for name in self.labels:
-            panels[f"accuracy, {name} labels"] = {f"σ = {LEVELS[level]:g}": (
-                [entry["nimg"] / 1000 for entry in history], [entry[name][level] for entry in history])
-                for level in SHOWN}
-        curves(panels, run.outdir / "accuracy.png", dict.fromkeys(panels, trained) | {now: "noise level σ"},
-               fractions=True, log_x={now})
+            lines = {f"σ = {LEVELS[level]:g}": (trained, [entry[name][level] for entry in history]) for level in SHOWN}
+            panels[f"{name.capitalize()} labels"] = Panel(lines, "thousand images", "accuracy, %", percent=True)
+        curves(panels, run.outdir / "accuracy.png")
 
 
 def accuracy_of(dataset: TrainingSet, clean: np.ndarray | None, count: int, matrix: np.ndarray | None, seed: int,

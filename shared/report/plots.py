@@ -4,11 +4,14 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from shared.training.files import atomic
 
@@ -16,6 +19,7 @@ from shared.training.files import atomic
 READABLE_CLASSES = 20
 LINE_STYLES = ("-", "--", ":", "-.", (0, (12, 4)), (0, (4, 2)), (0, (1, 2)))  # told apart without colours too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's palette
+STYLES = cycler(linestyle=LINE_STYLES) + cycler(color=COLOURS)
 
 
 def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: str = "",
@@ -60,26 +64,44 @@ def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: s
     _save(figure, path)
 
 
-def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], path: str | os.PathLike,
-           xlabels: Mapping[str, str] | None = None, fractions: bool = False, log_x: Collection[str] = ()) -> None:
-    """Write panels side by side: panel title -> line name -> (x, y). `xlabels`: panel title -> text below its axis.
+@dataclass(frozen=True)
+class Panel:
+    """One chart of `curves`. lines: name -> (x, y); values that are not finite leave gaps.
 
-    Values that are not finite leave gaps in their line. fractions: all values are from 0 to 1, drawn on one scale.
-    log_x: titles of the panels with a logarithmic x axis.
+    xlabel, ylabel: what is drawn and its unit. percent: y is a fraction from 0 to 1, drawn from 0 to 100 %. log_x:
+    logarithmic x axis.
     """
+
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    xlabel: str = ""
+    ylabel: str = ""
+    percent: bool = False
+    log_x: bool = False
+
+
+def curves(panels: Mapping[str, Panel], path: str | os.PathLike) -> None:
+    """Write charts side by side: title -> Panel."""
     figure = Figure((4.2 * max(1, len(panels)), 3.2))
-    for position, (title, lines) in enumerate(panels.items(), start=1):
+    for position, (title, panel) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), position)
-        for name, (x, y) in lines.items():
+        axes.set_prop_cycle(STYLES)
+        steps = [value for x, _ in panel.lines.values() for value in x]
+        for name, (x, y) in panel.lines.items():
+            y = 100 * np.asarray(y, float) if panel.percent else y
             axes.plot(x, y, label=name, marker="." if len(x) < 30 else None, linewidth=1.2)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel((xlabels or {}).get(title, ""), fontsize=9)
+        axes.set_xlabel(panel.xlabel, fontsize=9)
+        axes.set_ylabel(panel.ylabel, fontsize=9)
         axes.grid(alpha=0.3)
-        if fractions:
-            axes.set_ylim(-0.02, 1.02)
-        if title in log_x:
+        if panel.percent:
+            axes.set_ylim(-2, 102)
+        if panel.log_x:
             axes.set_xscale("log")
-        if lines:
+        elif all(value == int(value) for value in steps):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+        if len(panel.lines) > len(COLOURS):
+            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        elif panel.lines:
             axes.legend(fontsize=8)
     figure.tight_layout()
     _save(figure, path)
@@ -144,7 +166,7 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] |
                 continue
             shift = 0.22 * (i - (len(series) - 1) / 2)
             shown[name] = axes.errorbar(
-                [mean for _, mean, _ in points], [place + shift for place, _, _ in points], color=f"C{i}",
+                [mean for _, mean, _ in points], [place + shift for place, _, _ in points], color=COLOURS[i],
                 xerr=[deviation for _, _, deviation in points], linestyle="none", marker=marker, markersize=5,
                 fillstyle="none" if i else "full", capsize=2)
         named = not alike or position % across == 1 or across == 1
@@ -160,15 +182,18 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] |
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], path: str | os.PathLike, *,
-             title: str = "", xlabel: str = "", ylabel: str = "", form: str = "{:.1f}") -> None:
-    """Write a table of numbers [rows, columns] as colours with the number in each cell; not finite: an empty cell."""
+             title: str = "", xlabel: str = "", ylabel: str = "", unit: str = "", form: str = "{:.1f}") -> None:
+    """Write a table of numbers [rows, columns] as colours with the number in each cell; not finite: an empty cell.
+
+    unit: what the numbers are, beside the colours.
+    """
     values = np.asarray(values, np.float64)
     if values.shape != (len(rows), len(columns)):
         raise ValueError(f"expected values [{len(rows)}, {len(columns)}], got {list(values.shape)}")
     figure = Figure((1.8 + 0.62 * len(columns), 1.3 + 0.42 * len(rows)))
     axes = figure.add_subplot(1, 1, 1)
     drawn = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", aspect="auto")
-    figure.colorbar(drawn, ax=axes, fraction=0.03)
+    figure.colorbar(drawn, ax=axes, fraction=0.03, label=unit)
     low, high = drawn.get_clim()
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.report.plots import confusion_matrices, curves, heat_map, image_grid
+from shared.report.plots import Panel, confusion_matrices, curves, heat_map, image_grid
 
 
 def test_image_grid_shows_every_image_enlarged_without_blending(tmp_path):
@@ -35,7 +35,8 @@ def test_gray_images_and_rows_of_different_lengths(tmp_path):
 
 
 def test_curves_with_gaps(tmp_path):
-    curves({"loss": {"run": ([1, 2, 3], [1.0, float("nan"), 2.0])}, "empty": {}}, tmp_path / "curves.png")
+    curves({"loss": Panel({"run": ([1, 2, 3], [1.0, float("nan"), 2.0])}), "empty": Panel({})},
+           tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size == (840, 320)
 
 
