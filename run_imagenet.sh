@@ -111,18 +111,16 @@ prepare() {
         "${msn[@]}" "${more_msn[@]}" "${anew[@]}"
 }
 
-classifier() {  # function of train_classifier.py, what it does, further flags
-    local function=$1 title=$2
-    shift 2
-    step "${function#train_}" "$here" "$title"
-    run "${launch[@]}" "${scripts}train_classifier.py" "${given[@]}" "--func=$function" "$@" "${anew[@]}"
+classifier() {  # name of the step, what it does, function of train_classifier.py, further flags
+    step "$1" "$here" "$2"
+    run "${launch[@]}" "${scripts}train_classifier.py" "${given[@]}" "--func=$3" "${@:4}" "${anew[@]}"
 }
 
 stage_1() {
-    classifier train_classifier_stage1 "Stage 1: fit the classifier to the few labels" \
+    classifier "classifier" "Stage 1: fit the classifier to the few labels" train_classifier_stage1 \
         --config.output_path=log/stage1_log
-    classifier get_all_features "Features of all training images"
-    classifier get_cluster "Their pseudo-labels"
+    classifier "features" "Features of all training images" get_all_features
+    classifier "pseudo-labels" "Their pseudo-labels" get_cluster
 }
 
 stage_2() {
@@ -135,11 +133,11 @@ stage_2() {
 }
 
 stage_3() {
-    classifier get_aug_features "Stage 3: features of the generated images"
-    classifier train_classifier_stage3 "Fit the classifier to generated and labelled images" \
+    classifier "generated features" "Stage 3: features of the generated images" get_aug_features
+    classifier "classifier again" "Fit the classifier to generated and labelled images" train_classifier_stage3 \
         --config.output_path=log/stage3_log
-    [ -z "$controls" ] || classifier train_classifier_stage3 "Control: pseudo-labelled training images instead" \
-        --rows=real --config.output_path=log/control_log
+    [ -z "$controls" ] || classifier "control" "Control: pseudo-labelled training images in place of generated ones" \
+        train_classifier_stage3 --rows=real --config.output_path=log/control_log
 }
 
 last_seed=$((seed + seeds - 1)) span=$seed
