@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from shared import cli, distributed
 from shared.cli import Choice, Flag, Float, Int, Option, UserError, less_memory, run_main
 from shared.data.writers import PngWriter
 from shared.distributed import World
+from shared.training.files import taken
 from shared.training.precision import set_arithmetic
 from shared.training.progress import Progress
 from shared.training.randomness import split_batches
@@ -53,6 +55,12 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
 @less_memory("--batch")
 def main() -> None:
     options = parse()
+    with ExitStack() as held:
+        make_images(options, held)
+
+
+def make_images(options: SimpleNamespace, held: ExitStack) -> None:
+    """Make the images of the options. held: keeps the lock of their folder."""
     config = read_config(options.config, options.set)
     world = distributed.start(options.device)
     sampler, epoch, settings = make_sampler(config, options, world)
@@ -61,6 +69,7 @@ def main() -> None:
 
     def claim() -> bool:
         """Make the folder ready; return whether everything is there already."""
+        held.enter_context(taken(folder))
         sampling.claim(folder, settings, options.overwrite)
         return sampling.is_complete(folder, count, options.npz)
 
@@ -81,7 +90,7 @@ def main() -> None:
         for part in own:
             missing = [not png_path(folder, number).exists() for number in part]
             if any(missing):  # made as a whole, so that a repeated command computes the very same batch
-                images = to_uint8(sampler.images(part, rows)).cpu().numpy()
+                images = to_uint8(sampler.images(part, rows)).expand(-1, 3, -1, -1).cpu().numpy()  # gray ones as RGB
                 writer.save((png_path(folder, number), image)
                             for number, image, new in zip(part, images, missing, strict=True) if new)
             counter.advance(len(part))

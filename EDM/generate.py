@@ -11,6 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from shared.cli import Choice, Flag, Float, Int, IntList, Option, UserError, les
 from shared.data.images import ImageSet
 from shared.data.writers import PngWriter
 from shared.distributed import barrier, on_main, start, stop
+from shared.training.files import taken
 from shared.training.progress import Progress
 from shared.training.randomness import split_batches
 
@@ -54,7 +56,7 @@ SAMPLING = (
     Option("--compile", Flag, False, "compile the network: slow to start, then faster"),
 )
 BATCH = Option("--batch", COUNT, 64, "largest batch of a process", unit="images")
-DEVICE = Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps", default_help="a GPU if there is one")
+DEVICE = Option("--device", metavar="NAME", help="cpu, cuda or cuda:N", default_help="a GPU if there is one")
 FLAGS = {
     "main options": (
         Option("--network", required=True, metavar="PATH|URL", help="network snapshot"),
@@ -123,6 +125,12 @@ def foresee(flags: SimpleNamespace, images: ImageSet, processes: int) -> int:
 @less_memory("--batch")
 def generate(flags: SimpleNamespace) -> None:
     """Make the images of checked flags, on all processes of the world."""
+    with ExitStack() as held:
+        make_images(flags, held)
+
+
+def make_images(flags: SimpleNamespace, held: ExitStack) -> None:
+    """See `generate`. held: keeps the lock of the folder."""
     world = start(flags.device)
     sampler, settings = load_sampler(flags, world)
     outdir, label_dim = Path(flags.outdir), sampler.net.label_dim
@@ -144,6 +152,7 @@ def generate(flags: SimpleNamespace) -> None:
         """Make the folders ready; return whether everything is there already."""
         if is_archive and files.is_complete(outdir, everything, flags.overwrite):
             return True
+        held.enter_context(taken(root))
         for index, folder in folders.items():
             images = [sample.path for sample in planned[index]]
             files.prepare_folder(folder, {**settings, "class": index}, images, flags.overwrite)

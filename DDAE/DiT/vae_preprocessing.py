@@ -10,6 +10,7 @@ flipped and cropped anew; the test set once, as it is. The same command again ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from shared.data.images import ImageSet
 from shared.distributed import World
 from shared.report.plots import image_grid
 from shared.training.arrays import fill_arrays
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, make_dir, taken
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.precision import autocast
 from shared.training.randomness import numpy_rng
@@ -68,15 +69,17 @@ def main() -> None:
         "--dataset (train)": sets["train"], "--dataset (test)": sets["test"],
         "--vae": fingerprint_arrays(*(tensor.cpu().numpy() for tensor in vae.state_dict().values()))})
     wanted = [("train", copy) for copy in range(options.num_copies)] + [("test", 0)]
-    if distributed.on_main(lambda: begin(record, sets, wanted, options.overwrite), world):
-        for split, copy in wanted:
-            encode_copy(vae, sets[split], folder, split, copy, options, world)
-        if world.main:
-            record.write()
+    with ExitStack() as held:
+        if distributed.on_main(lambda: begin(record, sets, wanted, options.overwrite, held), world):
+            for split, copy in wanted:
+                encode_copy(vae, sets[split], folder, split, copy, options, world)
+            if world.main:
+                record.write()
     distributed.stop()
 
 
-def begin(record: Record, sets: dict[str, ImageSet], wanted: list[tuple[str, int]], overwrite: bool) -> bool:
+def begin(record: Record, sets: dict[str, ImageSet], wanted: list[tuple[str, int]], overwrite: bool,
+          held: ExitStack) -> bool:
     """Make the folder the place of these latents, and write the labels; False if all is there already.
 
     Raises UserError if it is the place of others, unless `overwrite`; then these are deleted.
@@ -84,6 +87,7 @@ def begin(record: Record, sets: dict[str, ImageSet], wanted: list[tuple[str, int
     folder, had_record = record.output, record.path.exists()
     if record.is_complete(overwrite) and all(code_path(folder, split, copy).exists() for split, copy in wanted):
         return False
+    held.enter_context(taken(folder))
     if had_record and not record.path.exists():
         for path in folder.glob("*_code_*.npy"):
             path.unlink()

@@ -18,7 +18,7 @@ from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
 from shared.data.images import ImageSet
 from shared.data.writers import read_pngs, write_npz, write_png
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, make_dir, sweep
 from shared.training.precision import autocast
 from shared.training.randomness import torch_rng
 
@@ -109,8 +109,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def sheet(images: Tensor, per_row: int) -> Tensor:
-    """Arrange images [N, C, H, W] in rows, two black pixels between them: [C, H', W']; one image stays as it is."""
-    return make_grid(images, nrow=per_row)[:images.shape[1]]
+    """Arrange images [N, C, H, W] in rows, two black pixels between them: [3, H', W'], gray ones as RGB; one image
+    stays as it is."""
+    return make_grid(images, nrow=per_row)
 
 
 def write_sheet(path: Path, images: Tensor, per_row: int) -> None:
@@ -151,7 +152,9 @@ def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
         key = next(key for key in [*settings, *old] if old.get(key) != settings.get(key))
         raise UserError(f"{folder} holds images of other settings ({key} {str(old.get(key))[:40]} there, "
                         f"{str(settings.get(key))[:40]} here); move it away or add --overwrite")
-    make_dir(folder / "pngs")
+    sweep(make_dir(folder / "pngs"), "*.png")
+    sweep(folder, "*.png")
+    sweep(folder.parent, f"{folder.name}.*")
     with atomic(record, "w") as file:
         file.write(json.dumps(settings, indent=2) + "\n")
 
@@ -189,5 +192,8 @@ def archive_path(folder: Path) -> Path:
 def write_archive(folder: Path, count: int) -> Path:
     """Write all images into `<folder>.npz` (array `images`, uint8 [N, C, H, W]) and return its path."""
     path = archive_path(folder)
-    write_npz(ImageSet(read_images(folder, range(count)), np.full(count, -1, np.int64), (), folder.name), path)
+    images = read_images(folder, range(count))
+    if (images == images[:, :1]).all():  # gray ones are written as RGB
+        images = images[:, :1]
+    write_npz(ImageSet(images, np.full(count, -1, np.int64), (), folder.name), path)
     return path

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from shared.cli import UserError
 from shared.data.images import ImageSet
 from shared.data.writers import read_pngs, write_npz, write_png, write_zip
 from shared.report.plots import image_grid
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, make_dir, sweep
 
 RECORD = "generate.json"
 ARCHIVES = (".zip", ".npz")
@@ -75,9 +74,8 @@ def prepare_folder(folder: Path, settings: Mapping[str, Any], images: Sequence[P
     make_dir(folder)
     for parent in {path.parent for path in images}:
         make_dir(parent)
-        for rest in parent.glob(".*.png.*.tmp"):  # of a process that was killed
-            if re.fullmatch(r"\.-?\d+\.png\.\d+\.tmp", rest.name):
-                rest.unlink(missing_ok=True)
+        sweep(parent, "*.png")
+    sweep(folder, RECORD)
     if old != settings:
         with atomic(folder / RECORD, "w") as file:
             file.write(json.dumps(settings, indent=2) + "\n")

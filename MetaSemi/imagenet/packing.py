@@ -32,7 +32,7 @@ from shared.cli import UserError
 from shared.data.classes import MAX_CLASSES
 from shared.data.lists import read_class_names, read_lines
 from shared.data.parallel import cores, ordered_map
-from shared.training.files import atomic
+from shared.training.files import atomic, hold
 from shared.training.progress import Progress
 
 CHUNK = 16               # images a worker takes at a time
@@ -293,6 +293,10 @@ class Output:
         self.final = path.with_suffix(".rec"), path.with_suffix(".idx")
         self.parts = tuple(file.with_name(f".{file.name}.part") for file in self.final)
         self.note, self.key = path.with_name(f".{path.stem}.part.json"), key
+        try:
+            self.held = hold(self.parts[0])
+        except BlockingIOError:
+            raise UserError(f"{self.final[0]} is being written by another process; wait for it") from None
         self.entries_done, self.records, self.size, self.skipped = self._continued()
         self.files = [open(part, "r+b" if self.entries_done else "w+b", buffering=buffering)
                       for part, buffering in zip(self.parts, (0, 1 << 20), strict=True)]
@@ -352,7 +356,7 @@ class Output:
     def suspend(self) -> None:
         """Leave everything so that the same command continues."""
         self._write_note()
-        for file in self.files:
+        for file in (*self.files, self.held):
             file.close()
 
     def finish(self) -> None:
@@ -366,4 +370,5 @@ class Output:
             file.close()
         for part, final in zip(self.parts, self.final, strict=True):
             os.replace(part, final)
+        self.held.close()
         self.note.unlink(missing_ok=True)

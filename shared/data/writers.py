@@ -1,6 +1,7 @@
 """Writing images: EDM's ZIP or folder, folders of classes, npz, single PNGs. Each appears complete or not at all."""
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from PIL import Image
 from shared.cli import UserError
 from shared.data.classes import has_names
 from shared.data.images import ImageSet, iterate
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, claim, make_dir, sweep
 
 Save = Callable[[str, bytes], None]     # (name, content) -> None
 WRITERS = 8                             # threads; compressing a PNG releases the interpreter lock
@@ -117,6 +118,7 @@ def open_destination(dest: Path) -> Iterator[Save]:
     files in the same order give the same bytes.
     """
     if dest.suffix.lower() == ".zip":
+        sweep(dest.parent, glob.escape(dest.name))
         with atomic(dest) as file, zipfile.ZipFile(file, "w") as archive:
             # Without a date, which would make every file another one; readable and writable by its owner.
             yield lambda name, data: archive.writestr(_entry(name), data)
@@ -149,7 +151,10 @@ def whole_folder(dest: Path, problem: str = "the folder must be empty") -> Itera
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{problem}: {dest}")
     dest = dest.absolute()
-    folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}.part-", dir=make_dir(dest.parent)))
+    sweep(make_dir(dest.parent), glob.escape(dest.name))
+    folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}.part-", dir=dest.parent))
+    sign = os.open(folder, os.O_RDONLY)
+    claim(sign)
     try:
         yield folder
         mask = os.umask(0)
@@ -159,6 +164,7 @@ def whole_folder(dest: Path, problem: str = "the folder must be empty") -> Itera
             dest.rmdir()
         os.rename(folder, dest)
     finally:
+        os.close(sign)
         shutil.rmtree(folder, ignore_errors=True)
 
 

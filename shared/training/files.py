@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,7 +36,7 @@ def atomic(path: str | os.PathLike, mode: str = "wb", previous: str | os.PathLik
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     encoding = None if "b" in mode else "utf-8"
     try:
-        with open(temporary, mode, encoding=encoding) as file:
+        with _open_claimed(temporary, mode, encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -54,6 +56,43 @@ def atomic(path: str | os.PathLike, mode: str = "wb", previous: str | os.PathLik
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def _open_claimed(path: Path, mode: str, encoding: str | None) -> IO:
+    """Open a file for writing and lock it, as a sign for `sweep` that its writer lives."""
+    while True:
+        file = open(path, mode, encoding=encoding)
+        claim(file.fileno())
+        if _is_at(file, path):
+            return file
+        file.close()  # swept since it was opened
+
+
+def claim(descriptor: int, wait: bool = True) -> bool:
+    """Lock an open file or folder, and return whether that was possible; waits for another process if `wait`."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held by another one, or a file system without locks
+        return False
+    return fcntl is not None
+
+
+def sweep(folder: str | os.PathLike, pattern: str = "*", below: bool = False) -> None:
+    """Remove what writers that were killed have left in a folder, or `below` it; what a living one holds stays.
+
+    That is: temporary files of `atomic`, and folders named `.NAME.part-*`, whose final names match `pattern`.
+    """
+    place = f"{glob.escape(os.fspath(folder))}/{'**/' if below else ''}"
+    for ending in (".[0-9]*.tmp", ".part-*"):
+        for left in glob.iglob(f"{place}.{pattern}{ending}", recursive=below, include_hidden=True):
+            with suppress(OSError):
+                descriptor = os.open(left, os.O_RDONLY)
+                try:
+                    if claim(descriptor, wait=False) and os.path.samestat(os.fstat(descriptor), os.stat(left)):
+                        shutil.rmtree(left) if os.path.isdir(left) else os.unlink(left)
+                finally:
+                    os.close(descriptor)
 
 
 def cache_folder() -> Path:
@@ -127,6 +166,21 @@ def lock(folder: str | os.PathLike, wait: bool = False, name: str = LOCK) -> IO[
         raise UserError(f"cannot lock {path}: {error.strerror}; choose another output folder") from None
     _locks.add(file)
     return file
+
+
+@contextmanager
+def taken(folder: str | os.PathLike) -> Iterator[None]:
+    """Lock a folder while it gets files; nothing of the lock is left, nor a new folder that remains empty."""
+    folder = Path(folder)
+    is_new, file = not folder.exists(), lock(folder)
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _unlock_in_child() -> None:

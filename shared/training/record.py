@@ -11,6 +11,7 @@ fingerprints of inputs and output, and the name of the program.
 """
 from __future__ import annotations
 
+import glob
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cli import UserError
-from shared.training.files import atomic
+from shared.training.files import atomic, sweep
 from shared.training.fingerprint import fingerprint, fingerprints
 
 
@@ -53,6 +54,8 @@ class Record:
         False for an output without a record, one that was changed since, or one that was only begun (see `begin`). For
         one of something else raises UserError, or with `overwrite` removes the record and returns False.
         """
+        sweep(self.output.parent, f"{glob.escape(self.output.stem)}*")
+        sweep(self.path.parent, glob.escape(self.path.name))
         saved = self._read()
         if not saved:
             return False

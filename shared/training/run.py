@@ -31,7 +31,7 @@ from shared import distributed
 from shared.cli import MACHINE_ERRORS, Diverged, MachineError, UserError
 from shared.distributed import World
 from shared.training.checkpoint import check_finite, is_readable, load_newest, read_checkpoint, write_checkpoint
-from shared.training.files import lock, move_aside
+from shared.training.files import lock, move_aside, sweep
 from shared.training.fingerprint import fingerprints
 from shared.training.log import Log
 from shared.training.progress import duration
@@ -100,8 +100,7 @@ class Run:
     def _take_folder(self) -> None:
         """Lock the folder, then remove what processes killed in a save have left in it."""
         self._lock = lock(self.outdir)
-        for left in self.outdir.glob(f".{self._path.name}.*.tmp"):
-            left.unlink(missing_ok=True)
+        sweep(self.outdir, below=True)
 
     def _move_aside(self, changed: str) -> None:
         """Move the folder of another run away, and take a new one under its name."""

@@ -1,4 +1,8 @@
 """Stateless randomness, the average of weights, complete-or-absent files, and the world of ranks."""
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +10,9 @@ import torch
 from shared.cli import UserError
 from shared.distributed import World, start
 from shared.training.ema import EMA, half_life_beta
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, make_dir, sweep
 from shared.training.randomness import numpy_rng, torch_rng
+from tests.shared.programs import environment
 
 
 def test_draws_depend_on_seed_step_and_purpose_only():
@@ -93,3 +98,47 @@ def test_more_gpus_than_there_are(monkeypatch):
         start()
     with pytest.raises(UserError, match="unknown device 'gpu'"):
         start("gpu")
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from shared.data.writers import whole_folder
+from shared.training.files import atomic
+place = Path(sys.argv[1])
+with atomic(place / "a.png") as file, atomic(place / "deep" / "b.json", "w"), whole_folder(place / "set"):
+    file.write(bytes(1000))
+    file.flush()
+    (place / "ready").touch()
+    while not (place / "go").exists():
+        time.sleep(0.01)
+"""
+
+
+def started_writer(place):
+    (place / "deep").mkdir(exist_ok=True)
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(place)], env=environment())
+    until = time.monotonic() + 60
+    while not (place / "ready").exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    (place / "ready").unlink()
+    return process
+
+
+def test_what_killed_writers_left_is_swept_and_what_living_ones_hold_is_not(tmp_path):
+    dead = started_writer(tmp_path)
+    dead.kill()
+    dead.wait()
+    living = started_writer(tmp_path)
+    others = tmp_path / ".notes.tmp"  # not of the form of our names
+    others.touch()
+    assert len(list(tmp_path.rglob(".*"))) == 6  # the living one has swept the folder of the dead one
+    sweep(tmp_path, "a.png")
+    assert len(list(tmp_path.rglob(".a.png.*"))) == 1 and len(list(tmp_path.rglob(".*"))) == 5
+    sweep(tmp_path, below=True)
+    assert len(list(tmp_path.rglob(".*"))) == 4
+    (tmp_path / "go").touch()
+    assert living.wait(60) == 0
+    assert (tmp_path / "a.png").read_bytes() == bytes(1000) and (tmp_path / "set").is_dir()
+    assert list(tmp_path.rglob(".*")) == [others]
