@@ -147,7 +147,11 @@ def expected_counts(cfg: Config, setting: Setting) -> torch.Tensor:
     if tail is None:
         raise UserError(f"ALGORITHM.DARP.APPLY: nothing says how many images of each class {cfg.DATASET.NAME} has "
                         "unlabelled; choose a long-tailed data set")
-    if tail.IMB_FACTOR_L == tail.IMB_FACTOR_UL and not cfg.DATASET.REVERSE_UL_DISTRIBUTION:
+    labelled, unlabelled = cfg.DATASET.LABELED_COUNTS, cfg.DATASET.UNLABELED_COUNTS
+    if labelled or unlabelled:
+        if np.linalg.matrix_rank(np.array([labelled or setting.labelled_counts, unlabelled or setting.labelled_counts])) < 2:
+            return torch.tensor(unlabelled or setting.labelled_counts, dtype=torch.float32, device=setting.device)
+    elif tail.IMB_FACTOR_L == tail.IMB_FACTOR_UL and not cfg.DATASET.REVERSE_UL_DISTRIBUTION:
         counts = long_tail_counts(max(tail.NUM_UNLABELED_HEAD, 0), max(tail.IMB_FACTOR_UL, 1), classes)
         return torch.tensor(counts, dtype=torch.float32, device=setting.device)
     folder = Path(cfg.ALGORITHM.DARP.EST)
@@ -157,7 +161,8 @@ def expected_counts(cfg: Config, setting: Setting) -> torch.Tensor:
 def estimate_name(cfg: Config) -> str:
     """Return the released name of the file for an experiment."""
     tail, reverse = cfg.long_tail, cfg.DATASET.REVERSE_UL_DISTRIBUTION
-    return "_".join(map(str, (cfg.DATASET.NAME, "l", tail.NUM_LABELED_HEAD, tail.IMB_FACTOR_L, "ul",
+    name = Path(cfg.DATASET.NAME).resolve().stem if cfg.is_own else cfg.DATASET.NAME
+    return "_".join(map(str, (name, "l", tail.NUM_LABELED_HEAD, tail.IMB_FACTOR_L, "ul",
                               tail.NUM_UNLABELED_HEAD, tail.IMB_FACTOR_UL, *["rev"] * reverse, "estim.npyz")))
 
 

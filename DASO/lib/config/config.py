@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from DASO.lib.config.defaults import DEFAULTS, KEYS
+from DASO.lib.config.defaults import DATASETS, DEFAULTS, KEYS
 from shared.cli import Flag, Option, Text, UserError, nearest, read_value
 from shared.cli import parse as parse_flags
 from shared.cli import read_yaml as load_yaml
@@ -37,7 +37,12 @@ class Config(SimpleNamespace):
     @property
     def long_tail(self) -> SimpleNamespace | None:
         """NUM_LABELED_HEAD, IMB_FACTOR_L, NUM_UNLABELED_HEAD and IMB_FACTOR_UL of the data set; None if it has none."""
-        return getattr(self.DATASET, self.DATASET.NAME.upper(), None)
+        return getattr(self.DATASET, "OWN" if self.is_own else self.DATASET.NAME.upper(), None)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether DATASET.NAME is the path of own images."""
+        return self.DATASET.NAME not in DATASETS
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +130,7 @@ def _unknown(key: str, follower: str) -> str:
 
 def check(cfg: Config) -> None:
     """Raise UserError for values that do not go together."""
-    if f"build_{cfg.DATASET.NAME}_dataset" != cfg.DATASET.BUILDER:
+    if not cfg.is_own and f"build_{cfg.DATASET.NAME}_dataset" != cfg.DATASET.BUILDER:
         raise UserError(f"DATASET.BUILDER {cfg.DATASET.BUILDER} does not build DATASET.NAME {cfg.DATASET.NAME}; "
                         f"set DATASET.BUILDER build_{cfg.DATASET.NAME}_dataset")
     if cfg.PERIODS.EVAL != cfg.PERIODS.LOG:
@@ -141,13 +146,17 @@ def experiment_name(cfg: Config, seed: int) -> str:
         name += "_Plus"
     elif cfg.ALGORITHM.DARP.APPLY:
         name += "_DARP"
-    parts = [name, cfg.DATASET.NAME]
-    if tail is not None:
+    parts = [name, Path(cfg.DATASET.NAME).resolve().stem if cfg.is_own else cfg.DATASET.NAME]
+    if cfg.DATASET.LABELED_COUNTS:
+        parts += ["l", sum(cfg.DATASET.LABELED_COUNTS)]
+    elif tail is not None:
         parts += ["l", tail.NUM_LABELED_HEAD, tail.IMB_FACTOR_L]
     if cfg.DATASET.NAME == "stl10":
         parts += ["ul", "unknown"]
     elif tail is None:
         parts += ["ul", cfg.DATASET.SEMIAVES.UNLABELED]
+    elif cfg.DATASET.UNLABELED_COUNTS:
+        parts += ["ul", sum(cfg.DATASET.UNLABELED_COUNTS)]
     elif cfg.ALGORITHM.NAME != "Supervised":
         parts += ["ul", tail.NUM_UNLABELED_HEAD, tail.IMB_FACTOR_UL]
         if cfg.DATASET.REVERSE_UL_DISTRIBUTION:

@@ -4,12 +4,14 @@ from __future__ import annotations
 from typing import Any
 
 from shared.cli import Bool, Choice, Float, Int, IntTuple, Option, Text
+from shared.option_types import NameOrPath
 
 FRACTION = Float(0, 1)
 COUNT = Int(1)
 WHOLE = Int(0)
 NONNEGATIVE = Float(0)
 ABOVE_ZERO = Float(0, open=True)
+DATASETS = ("cifar10", "cifar100", "stl10", "digits", "semi_aves")
 LEARNERS = ("Supervised", "PseudoLabel", "MeanTeacher", "MixMatch", "ReMixMatch", "FixMatch", "USADTM", "DARP_ESTIM",
             "FixMatchCReST", "ReMixMatchCReST", "FixMatchABC", "cRT", "DASO", "ReMixMatchDASO", "ACR", "SimPro")
 
@@ -25,14 +27,27 @@ class IntOrUnknown(Int):
         return -1 if text.strip() == "-1" else super().convert(text)
 
 
+class Factor(Float):
+    """A number of at least 1; whole ones stay whole, as the names of runs show them."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def convert(self, text: str) -> float:
+        value = super().convert(text)
+        return int(value) if value.is_integer() else value
+
+
 def long_tail(name: str, labeled: int, labeled_factor: int, unlabeled: int, unlabeled_factor: int,
               count: Int = COUNT) -> tuple[Option, ...]:
     """Return the four keys of a long-tailed data set; `count` is the type of the unlabelled ones."""
+    factor = Factor() if count is COUNT else count
     return (
         Option(f"DATASET.{name}.NUM_LABELED_HEAD", COUNT, labeled, "labelled images of the most frequent class"),
-        Option(f"DATASET.{name}.IMB_FACTOR_L", COUNT, labeled_factor, "most frequent over rarest class, labelled"),
+        Option(f"DATASET.{name}.IMB_FACTOR_L", Factor(), labeled_factor, "most frequent over rarest class, labelled"),
         Option(f"DATASET.{name}.NUM_UNLABELED_HEAD", count, unlabeled, "unlabelled images of the most frequent class"),
-        Option(f"DATASET.{name}.IMB_FACTOR_UL", count, unlabeled_factor, "most frequent over rarest class, unlabelled"))
+        Option(f"DATASET.{name}.IMB_FACTOR_UL", factor, unlabeled_factor, "most frequent over rarest class, "
+               "unlabelled"))
 
 
 # The published keys. Some were never read; they are kept so that published files load.
@@ -105,8 +120,9 @@ PUBLISHED = (
     Option("ALGORITHM.DARP_ESTIM.THRESH_COND", ABOVE_ZERO, 100, "largest condition number of the confusion matrix"),
     Option("DATASET.BUILDER", Choice("build_cifar10_dataset", "build_cifar100_dataset", "build_stl10_dataset",
                                      "build_digits_dataset", "build_semi_aves_dataset"), "build_cifar10_dataset",
-           "builder that belongs to DATASET.NAME"),
-    Option("DATASET.NAME", Choice("cifar10", "cifar100", "stl10", "digits", "semi_aves"), "cifar10", "data set"),
+           "builder that belongs to DATASET.NAME, if that is none of one's own"),
+    Option("DATASET.NAME", NameOrPath(*DATASETS), "cifar10", "data set, or the path of own images with train/ and "
+           "test/"),
     Option("DATASET.ROOT", Text, "./data", "folder of the data sets"),
     Option("DATASET.SAMPLER_NAME", Choice("RandomSampler", "ClassAwareSampler"), "RandomSampler",
            "how labelled images are drawn"),
@@ -173,6 +189,9 @@ ADDED = (
     Option("DATASET.DOWNLOAD", Bool, True, "fetch a data set that is not in DATASET.ROOT"),
     Option("DATASET.AUG_PATH", Text, "", "folder of generated images per class, which join the labelled ones"),
     *long_tail("DIGITS", 40, 10, 70, 10),
+    *long_tail("OWN", 40, 10, 70, 10),
+    Option("DATASET.LABELED_COUNTS", IntTuple(0), (), "labelled images of each class, in place of head and factor"),
+    Option("DATASET.UNLABELED_COUNTS", IntTuple(0), (), "unlabelled images of each class, in place of head and factor"),
     Option("DATASET.SEMIAVES.UNLABELED", Choice("in", "out", "in_out"), "in_out",
            "unlabelled images: of known species, of others, or both"),
     Option("PRECISION", Choice("auto", "fp32", "bf16"), "auto", "auto: bf16 on a GPU that has it"),

@@ -11,8 +11,8 @@ from DASO.lib.data.augment import Look
 from DASO.lib.data.semi_aves import load_semi_aves
 from shared.augment.views import WeakPolicy
 from shared.cli import UserError
-from shared.data.datasets import load_dataset
-from shared.data.images import ImageSet, read_images
+from shared.data.datasets import has_split, load_dataset
+from shared.data.images import ImageSet, channel_statistics, read_images, shape_text
 from shared.training.files import make_dir
 
 CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
@@ -91,10 +91,15 @@ def _read(name: str, split: str, cfg: Config) -> ImageSet:
         return load_dataset(name, split, make_dir(root), download=True)
 
 
-def look_of(cfg: Config) -> Look:
+def look_of(cfg: Config, images: ImageSet) -> Look:
     """Return how the images of the data set are seen. Digits are for trying out: shifts of a pixel, no mirror images.
+
+    Own images are normalised by their own statistics and shifted by up to an eighth of their side.
     """
     side = cfg.DATASET.RESOLUTION
+    if cfg.is_own:
+        policy = WeakPolicy(pad=max(1, min(images.size) // 8))
+        return Look(*channel_statistics(images), side, policy, cutout_side=max(1, min(images.size) // 2))
     if cfg.DATASET.NAME == "digits":
         return Look(*DIGITS_STATISTICS, side, WeakPolicy(flip=False, pad=1, pad_mode="zero"), cutout_side=3)
     if cfg.DATASET.NAME == "semi_aves":
@@ -110,19 +115,41 @@ def _split_pool(cfg: Config) -> TrainingData:
     """
     name, tail, learner = cfg.DATASET.NAME, cfg.long_tail, cfg.ALGORITHM.NAME
     pool = _read(name, "train", cfg)
-    counts = {"head": tail.NUM_LABELED_HEAD, "factor": tail.IMB_FACTOR_L, "num_valid": cfg.DATASET.NUM_VALID}
+    counts = {"head": tail.NUM_LABELED_HEAD, "factor": tail.IMB_FACTOR_L, "num_valid": cfg.DATASET.NUM_VALID,
+              "labelled_counts": own_counts(cfg, "LABELED_COUNTS", pool),
+              "unlabelled_counts": own_counts(cfg, "UNLABELED_COUNTS", pool)}
+    further = name == "stl10" or cfg.is_own and has_split(name, "unlabeled")  # unlabelled images of their own
     if learner == "DARP_ESTIM" and name != "cifar100":
         counts |= {"holdout": cfg.ALGORITHM.DARP_ESTIM.PER_CLASS_VALID_SAMPLES}
-    if name != "stl10":
+    if not further:
         counts |= {"unlabelled_head": max(0, tail.NUM_UNLABELED_HEAD), "reverse": cfg.DATASET.REVERSE_UL_DISTRIBUTION,
                    "unlabelled_factor": tail.IMB_FACTOR_UL if learner != "Supervised" else 1}
     labelled, valid, unlabelled = select(pool.labels, pool.num_classes, cfg.SEED, **counts)
     others = None
     if learner not in WITHOUT_UNLABELLED:
-        others = _read(name, "unlabeled", cfg) if name == "stl10" else pool.subset(unlabelled)
+        others = without_labels(_read(name, "unlabeled", cfg), pool) if further else pool.subset(unlabelled)
     test = _read(name, "test", cfg) if cfg.EVAL_ON_TEST_SET else None
-    return TrainingData(pool.subset(labelled), others, pool.subset(valid) if len(valid) else None, test, look_of(cfg),
-                        pool.num_classes)
+    if test is not None and (test.images.shape[1:] != pool.images.shape[1:] or test.labels.min() < 0
+                             or test.labels.max() >= pool.num_classes):
+        raise UserError(f"DATASET.NAME {name}: the test images need the size of the training images, "
+                        f"{shape_text(pool)}, and one of their {pool.num_classes} classes each")
+    return TrainingData(pool.subset(labelled), others, pool.subset(valid) if len(valid) else None, test,
+                        look_of(cfg, pool), pool.num_classes)
+
+
+def own_counts(cfg: Config, key: str, pool: ImageSet) -> np.ndarray | None:
+    """Return the images of each class that DATASET.LABELED_COUNTS or UNLABELED_COUNTS lists, None without; UserError
+    unless there is one for each class."""
+    counts = np.array(getattr(cfg.DATASET, key), np.int64)
+    if len(counts) not in (0, pool.num_classes):
+        raise UserError(f"DATASET.{key}: {len(counts)} numbers, but {cfg.DATASET.NAME} has {pool.num_classes} classes"
+                        + (f" ({', '.join(pool.classes[:10])})" if cfg.is_own else ""))
+    return counts if len(counts) else None
+
+
+def without_labels(images: ImageSet, pool: ImageSet) -> ImageSet:
+    """Return unlabelled images of their own, whose folders say nothing of the classes of `pool`."""
+    return ImageSet(images.images, np.full(len(images), -1, np.int64), pool.classes, images.name)
 
 
 def _read_semi_aves(cfg: Config) -> TrainingData:
@@ -130,7 +157,7 @@ def _read_semi_aves(cfg: Config) -> TrainingData:
     sets = load_semi_aves(Path(cfg.DATASET.ROOT), cfg.DATASET.RESOLUTION * 8 // 7, unlabelled)
     if not cfg.EVAL_ON_TEST_SET:
         sets["test"] = None
-    return TrainingData(**sets, look=look_of(cfg), num_classes=sets["labelled"].num_classes)
+    return TrainingData(**sets, look=look_of(cfg, sets["labelled"]), num_classes=sets["labelled"].num_classes)
 
 
 # -------------------------------------------------------------------------------------------- long-tailed selection
@@ -147,14 +174,15 @@ def long_tail_counts(head: int, factor: float, num_classes: int, reverse: bool =
 
 def select(labels: np.ndarray, num_classes: int, seed: int, *, head: int, factor: float, num_valid: int,
            unlabelled_head: int | None = None, unlabelled_factor: float = 1, reverse: bool = False,
-           holdout: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+           holdout: int | None = None, labelled_counts: np.ndarray | None = None,
+           unlabelled_counts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the labelled, validation and unlabelled images of an experiment in the published order.
 
     They are int64 positions in a pool of training images with `labels` int64 [N].
     head, factor: of the labelled images; unlabelled_head, unlabelled_factor: of the unlabelled ones, None for no such
     set. reverse: the unlabelled ones are most frequent where the labelled ones are rarest. holdout: as many labelled
     images of every class become the validation set (of the initial validation images where the rarest class has not
-    more than ten).
+    more than ten). labelled_counts, unlabelled_counts: images of every class, int64 [K], in place of head and factor.
 
     Every stage draws from a fresh RandomState(seed), class after class. Raises UserError where a class has too few.
     """
@@ -166,12 +194,15 @@ def select(labels: np.ndarray, num_classes: int, seed: int, *, head: int, factor
             raise UserError(f"DATASET.NUM_VALID {num_valid} leaves {len(kept)} training and {len(valid)} validation "
                             "images; choose a positive multiple of the number of classes, or 0 for none")
     labelled, unlabelled = kept, None
+    heads = np.full(num_classes, head) if labelled_counts is None else labelled_counts
+    if unlabelled_head is not None or labelled_counts is not None:
+        labelled, rest = _split(labels, kept, num_classes, seed, heads)
+        _check_enough(labels, labelled, heads, "labelled")
     if unlabelled_head is not None:
-        labelled, rest = _split(labels, kept, num_classes, seed, head)
-        unlabelled = _first(labels, rest, num_classes, unlabelled_head)
-        _check_enough(labels, labelled, np.full(num_classes, head), "labelled")
-        _check_enough(labels, unlabelled, np.full(num_classes, unlabelled_head), "unlabelled")
-    if factor > 1:
+        wanted = np.full(num_classes, unlabelled_head) if unlabelled_counts is None else unlabelled_counts
+        unlabelled = _first(labels, rest, num_classes, wanted)
+        _check_enough(labels, unlabelled, wanted, "unlabelled")
+    if factor > 1 and labelled_counts is None:
         labelled = _thin(labels, labelled, seed, long_tail_counts(head, factor, num_classes), "labelled")
     if holdout is not None:
         if int(head / factor) > 10:
@@ -179,27 +210,29 @@ def select(labels: np.ndarray, num_classes: int, seed: int, *, head: int, factor
             labelled = _first(labels, labelled[~np.isin(labelled, valid)], num_classes, len(labels))
         else:
             valid = _first(labels, valid, num_classes, holdout)
-    if unlabelled is not None and unlabelled_factor > 1:
+    if unlabelled is not None and unlabelled_factor > 1 and unlabelled_counts is None:
         counts = long_tail_counts(unlabelled_head, unlabelled_factor, num_classes, reverse)
         unlabelled = _thin(labels, unlabelled, seed, counts, "unlabelled", reverse)
     return labelled, valid, unlabelled
 
 
 def _split(labels: np.ndarray, pool: np.ndarray, num_classes: int, seed: int,
-           first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shuffle every class; return the `first` of each, and the others, class by class."""
+           first: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffle every class; return the `first` of each (one number, or one a class), and the others, class by class."""
+    first = np.broadcast_to(first, num_classes)
     draw, taken, rest = np.random.RandomState(seed), [], []
     for label in range(num_classes):
         members = pool[labels[pool] == label]
         draw.shuffle(members)
-        taken.append(members[:first])
-        rest.append(members[first:])
+        taken.append(members[:first[label]])
+        rest.append(members[first[label]:])
     return np.concatenate(taken), np.concatenate(rest)
 
 
-def _first(labels: np.ndarray, pool: np.ndarray, num_classes: int, count: int) -> np.ndarray:
-    """Return the first `count` images of every class in the pool's order, class by class."""
-    return np.concatenate([pool[labels[pool] == label][:count] for label in range(num_classes)])
+def _first(labels: np.ndarray, pool: np.ndarray, num_classes: int, count: int | np.ndarray) -> np.ndarray:
+    """Return the first `count` images of every class (one number, or one a class) in the pool's order, by class."""
+    counts = np.broadcast_to(count, num_classes)
+    return np.concatenate([pool[labels[pool] == label][:counts[label]] for label in range(num_classes)])
 
 
 def _thin(labels: np.ndarray, pool: np.ndarray, seed: int, counts: np.ndarray, name: str,
