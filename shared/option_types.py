@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 
@@ -122,6 +123,21 @@ class Choice:
         if len(self.words) > 20:
             raise ValueError(f"unknown name {text!r}{close}; expected one like {', '.join(self.words[::10])}.")
         raise ValueError(f"{text!r} is not one of {', '.join(map(repr, self.words))}{close}.")
+
+
+class NameOrPath:
+    """The name of one of our data sets, or the path of a file or folder that exists."""
+
+    metavar, range = "NAME|PATH", ""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def convert(self, text: str) -> str:
+        if text in self.names or text.strip() and os.path.exists(text):
+            return text
+        raise ValueError(f"{text!r} is neither one of {', '.join(self.names)} nor a folder or file"
+                         f"{nearest(text, self.names)}.")
 
 
 def parse_int_list(text: str, most: int = 10_000_000) -> list[int]:

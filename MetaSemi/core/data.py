@@ -24,7 +24,7 @@ from shared import distributed
 from shared.augment.views import WeakPolicy, draw_weak, weak
 from shared.cli import UserError
 from shared.data.datasets import load_dataset
-from shared.data.images import ImageSet
+from shared.data.images import ImageSet, channel_statistics, shape_text
 from shared.data.pool import Pool
 from shared.distributed import World
 from shared.training.files import atomic
@@ -125,6 +125,11 @@ def streams(labeled: np.ndarray, unlabeled: np.ndarray | None, length: int,
     return first, Stream(unlabeled, length, rng)
 
 
+def statistics(dataset: str, images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, standard deviation) of the channels: published, or those of own training images."""
+    return NORMALISATION.get(dataset) or channel_statistics(images)
+
+
 class Batches:
     """Makes the batches of a run, step after step.
 
@@ -135,8 +140,9 @@ class Batches:
     def __init__(self, images: ImageSet, pools: tuple[Stream, Stream | None], dataset: str, size: int, seed: int,
                  world: World, memory_format: torch.memory_format = torch.contiguous_format) -> None:
         self.streams, self.size, self.seed, self.world = pools, size, seed, world
-        self.pool = Pool(images, *NORMALISATION[dataset], world.device)
-        self.policy, self.image_size = AUGMENTATION[dataset], images.size
+        self.pool = Pool(images, *statistics(dataset, images), world.device)
+        own = WeakPolicy(flip=True, pad=max(1, min(images.size) // 8), pad_mode="zero")
+        self.policy, self.image_size = AUGMENTATION.get(dataset, own), images.size
         self.memory_format = memory_format
         if size % world.size:
             raise UserError(f"--batch-size {size} cannot be shared evenly by {world.size} processes; choose a multiple "
@@ -181,7 +187,13 @@ class SmallImages(Source):
         self._warn_of_split(train.labels[self.labeled])
         pools = streams(self.labeled, rest if unlabeled else None, self.total * self.batch, rng)
         self.batches = Batches(train, pools, options.dataset, self.batch, options.seed, world, self.layout)
-        self.test = Pool(test, *NORMALISATION[options.dataset], world.device)
+        if (test.channels, test.size) != (train.channels, train.size) or test.labels.min() < 0:
+            raise UserError(f"--dataset {options.dataset}: test images are {shape_text(test)}, training images "
+                            f"{shape_text(train)}; they must be equal, and every test image needs a label")
+        if test.labels.max() >= options.num_classes:
+            raise UserError(f"--dataset {options.dataset}: test images have a class {test.labels.max()}, training "
+                            f"images only 0 to {options.num_classes - 1}")
+        self.test = Pool(test, *statistics(options.dataset, train), world.device)
         self.channels, self.rest, self.classes, self.size = train.channels, len(rest), train.classes, train.size
         self.inputs = distributed.on_main(lambda: fingerprints({"--dataset": train, "--dataset (test)": test}), world)
 

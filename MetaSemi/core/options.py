@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import torchvision
 
 from shared.cli import Choice, Flag, Float, Int, IntTuple, Option, UserError, parse
+from shared.data.datasets import load_dataset
+from shared.option_types import NameOrPath
 
 DATASETS = {"cifar10": 10, "cifar100": 100, "svhn": 10, "digits": 10}
 ARCHITECTURES = ("convlarge", "shakeshake", "small")
@@ -30,7 +32,8 @@ RESUME = Option("--resume", metavar="FILE", help="checkpoint to continue (the sa
 # ---------------------------------------------------------------- train_meta.py and train_baseline.py
 
 DATA_AND_NETWORK = (
-    Option("--dataset", Choice(*DATASETS), "cifar10", "digits: 1,797 handwritten digits, no files needed"),
+    Option("--dataset", NameOrPath(*DATASETS), "cifar10", "a data set (digits: 1,797 handwritten digits, no files "
+           "needed), or own images: a folder with train/ and test/, see README.md"),
     Option("--data-path", default="./data", metavar="DIR", help="folder of the data sets"),
     Option("--num-label", COUNT, 4000, "labelled images in all, equally many of every class"),
     Option("-a --architecture", Choice(*ARCHITECTURES), "convlarge", "small: for the digits"),
@@ -133,7 +136,8 @@ def read_options(script: str, doc: str, flags: Mapping[str, Sequence[Option]],
     The result also has `num_classes`, and `method`: the options that decide the numbers, as plain values.
     """
     options = parse(doc, flags, argv)
-    classes = options.num_classes = DATASETS[options.dataset]
+    is_own = options.dataset not in DATASETS
+    classes = options.num_classes = number_of_classes(options) if is_own else DATASETS[options.dataset]
     if options.num_label < classes:
         raise UserError(f"--num-label {options.num_label}: {options.dataset} has {classes} classes, give at least "
                         f"{classes}")
@@ -141,9 +145,27 @@ def read_options(script: str, doc: str, flags: Mapping[str, Sequence[Option]],
         raise UserError(f"--start-step {options.start_step} must be less than --total-steps {options.total_steps}")
     if options.dataset == "digits" and options.architecture != "small":
         raise UserError(f"-a {options.architecture} is for images of 32x32, the digits are 8x8: give -a small")
-    if options.architecture == "small" and options.dataset != "digits":
+    if options.architecture == "small" and options.dataset != "digits" and not is_own:
         raise UserError(f"-a small is for the digits; give -a convlarge or -a shakeshake for {options.dataset}")
-    return _with_method(options, script, NOT_THE_METHOD)
+    _with_method(options, script, NOT_THE_METHOD)
+    if is_own:
+        options.method["dataset"] = "own images"  # which ones, their content says
+    return options
+
+
+def number_of_classes(options: SimpleNamespace) -> int:
+    """Return the number of classes of own images; UserError for those without labels or of a wrong size."""
+    train = load_dataset(options.dataset, "train")
+    if not train.has_labels or train.labels.min() < 0:
+        raise UserError(f"--dataset {options.dataset}: every training image needs a label (class folders, dataset.json "
+                        "or labels.csv)")
+    if options.architecture == "shakeshake" and train.size != (32, 32):
+        raise UserError(f"-a shakeshake is for images of 32x32, those of {options.dataset} are {train.size[1]}x"
+                        f"{train.size[0]}: give -a convlarge or -a small")
+    if options.architecture == "convlarge" and min(train.size) < 12:
+        raise UserError(f"-a convlarge is for images of 12x12 and more, those of {options.dataset} are "
+                        f"{train.size[1]}x{train.size[0]}: give -a small")
+    return train.num_classes
 
 
 def read_imagenet_options(script: str, doc: str, flags: Mapping[str, Sequence[Option]],

@@ -29,6 +29,7 @@ from shared.cli import UserError
 from shared.data.classes import LABEL_FILE, are_numbers, class_folders
 from shared.data.datasets import has_split, load_dataset
 from shared.data.images import ImageSet, UnequalSizes, iterate, read_images, shape_text
+from shared.data.images import channel_statistics as measured_statistics
 from shared.data.photographs import EVAL_SIDE, PhotographSet, list_imagenet, list_photographs
 from shared.data.pool import PhotographPool, Pool, make_pool
 from shared.distributed import World
@@ -144,14 +145,7 @@ def channel_statistics(dataset: str, images: ImageSet) -> tuple[tuple[float, ...
     """Return (mean, std) per channel on the unit scale: published for the benchmarks, else measured on `images`."""
     if dataset in NORMALISATION:
         return NORMALISATION[dataset]
-    counts = np.zeros((images.channels, 256))
-    for start in range(0, len(images), 4096):
-        chunk = images.images[start:start + 4096]
-        counts += [np.bincount(chunk[:, channel].ravel(), minlength=256) for channel in range(images.channels)]
-    levels = np.arange(256) / 255
-    mean = counts @ levels / counts.sum(1)
-    std = np.sqrt(np.maximum(counts @ levels ** 2 / counts.sum(1) - mean ** 2, 0))
-    return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
+    return measured_statistics(images)
 
 
 def read_extra_images(path: str, train: ImageSet | PhotographSet, num_classes: int) -> ImageSet | PhotographSet:

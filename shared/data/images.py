@@ -149,6 +149,17 @@ def with_names(images: ImageSet, classes: Sequence[str], source: str | Path) -> 
     return replace(images, labels=labels, classes=images.classes if is_beyond else tuple(classes))
 
 
+def channel_statistics(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, standard deviation) of each channel on the unit scale; the latter is at least a gray level."""
+    counts = np.zeros((images.channels, 256))
+    for pixels, _ in iterate(images, 4096):
+        counts += [np.bincount(pixels[:, channel].ravel(), minlength=256) for channel in range(images.channels)]
+    levels = np.arange(256) / 255
+    mean = counts @ levels / counts.sum(1)
+    std = np.sqrt(np.maximum(counts @ levels ** 2 / counts.sum(1) - mean ** 2, 0))
+    return tuple(mean.tolist()), tuple(np.maximum(std, 1 / 255).tolist())
+
+
 # ----------------------------------------------------------------------------------------------------------- one image
 
 def open_image(data: bytes, name: str) -> Image.Image:
