@@ -100,7 +100,7 @@ def open_training_set(path: str | os.PathLike, use_labels: bool = False, max_siz
     Raises UserError for what cannot be read, images that are not square or not `resolution`, and missing labels.
     """
     path = os.fspath(path)
-    if not os.path.exists(path):
+    if not os.path.exists(path) and path.lower().endswith((".zip", ".npz")):
         raise UserError(str(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)))
     if not (os.path.isdir(path) or path.lower().endswith((".zip", ".npz"))):
         raise UserError(f"{path}: Path must point to a directory or zip")

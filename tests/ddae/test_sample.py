@@ -67,7 +67,9 @@ def test_what_is_there_stays_and_what_is_missing_is_made_the_same(place: Path) -
     assert images(folder) == before and (folder / "pngs" / "0.png").stat().st_mtime_ns == kept
     with np.load(folder.with_name(EDM_FOLDER + ".npz")) as archive:
         assert archive["images"].shape == (30, 1, 8, 8)
-        assert np.array_equal(archive["images"][5, 0], np.asarray(Image.open(folder / "pngs" / "5.png")))
+        written = np.asarray(Image.open(folder / "pngs" / "5.png"))  # RGB, as published
+        assert archive["images"].shape[1] == 1 and np.array_equal(archive["images"][5].repeat(3, 0),
+                                                                  written.transpose(2, 0, 1))
 
 
 def test_images_of_other_settings_are_not_mixed(place: Path) -> None:
