@@ -149,8 +149,8 @@ def expected_counts(cfg: Config, setting: Setting) -> torch.Tensor:
                         "unlabelled; choose a long-tailed data set")
     labelled, unlabelled = cfg.DATASET.LABELED_COUNTS, cfg.DATASET.UNLABELED_COUNTS
     if labelled or unlabelled:
-        if np.linalg.matrix_rank(np.array([labelled or setting.labelled_counts, unlabelled or setting.labelled_counts])) < 2:
-            return torch.tensor(unlabelled or setting.labelled_counts, dtype=torch.float32, device=setting.device)
+        if labelled and unlabelled and np.linalg.matrix_rank(np.array([labelled, unlabelled])) < 2:
+            return torch.tensor(unlabelled, dtype=torch.float32, device=setting.device)
     elif tail.IMB_FACTOR_L == tail.IMB_FACTOR_UL and not cfg.DATASET.REVERSE_UL_DISTRIBUTION:
         counts = long_tail_counts(max(tail.NUM_UNLABELED_HEAD, 0), max(tail.IMB_FACTOR_UL, 1), classes)
         return torch.tensor(counts, dtype=torch.float32, device=setting.device)
