@@ -58,8 +58,7 @@ def extract(source: Source, detector: Detector, batch: int, world: World, *, kee
     device = detector.device
     if device.type == "cpu":
         keep_freed_memory()
-    # Apple GPUs have no float64.
-    moments = Moments(detector.num_features, "cpu" if device.type == "mps" else device)
+    moments = Moments(detector.num_features, device)
     kept = {}
     if keep_features:
         kept = {"features": torch.empty(len(source) if world.main else 0, detector.num_features),
@@ -82,7 +81,7 @@ def extract(source: Source, detector: Detector, batch: int, world: World, *, kee
                 store[together[0][0]:together[0][0] + len(found)] = found.cpu()
         counter.advance(sum(map(len, together)))
     counter.close()
-    return Extraction(moments.over_ranks(world), **(kept if world.main else {}), classes=tuple(source.classes))
+    return Extraction(moments.over_ranks(world), **(kept if world.main else {}), classes=tuple(getattr(source, "classes", ())))
 
 
 def _detect(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -30,9 +30,10 @@ Result = TypeVar("Result")
 
 
 class Source(Protocol):
-    """Images by position 0..len - 1, each of which is asked for once. classes: names in label order, or ()."""
+    """Images by position 0..len - 1, each of which is asked for once.
 
-    classes: Sequence[str]
+    Those with labels may have `classes`: names in label order.
+    """
 
     def __len__(self) -> int: ...
 
