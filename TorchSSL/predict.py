@@ -30,7 +30,7 @@ from shared.cli import Choice, Flag, Int, Option, Text, UserError, less_memory, 
 from shared.data.parallel import cores, one_ahead
 from shared.distributed import World
 from shared.report.gallery import Section, picture, write_page
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, check_writable, make_dir
 from shared.training.progress import Progress
 from shared.training.record import Record
 from TorchSSL.core.classifier import BLOCK, Classifier, open_classifier
@@ -92,6 +92,8 @@ def check_places(options: SimpleNamespace) -> None:
     for flag, place in (("--out", options.out), ("--html", options.html), ("--sort-into", options.sort_into)):
         if place is not None and folder.is_dir() and Path(place).resolve().is_relative_to(folder):
             raise UserError(f"{flag} {place} lies inside --images {options.images}; choose a place outside it")
+        if place is not None and flag != "--sort-into":
+            check_writable(place, flag)
 
 
 # ---------------------------------------------------------------- predictions
@@ -143,12 +145,12 @@ def prepared(images: Images, blocks: Sequence[int], classifier: Classifier, opti
 
     made = list(threads.map(make, positions, images.read(positions)))
     bad = {position for position, pixels in zip(positions, made, strict=True) if pixels is None}
-    whole = next((pixels for pixels in made if pixels is not None), np.zeros((classifier.channels, 1, 1), np.uint8))
+    blank = np.zeros((classifier.channels, *(classifier.size or (32, 32))), np.uint8)
     shapes = {pixels.shape for pixels in made if pixels is not None}
     if len(shapes) > 1:
         raise UserError(f"{images.path}: images of different sizes, and {classifier.path} does not record its own; "
                         "make them equal with dataset_tool.py --resolution")
-    blank = np.zeros_like(whole)
+    blank = next((np.zeros_like(pixels) for pixels in made if pixels is not None), blank)
     return positions, np.stack([blank if pixels is None else pixels for pixels in made]), bad
 
 

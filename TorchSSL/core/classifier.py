@@ -119,7 +119,7 @@ class Classifier:
         """
         return self.features(images)[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, images: np.ndarray | Tensor) -> tuple[Tensor, Tensor | None]:
         """Return (logits [n, K], what the last layer sees of each image [n, D] or None), float32 on the CPU."""
         seen: list[Tensor] = []
@@ -293,7 +293,7 @@ def _snapshot(path: Path) -> dict[str, Any]:
 
 
 def _at_low_noise(network: nn.Module, images: Tensor) -> Tensor:
-    return class_logits(network(images, torch.full((len(images),), SIGMA, device=images.device)))
+    return class_logits(network(images, torch.full((images.shape[0],), SIGMA, device=images.device)))
 
 
 # ---------------------------------------------------------------- what they have in common
@@ -319,6 +319,9 @@ def _finished(found: Mapping[str, Any], content: Mapping[str, Any], path: Path, 
     size = known.get("size") or ((SIDES[dataset],) * 2 if dataset in SIDES else None)
     resize_by = known.get("resize") or ("square" if dataset == "imagenet" else None)
     channels = known.get("channels") or _channels(network.state_dict())
+    if len(known["mean"]) != channels:
+        raise UserError(f"{path}: classifies images of {channels} channel(s), those of {dataset} have "
+                        f"{len(known['mean'])}")
     head = [layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)
             and layer.out_features == known["num_classes"] and not name.startswith(("rot_classifier", "projection"))]
     return Classifier(known["net"].to(device).eval(), network.to(device).eval(), head[-1] if head else None,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.cli import UserError
+from shared.cli import UserError, nearest
 from shared.data.classes import ImageFiles, classes_by_folder, find_images, in_class_order, listed_labels
 from shared.data.datasets import NAMES, load_dataset, own_part
 from shared.data.formats import layout_of
@@ -113,7 +113,10 @@ def training_images(dataset: str, data_dir: str = "./data", download: bool = Fal
 def own_images(dataset: str, split: str) -> Images:
     """Return a split of the user's own images in the order of `load_dataset`; files are not decoded. UserError."""
     path = Path(dataset)
-    part, prefix = (path, "") if path.exists() and layout_of(path) is not None else own_part(path, split)
+    if not path.exists():
+        raise UserError(f"--dataset {dataset}: neither a data set ({', '.join(NAMES)}) nor a folder or file"
+                        f"{nearest(dataset, NAMES)}")
+    part, prefix = (path, "") if layout_of(path) is not None else own_part(path, split)
     if part.suffix.lower() == ".npz" or layout_of(path) is not None:
         found = load_dataset(dataset, split)
         return Images(dataset, found.labels, found.classes, array=found.images)
