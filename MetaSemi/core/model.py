@@ -183,7 +183,7 @@ class ShakeShakeBlock(Noisy):
 
     def gates(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gates [N, 1, 1, 1] of branch a in the forward and in the backward pass."""
-        shape = (len(a), 1, 1, 1)
+        shape = (a.shape[0], 1, 1, 1)
         half = torch.full(shape, 0.5, device=a.device)
         forward = self.noise.uniform(shape, a) if self.training else half
         if not torch.is_grad_enabled() or not (self.training or self.random_eval):
