@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from EDM.imagenet.config import Config, parse
+from EDM.imagenet.images import training_images
 from EDM.imagenet.layout import Layout
+from EDM.latent.alignment import Aligned, Targets
 from EDM.latent.generation import Sampler, fid
 from EDM.latent.latents import LatentBatches, read_latents
 from EDM.latent.schedules import ContinuousSchedule, Schedule
@@ -23,8 +25,9 @@ from EDM.latent.vae import load_coder
 from EDM.metrics.detectors import load_detector
 from EDM.tdsm.transition import clean_posterior, load_transition
 from shared import distributed
-from shared.cli import Choice, Flag, Float, Option, Text, UserError, run_main
+from shared.cli import Choice, Flag, Float, Int, Option, Text, UserError, run_main
 from shared.training.precision import default_precision
+from TorchSSL.encoders.encoder import open_encoder
 
 MACHINE = (
     Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if there is one", metavar="NAME"),
@@ -44,6 +47,10 @@ FLAGS = {
                default_help="pretrained/datasets/...", metavar="DIR"),
         Option("--transition", Text, None, "transition matrix p(pseudo-label | class), .json or .npy; each visit of a "
                "latent then draws its class from p(class | pseudo-label)", metavar="FILE"),
+        Option("--repa", Text, None, "draw inner tokens to the patch tokens of this encoder, see predict.py --encoder "
+               "(REPA), to train in fewer steps", metavar="ENCODER"),
+        Option("--repa_weight", Float(0), 0.5, "of this alignment in the loss"),
+        Option("--repa_block", Int(0), None, "block whose tokens are drawn", default_help="7, or the middle one"),
         Option("--overwrite", Flag, False, "move another run in --workdir aside and start anew (without it: an error)"),
         Option("--compile", Flag, False, "compile the blocks: slow to start, then faster"),
         Option("--checkpoint_minutes", Float(0, open=True), 10.0, "time between two checkpoints"),
@@ -79,9 +86,16 @@ def main(doc: str = __doc__, schedule_of: Callable[[Config], Schedule] = lambda 
     posterior = None
     if options.transition:
         posterior = clean_posterior(load_transition(options.transition, net.none_label))
+    aligned = targets = None
+    if options.repa:
+        encoder = open_encoder(options.repa)
+        side = config.nnet.img_size // config.nnet.patch_size
+        targets = Targets(training_images(config), encoder, config.resolution, side, len(latents), world.device,
+                          options.repa_weight)
+        aligned = Aligned(net, targets.width, options.repa_block)
     batches = LatentBatches(latents, config.train.batch_size, config.seed,
                             config.dataset.p_uncond if config.dataset.cfg else 0.0, net.none_label, world,
-                            config.train.n_steps - 1, posterior)
+                            config.train.n_steps - 1, posterior, targets.read if targets else None)
 
     # Train.
     def sampler_of(averaged: UViT) -> Sampler:
@@ -92,8 +106,8 @@ def main(doc: str = __doc__, schedule_of: Callable[[Config], Schedule] = lambda 
                    detector, statistics, world)
 
     train(config, net, schedule, batches, sampler_of, workdir, world, precision=precision, strict=options.strict,
-          compiled=options.compile, score=score if detector else None, overwrite=options.overwrite,
-          checkpoint_seconds=60 * options.checkpoint_minutes)
+          compiled=options.compile, aligned=aligned, targets=targets, score=score if detector else None,
+          overwrite=options.overwrite, checkpoint_seconds=60 * options.checkpoint_minutes)
     distributed.stop()
 
 

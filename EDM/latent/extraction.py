@@ -110,11 +110,12 @@ def _decoded(photographs: PhotographSet, parts: Sequence[np.ndarray], images: np
     with ThreadPoolExecutor(cores()) as pool:
         for rows in parts:
             wanted, places = np.unique(images[rows], return_inverse=True)
-            found = pool.map(lambda number: _read(photographs.files[number], resolution), wanted)
+            found = pool.map(lambda number: read_image(photographs.files[number], resolution), wanted)
             yield np.stack(list(found))[places]
 
 
-def _read(file: str, resolution: int) -> np.ndarray:
+def read_image(file: str, resolution: int) -> np.ndarray:
+    """Return the training image of a file, float32 [3, R, R]; UserError naming it."""
     try:
         data = Path(file).read_bytes()
     except OSError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import tokenize
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -137,12 +138,14 @@ class LatentBatches:
 
     Every epoch visits all rows in a new order; what does not fill a batch is left out. p_uncond: share of labels that
     become none_label. posterior: p(class | pseudo-label) by which a class is drawn at each visit, float64 [K, K]; None:
-    the pseudo-label. last: the last step. Raises UserError for a batch larger than the set.
+    the pseudo-label. images: further arrays of rows, such as the photographs behind them. last: the last step. Raises
+    UserError for a batch larger than the set.
     """
 
     def __init__(self, latents: Latents, batch: int, seed: int, p_uncond: float, none_label: int, world: World,
-                 last: int, posterior: np.ndarray | None = None) -> None:
-        self.latents, self.batch, self.seed, self.posterior = latents, batch, seed, posterior
+                 last: int, posterior: np.ndarray | None = None,
+                 images: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
+        self.latents, self.batch, self.seed, self.posterior, self.images = latents, batch, seed, posterior, images
         self.p_uncond, self.none_label, self.device = p_uncond, none_label, world.device
         self.part = world.slice(batch)
         self.per_epoch = len(latents) // batch
@@ -152,20 +155,24 @@ class LatentBatches:
         self._order: tuple[int, np.ndarray] = -1, np.zeros(0, np.int64)
         self._read_ahead = Prefetched(self._read, last)
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return moments float32 [n, 2C, s, s] and labels int64 [n] on the device; nothing waits for it."""
-        moments, labels = self._read_ahead(step)
-        return (moments.to(self.device, non_blocking=True).float(), labels.to(self.device, non_blocking=True))
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return moments float32 [n, 2C, s, s], labels int64 [n] and, if there are any, the images of the rows, on the
+        device; nothing waits for it."""
+        moments, labels, images = (None if part is None else part.to(self.device, non_blocking=True)
+                                   for part in self._read_ahead(step))
+        return moments.float(), labels, images
 
-    def _read(self, step: int) -> tuple[Tensor, Tensor]:
-        moments, labels = self.latents.rows.take(self._rows(step))
+    def _read(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        rows = self._rows(step)
+        moments, labels = self.latents.rows.take(rows)
         if self.none_label >= 0 and (labels.min() < 0 or labels.max() >= self.none_label):
             raise UserError(f"the latents have classes up to {labels.max()}, --config.nnet.num_classes="
                             f"{self.none_label + 1} is made for 0 to {self.none_label - 1} and none")
         if self.posterior is not None:
             labels = draw_labels(labels, self._uniform(step, "class of a pseudo-label"), self.posterior)
         labels = drop_labels(labels, self._uniform(step, "label dropout"), self.p_uncond, self.none_label)
-        return self._pinned(moments), self._pinned(labels)
+        images = None if self.images is None else self._pinned(self.images(rows))
+        return self._pinned(moments), self._pinned(labels), images
 
     def _uniform(self, step: int, purpose: str) -> np.ndarray:
         return numpy_rng(self.seed, step, purpose).random(self.batch)[self.part]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from EDM.latent.alignment import Aligned, Targets, aligned_losses
 from EDM.latent.generation import Sampler
 from EDM.latent.latents import LatentBatches
 from EDM.latent.schedules import Schedule, losses
@@ -39,12 +40,14 @@ FREE = ("train.n_steps", "train.log_interval", "train.eval_interval", "train.sav
 
 def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sampler_of: Callable[[UViT], Sampler],
           workdir: Path, world: World, *, precision: str = "fp32", strict: bool = False, compiled: bool = False,
-          score: Score | None = None, overwrite: bool = False, checkpoint_seconds: float = 600.0) -> None:
+          aligned: Aligned | None = None, targets: Targets | None = None, score: Score | None = None,
+          overwrite: bool = False, checkpoint_seconds: float = 600.0) -> None:
     """Train `net` as a configuration says, and leave the published files in `workdir`.
 
     config: see EDM/imagenet/config.py. sampler_of: what makes images with the averaged network. strict: attention in
-    fp32 and no fused operation. compiled: compile the blocks. score: FID of a sampler; None: without. overwrite: move
-    another run in `workdir` aside. checkpoint_seconds: between two checkpoints, from which the same call continues.
+    fp32 and no fused operation. compiled: compile the blocks. aligned: `net` with a projector, and targets: what its
+    tokens are drawn to (REPA); None: without. score: FID of a sampler; None: without. overwrite: move another run in
+    `workdir` aside. checkpoint_seconds: between two checkpoints, from which the same call continues.
     """
     # Setup.
     device, seed, batch_size, total = world.device, config.seed, config.train.batch_size, config.train.n_steps
@@ -52,20 +55,26 @@ def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sa
     net.set_full_precision_attention(strict)
     net.to(device)
     ema = EMA(net)
-    optimizer = make_optimizer(net, config.optimizer, strict)
+    trained = net if aligned is None else aligned.to(device)
+    optimizer = make_optimizer(trained, config.optimizer, strict)
     rates = warm_up(optimizer, config.lr_scheduler)
     mine, shape = world.slice(batch_size), (batch_size, *config.z_shape)
 
     # Continue, or start, or take over what the published code left.
     log = Log(workdir, world, every=None, image_batch=batch_size)
-    run = Run(workdir, {**settings_of(config, schedule), "precision": precision, "strict": strict},
-              dict(net=net, ema=ema, optimizer=optimizer, lr_scheduler=rates), world, log=log,
-              inputs={"the latents": batches.latents.folder, "--transition": batches.posterior}, ignore=FREE,
-              overwrite=overwrite, save_seconds=checkpoint_seconds)
+    settings = {**settings_of(config, schedule), "precision": precision, "strict": strict}
+    keep = dict(net=net, ema=ema, optimizer=optimizer, lr_scheduler=rates)
+    inputs = {"the latents": batches.latents.folder, "--transition": batches.posterior}
+    if aligned is not None:
+        settings |= {"--repa_weight": targets.weight, "--repa_block": aligned.block}
+        keep["projector"] = aligned.projector
+        inputs["--repa"] = targets.encoder.fingerprint
+    run = Run(workdir, settings, keep, world, log=log, inputs=inputs, ignore=FREE, overwrite=overwrite,
+              save_seconds=checkpoint_seconds)
     if run.resumed_from is None and (found := newest_published(workdir / "ckpts")):
         run.step = load_published(found, net, ema, optimizer, rates)
         log.print(f"continuing at step {run.step}: {found}")
-    model = distributed.data_parallel(net, world)
+    model = distributed.data_parallel(trained, world)
     if compiled:
         for block in (*net.in_blocks, net.mid_block, *net.out_blocks):
             block.compile()
@@ -75,15 +84,21 @@ def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sa
     # Train.
     for step in run.steps(total):
         # Draw.
-        moments, labels = batches(step)
+        moments, labels, images = batches(step)
+        labels = labels if net.num_classes > 0 else None
         posterior, noise = (torch.randn(shape, generator=torch_rng(seed, step, purpose, device), device=device)[mine]
                             for purpose in ("posterior", "noise"))
         times = schedule.draw(seed, step, batch_size, device)[mine]
         x0 = sample(moments, posterior, batches.latents.scale)
 
         # Update.
-        loss = loss_of(model, schedule, x0, labels if net.num_classes > 0 else None, times, noise, precision)
-        update(loss, net, ema, optimizer, rates, config.ema_rate)
+        if aligned is None:
+            loss = total_loss = loss_of(model, schedule, x0, labels, times, noise, precision)
+        else:
+            loss, alignment = aligned_losses(model, schedule, x0, labels, times, noise, targets.of(images), precision)
+            total_loss = loss + targets.weight * alignment
+            log.add(alignment=alignment)
+        update(total_loss, net, ema, optimizer, rates, config.ema_rate)
 
         # Log.
         done = step + 1
@@ -92,7 +107,7 @@ def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sa
             means = log.means()  # stops here if a loss was not finite
             rate = rates.get_last_lr()[0]  # as published, that of the next step
             log.print(log_line(done, rate, means["loss"]))
-            values = {"loss": means["loss"], "lr": rate, "seconds": round(run.seconds, 1)}
+            values = {**means, "lr": rate, "seconds": round(run.seconds, 1)}
             log.record(values, {"step": done, **values})
         if done % config.train.eval_interval == 0 and world.main:
             image_grid(sampler_of(ema.module).previews(seed), make_dir(workdir / "samples") / f"{done}.png", scale=1)

@@ -87,10 +87,7 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return float32 [N, width]. images: float32 [N, 3, size, size], normalised by ImageNet's mean and std."""
-        if (self.mean, self.std) != (MEAN, STD):
-            ours, theirs = (torch.tensor([m, s], device=images.device).view(2, 1, 3, 1, 1)
-                            for m, s in ((self.mean, self.std), (MEAN, STD)))
-            images = (images * theirs[1] + theirs[0] - ours[0]) / ours[1]
+        images = self._normalised(images)
         if not isinstance(self.net, VisionTransformer):
             return self.net(images).float()
         patches = (images.shape[2] // self.net.patch_size) * (images.shape[3] // self.net.patch_size)
@@ -100,6 +97,28 @@ class Encoder:
             chosen = np.random.default_rng(0).permutation(patches)[:math.floor(patches * (1 - self.mask))]
             kept = torch.from_numpy(chosen).to(images.device)
         return self.net.features(images, self.blocks, kept)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Return images normalised by ImageNet's mean and std as the network wants them."""
+        if (self.mean, self.std) == (MEAN, STD):
+            return images
+        ours, theirs = (torch.tensor([m, s], device=images.device).view(2, 1, 3, 1, 1)
+                        for m, s in ((self.mean, self.std), (MEAN, STD)))
+        return (images * theirs[1] + theirs[0] - ours[0]) / ours[1]
+
+    @torch.no_grad()
+    def patches(self, images: Tensor) -> Tensor:
+        """Return the tokens of the last block for each patch, row by row: float32 [N, L, D]. images: as above.
+
+        Raises UserError for a network without tokens.
+        """
+        images = self._normalised(images)
+        if isinstance(self.net, VisionTransformer):
+            return self.net.tokens(images)[-1][:, 1:].float()
+        tokens = self.net.forward_features(images)
+        if tokens.ndim != 3:
+            raise UserError(f"{self.name}: it has no patch tokens; choose a vision transformer")
+        return tokens[:, getattr(self.net, "num_prefix_tokens", 0):].float()
 
     def of_pixels(self, images: Tensor) -> Tensor:
         """Return float32 [N, width] of uint8 [N, C, H, W], C = 1 or 3, resized to the encoder's size."""

@@ -216,3 +216,24 @@ def test_classes_are_drawn_by_the_transition(place):
     np.save("transition.npy", np.eye(4))
     with pytest.raises(UserError, match="transition.npy"):
         train_ldm.main(argv=[LARGE, *TINY, "--workdir=noisy", "--transition=transition.npy"])
+
+
+@pytest.mark.slow
+def test_inner_tokens_are_drawn_to_an_encoder(place):
+    flags = (LARGE, *TINY, "--repa=timm:test_vit", "--config.lr_scheduler.warmup_steps=0")
+    run("EDM/imagenet/train_ldm.py", *flags, "--workdir=whole", "--config.train.log_interval=1", cwd=place)
+    lines = [json.loads(line) for line in Path("whole/stats.jsonl").read_text().splitlines()]
+    assert all(-1 <= line["alignment"] <= 1 for line in lines)
+    assert lines[-1]["alignment"] < lines[0]["alignment"] - 0.01
+    run("EDM/imagenet/train_ldm.py", *flags, "--workdir=halves", "--config.train.n_steps=3", cwd=place)
+    run("EDM/imagenet/train_ldm.py", *flags, "--workdir=halves", cwd=place, ranks=2)
+    ours, theirs = (torch.load(Path(folder, "ckpts/6.ckpt/nnet.pth")) for folder in ("whole", "halves"))
+    assert ours.keys() == torch.load(LAST).keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5)
+    for more, message in ((("--repa=timm:test_efficientnet",), "has no patch tokens"),
+                          (("--repa_block=3",), "--repa_block 3: the network's blocks are 0 to 2"),
+                          (("--repa_weight=1", "--workdir=whole"), "repa_weight was 0.5, is 1.0"),
+                          ((), "with another content of --repa"), (("--repa=x.pth",), "x.pth")):
+        with pytest.raises(UserError, match=message):
+            train_ldm.main(argv=[*flags, *(more or ("--repa=timm:test_vit2", "--workdir=whole"))])
