@@ -81,7 +81,8 @@ def extract(source: Source, detector: Detector, batch: int, world: World, *, kee
                 store[together[0][0]:together[0][0] + len(found)] = found.cpu()
         counter.advance(sum(map(len, together)))
     counter.close()
-    return Extraction(moments.over_ranks(world), **(kept if world.main else {}), classes=tuple(getattr(source, "classes", ())))
+    classes = tuple(getattr(source, "classes", ()))
+    return Extraction(moments.over_ranks(world), **(kept if world.main else {}), classes=classes)
 
 
 def _detect(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor | None]:
