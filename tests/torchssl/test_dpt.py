@@ -98,6 +98,16 @@ def test_own_images_and_an_own_output_folder(tmp_path):
     assert f"{tmp_path}/out/training-runs/freematch-0-seed1-my images" in found[4] and found[4].endswith("--duration=1")
 
 
+def test_labels_that_are_chosen_serve_both_classifiers():
+    found = commands("--label-choice=typical", "--labels=12", "--seed=3", "--gpus=1")
+    run = "./saved_models/freematch_digits_12_3_typical"
+    assert found[0] == ("python suggest_labels.py --dataset=digits --budget=12 --strategy=typical --seed=3 "
+                        f"--save_path={run}_labels")
+    learners = [line for line in found if line.startswith("python freematch.py")]
+    assert len(learners) == 2 and all(f"--label_idx={run}_labels/sampled_label_idx.npy" in line for line in learners)
+    assert not any("label_idx" in line or "suggest" in line for line in commands("--gpus=1"))
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--datset=digits"], "unknown option --datset=digits"),
     (["--dataset=cifar11"], "--dataset cifar11: neither digits, cifar10, cifar100, svhn, stl10, mnist nor a path"),
@@ -117,6 +127,8 @@ def test_own_images_and_an_own_output_folder(tmp_path):
     (["--stage1=daso", "--stage2=tdsm"], "--stage2 tdsm does not go with --stage1 daso"),
     (["--stage1=daso", "--dataset=svhn"], "expected --dataset digits, cifar10 or cifar100, got svhn"),
     (["--stage3=daso"], "got daso"),
+    (["--label-choice=best"], "--label-choice: expected class, typical, coverage or random, got 'best'"),
+    (["--label-choice=typical", "--stage1=daso"], "--label-choice is not for --stage1 daso"),
     (["--gpus=64"], "--gpus 64: "),
 ])
 def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path):
