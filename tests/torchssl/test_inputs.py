@@ -17,6 +17,7 @@ from tests.shared.programs import one_line_error, run
 from tests.torchssl import tiny
 from TorchSSL import eval as evaluation_script
 from TorchSSL import freematch, get_labels
+from TorchSSL.core.evaluation import make_network, open_split
 
 
 @pytest.fixture(autouse=True)
@@ -236,3 +237,23 @@ def test_as_a_program(flags: list[str], tmp_path: Path) -> None:
     error = one_line_error(run("TorchSSL/freematch.py", *flags, cwd=tmp_path, status=2))
     assert "--num_labels" in error and files() == set()
     assert freematch.parse([]).num_labels == 40
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_and_a_set_are_matched_by_name(tmp_path: Path) -> None:
+    """A test set with some of the classes, whose folders alone would be numbered from 0, is scored by name."""
+    for level, name in enumerate(("bird", "ship")):
+        (tmp_path / "set" / "test" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 40 * level).save(tmp_path / "set" / "test" / name / "1.png")
+    options = evaluation_script.parse([f"--load_path={tmp_path}/c.pth", f"--dataset={tmp_path}/set", "--depth=10",
+                                 "--widen_factor=1", "--device=cpu"])
+    net = make_network({**vars(options), "dataset": "set"}, 3, 1)
+    content = {"ema_model": net.state_dict(), "mean": (0.5,), "std": (0.5,), "options": {"num_classes": 3}}
+    torch.save({**content, "classes": ("airplane", "bird", "ship")}, tmp_path / "c.pth")
+    images = open_split(options, "test")[2]
+    assert images.labels.tolist() == [1, 2] and images.classes == ("airplane", "bird", "ship")
+    torch.save({**content, "classes": ("airplane", "bird", "car")}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="the class 'ship' is not one of the training set's classes"):
+        open_split(options, "test")
+    torch.save(content, tmp_path / "c.pth")  # of the original code
+    assert open_split(options, "test")[2].labels.tolist() == [0, 1]
