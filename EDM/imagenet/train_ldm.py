@@ -27,7 +27,6 @@ from EDM.tdsm.transition import clean_posterior, load_transition
 from shared import distributed
 from shared.cli import Choice, Flag, Float, Int, Option, Text, UserError, run_main
 from shared.training.precision import default_precision
-from TorchSSL.encoders.encoder import open_encoder
 
 MACHINE = (
     Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if there is one", metavar="NAME"),
@@ -88,6 +87,8 @@ def main(doc: str = __doc__, schedule_of: Callable[[Config], Schedule] = lambda 
         posterior = clean_posterior(load_transition(options.transition, net.none_label))
     aligned = targets = None
     if options.repa:
+        from TorchSSL.encoders.encoder import open_encoder  # takes timm's time to import
+
         encoder = open_encoder(options.repa)
         side = config.nnet.img_size // config.nnet.patch_size
         targets = Targets(training_images(config), encoder, config.resolution, side, len(latents), world.device,

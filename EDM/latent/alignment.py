@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from shared.cli import UserError
 from shared.data.parallel import cores
 from shared.data.photographs import MEAN, STD, PhotographSet
 from shared.training.precision import autocast
-from TorchSSL.encoders.encoder import Encoder
 
 HIDDEN = 2048  # units of the projector's layers
 USUAL_BLOCK = 7  # the eighth, as published
@@ -44,11 +44,11 @@ class Aligned(nn.Module):
 class Targets:
     """The encoder's patch tokens of the images behind rows of latents.
 
-    side: of the diffusion model's grid of tokens, to which the encoder's is resized. weight: of the alignment in the
-    loss. rows: number of latents.
+    encoder: see TorchSSL/encoders/encoder.py. side: of the diffusion model's grid of tokens, to which the encoder's is
+    resized. weight: of the alignment in the loss. rows: number of latents.
     """
 
-    def __init__(self, photographs: PhotographSet, encoder: Encoder, resolution: int, side: int, rows: int,
+    def __init__(self, photographs: PhotographSet, encoder: Any, resolution: int, side: int, rows: int,
                  device: torch.device, weight: float = 0.5) -> None:
         self.photographs, self.encoder, self.resolution, self.side = photographs, encoder, resolution, side
         self.weight = weight
