@@ -27,6 +27,7 @@
 #   --data-dir DIR          folder of the published data sets [TorchSSL/data]
 #   --out DIR               put everything below DIR [runs/imagenet_...; imagenet: the published folders]
 #   --encoder-args "..."    further flags of train_msn.py
+#   --stage2-args "..."     further flags of train_ldm.py, such as "--repa=ENCODER"
 #   --config-args "..."     settings of all stages, such as "--config.train.n_steps=20000 --config.sample.scale=0.2"
 #   --overwrite             make anew what other settings or inputs have made
 #   --verbose               show what the programs print; otherwise it is in logs/ beside the report
@@ -35,7 +36,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 set -eo pipefail
 dataset=digits config="" labels="" encoder="" images_per_class="" seed=1 seeds=1 controls="" gpus="" stages=1,2,3
-data_dir="" out="" encoder_args="" config_args="" overwrite=""
+data_dir="" out="" encoder_args="" stage2_args="" config_args="" overwrite=""
 source "$root/shared/stages.sh"
 read_options "$root/run_imagenet.sh" "$@"
 set --
@@ -47,6 +48,7 @@ for option in images-per-class seeds gpus; do
 done
 [[ $stages =~ ^[123](,[123])*$ ]] || fail "--stages: expected some of 1,2,3 separated by commas, got '$stages'"
 split encoder-args "$encoder_args" && more_msn=("${words[@]}")
+split stage2-args "$stage2_args" && more2=("${words[@]}")
 split config-args "$config_args" && settings=("${words[@]}")
 for word in "${settings[@]}"; do
     [[ $word == --config.*=* ]] || fail "--config-args: expected --config.KEY=VALUE, got $word"
@@ -127,7 +129,7 @@ stage_2() {
     step latents "$here" "Stage 2: latents of all training images"
     run "${launch[@]}" "${scripts}extract_imagenet_features_semi.py" "${given[@]}" "${anew[@]}"
     step "diffusion model" "$here" "Train the diffusion model on the pseudo-labels"
-    run "${launch[@]}" "${scripts}train_ldm$discrete.py" "${given[@]}" "${anew[@]}"
+    run "${launch[@]}" "${scripts}train_ldm$discrete.py" "${given[@]}" "${more2[@]}" "${anew[@]}"
     step "generated images" "$here" "Draw images of every class"
     run "${launch[@]}" "${scripts}sample_ldm${discrete}_all.py" "${given[@]}" --output_path=log/sample_log "${anew[@]}"
 }
