@@ -13,6 +13,7 @@ from typing import Any
 
 from shared.cli import Choice, Option, UserError, parse, run_main
 from shared.report.plots import Panel, curves
+from shared.training.files import check_writable
 
 PANELS = {"recall": "Recall of pseudo-labels", "precision": "Precision of pseudo-labels", "accuracy": "Test accuracy"}
 FLAGS = (
@@ -25,6 +26,7 @@ FLAGS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__, FLAGS, argv)
+    check_writable(options.out, "--out")
     runs = {Path(run).resolve().name: read_run(Path(run), options.kind) for run in options.runs}
     panels = {title: Panel({run: (range(len(values[name])), values[name]) for run, values in runs.items()
                             if name in values}, "class, most frequent first", "%", percent=True)

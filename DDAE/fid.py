@@ -22,7 +22,7 @@ from EDM.metrics.detectors import load_detector
 from EDM.metrics.features import extract, full_precision, read_reference, score
 from shared import cli, distributed
 from shared.cli import Flag, Int, Option, Text, less_memory, run_main
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, check_writable, make_dir
 
 FLAGS = (
     *SAMPLER,
@@ -42,6 +42,8 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
 @less_memory("--batch")
 def main() -> None:
     options = parse()
+    if options.json:
+        check_writable(options.json, "--json")
     config = read_config(options.config, options.set)
     world = distributed.start(options.device)
     sampler, epoch, settings = make_sampler(config, options, world)

@@ -32,7 +32,7 @@ from EDM.metrics.sources import FileImages, GeneratedImages
 from EDM.training.published import local_file
 from shared.cli import Flag, Int, Option, UserError, less_memory, parse, run_main
 from shared.distributed import World, on_main, start, stop
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, check_writable, make_dir
 from shared.training.record import Record
 
 METRICS = MetricNames({
@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(flags: SimpleNamespace) -> None:
     """Settle where the images come from; raise UserError for flags that contradict each other."""
+    if flags.json_file is not None:
+        check_writable(flags.json_file, "--json")
     if (flags.images is None) == (flags.network is None):
         raise UserError("give either --images or --network")
     if flags.images is not None:

@@ -21,7 +21,7 @@ from shared.cli import Choice, Flag, Float, Int, IntList, Option, UserError, les
 from shared.data.images import ImageSet
 from shared.data.writers import PngWriter
 from shared.distributed import barrier, on_main, start, stop
-from shared.training.files import taken
+from shared.training.files import check_writable, taken
 from shared.training.progress import Progress
 from shared.training.randomness import split_batches
 
@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(__doc__, FLAGS, argv)
     flags.seeds = distinct(flags.seeds)
     check(flags)
+    if flags.grid is not None:
+        check_writable(flags.grid, "--grid")
     generate(flags)
 
 

@@ -31,7 +31,7 @@ from shared.cli import Choice, Flag, Int, Option, Text, UserError, less_memory, 
 from shared.cli import parse as parse_flags
 from shared.data.pool import Pool
 from shared.training.checkpoint import read_checkpoint
-from shared.training.files import atomic
+from shared.training.files import atomic, check_writable
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.progress import Progress
 from shared.training.randomness import numpy_rng
@@ -78,6 +78,7 @@ def main() -> None:
     dest, used = Path(options.dest), folder / INDEX_FILE
     if dest.name == options.dest:
         dest = folder / dest
+    check_writable(dest, "--dest")
     record = Record(dest, {name: getattr(options, name) for name in ("method", "held_out", "views", "seed",
                                                                      *PREDICTED_BY)},
                     {"--load_path": options.load_path, "--held_out_idx": options.held_out_idx,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from shared.cli import Option, Text, UserError, less_memory, run_main
 from shared.cli import parse as parse_flags
-from shared.training.files import atomic
+from shared.training.files import atomic, check_writable, make_dir
 from TorchSSL.core.evaluation import confusion_matrix, confusion_text, metrics, predict_split
 from TorchSSL.core.options import NETWORK, PREDICTION
 
@@ -29,12 +30,15 @@ def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
 @less_memory("--batch_size")
 def main() -> None:
     options = parse()
+    if options.json is not None:
+        check_writable(options.json, "--json")
     logits, images = predict_split(options, "test")
     if images.labels.min() < 0 or images.labels.max() >= logits.shape[1]:
         raise UserError(f"{options.dataset}: every test image needs a label in 0..{logits.shape[1] - 1}")
     found = metrics(logits, torch.from_numpy(images.labels), auc=True)
     counts = confusion_matrix(images.labels, logits.argmax(1).numpy(), logits.shape[1])
     if options.json is not None:
+        make_dir(Path(options.json).absolute().parent)
         with atomic(options.json, "w") as file:
             json.dump({**found, "confusion_matrix": counts.tolist(), "classes": list(images.classes),
                        "images": len(images), "load_path": options.load_path}, file, indent=1)

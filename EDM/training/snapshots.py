@@ -18,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from EDM.training.networks import PRECONDITIONERS
 from EDM.training.published import Record, describe, is_plain, local_file, read_pickle, read_zip
@@ -60,15 +62,43 @@ class Snapshot:
         """Return the network in eval mode, float32 on the CPU, without gradients. Raises UserError; see `expect`."""
         self.expect(networks, what)
         try:
+            with torch.device("meta"), at_most(self.state_dict, self.source):  # before any memory is taken
+                networks[self.class_name](**self.init_kwargs)
             with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
                 net = networks[self.class_name](**self.init_kwargs)
-        except (UserError, TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
+        except UserError:
+            raise
+        except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
             raise UserError(f"{self.source}: no {self.class_name} can be made from its constructor arguments "
                             f"({error})") from None
         load_weights(net, self.state_dict, self.source)
         net.loss_kwargs = dict(self.loss_kwargs)  # says of a denoiser whether it was trained from noisy labels
         net.dataset_kwargs = dict(self.dataset_kwargs)  # says which classes occurred
         return net.eval().requires_grad_(False)
+
+
+@contextmanager
+def at_most(tensors: Mapping[str, torch.Tensor], source: str) -> Iterator[None]:
+    """Raise UserError as soon as a network that is built in this context is far larger than the tensors for it.
+
+    What is a little larger gets through, to `load_weights`, which names the difference.
+    """
+    left = {"tensors": 100 + 2 * len(tensors),
+            "numbers": 1_000_000 + 2 * sum(tensor.numel() for tensor in tensors.values())}
+
+    def count(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None:
+            left["tensors"] -= 1
+            left["numbers"] -= parameter.numel()
+            if min(left.values()) < 0:
+                raise UserError(f"{source}: snapshot of another network, its constructor arguments describe a far larger "
+                                f"one than its {len(tensors)} tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load_weights(net: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str, *,

@@ -23,7 +23,7 @@ from markupsafe import Markup, escape
 from shared.cli import Option, UserError, parse, run_main
 from shared.report.plots import svg_chart
 from shared.report.table_report import TINY, about, grids, hardware_text
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, check_writable, make_dir
 from shared.training.progress import duration
 
 FLAGS = (
@@ -251,6 +251,7 @@ def data_address(data: bytes, kind: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__, FLAGS, argv)
+    check_writable(options.out, "--out")
     folders = [Path(folder).resolve() for folder in options.runs]
     text = build(folders, options.title or ", ".join(dict.fromkeys(folder.name for folder in folders)))
     make_dir(Path(options.out).parent)

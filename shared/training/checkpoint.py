@@ -35,12 +35,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any], keep_former: bool =
     keep_former: False for a damaged one, which must not replace a good previous file. Raises OSError on a full disk.
     """
     with atomic(path, previous=previous_path(path) if keep_former else None) as file:
-        try:
-            torch.save(dict(content), file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # what PyTorch's writer failed of
-                raise error.__context__ from None
-            raise
+        torch.save(dict(content), file)
 
 
 def is_readable(path: Path) -> bool:

@@ -46,16 +46,37 @@ def atomic(path: str | os.PathLike, mode: str = "wb", previous: str | os.PathLik
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if not isinstance(error, OSError):
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            error = error.__context__  # what PyTorch's writer failed of
+        elif not isinstance(error, OSError):
             raise
         if error.errno in NO_SUCH_PLACE and error.filename == str(temporary):
             raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
         error.filename = error.filename or str(path)  # a failed write does not say of what
-        raise
+        raise error from None
     if os.name != "nt":  # make the renames last through a power cut; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def check_writable(path: str | os.PathLike, flag: str) -> None:
+    """Raise UserError, naming `flag`, for a path that no file can be written to; before the work for it is done.
+
+    Folders that are missing above it do not matter: `make_dir` makes them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag}: {path} is a folder; give the name of a file")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    trial = folder / f".{path.name[:100]}.{os.getpid()}.tmp"
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"{flag}: cannot write {path}: {error.strerror}; choose another place") from None
 
 
 def _open_claimed(path: Path, mode: str, encoding: str | None) -> IO:
@@ -63,9 +84,9 @@ def _open_claimed(path: Path, mode: str, encoding: str | None) -> IO:
     while True:
         file = open(path, mode, encoding=encoding)
         claim(file.fileno())
-        if _is_at(file, path):
+        if path.exists():
             return file
-        file.close()  # swept since it was opened
+        file.close()  # swept before it was locked
 
 
 def claim(descriptor: int, wait: bool = True) -> bool:

@@ -5,6 +5,7 @@ import json
 import random
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ import torch
 from EDM.training import snapshots
 from EDM.training.networks import EDMPrecond
 from EDM.training.published import Record, describe, is_plain
-from EDM.training.snapshots import FORMAT, load_network, load_training_state, read_snapshot, save_snapshot
+from EDM.training.snapshots import (
+    FORMAT,
+    load_network,
+    load_training_state,
+    read_snapshot,
+    save_snapshot,
+    write_snapshot,
+)
 from shared.cli import UserError
 from tests.edm.published_form import write_published
 from tests.shared.programs import PLAIN_NAMES, assert_same, doubled, pickled_names
@@ -135,6 +143,16 @@ def test_what_unfolds_without_end_is_refused(net: EDMPrecond, tmp_path: Path) ->
         module.state = dict(_init_kwargs={}, **wrong)
         with pytest.raises(UserError):
             describe(module, "x")
+
+
+@pytest.mark.parametrize("claim", [{"num_blocks": 1_000_000}, {"model_channels": 1_000_000},
+                                   {"channel_mult": [1] * 100_000}, {"img_channels": 1 << 40}], ids=str)
+def test_a_network_far_larger_than_its_tensors_is_not_built(net: EDMPrecond, tmp_path: Path, claim: dict) -> None:
+    save_snapshot(tmp_path / "x.pkl", net)
+    honest = read_snapshot(tmp_path / "x.pkl")
+    write_snapshot(tmp_path / "x.pkl", replace(honest, init_kwargs={**honest.init_kwargs, **claim}))
+    with pytest.raises(UserError, match=r"x\.pkl: .*(far larger|no EDMPrecond can be made)"):
+        load_network(tmp_path / "x.pkl")
 
 
 def test_snapshots_name_nothing_but_tensors(net: EDMPrecond, tmp_path: Path) -> None:
