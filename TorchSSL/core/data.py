@@ -28,7 +28,7 @@ from shared.augment.views import (
 from shared.cli import UserError
 from shared.data.classes import LABEL_FILE, are_numbers, class_folders
 from shared.data.datasets import has_split, load_dataset
-from shared.data.images import ImageSet, UnequalSizes, iterate, read_images, shape_text
+from shared.data.images import ImageSet, UnequalSizes, iterate, read_images, shape_text, with_names
 from shared.data.images import channel_statistics as measured_statistics
 from shared.data.photographs import EVAL_SIDE, PhotographSet, list_imagenet, list_photographs
 from shared.data.pool import PhotographPool, Pool, make_pool
@@ -87,8 +87,10 @@ class TrainingData:
 
 def load_training_data(options: SimpleNamespace, folder: Path) -> TrainingData:
     """Read and check the data sets of `options`; nothing is written. folder: of the run, with an earlier split."""
-    pool, unlabeled = load_pools(options.dataset, options.data_dir, options.download)
+    pool, unlabeled = load_pools(options.dataset, options.data_dir, options.download, options.labels)
     test = load_split(options.dataset, "test", options.data_dir, options.download)
+    if options.labels is not None and pool.classes:
+        test = with_names(test, pool.classes, options.dataset)
     num_classes = count_classes(options, pool)
     if (test.channels, test.size) != (pool.channels, pool.size):
         raise UnequalSizes(f"{options.dataset}: test images are {shape_text(test)}, training images {shape_text(pool)}")
@@ -110,18 +112,22 @@ def load_training_data(options: SimpleNamespace, folder: Path) -> TrainingData:
     return TrainingData(labeled, unlabeled, test, index, num_classes, mean, std, notes, validation)
 
 
-def load_split(dataset: str, split: str, data_dir: str, download: bool) -> ImageSet | PhotographSet:
-    """Return one split of a data set; the photographs of ImageNet stay on the disk."""
-    return list_imagenet(data_dir, split) if dataset == "imagenet" else load_dataset(dataset, split, data_dir, download)
+def load_split(dataset: str, split: str, data_dir: str, download: bool,
+               table: str | None = None) -> ImageSet | PhotographSet:
+    """Return one split of a data set; the photographs of ImageNet stay on the disk. table: a CSV of its labels."""
+    if dataset == "imagenet" and table is None:
+        return list_imagenet(data_dir, split)
+    return load_dataset(dataset, split, data_dir, download, table)
 
 
-def load_pools(dataset: str, data_dir: str, download: bool) -> tuple[ImageSet | PhotographSet, ...]:
+def load_pools(dataset: str, data_dir: str, download: bool,
+               table: str | None = None) -> tuple[ImageSet | PhotographSet, ...]:
     """Return (images that labels are drawn from, unlabelled images) of a data set; the second contains the first.
 
     SVHN: both are the training set followed by the extra one. STL-10, and own images with an `unlabeled` part: labels
     come from the training images; the unlabelled pool is the unlabelled images followed by those.
     """
-    train = load_split(dataset, "train", data_dir, download)
+    train = load_split(dataset, "train", data_dir, download, table)
     if dataset == "svhn":
         train = train.concatenate(load_dataset(dataset, "extra", data_dir, download))
     if has_split(dataset, "unlabeled"):

@@ -64,6 +64,8 @@ COMMON = {
                "labels, only to choose an iteration by (result.json: best_on_validation)"),
         Option("--label_idx", Text, None, "take the labelled images from this .npy file of indices (for example "
                "another run's sampled_label_idx.npy) in place of drawing them"),
+        Option("--labels", Text, None, "CSV of the columns file and label, such as label_these.csv filled in: labels "
+               "of own training images (default: labels.csv in their folder or beside it, else the class folders)"),
         Option("--label_table", Bool, True, "CIFAR-10 with 10 labels: take the published sets (seeds 0 to 7)"),
         Option("--download", Flag, False, "fetch a published data set that is not in --data_dir"),
         Option("--train_sampler", Choice("RandomSampler"), "RandomSampler", "uniform draws with replacement"),
@@ -103,7 +105,7 @@ COMMON = {
         Option("--compile", Choice("auto", "True", "False"), "auto", "torch.compile the network; auto: on GPUs"),
         Option("--strict", Flag, False, "the paper's arithmetic step for step: fp32 without TF32, deterministic "
                "kernels, nothing compiled or fused"),
-        Option("--device", Text, None, "cpu, cuda, cuda:1 or mps (default: the GPUs, if there are any)"),
+        Option("--device", Text, None, "cpu, cuda or cuda:1 (default: the GPUs, if there are any)"),
     ),
     "processes": (
         Option("--world-size --world_size", Int(1), 1, "machines"),
@@ -125,7 +127,7 @@ PREDICTION = (
     Option("--dataset -ds", Text, "cifar10", "name or path, as in the training"),
     Option("--num_classes -nc", Int(1), 10, "classes"),
     Option("--download", Flag, False, "fetch a published data set that is not in --data_dir"),
-    Option("--device", Text, None, "cpu, cuda, cuda:1 or mps (default: a GPU, if there is one)"),
+    Option("--device", Text, None, "cpu, cuda or cuda:1 (default: a GPU, if there is one)"),
 )
 
 # Options that decide about predictions, besides the content of the files.
@@ -185,7 +187,7 @@ def method_config(options: SimpleNamespace) -> dict[str, Any]:
 
 def paths_in(options: SimpleNamespace) -> tuple[str, ...]:
     """Return the options that name files and folders, of which the content counts (see `input_fingerprints`)."""
-    return ("aug_path", "aug_filter") if options.dataset in NAMES else ("aug_path", "aug_filter", "dataset")
+    return ("aug_path", "aug_filter") if options.dataset in NAMES else ("aug_path", "aug_filter", "dataset", "labels")
 
 
 def relaunch(options: SimpleNamespace, gpus: int) -> None:

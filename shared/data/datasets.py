@@ -41,7 +41,7 @@ STL10_COUNTS = {"train": 5_000, "test": 8_000, "unlabeled": 100_000}
 
 
 def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = "./data",
-                 download: bool = False) -> ImageSet:
+                 download: bool = False, table: str | Path | None = None) -> ImageSet:
     """Return one split of a data set: train, test, extra (svhn) or unlabeled (stl10, a user's own).
 
     A name (see NAMES; `./NAME` means a path) reads the files below `data_dir` where torchvision keeps them, the CIFAR
@@ -54,6 +54,8 @@ def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = ".
     test_images; a CIFAR folder or archive. A folder, ZIP or npz without such parts is all training set. Labels of the
     test images are those of the training images' classes of the same name.
 
+    table: a CSV of the labels of an own set, in place of those that lie with it.
+
     Images are decoded once, then opened from the cache in milliseconds (shared/data/cache.py). Raises UserError if the
     files are missing, damaged, hostile or without that split.
     """
@@ -62,7 +64,9 @@ def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = ".
         if not path.exists():
             raise UserError(f"{name}: neither a data set ({', '.join(NAMES)}) nor a folder or file"
                             f"{nearest(name, NAMES)}")
-        return _own(path, split)
+        return _own(path, split, table)
+    if table is not None:
+        raise UserError(f"{table}: labels are for own images; {name} has its own")
     if split not in SPLITS[name]:
         raise UserError(f"{name} has no split {split!r}, only {', '.join(SPLITS[name])}")
     if name == "digits":
@@ -135,7 +139,7 @@ def _download(name: str, split: str, data_dir: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------- the user's own set
 
-def _own(path: Path, split: str) -> ImageSet:
+def _own(path: Path, split: str, table: str | Path | None) -> ImageSet:
     layout = layout_of(path)
     if layout is not None:
         return _cifar(path, layout, split, path.name)
@@ -143,7 +147,7 @@ def _own(path: Path, split: str) -> ImageSet:
     train, train_prefix = _part(path, "train") if split == "test" else (None, "")
     # The class names of the training images decide what the test images' labels mean.
     classes = None if train is None else own_classes(train, train_prefix)
-    images = read_images(part, part=prefix, classes=classes or None)
+    images = read_images(part, part=prefix, classes=classes or None, table=table)
     return ImageSet(images.images, images.labels, images.classes, f"{path.stem} {split}", images.vectors)
 
 

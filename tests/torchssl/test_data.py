@@ -200,3 +200,19 @@ def test_picture_modes_are_kept_apart() -> None:
     _, data = data_of("--dataset=set", "--num_labels=2", "--aug_path=extra")
     first = np.asarray(Image.open("extra/0/000000.png"))
     assert (data.labeled.images[2] == first).all() and data.labeled.channels == 3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_labels_from_a_list_that_was_filled_in(tmp_path: Path) -> None:
+    """Four images of 20 have a label; the others are the unlabelled pool; the test images are matched by name."""
+    for name in [*(f"train/{number:02d}" for number in range(20)), "test/owl/1", "test/cat/1"]:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), len(name)).save(tmp_path / "set" / f"{name}.png")
+    rows = "".join(f"train/{number:02d}.png,{number},{('owl', 'cat')[number % 2] if number < 4 else ''}\n"
+                   for number in range(20))
+    (tmp_path / "label_these.csv").write_text(f"file,rank,label\n{rows}")
+    options = freematch.parse([f"--dataset={tmp_path}/set", f"--labels={tmp_path}/label_these.csv", "--num_labels=0"])
+    data = load_training_data(options, tmp_path / "run")
+    assert data.labeled_index.tolist() == [0, 1, 2, 3] and data.labeled.labels.tolist() == [1, 0, 1, 0]
+    assert len(data.unlabeled) == 20 and data.unlabeled.classes == data.test.classes == ("cat", "owl")
+    assert data.test.labels.tolist() == [0, 1]
