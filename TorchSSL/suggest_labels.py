@@ -264,7 +264,7 @@ def choose(images: Images, labeled: np.ndarray, options: SimpleNamespace) -> Cho
 
 def cluster(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Return the k-means cluster of each row, int [N]."""
-    count = min(count, len(np.unique(rows, axis=0)))
+    count = min(count, len(rows))
     method = KMeans(count, n_init=10, random_state=seed) if count <= FEW_CLUSTERS else \
         MiniBatchKMeans(count, n_init=3, batch_size=5000, random_state=seed)
     return method.fit_predict(rows)
@@ -277,7 +277,7 @@ def typical(rows: np.ndarray, clusters: np.ndarray, labeled: np.ndarray, budget:
     """
     scores = np.zeros(len(rows))
     sizes = np.bincount(clusters)
-    for number in range(len(sizes)):
+    for number in np.unique(clusters):
         inside = np.flatnonzero(clusters == number)
         count = min(neighbours + 1, len(inside))  # an image is its own neighbour
         distances = NearestNeighbors(n_neighbors=count).fit(rows[inside]).kneighbors(rows[inside])[0]
