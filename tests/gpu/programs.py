@@ -29,24 +29,24 @@ class Program:
     waits: int = 0
 
 
-def torchssl(name: str, *flags: str, slow: bool = True) -> Program:
+def torchssl(name: str, *flags: str, slow: bool = True, compiled: bool = False) -> Program:
     config = ROOT / "TorchSSL" / "config" / name / f"{name}_digits_40_0.yaml"
     return Program(f"TorchSSL/{name}.py", lambda folder, steps: [
         f"--c={config}", f"--num_train_iter={steps}", "--num_eval_iter=1000", "--num_save_iter=1000",
-        "--compile=False", f"--save_dir={folder}", *flags], slow)
+        f"--compile={compiled}", f"--save_dir={folder}", *flags], slow)
 
 
 def train_edm(*flags: str, slow: bool = True) -> Program:
     def args(folder: Path, steps: int) -> list[str]:
         edm.write_set(folder / "tiny.zip")
-        return [*EDM, f"--duration={16 * steps / 1e6}", *flags]
+        return [*EDM, f"--duration={16 * steps / 1e6}", "--compile=False", *flags]
     return Program("EDM/train.py", args, slow)
 
 
-def train_ddae(slow: bool = True, **changes: object) -> Program:
+def train_ddae(slow: bool = True, compiled: bool = False, **changes: object) -> Program:
     def args(folder: Path, steps: int) -> list[str]:
         ddae.write_config(folder, n_epoch=steps, n_sample=2, **changes)
-        return ["--config=tiny.yaml", f"--steps={steps}"]
+        return ["--config=tiny.yaml", f"--steps={steps}", f"--compile={compiled}"]
     return Program("DDAE/train.py", args, slow)
 
 
@@ -98,6 +98,7 @@ def with_wait(program: Program) -> Program:
 
 PROGRAMS = {
     "freematch": torchssl("freematch", slow=False),
+    "freematch, compiled": torchssl("freematch", compiled=True),
     "vat": torchssl("vat", slow=False),
     "remixmatch": torchssl("remixmatch", slow=False),
     **{name: torchssl(name) for name in (
@@ -108,7 +109,9 @@ PROGRAMS = {
     "edm, ncsnpp": train_edm("--arch=ncsnpp"),
     "latent diffusion": train_ldm("train_ldm", latent_runs.LARGE, slow=False),
     "latent diffusion, discrete": train_ldm("train_ldm_discrete", latent_runs.HUGE),
+    "edm, compiled": train_edm("--augment=0.12", "--compile=True"),
     "ddae": train_ddae(slow=False),
+    "ddae, compiled": train_ddae(compiled=True),
     "ddae, ddpm": train_ddae(**ddae.DDPM),
     "linear": evaluate_ddae("linear", "--steps={steps}"),
     "noisy classifier": evaluate_ddae("noisy_classifier_DDAE"),
