@@ -131,7 +131,6 @@ def prepared(images: Images, blocks: Sequence[int], classifier: Classifier, opti
     """Return (positions, uint8 [n, C, H, W], positions that cannot be read) of blocks; all but the last are whole."""
     positions = [position for block in blocks
                  for position in range(block * BLOCK, min((block + 1) * BLOCK, len(images)))]
-    resize, bad = options.resize, set()
 
     def make(position: int, content: bytes | np.ndarray) -> np.ndarray | None:
         try:
@@ -141,7 +140,7 @@ def prepared(images: Images, blocks: Sequence[int], classifier: Classifier, opti
                 raise UserError(f"{error}; leave such images out with --skip_bad") from None
             warnings.warn(f"{error}; it gets no class", stacklevel=2)
             return None
-        return classifier.prepare(image, f"{images.path}/{images.names[position]}", resize)
+        return classifier.prepare(image, f"{images.path}/{images.names[position]}", options.resize)
 
     made = list(threads.map(make, positions, images.read(positions)))
     bad = {position for position, pixels in zip(positions, made, strict=True) if pixels is None}
