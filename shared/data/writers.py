@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +160,12 @@ def whole_folder(dest: Path, problem: str = "the folder must be empty") -> Itera
         mask = os.umask(0)
         os.umask(mask)
         folder.chmod(0o777 & ~mask)
-        if dest.exists():
+        with suppress(OSError):
             dest.rmdir()
-        os.rename(folder, dest)
+        try:
+            os.rename(folder, dest)
+        except OSError:
+            raise UserError(f"{problem}: {dest}, which another process has filled meanwhile") from None
     finally:
         os.close(sign)
         shutil.rmtree(folder, ignore_errors=True)
