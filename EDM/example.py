@@ -39,7 +39,7 @@ FLAGS = (
     Option("--outdir", default=".", metavar="DIR", help="where to save the PNGs"),
     Option("--seed", Int(0), 0, "random seed"),
     Option("--steps", Int(1), None, "sampling steps", default_help="by the preset"),
-    Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps", default_help="a GPU if there is one"),
+    Option("--device", metavar="NAME", help="cpu, cuda or cuda:N", default_help="a GPU if there is one"),
 )
 
 
@@ -87,7 +87,7 @@ def draw_grid(network: str, name: str, folder: Path, seed: int, device: torch.de
         drawn = torch.randint(trained.draws_from, shape[:1], generator=random, device=device)
         labels = trained.inputs(trained.chosen(drawn), device)
 
-    model, dtype = denoiser(net, labels), torch.float32 if device.type == "mps" else torch.float64
+    model, dtype = denoiser(net, labels), torch.float64
     bar = Progress(f"sampling {name}", 2 * settings["num_steps"] - 1, "calls")
 
     def counted(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ class World:
 def start(device: str | None = None) -> World:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone without a process group.
 
-    `device`: "cpu", "cuda", "cuda:1", "mps" or None for a GPU where there is one. Raises UserError when a machine has
+    `device`: "cpu", "cuda", "cuda:1" or None for a GPU where there is one. Raises UserError when a machine has
     fewer GPUs than processes on it, or the device asked for is absent.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -90,9 +90,9 @@ def _device(asked: str | None, local_rank: int, local_size: int) -> torch.device
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise UserError(f"unknown device {asked!r}: expected cpu, cuda, cuda:N or mps") from None
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device mps was asked for, but this machine has none")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {asked!r}: expected cpu, cuda or cuda:N")
     if device.type != "cuda":
         return device
     if device.index is not None and local_size == 1:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shared.cli import UserError
+from shared.training.precision import to_device
 
 BASE_STEPS = 1000
 Model = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, ...], base step int64 [N]) -> [N, 2C, ...]: noise, variance
@@ -85,7 +86,7 @@ class SpacedDiffusion:
 
     def predict(self, model: Model, x: Tensor, t: Tensor, clip: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return (mean, log variance of p(x_{t-1} | x_t), predicted x0), all of the shape of x."""
-        out = model(x, torch.from_numpy(self.timestep_map).to(t.device)[t])
+        out = model(x, to_device(self.timestep_map, t.device)[t])
         return self._moments(out, x, t, clip)
 
     def _moments(self, out: Tensor, x: Tensor, t: Tensor, clip: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +107,7 @@ class SpacedDiffusion:
         The bound trains the variance alone: the noise inside it has no gradient.
         """
         x = self.q_sample(x0, t, noise)
-        out = model(x, torch.from_numpy(self.timestep_map).to(t.device)[t])
+        out = model(x, to_device(self.timestep_map, t.device)[t])
         predicted, variance = out.chunk(2, dim=1)
         mean, log_variance, _ = self._moments(torch.cat([predicted.detach(), variance], dim=1), x, t, clip=False)
         truth, true_log_variance = self._posterior_mean(x0, x, t), _at(self.posterior_log_variance, t, x)
@@ -159,4 +160,4 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
 
 def _at(table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
     """Return table[t] as float32, shaped to multiply `like`."""
-    return _wide(torch.from_numpy(table).to(t.device)[t].float(), like)
+    return _wide(to_device(table, t.device)[t].float(), like)

@@ -30,7 +30,7 @@ from shared.distributed import World
 from shared.training.arrays import rank_part
 from shared.training.fingerprint import fingerprints
 from shared.training.log import Log
-from shared.training.precision import autocast
+from shared.training.precision import autocast, to_device
 from shared.training.progress import progress
 from shared.training.randomness import numpy_rng, torch_rng
 from shared.training.run import Run
@@ -104,13 +104,13 @@ def random_copies(net: DiT, latents: Latents, size: int, options: SimpleNamespac
         items = numpy_rng(seed, epoch, "order").permutation(count)[place * size:(place + 1) * size]
         copies = numpy_rng(seed, step, "copies").integers(len(latents.copies), size=len(items))
         part = rank_part(len(items), world)
-        codes = torch.from_numpy(latents.take(copies[part], items[part])).to(device)
+        codes = to_device(latents.take(copies[part], items[part]), device)
 
         def noise(time: int) -> Tensor:
             rng = torch_rng(seed, step, f"noise {time}", device)
             return torch.randn(len(items), *codes.shape[1:], generator=rng, device=device)[part]
 
-        labels = torch.from_numpy(latents.labels[items[part]]).to(device)
+        labels = to_device(latents.labels[items[part]], device)
         return probe_features(net, codes, noise, options), labels, len(codes) / len(items)
 
     return examples
@@ -122,9 +122,9 @@ def test_examples(net: DiT, latents: Latents, options: SimpleNamespace, world: W
     part = rank_part(len(latents), world)
     for start in progress(range(part.start, part.stop, options.batch_size), "test", unit="batches", shown=world.main):
         items = np.arange(start, min(start + options.batch_size, part.stop))
-        codes = torch.from_numpy(latents.take(np.zeros_like(items), items)).to(world.device)
+        codes = to_device(latents.take(np.zeros_like(items), items), world.device)
         noise = item_noise(options.seed, items, codes.shape[1:], "test noise").to(world.device)
-        labels = torch.from_numpy(latents.labels[items]).to(world.device)
+        labels = to_device(latents.labels[items], world.device)
         yield probe_features(net, codes, lambda time, noise=noise: noise, options), labels
 
 

@@ -33,7 +33,7 @@ from shared.report.plots import image_grid
 from shared.training.arrays import fill_arrays
 from shared.training.files import atomic, make_dir, taken
 from shared.training.fingerprint import fingerprint_arrays
-from shared.training.precision import autocast
+from shared.training.precision import autocast, to_device
 from shared.training.randomness import numpy_rng
 from shared.training.record import Record
 
@@ -148,7 +148,7 @@ def show(vae: nn.Module, images: Tensor, codes: np.ndarray, folder: Path, split:
     """Write the first images and what the VAE makes of their codes, to look at."""
     images = images[:DEBUG_IMAGES]
     with torch.no_grad():
-        decoded = vae.decode(torch.from_numpy(codes[:DEBUG_IMAGES]).to(images.device) / SCALE).sample / 2 + 0.5
+        decoded = vae.decode(to_device(codes[:DEBUG_IMAGES], images.device) / SCALE).sample / 2 + 0.5
     for kind, shown in (("original", images), ("reconstruct", decoded)):
         pixels = to_uint8(shown.float()).cpu().numpy()
         image_grid({f"{split} {row // 8}": pixels[row:row + 8] for row in range(0, len(pixels), 8)},

@@ -183,7 +183,7 @@ MACHINE = (
     Option("--local_rank --local-rank", Int(), -1, hidden=True),
     Option("--use_amp", Flag, False, "mixed precision: bf16 if the device has it, else fp16"),
     Option("--precision", Choice("fp32", "bf16", "fp16"), None, "of the network; overrules --use_amp  [fp32]"),
-    Option("--device", Text, None, "cpu, cuda, cuda:N or mps  [a GPU if there is one]", metavar="NAME"),
+    Option("--device", Text, None, "cpu, cuda or cuda:N  [a GPU if there is one]", metavar="NAME"),
 )
 DATA = (
     Option("--data_dir", Text, "./data", "folder of the data sets", metavar="DIR"),
@@ -197,7 +197,7 @@ COMMON = (
 )
 GPUS = Option("--gpus", Int(1), None, "processes that batch_size and lrate are meant for  [as many as there are]")
 FAST = (
-    Option("--compile", Flag, False, "compile the network: slow to start, then faster"),
+    Option("--compile", Bool, None, "compile the network: slow to start, then faster  [train.py: on a GPU; else no]"),
     Option("--strict", Flag, False, "the published arithmetic: fp32 and no fast path"),
 )
 

@@ -254,17 +254,16 @@ class EDM:
         """Return images [N, C, H, W], float64 in about [0, 1] (not clamped), from standard normal `latents`.
 
         Heun's method with 2·steps - 1 calls. eta: each step between S_min and S_max first raises the noise level by the
-        factor 1 + (√2 - 1)·eta. mode is ignored. On Apple's GPUs, which have no float64, all is float32.
+        factor 1 + (√2 - 1)·eta. mode is ignored.
         """
         steps = steps or self.default_steps()
         sigmas = self.schedule(steps).tolist()
-        dtype = torch.float32 if latents.device.type == "mps" else torch.float64
-        x = latents.to(dtype) * sigmas[0]
+        x = latents.double() * sigmas[0]
         for step, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
             gamma = (math.sqrt(2) - 1) * eta if self.S_min <= sigma <= self.S_max else 0.0
             raised = sigma * (1 + gamma)
             if gamma > 0:
-                x = x + math.sqrt(raised**2 - sigma**2) * self.S_noise * noise(step).to(dtype)
+                x = x + math.sqrt(raised**2 - sigma**2) * self.S_noise * noise(step).double()
             slope = (x - self._denoised(net, x, raised)) / raised
             euler = x + (after - raised) * slope
             if step < steps - 1:

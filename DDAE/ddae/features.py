@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from DDAE.ddae.data import TrainBatches, item_noise
@@ -17,6 +16,7 @@ from DDAE.ddae.probe import Encoder, Examples
 from shared import distributed
 from shared.augment.views import draw_weak, shift_whole
 from shared.training.arrays import fill_arrays, rank_part
+from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
 
 
@@ -46,8 +46,8 @@ def stored_examples(encoder: Encoder, batches: TrainBatches, levels: Sequence[in
         everything = batches.items(step)
         items = everything[rank_part(len(everything), world)]
         device, stored = batches.pool.device, arrays[step // batches.per_epoch % copies]
-        features = {key: torch.from_numpy(array[items]).to(device) for key, array in stored.items()}
-        labels = batches.pool.labels[torch.from_numpy(items).to(device)]
+        features = {key: to_device(array[items], device) for key, array in stored.items()}
+        labels = batches.pool.labels[to_device(items, device)]
         return features, labels, len(items) / len(everything)
 
     return examples

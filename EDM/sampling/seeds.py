@@ -67,8 +67,7 @@ class SeedSampler:
         self.second = None if second is None else self._prepared(second, fast, compile)
         self.affine_weight = affine_weight
         self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        # Apple GPUs have no float64.
-        self.state_dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.state_dtype = torch.float64
         # Tried on a single number, so that settings that cannot work are reported before anything is made.
         self._run(lambda x, sigma: x, torch.zeros(1, 1, 1, 1, device=self.device), lambda step: torch.zeros(()))
 

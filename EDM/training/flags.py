@@ -70,8 +70,8 @@ RUNNING = (
     Option("--precision", Choice("fp32", "bf16", "fp16"), None,
            "arithmetic of the network", default_help="bf16 on a GPU that has it, else fp32; --fp16 overrules"),
     Option("--strict", Flag, False, "the published arithmetic: fp32 and no fast path"),
-    Option("--compile", Bool, None, "compile the network", default_help="no"),
-    Option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps", default_help="a GPU if there is one"),
+    Option("--compile", Bool, None, "compile the network", default_help="on a GPU, unless --strict"),
+    Option("--device", metavar="NAME", help="cpu, cuda or cuda:N", default_help="a GPU if there is one"),
     Option("--checkpoint-seconds", POSITIVE, 600.0, "time between two checkpoints", unit="s"),
 )
 

@@ -131,7 +131,7 @@ def launch(options: dict[str, Any], dataset: TrainingSet, make_method: Callable[
         options, inputs, is_new = prepared
         try:
             training_loop(options, dataset, world, make_method, inputs=inputs, precision=flags.arithmetic,
-                          strict=flags.strict, compiled=bool(flags.compile),
+                          strict=flags.strict, compiled=flags.compile,
                           checkpoint_seconds=flags.checkpoint_seconds)
         except UserError:
             nothing_trained = not glob.glob(os.path.join(glob.escape(options["run_dir"]), "*.p[tk]*"))

@@ -86,9 +86,8 @@ class Moments:
     """
 
     def __init__(self, device: torch.device) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
         self.count = 0
-        self.sums = torch.zeros(2, dtype=dtype, device=device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, count: int, sums: torch.Tensor) -> None:
         """Add `count` elements with `sums` [2]: their sum and the sum of their squares, any float dtype."""

@@ -30,7 +30,7 @@ from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA, half_life_beta, power_law_beta
 from shared.training.files import atomic
 from shared.training.log import Log
-from shared.training.precision import computed_on, default_precision, to_device
+from shared.training.precision import compiles, computed_on, default_precision, to_device
 from shared.training.randomness import torch_rng
 from shared.training.run import Run
 
@@ -47,6 +47,7 @@ class Denoising:
 
     networks: Mapping[str, Callable[..., torch.nn.Module]] = PRECONDITIONERS
     ema_buffers = "keep"
+    same_shapes = True  # of all that goes through the network, so that it is compiled once
 
     def __init__(self, options: Mapping[str, Any], dataset: TrainingSet, world: World) -> None:
         self.options, self.loss_kwargs = options, {}
@@ -91,12 +92,12 @@ class Denoising:
 def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World,
                   make_method: Callable[[Mapping[str, Any], TrainingSet, World], Denoising] = Denoising, *,
                   inputs: Mapping[str, Any] | None = None, precision: str | None = None, strict: bool = False,
-                  compiled: bool = False, checkpoint_seconds: float = 600.0) -> None:
+                  compiled: bool | None = None, checkpoint_seconds: float = 600.0) -> None:
     """Train as the published option dictionary says, and leave the published files in options["run_dir"].
 
     Continues from the folder's checkpoint, if there is one. inputs: see Run. precision: fp32, bf16, fp16 or None (see
-    `choose_precision`). strict: the published arithmetic, without fused or compiled operations. checkpoint_seconds:
-    time between two checkpoints.
+    `choose_precision`). strict: the published arithmetic, without fused or compiled operations. compiled: see
+    `compiles`. checkpoint_seconds: time between two checkpoints.
     """
     # Setup.
     device, folder = world.device, Path(options["run_dir"])
@@ -129,7 +130,7 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
     schedule = TickSchedule(batch_size, total_kimg, options["kimg_per_tick"], options["snapshot_ticks"],
                             options["state_dump_ticks"], run.state["start_nimg"])
     model = distributed.data_parallel(net, world)
-    if compiled:
+    if compiles(compiled, device, strict or not method.same_shapes):
         net.model.compile()
     batches = Batches(dataset, order, batch_size, world)
     trained_on = {**options["dataset_kwargs"], **dataset.describe_labels()}
@@ -292,10 +293,21 @@ def replace_non_finite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Replace in place NaN by 0 and ±infinity by ±1e5; return how many of the tensors held any, a float32 scalar."""
     # A norm is finite only if all of the tensor is; that of tensors beyond 1e19 overflows, and replacing leaves them.
     bad = ~torch.stack(torch._foreach_norm(gradients)).isfinite()
-    if bad.device.type != "cpu" or bad.any():  # asking a GPU would have to wait for it
+    if bad.is_cuda:  # which is not asked, as that would wait for it; all gradients at once take the fewest launches
+        lines = [memory_order(gradient) for gradient in gradients]
+        whole = torch.cat(lines).nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
+        torch._foreach_copy_(lines, whole.split([len(line) for line in lines]))
+    elif bad.any():
         for gradient in gradients:
             torch.nan_to_num_(gradient, nan=0, posinf=1e5, neginf=-1e5)
     return bad.sum(dtype=torch.float32)
+
+
+def memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all elements of a tensor [..] without gaps, or channels_last, as a view of one dimension."""
+    if tensor.dim() == 4 and not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.view(-1)
 
 
 def learning_rate(nimg: int, base: float, rampup_kimg: float, total_kimg: int, decay: float = 0.0) -> float:

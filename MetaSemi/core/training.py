@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
 from MetaSemi.core.evaluation import Best, Meters, evaluate
@@ -27,7 +26,7 @@ from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World, sync_batchnorm
 from shared.training.checkpoint import keep_layout, load_newest, read_checkpoint
 from shared.training.files import atomic
-from shared.training.log import Log
+from shared.training.log import Log, tensorboard_writer
 from shared.training.precision import computed_on, default_precision, dtype_of, set_arithmetic, to_device
 from shared.training.randomness import numpy_rng
 from shared.training.run import Run
@@ -150,7 +149,7 @@ class Training:
             self.run.state["resumed"] = str(Path(resume).resolve())
         self.board = None
         if world.main and not getattr(options, "evaluate", False):
-            self.board = SummaryWriter(str(folder), purge_step=self.run.step or None)
+            self.board = tensorboard_writer(folder, self.run.step)
             source.opened(folder)
         parameters = sum(value.numel() for value in self.net.parameters())
         self.say(f"{self.net}\n{self.optimizer}", f"{type(self.net).__name__}, {parameters:,} parameters")
@@ -288,7 +287,8 @@ class Training:
                   "precision": self.precision, "processes": self.world.size, **computed_on(self.world.device)}
         with atomic(self.run.outdir / RESULT, "w") as file:
             json.dump(result, file, indent=1)
-        self.board.flush()
+        if self.board is not None:
+            self.board.flush()
 
     def say(self, message: str, console: str | None = None) -> None:
         """Write a line of log.txt in the published form, and onto the console, where `console` may be shorter."""

@@ -19,7 +19,7 @@ from shared.distributed import World
 from shared.networks import train_mode
 from shared.training.ema import EMA
 from shared.training.files import atomic
-from shared.training.precision import set_arithmetic
+from shared.training.precision import set_arithmetic, to_device
 from shared.training.progress import Progress
 from shared.training.randomness import numpy_rng
 from shared.training.record import Record
@@ -75,7 +75,7 @@ def network_judge(images: ImageSet, dataset: str, options: SimpleNamespace, worl
         net = net.to(world.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(net, SimpleNamespace(optim="SGD", lr=options.lr, momentum=0.9, weight_decay=5e-4,
                                                         strict=False, head_lr=None))
-        average, labels = EMA(net), torch.from_numpy(images.labels).to(world.device)
+        average, labels = EMA(net), to_device(images.labels, world.device)
         train_mode(net)
         progress = Progress(f"fold {fold + 1} of {options.folds}", options.num_train_iter, "iterations")
         for step in range(options.num_train_iter):
@@ -83,7 +83,7 @@ def network_judge(images: ImageSet, dataset: str, options: SimpleNamespace, worl
             batch = learned[rng.integers(len(learned), size=options.batch_size)]
             views = weak(pool.take(batch), draw_weak(len(batch), rng, images.size, policy), mean, std)
             views = views.contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(classify(net, views), labels[torch.from_numpy(batch).to(world.device)])
+            loss = F.cross_entropy(classify(net, views), labels[to_device(batch, world.device)])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for group in optimizer.param_groups:

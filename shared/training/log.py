@@ -11,16 +11,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from tensorboardX import SummaryWriter
 
 from shared import distributed
 from shared.distributed import World
+from shared.training.precision import to_device
 from shared.training.progress import Progress
 
 
@@ -46,7 +48,7 @@ class Log:
         self._sums: dict[str, torch.Tensor | float] = {}
         self._counts: dict[str, int] = {}
         self._bad: tuple[str, int] | None = None
-        self._bad_on_device: torch.Tensor | None = None
+        self._on_gpu = SumsOnGPU()
         self._lines = self._stats = self._board = self._bar = None
 
     def open(self, step: int, stats_bytes: int) -> None:
@@ -61,13 +63,14 @@ class Log:
         self._stats.seek(0, os.SEEK_END)
         if self.tensorboard:
             folder = self.tensorboard if isinstance(self.tensorboard, str) else "tensorboard"
-            self._board = SummaryWriter(str(self.outdir / folder), purge_step=step or None)
+            self._board = tensorboard_writer(self.outdir / folder, step)
 
     def state(self, group: dist.ProcessGroup | None) -> dict[str, Any]:
         """Return what a checkpoint holds of the log (a collective): its length, and the sums since its last line.
 
         group: of all ranks, for tensors on the CPU; None for a single rank.
         """
+        self._fetch()
         sums = torch.tensor([float(value) for value in self._sums.values()], dtype=torch.float64)
         if group is not None:
             dist.all_reduce(sums, group=group)
@@ -87,41 +90,46 @@ class Log:
 
     def add(self, **values: torch.Tensor | float) -> None:
         """Add the step's numbers. Tensors stay on their device; those whose names contain "loss" must be finite."""
+        on_gpu = {name: value for name, value in values.items() if isinstance(value, torch.Tensor) and value.is_cuda}
+        if on_gpu:
+            self._on_gpu.add(self.step, on_gpu)
         for name, value in values.items():
+            self._counts[name] = self._counts.get(name, 0) + 1
+            self._sums.setdefault(name, 0.0)
+            if name in on_gpu:
+                continue
             if isinstance(value, torch.Tensor):
                 value = value.detach().float().mean()
             if "loss" in name:
                 self._watch(name, value)
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._sums[name] = self._sums[name] + value
 
     def _watch(self, name: str, value: torch.Tensor | float) -> None:
-        if not isinstance(value, torch.Tensor) or value.device.type == "cpu":
-            if not math.isfinite(float(value)):
-                self._bad = name, self.step
-                self.check()
-            return
-        # On a GPU the verdict stays there until the next line of the log, so that nothing waits for it.
-        if self._bad_on_device is None:
-            self._bad_on_device = torch.full((), -1, device=value.device)
-        bad = (self._bad_on_device < 0) & ~torch.isfinite(value)
-        self._bad_on_device = torch.where(bad, self.step, self._bad_on_device)
+        if not math.isfinite(float(value)):
+            self._bad = name, self.step
+            self.check()
+
+    def _fetch(self) -> None:
+        """Add what was summed on a GPU; waits for it."""
+        for name, value in self._on_gpu.take().items():
+            self._sums[name] = self._sums[name] + value
 
     def first_bad(self) -> tuple[str, int] | None:
         """Return name and step of the first loss on this rank that was not finite, or None; waits for the device."""
-        if self._bad is None and self._bad_on_device is not None and int(self._bad_on_device) >= 0:
-            self._bad = "the loss", int(self._bad_on_device)
+        step = self._on_gpu.first_bad() if self._bad is None else None
+        if step is not None:
+            self._bad = "the loss", step
         return self._bad
 
     def means(self) -> dict[str, float]:
         """Return the means since the last call, over steps and ranks (a collective); Diverged after a bad loss."""
         self.check()
+        self._fetch()
         names = list(self._sums)
         if not names:
             return {}
-        device = self.world.device
-        sums = torch.stack([torch.as_tensor(self._sums[n], dtype=torch.float32, device=device) for n in names])
-        sums = distributed.mean(sums, self.world)
+        sums = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float32) for name in names])
+        sums = distributed.mean(to_device(sums, self.world.device), self.world)
         means = {name: value / self._counts[name] for name, value in zip(names, sums.tolist(), strict=True)}
         self._sums, self._counts = {}, {}
         return means
@@ -171,3 +179,61 @@ class Log:
         """Take the bar away."""
         self._bar.close()
         self._bar = None
+
+
+def tensorboard_writer(folder: Path, step: int) -> Any:
+    """Return a writer of scalars into `folder` for a run that has done `step` steps; None, with a warning, where
+    tensorboardX is not installed."""
+    try:
+        from tensorboardX import SummaryWriter  # the one thing here that training does without
+    except ModuleNotFoundError:
+        warnings.warn("tensorboardX is not installed, so there are no TensorBoard files", stacklevel=2)
+        return None
+    return SummaryWriter(str(folder), purge_step=step or None)
+
+
+class SumsOnGPU:
+    """Sums of the steps' numbers on a GPU. A step costs one launch, and nothing waits for the GPU before `take`."""
+
+    ROWS, NEVER = 128, 2**62
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, ...], list[tuple[int, torch.Tensor]]] = {}
+        self.sums: dict[tuple[str, ...], torch.Tensor] = {}
+        self.bad: torch.Tensor | None = None  # the first step whose loss was not finite, or NEVER
+
+    def add(self, step: int, values: Mapping[str, torch.Tensor]) -> None:
+        """Add one number each, the mean of a larger tensor."""
+        numbers = [value.detach() for value in values.values()]
+        plain = [number if number.dim() == 0 and number.dtype == torch.float32 else number.float().mean()
+                 for number in numbers]
+        rows = self.rows.setdefault(tuple(values), [])
+        rows.append((step, torch.stack(plain)))  # a copy: what is logged may be changed in place later
+        if len(rows) == self.ROWS:
+            self._fold()
+
+    def _fold(self) -> None:
+        for names, rows in self.rows.items():
+            table = torch.stack([row for _, row in rows])
+            steps = to_device(np.array([step for step, _ in rows]), table.device)
+            watched = to_device(np.array(["loss" in name for name in names]), table.device)
+            first = torch.where((~table.isfinite() & watched).any(1), steps, self.NEVER).amin()
+            self.bad = first if self.bad is None else torch.minimum(self.bad, first)
+            self.sums[names] = self.sums.get(names, 0) + table.sum(0, dtype=torch.float64)
+        self.rows = {}
+
+    def first_bad(self) -> int | None:
+        """Return the first step at which a number with "loss" in its name was not finite, or None."""
+        self._fold()
+        step = self.NEVER if self.bad is None else int(self.bad)
+        return None if step == self.NEVER else step
+
+    def take(self) -> dict[str, float]:
+        """Return the sums by name, and begin again at 0."""
+        self._fold()
+        found: dict[str, float] = {}
+        for names, sums in self.sums.items():
+            for name, value in zip(names, sums.tolist(), strict=True):
+                found[name] = found.get(name, 0.0) + value
+        self.sums = {}
+        return found

@@ -7,12 +7,15 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._triton import has_triton
 
 
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -36,6 +39,17 @@ def has_bf16(device: torch.device) -> bool:
 def default_precision(device: torch.device, strict: bool = False) -> str:
     """Return the precision if none is asked for: "bf16" on a GPU that has it, else "fp32"."""
     return "bf16" if device.type == "cuda" and not strict and has_bf16(device) else "fp32"
+
+
+@cache
+def can_compile() -> bool:
+    """Return whether networks can be compiled for GPUs here: that takes Triton, and a C compiler for what it makes."""
+    return has_triton() and any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang", "cc"))
+
+
+def compiles(asked: bool | None, device: torch.device, strict: bool) -> bool:
+    """Return whether to compile a network: as asked, else on a GPU where that can be done, unless `strict`."""
+    return device.type == "cuda" and not strict and can_compile() if asked is None else asked
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -70,7 +70,7 @@ def measure(programs: Mapping[str, Program], ranks: int, folder: Path) -> dict[s
     skipped = [part for name in NO_VALUES for part in ("--skip", name)]
     command = [sys.executable, HERE / "nullgpu.py", "--programs", "--ranks", str(ranks), "--warmup", str(WARM_UP),
                "--root", ROOT, *skipped, "--json", result, listed]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, timeout=1200,
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, timeout=3000,
                           env={**os.environ, "FEWLABEL_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)})
     if not result.exists():
         raise RuntimeError((done.stdout + done.stderr)[-3000:])

@@ -67,13 +67,13 @@ def tdsm(script: str, *flags: str, waits: int = 0) -> Program:
     return Program(f"EDM/{script}.py", args, slow=True, waits=waits)
 
 
-def train_ldm(script: str, config: str, slow: bool = True) -> Program:
+def train_ldm(script: str, config: str, slow: bool = True, compiled: bool = False) -> Program:
     """Four blocks, computed again in the backward pass, as the published sizes are."""
     def args(folder: Path, steps: int) -> list[str]:
         latent_runs.write_latents(folder / "latents")
         seldom = (f"--config.train.{key}_interval=1000" for key in ("log", "eval", "save"))
         return [config, *latent_runs.TINY, *seldom, f"--config.train.n_steps={steps}", "--config.nnet.depth=4",
-                "--dataset_path=latents", "--workdir=run"]
+                "--dataset_path=latents", "--workdir=run", f"--compile={compiled}"]
     return Program(f"EDM/imagenet/{script}.py", args, slow)
 
 
@@ -109,6 +109,7 @@ PROGRAMS = {
     "edm, ncsnpp": train_edm("--arch=ncsnpp"),
     "latent diffusion": train_ldm("train_ldm", latent_runs.LARGE, slow=False),
     "latent diffusion, discrete": train_ldm("train_ldm_discrete", latent_runs.HUGE),
+    "latent diffusion, compiled": train_ldm("train_ldm", latent_runs.LARGE, compiled=True),
     "edm, compiled": train_edm("--augment=0.12", "--compile=True"),
     "ddae": train_ddae(slow=False),
     "ddae, compiled": train_ddae(compiled=True),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
+from shared.augment import randaugment
 from shared.augment.randaugment import OPERATIONS, RANGES, apply
 from shared.augment.views import (
     StrongDraws,
@@ -294,3 +295,16 @@ def test_images_too_small(policy: dict[str, int], size: tuple[int, int], word: s
 def test_policies_that_do_not_exist(policy: dict[str, object], word: str) -> None:
     with pytest.raises(UserError, match=word):
         WeakPolicy(**policy)
+
+
+@pytest.mark.parametrize("shape", [(300, 3, 32, 32), (200, 1, 8, 8), (100, 3, 17, 20)])
+def test_what_a_gpu_computes_is_the_same(shape: tuple[int, ...]) -> None:
+    """On GPUs every operation is computed for every image and one is chosen: byte for byte what `apply` does here."""
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+    images[:20] //= 40  # few levels, as drawings have
+    draws = draw_strong(len(images), rng, shape[2:])
+    found = images
+    for packed in torch.from_numpy(randaugment.pack(draws.operations, draws.magnitudes, *shape[2:])):
+        found = randaugment.layer(found, packed)
+    assert torch.equal(found, apply(images, draws.operations, draws.magnitudes))

@@ -21,6 +21,7 @@ from shared.data.safe import load_array
 from shared.distributed import gather
 from shared.training.checkpoint import Stateful
 from shared.training.files import atomic
+from shared.training.precision import to_device
 
 SMALLEST = 1e-6
 ROOT_TOLERANCE, ROOT_ITERATIONS = 0.1, 30  # of each root; coarse as published
@@ -74,7 +75,7 @@ def most_probable(table: torch.Tensor, target: torch.Tensor, kept: list[int]) ->
     the order in which torch.sort leaves those of a column, as in the published code.
     """
     order = torch.stack([column.sort(descending=True).indices[:max(kept)] for column in table.unbind(1)], dim=1)
-    among = torch.arange(len(order), device=table.device)[:, None] < torch.tensor(kept, device=table.device)
+    among = torch.arange(len(order), device=table.device)[:, None] < to_device(np.array(kept), table.device)
     mask = torch.zeros_like(table).scatter_(0, order, among.to(table.dtype))
     return mask, ((target + SMALLEST) / ((table * mask).sum(0) + SMALLEST)).to(table.dtype)
 
