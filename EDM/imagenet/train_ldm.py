@@ -25,8 +25,8 @@ from EDM.latent.vae import load_coder
 from EDM.metrics.detectors import load_detector
 from EDM.tdsm.transition import clean_posterior, load_transition
 from shared import distributed
-from shared.cli import Choice, Flag, Float, Int, Option, Text, UserError, run_main
-from shared.training.precision import default_precision
+from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, run_main
+from shared.training.precision import compiles, default_precision
 
 MACHINE = (
     Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if there is one", metavar="NAME"),
@@ -51,7 +51,8 @@ FLAGS = {
         Option("--repa_weight", Float(0), 0.5, "of this alignment in the loss"),
         Option("--repa_block", Int(0), None, "block whose tokens are drawn", default_help="7, or the middle one"),
         Option("--overwrite", Flag, False, "move another run in --workdir aside and start anew (without it: an error)"),
-        Option("--compile", Flag, False, "compile the blocks: slow to start, then faster"),
+        Option("--compile", Bool, None, "compile the blocks: slow to start, then faster",
+               default_help="on a GPU, unless --strict"),
         Option("--checkpoint_minutes", Float(0, open=True), 10.0, "time between two checkpoints"),
     ),
     "FID": SCORES,
@@ -107,8 +108,9 @@ def main(doc: str = __doc__, schedule_of: Callable[[Config], Schedule] = lambda 
                    detector, statistics, world)
 
     train(config, net, schedule, batches, sampler_of, workdir, world, precision=precision, strict=options.strict,
-          compiled=options.compile, aligned=aligned, targets=targets, score=score if detector else None,
-          overwrite=options.overwrite, checkpoint_seconds=60 * options.checkpoint_minutes)
+          compiled=compiles(options.compile, world.device, options.strict), aligned=aligned, targets=targets,
+          score=score if detector else None, overwrite=options.overwrite,
+          checkpoint_seconds=60 * options.checkpoint_minutes)
     distributed.stop()
 
 
