@@ -14,7 +14,7 @@
 #                           train/<class>/, test/<class>/ and, if there is one, unlabeled/ [digits]
 #   --config NAME           configuration, a file of EDM/imagenet/configs [digits; imagenet:
 #                           accelerate_b4_subset1_2img_k_128_large; your own: own]
-#   --labels N              labelled images of every class, drawn at random; 0: all in train/<class>/ [digits 4, your
+#   --labels N              labelled images of every class, drawn at random; 0: all in train/<class>/ [digits 1, your
 #                           own 0; imagenet: the configuration's list]
 #   --encoder NAME          frozen encoder: a file or folder of MSN, or timm:NAME[@FILE|@pretrained]
 #                           [train_msn.py makes one of the images themselves; imagenet: the configuration's]
