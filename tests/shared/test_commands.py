@@ -32,12 +32,16 @@ class Understood(Exception):
 
 
 def readme_commands(readme: Path) -> Iterator[tuple[str, str]]:
-    """Yield (folder, command) of the bash blocks of a README; `cd` counts to the end of its block."""
+    """Yield (folder, command) of the bash blocks of a README; `cd` counts to the end of its block.
+
+    A page of docs/ is typed from the root, and from one block to the next the folder stays.
+    """
+    in_docs, folder = "docs" in readme.parts, ROOT
     for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE):
         if block.startswith("#!"):
             continue  # a file of its own, which other tests run
-        folder = ROOT if "docs" in readme.parts else readme.parent  # the pages of docs/ are typed from the root
-        for line in block.replace("\\\n", " ").splitlines():
+        folder = folder if in_docs else readme.parent
+        for line in block.replace("\\\n", " ").replace("$SEED", "1").splitlines():
             words = shlex.split(line, comments=True) if re.match(r"[\w\"'./]", line) else []
             if words[:1] == ["cd"]:
                 folder = (folder / words[1].rstrip(";")).resolve()
