@@ -179,6 +179,7 @@ def save_classifier(classifier: Classifier, about: Mapping[str, Any], path: Path
     known = content.get("options") or {}
     build = {"options": {name: known[name] for name in (*NETWORK_OPTIONS, "dataset", "num_classes") if name in known},
              "arch": content.get("arch") or content.get("config", {}).get("arch"),
+             "encoder": content.get("encoder"),
              "entry": "state_dict" if "state_dict" in content else "ema_model"}
     state = {name.removeprefix("body.") if isinstance(classifier.network, TimmNetwork) else name:
              tensor.detach().cpu().contiguous().clone() for name, tensor in classifier.network.state_dict().items()}

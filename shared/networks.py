@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shared.cli import UserError, nearest
 from shared.training.checkpoint import read_checkpoint, weights_in
+from shared.training.fingerprint import fingerprint_arrays
 
 TIMM = "timm:"
 ROTATION_HEAD = "rot_classifier"
@@ -25,11 +26,11 @@ TIMM_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeErr
 # ------------------------------------------------------------------------------------------------------ timm's networks
 
 class TimmNetwork(nn.Module):
-    """A classifier of timm: normalised float images [N, C, H, W] -> logits [N, num_classes].
+    """A classifier of timm: normalised float images [N, C, H, W] -> logits [N, num_classes]; features for 0 classes.
 
-    body: timm's network, with random weights. rotation_head: add `rot_classifier`, 4 more logits on the same feature;
-    forward then returns both. size: (H, W), needed by networks whose parameters depend on it. Raises UserError for an
-    unknown name and for images that the network cannot take.
+    body: timm's network, with random weights. feature_size: D of the pooled feature. rotation_head: add
+    `rot_classifier`, 4 more logits on the same feature; forward then returns both. size: (H, W), needed by networks
+    whose parameters depend on it. Raises UserError for an unknown name and for images that the network cannot take.
     """
 
     def __init__(self, name: str, num_classes: int, in_channels: int = 3, size: tuple[int, int] = (224, 224),
@@ -38,7 +39,8 @@ class TimmNetwork(nn.Module):
         self.name, self.size = name, size
         self.body = build_body(name, num_classes, in_channels, size)
         self.check(in_channels, num_classes)
-        self.rot_classifier = nn.Linear(self.body.head_hidden_size, 4) if rotation_head else None
+        self.feature_size = self.body.head_hidden_size
+        self.rot_classifier = nn.Linear(self.feature_size, 4) if rotation_head else None
 
     def feature(self, x: Tensor) -> Tensor:
         """Return the pooled feature [N, D] of images [N, C, H, W]."""
@@ -64,7 +66,7 @@ class TimmNetwork(nn.Module):
                             "network") from None
         finally:
             self.body.train()
-        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes or self.body.head_hidden_size):
             raise UserError(f"net: timm's {self.name} is no classifier of images of {shape}; choose another network")
 
 
@@ -164,6 +166,11 @@ def start_from_timm(net: nn.Module, source: str, num_classes: int, in_channels: 
     ours = net.state_dict()
     mean, std = normalisation_of(net, in_channels)
     return Start(note_of(source, len(ours) - len(fresh), ours, fresh), mean, std)
+
+
+def source_of(source: str | None) -> str | None:
+    """Return what the fingerprint of an input is computed from: a file, or the digest of timm's name."""
+    return fingerprint_arrays([source]) if source and is_timm(source) else source or None
 
 
 def note_of(source: str, taken: int, ours: Mapping[str, Tensor], fresh: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ from shared import distributed
 from shared.cli import UserError, less_memory
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World, sync_batchnorm
+from shared.networks import source_of
 from shared.training.checkpoint import previous_path, read_checkpoint, weights_in, write_checkpoint
 from shared.training.files import atomic
 from shared.training.fingerprint import fingerprint_arrays
@@ -252,12 +253,13 @@ class Trainer:
         return {"meta": meta, **self.images_seen(), **({"ema_model": None} if self.ema is None else {})}
 
     def images_seen(self) -> dict[str, Any]:
-        """Return what a checkpoint records of the images that its classifier takes."""
+        """Return what a checkpoint records of its encoder and of the images that its classifier takes."""
         look, data = self.data.look, self.data
         sizes = {"size": (look.side, look.side), "resize": "square"}
         if look.policy.crop is not None:  # photographs were made squares of the stored side, whose middle is seen
             sizes |= {"resize": "centre", "side": data.labelled.size[0]}
-        return {"classes": data.labelled.classes, "mean": look.mean, "std": look.std, **sizes}
+        return {"classes": data.labelled.classes, "mean": look.mean, "std": look.std, "encoder": self.cfg.MODEL.NAME,
+                **sizes}
 
     def inputs(self) -> dict[str, Any]:
         """Return what the run computes from, by key; see Run."""
@@ -268,7 +270,7 @@ class Trainer:
                 "DATASET.AUG_PATH": data.labelled.subset(slice(-data.generated, None)) if data.generated else None,
                 "ALGORITHM.CRT.TARGET_DIR": Path(encoder) / FINAL if self.cfg.ALGORITHM.NAME == "cRT" else None,
                 "ALGORITHM.DARP.EST": None if darp is None else darp.target.cpu().numpy(),
-                "MODEL.PRETRAINED": self.cfg.MODEL.PRETRAINED or None}
+                "MODEL.PRETRAINED": source_of(self.cfg.MODEL.PRETRAINED)}
 
     def write_weights(self, path: Path, iteration: int) -> None:
         """Write a published form of checkpoint: networks, optimiser, schedule and `meta`."""

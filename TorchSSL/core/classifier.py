@@ -32,7 +32,7 @@ from shared.cli import UserError, nearest
 from shared.data.images import to_chw
 from shared.data.photographs import MEAN, STD
 from shared.data.pool import resize
-from shared.networks import ROTATION_HEAD, is_timm
+from shared.networks import ROTATION_HEAD, TIMM, TimmNetwork, is_timm
 from shared.training.checkpoint import read_checkpoint, weights_in
 from TorchSSL.core.algorithm import classify
 from TorchSSL.core.data import NORMALISATION
@@ -232,6 +232,8 @@ def _daso(content: Mapping[str, Any], state: dict[str, Tensor], path: Path, data
         units = {name.split(".")[2] for name in state if name.startswith("encoder.unit1.")}
         width = len(state["encoder.unit1.0.layer.0.weight"]) // 16
         encoder: nn.Module = WRN(width, _channels(state), 6 * len(units) + 4)
+    elif is_timm(name := str(content.get("encoder"))):
+        encoder = TimmNetwork(name.removeprefix(TIMM), 0, _channels(state), tuple(content.get("size") or (224, 224)))
     else:
         encoder = ResNet34()
     classes = len(state["classifier.classifier.weight"]) if "classifier.classifier.weight" in state else 0

@@ -33,7 +33,7 @@ from shared.data.images import channel_statistics as measured_statistics
 from shared.data.photographs import EVAL_SIDE, PhotographSet, list_imagenet, list_photographs
 from shared.data.pool import PhotographPool, Pool, make_pool
 from shared.distributed import World
-from shared.networks import is_timm
+from shared.networks import source_of
 from shared.training.files import atomic
 from shared.training.fingerprint import fingerprint_arrays, fingerprints
 from shared.training.precision import to_device
@@ -188,12 +188,12 @@ def read_extra_images(path: str, train: ImageSet | PhotographSet, num_classes: i
 def input_fingerprints(data: TrainingData, options: SimpleNamespace) -> dict[str, str]:
     """Return the fingerprint of the images and labels of each flag that was given."""
     sets = (data.unlabeled, data.test) if data.validation is None else (data.unlabeled, data.test, data.validation)
-    extra, source = data.labeled.subset(slice(data.num_real, None)), options.pretrained
+    extra = data.labeled.subset(slice(data.num_real, None))
     return fingerprints({
         "--dataset": fingerprint_arrays(*[part for images in sets for part in content(images)], data.unlabeled.classes),
         "--aug_path": fingerprint_arrays(*content(extra)) if options.aug_path else None,
         "--aug_filter": options.aug_filter,
-        "--pretrained": fingerprint_arrays([source]) if source and is_timm(source) else source})
+        "--pretrained": source_of(options.pretrained)})
 
 
 def content(images: ImageSet | PhotographSet) -> tuple[np.ndarray | list[str], np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from shared.cli import Bool, Choice, Float, Int, IntTuple, Option, Text
+from shared.networks import is_timm
 from shared.option_types import NameOrPath
 
 FRACTION = Float(0, 1)
@@ -38,6 +39,13 @@ class Factor(Float):
         return int(value) if value.is_integer() else value
 
 
+class EncoderName(Choice):
+    """One of the words, or a network of timm."""
+
+    def convert(self, text: str) -> str:
+        return text if is_timm(text) else super().convert(text)
+
+
 def long_tail(name: str, labeled: int, labeled_factor: int, unlabeled: int, unlabeled_factor: int,
               count: Int = COUNT) -> tuple[Option, ...]:
     """Return the four keys of a long-tailed data set; `count` is the type of the unlabelled ones."""
@@ -53,7 +61,7 @@ def long_tail(name: str, labeled: int, labeled_factor: int, unlabeled: int, unla
 # The published keys. Some were never read; they are kept so that published files load.
 PUBLISHED = (
     Option("MISC.LOG_CLASSWISE", Bool, True, "log accuracies by class at evaluations"),
-    Option("MODEL.NAME", Choice("WRN", "ResNet34"), "WRN", "encoder"),
+    Option("MODEL.NAME", EncoderName("WRN", "ResNet34"), "WRN", "encoder; or timm:NAME, any network of timm"),
     Option("MODEL.WIDTH", COUNT, 2, "widening factor of the WRN-28"),
     Option("MODEL.NUM_CLASSES", Int(2), 10, "number of classes"),
     Option("MODEL.EMA_DECAY", FRACTION, 0.999, "decay of the averaged weights"),
@@ -172,7 +180,8 @@ PUBLISHED = (
 
 # Keys that the published code lacks.
 ADDED = (
-    Option("MODEL.PRETRAINED", Text, "", "weights of the ResNet34 encoder: a torchvision state_dict file"),
+    Option("MODEL.PRETRAINED", Text, "", "weights of the encoder: of ResNet34 a torchvision state_dict file; of timm's "
+           "networks a file, or timm:NAME, which timm fetches"),
     Option("MODEL.LOSS.FOCAL_GAMMA", NONNEGATIVE, 0.0, "above 0: focal loss (Lin et al. 2017)"),
     Option("ALGORITHM.USADTM.WITH_EMA_PROTOTYPE", Bool, False, "prototypes of the averaged network"),
     Option("ALGORITHM.ACR.TAU", NONNEGATIVE, 2.0, "largest adjustment of the plain head's pseudo-labels"),

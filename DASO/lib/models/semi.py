@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from DASO.lib.config.config import Config
 from DASO.lib.models.wrn import WRN, ResNet34
+from shared.cli import UserError
+from shared.networks import TIMM, TimmNetwork, is_timm, start_from
 
 WITH_BALANCED_HEAD = ("FixMatchABC", "ACR")  # learners that always have the second classifier
 
@@ -57,6 +59,19 @@ class SemiModel(nn.Module):
 def build_model(cfg: Config, in_channels: int = 3) -> SemiModel:
     """Return the untrained network of ALGORITHM.NAME, initialised from torch's global generator."""
     name = cfg.ALGORITHM.NAME
-    encoder = ResNet34(cfg.MODEL.PRETRAINED) if cfg.MODEL.NAME == "ResNet34" else WRN(cfg.MODEL.WIDTH, in_channels)
+    encoder = build_encoder(cfg, in_channels)
     balanced = name in WITH_BALANCED_HEAD or (name == "DASO" and cfg.ALGORITHM.ABC.APPLY)
     return SemiModel(encoder, cfg.MODEL.NUM_CLASSES, balanced, cfg.MODEL.WITH_ROTATION_HEAD)
+
+
+def build_encoder(cfg: Config, in_channels: int) -> nn.Module:
+    """Return the encoder of MODEL.NAME, with the weights of MODEL.PRETRAINED where they are given."""
+    if is_timm(cfg.MODEL.NAME):
+        encoder = TimmNetwork(cfg.MODEL.NAME.removeprefix(TIMM), 0, in_channels, (cfg.DATASET.RESOLUTION,) * 2)
+        if cfg.MODEL.PRETRAINED:
+            try:
+                start_from(encoder, cfg.MODEL.PRETRAINED, (), in_channels)
+            except UserError as error:
+                raise UserError(str(error).replace("--pretrained", "MODEL.PRETRAINED")) from None
+        return encoder
+    return ResNet34(cfg.MODEL.PRETRAINED) if cfg.MODEL.NAME == "ResNet34" else WRN(cfg.MODEL.WIDTH, in_channels)
