@@ -1,7 +1,7 @@
 """Which labels of a data set are probably wrong, what they should be, and which images are duplicates or outliers.
 
     python ../EDM/dataset_tool.py --source=digits --dest=digits_sym_20.zip --noise_type=sym --noise_rate=0.2
-    python audit_labels.py --dataset digits_sym_20.zip --save_path audit --apply corrected.csv
+    python audit_labels.py --dataset digits_sym_20.zip --save_path label_audit --apply corrected.csv
 
 Every image is judged by a classifier that has not seen it: --folds networks are trained on the labels as they are, or
 linear classifiers on --features or an --encoder's; or the probabilities are given (--pred_probs). Confident learning
