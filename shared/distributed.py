@@ -101,7 +101,7 @@ def _device(asked: str | None, local_rank: int, local_size: int) -> torch.device
         return device
     if gpus < local_size:
         raise UserError(f"{local_size} GPU(s) were asked for on this machine, but it has {gpus}; "
-                        "start fewer processes or choose the device cpu")
+                        "start fewer processes, or compute on the CPU")
     return torch.device("cuda", local_rank)
 
 

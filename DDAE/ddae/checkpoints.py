@@ -52,10 +52,10 @@ def find_checkpoint(config: Config, epoch: int = -1) -> tuple[Path, int]:
     if not path.is_file():
         epochs = saved_epochs(config)
         if not epochs:
-            raise UserError(f"--epoch: no checkpoint {path}, and none of another epoch; train it first, or put a "
+            raise UserError(f"there is no checkpoint {path}, and none of another epoch; train it first, or put a "
                             "published file there")
         earlier = " (and earlier ones)" if len(epochs) > LISTED_EPOCHS else ""
-        raise UserError(f"--epoch: no checkpoint {path}; there are the epochs "
+        raise UserError(f"there is no checkpoint {path}; there are the epochs "
                         f"{', '.join(map(str, epochs[-LISTED_EPOCHS:]))}{earlier}")
     return path, epoch
 

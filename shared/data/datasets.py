@@ -78,7 +78,8 @@ def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = ".
     if download and _absent(name, split, data_dir):
         _download(name, split, data_dir)
     if absent := _absent(name, split, data_dir):
-        raise UserError(f"{name}: {absent} not found in {data_dir}; put it there, or let --download fetch it")
+        raise UserError(f"{name}: {absent} not found in {data_dir}; put it there, or fetch it with "
+                        f"TorchSSL/check_data.py --dataset={name} --data_dir={data_dir} --download")
     files = _files(name, split, data_dir)
     if name in CIFAR:
         return _cifar(files[0], CIFAR[name], split, name)
