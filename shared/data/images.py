@@ -3,7 +3,7 @@
 One policy for every image, whoever reads it: the EXIF orientation is applied; what is transparent lies on white;
 palettes become the colours they mean, bilevel becomes gray; gray of 16 bits is scaled to 8; CMYK, YCbCr and LAB become
 RGB; of an animation the first frame is taken. Images of more than MAX_PIXELS are refused, and larger ones than
-PLAIN_PIXELS that are packed a thousandfold, which only plain colour is; FEWLABEL_MAX_PIXELS raises both limits.
+PLAIN_PIXELS that are packed as only plain colour can be; FEWLABEL_MAX_PIXELS raises both limits.
 """
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ from shared.training.progress import Progress
 CHUNK = 256  # images a worker decodes at a time
 MAX_PIXELS = 1 << 27     # 134 million: 400 MB in colour
 PLAIN_PIXELS = 1 << 24   # an image of fewer pixels may be of one colour, packed as well as that can be
-PLAIN_RATIO = 500        # decoded to stored bytes: a blank JPEG reaches 250, a PNG of one colour 1000
+# Decoded to stored bytes of plain colour: a blank JPEG reaches 250, a PNG of one colour 200 to 1000, a scan 100.
+PLAIN_RATIO, LOSSY_RATIO = 150, 500
+LOSSY = ("JPEG", "JPEG2000", "WEBP", "AVIF")
 EXIF_ORIENTATION = 0x0112
 PIXELS_VARIABLE = "FEWLABEL_MAX_PIXELS"
 Image.MAX_IMAGE_PIXELS = None  # the limit is ours
@@ -200,7 +202,8 @@ def _check_size(image: Image.Image, stored: int, name: str) -> None:
     """Raise UserError for an image of too many pixels, or of many in next to no bytes."""
     given = os.environ.get(PIXELS_VARIABLE, "")
     most, pixels = max(MAX_PIXELS, int(given) if given.isdigit() else 0), image.width * image.height
-    is_plain = pixels > PLAIN_PIXELS and pixels * len(image.getbands()) > PLAIN_RATIO * stored
+    size = pixels * len(image.getbands()) / (8 if image.mode == "1" else 1)
+    is_plain = pixels > PLAIN_PIXELS and size > (LOSSY_RATIO if image.format in LOSSY else PLAIN_RATIO) * stored
     if pixels > most or is_plain and not given:
         raise UserError(f"{name}: refused, {stored} bytes unfold to {image.width}x{image.height} pixels; if it is an "
                         f"image, allow it with {PIXELS_VARIABLE}={max(pixels, MAX_PIXELS)} before the command")
