@@ -11,6 +11,7 @@ Nothing here waits for the device.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -187,24 +188,38 @@ def strong(images: Tensor, draws: StrongDraws, cutout_colour: tuple[int, ...] | 
     return cutout(randaugment.apply(images, draws.operations, draws.magnitudes), draws, cutout_colour)
 
 
-def cutout(images: Tensor, draws: StrongDraws, colour: tuple[int, ...] | None = None) -> Tensor:
+def strong_photographs(images: Sequence[Tensor], draws: StrongDraws, with_cutout: bool = True) -> list[Tensor]:
+    """Do as `strong` for photographs uint8 [C, H, W] of different sizes, as few operations on one canvas."""
+    sizes = np.array([image.shape[1:] for image in images])
+    canvas = images[0].new_zeros(len(images), images[0].shape[0], *sizes.max(0))
+    for place, image in zip(canvas, images, strict=True):
+        place[:, :image.shape[1], :image.shape[2]] = image
+    canvas = randaugment.apply_on_canvas(canvas, sizes, draws.operations, draws.magnitudes)
+    if with_cutout:
+        canvas = cutout(canvas, draws, sizes=sizes)
+    return [image[:, :height, :width] for image, (height, width) in zip(canvas, sizes, strict=True)]
+
+
+def cutout(images: Tensor, draws: StrongDraws, colour: tuple[int, ...] | None = None,
+           sizes: np.ndarray | None = None) -> Tensor:
     """Paint a square of one colour (DeVries and Taylor 2017): uint8 [N, C, H, W] -> uint8 [N, C, H, W].
 
     As published, the square's side follows the width alone, its last row and column belong to it, and so at least one
-    pixel is painted.
+    pixel is painted. sizes: of images that are the upper left parts of what is given, [N, 2].
     """
     channels, height, width = images.shape[1:]
+    heights, widths = np.full((2, len(images)), [[height], [width]]) if sizes is None else sizes.T
     if colour is None:
         colour = CUTOUT_COLOUR if channels == 3 else (123,)
-    side = draws.cutout_fraction * width
+    side = draws.cutout_fraction * widths
 
-    def covered(centre: np.ndarray, length: int) -> np.ndarray:
+    def covered(centre: np.ndarray, lengths: np.ndarray, longest: int) -> np.ndarray:
         first = np.trunc(np.maximum(0, centre - side / 2))
-        last = np.trunc(np.minimum(length, first + side))
-        return (np.arange(length) >= first[:, None]) & (np.arange(length) <= last[:, None])
+        last = np.trunc(np.minimum(lengths, first + side))
+        return (np.arange(longest) >= first[:, None]) & (np.arange(longest) <= last[:, None])
 
-    columns = to_device(covered(draws.cutout_centre[:, 0], width), images.device)
-    rows = to_device(covered(draws.cutout_centre[:, 1], height), images.device)
+    columns = to_device(covered(draws.cutout_centre[:, 0], widths, width), images.device)
+    rows = to_device(covered(draws.cutout_centre[:, 1], heights, height), images.device)
     square = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
     paint = to_device(np.array(colour, np.uint8).reshape(1, -1, 1, 1), images.device)
     return (images * ~square).add_(paint * square)  # several times faster than torch.where on bytes
