@@ -44,14 +44,25 @@ class CentralView:
     side: int = 256
     interpolation: str = "bilinear"
 
-    def __call__(self, image: Image.Image, crops: None = None, number: int = 0) -> np.ndarray:
+    def __call__(self, image: Image.Image) -> np.ndarray:
         """Return uint8 [size, size, 3] of an RGB image, by Pillow."""
-        shorter = min(image.size)
-        sides = tuple(self.side * length // shorter for length in image.size)
-        if sides != image.size:
-            image = image.resize(sides, FILTERS[self.interpolation])
-        left, top = (round((length - self.size) / 2) for length in sides)
+        width, height, left, top = self.window(*image.size)
+        if (width, height) != image.size:
+            image = image.resize((width, height), FILTERS[self.interpolation])
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+
+    def of_tensor(self, image: Tensor) -> Tensor:
+        """Return uint8 [3, size, size] of uint8 [3, H, W] on any device, within one grey level of Pillow's."""
+        width, height, left, top = self.window(image.shape[2], image.shape[1])
+        if (height, width) != image.shape[1:]:
+            resized = F.interpolate(image[None].float(), (height, width), mode=self.interpolation, antialias=True)
+            image = resized[0].round().clamp(0, 255).to(torch.uint8)
+        return image[:, top:top + self.size, left:left + self.size]
+
+    def window(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Return width and height after resizing, and where the square begins: left, top."""
+        sides = [self.side * length // min(width, height) for length in (width, height)]
+        return (*sides, *(round((length - self.size) / 2) for length in sides))
 
 
 @dataclass(frozen=True, eq=False)

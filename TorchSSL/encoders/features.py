@@ -9,6 +9,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +18,18 @@ import torch
 from torch import Tensor
 
 from shared import distributed
+from shared.augment.views import normalise
 from shared.cli import UserError
 from shared.data.images import ImageSet
-from shared.data.parallel import cores
-from shared.data.photographs import Photographs, PhotographSet, Request
-from shared.data.pool import batches
+from shared.data.parallel import cores, one_ahead
+from shared.data.photographs import MEAN, STD, PhotographSet, open_rgb
+from shared.data.pool import choose_decoder
 from shared.distributed import World
 from shared.training.arrays import fill_arrays
 from shared.training.checkpoint import READ_ERRORS
 from shared.training.files import atomic, cache_folder
 from shared.training.precision import autocast, to_device
-from TorchSSL.encoders.encoder import Encoder
+from TorchSSL.encoders.encoder import CentralView, Encoder
 
 NO_WORLD = World()
 
@@ -122,7 +124,7 @@ def _compute(source: ImageSet | PhotographSet, encoder: Encoder, file: Path, dig
 
     def make(parts: Sequence[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         photographs = isinstance(source, PhotographSet)
-        images = decoded(source, encoder, parts, world.device, workers, decoder) if photographs else (
+        images = decoded(source, encoder.view, parts, world.device, workers, decoder) if photographs else (
             to_device(source.images[part], world.device) for part in parts)
         encode = encoder if photographs else encoder.of_pixels
         for part in images:
@@ -144,29 +146,32 @@ def _compute(source: ImageSet | PhotographSet, encoder: Encoder, file: Path, dig
     distributed.barrier(world)
 
 
-def decoded(photographs: PhotographSet, encoder: Encoder, parts: Sequence[np.ndarray], device: torch.device,
+def decoded(photographs: PhotographSet, view: CentralView, parts: Sequence[np.ndarray], device: torch.device,
             workers: int, decoder: str) -> Iterator[Tensor]:
-    """Yield the photographs at each part's positions as the encoder sees them: float32 [n, 3, size, size]."""
-    decoder = "torchvision" if decoder == "auto" and device.type != "cuda" else decoder
-    pool = Photographs(Files(photographs.files), 1, remedy="mend or remove it")
-    found = batches(pool, encoder.view, lambda step: Request(parts[step]), range(len(parts)), device, workers, decoder)
-    return (images for images, _ in found)
+    """Yield the photographs at each part's positions as an encoder sees them: float32 [n, 3, size, size], normalised by
+    ImageNet's mean and std. Each part is decoded while the caller works on the one before."""
+    by_dali = decoder == "dali" or (decoder == "auto" and device.type == "cuda")
+    decode = None
+    if by_dali and choose_decoder(decoder) == "dali":
+        from shared.data.dali import Decoder  # an optional package
+
+        decode = Decoder(device, workers)
+
+    def make(part: np.ndarray) -> Tensor:
+        files = photographs.files[part].tolist()
+        payloads = pool.map(_read, files)
+        if decode is None:
+            seen = pool.map(lambda payload, file: view(open_rgb(payload, file)), payloads, files)
+            return torch.from_numpy(np.stack(list(seen)).transpose(0, 3, 1, 2))
+        return torch.stack([view.of_tensor(image) for image in decode(list(payloads), files)])
+
+    with ThreadPoolExecutor(workers) as pool:
+        for pixels in one_ahead(map(make, parts)):
+            yield normalise(to_device(pixels, device), MEAN, STD)
 
 
-class Files:
-    """Encoded photographs for shared.data.photographs.Photographs, all with the label 0."""
-
-    def __init__(self, files: np.ndarray) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, position: int) -> str:
-        return str(self.files[position])
-
-    def get(self, position: int) -> tuple[bytes, int]:
-        try:
-            return Path(self.name(position)).read_bytes(), 0
-        except OSError as error:
-            raise UserError(f"{self.name(position)}: cannot be read ({error.strerror})") from None
+def _read(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None

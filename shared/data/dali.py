@@ -78,10 +78,7 @@ def _view_pipeline(source: Iterator[Inputs], view: View, pipeline: Pipeline, dev
             encoded, labels = fn.external_source(source, num_outputs=2)
             images, mirror = fn.decoders.image(encoded, **how), 0
             sides = dict(resize_shorter=view.side)
-        # Both average over what they shrink, as Pillow does.
-        filters = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}
-        kind = filters[getattr(view, "interpolation", "bilinear")]
-        images = fn.resize(images, interp_type=kind, antialias=True, device=computing, **sides)
+        images = fn.resize(images, interp_type=types.INTERP_TRIANGULAR, device=computing, **sides)
         images = fn.crop_mirror_normalize(
             images, dtype=types.FLOAT, output_layout="CHW", crop=(view.size, view.size), mirror=mirror,
             mean=[255 * value for value in MEAN], std=[255 * value for value in STD], device=computing)
