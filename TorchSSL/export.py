@@ -35,7 +35,7 @@ from shared.networks import TimmNetwork
 from shared.training.checkpoint import read_checkpoint
 from shared.training.files import atomic, make_dir
 from shared.training.record import Record
-from TorchSSL.core.classifier import EXPORTED, Classifier, is_snapshot, open_classifier
+from TorchSSL.core.classifier import EXPORTED, Classifier, is_snapshot, open_classifier, read_exported
 from TorchSSL.core.evaluation import NETWORK_OPTIONS
 
 ENDINGS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
@@ -175,7 +175,7 @@ def save_classifier(classifier: Classifier, about: Mapping[str, Any], path: Path
                                       {**snapshot.dataset_kwargs, "classes": list(classifier.classes)},
                                       str(path), snapshot.loss_kwargs))
         return
-    content = read_checkpoint(options.load_path)
+    content = content_of(Path(options.load_path))
     known = content.get("options") or {}
     build = {"options": {name: known[name] for name in (*NETWORK_OPTIONS, "dataset", "num_classes") if name in known},
              "arch": content.get("arch") or content.get("config", {}).get("arch"),
@@ -187,6 +187,11 @@ def save_classifier(classifier: Classifier, about: Mapping[str, Any], path: Path
     header = {"format": EXPORTED, "build": json.dumps(build), **as_text(about)}
     with atomic(path) as file:
         file.write(save(state, header))
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds, or a file that this program wrote."""
+    return read_exported(path) or read_checkpoint(path)
 
 
 def write_onnx(network: Exported, path: Path) -> float:
@@ -251,7 +256,7 @@ def difference(network: Exported, other: Callable[..., Tensor]) -> float:
 def model_card(network: Exported, options: SimpleNamespace) -> str:
     """Return a README in Markdown from the metadata, the checkpoint and the result.json beside it."""
     about, path = network.about, Path(options.load_path)
-    result, trained = read_result(path), {} if is_snapshot(path) else read_checkpoint(path).get("options") or {}
+    result, trained = read_result(path), {} if is_snapshot(path) else content_of(path).get("options") or {}
     classes = about["classes"] or ()
     rows = {"Network": trained.get("net") or about.get("network") or about["kind"],
             "Images": f"{about['channels']} x {about['size'][0]} x {about['size'][1]}",

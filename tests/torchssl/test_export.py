@@ -112,7 +112,8 @@ def test_every_kind_of_classifier_gives_its_logits_in_every_form(kind: str, form
         about = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
         assert json.loads(about["classes"]) == list(NAMES) and len(json.loads(about["mean"])) == 1
     elif form == "safetensors":
-        again = open_classifier(out)
+        export.main([f"--load_path={out}", "--to=safetensors", f"--out={tmp_path / 'again.safetensors'}"])
+        again = open_classifier(tmp_path / "again.safetensors")
         found = again.net(images)
         assert (again.classes, again.mean, again.std, again.size) == (NAMES, classifier.mean, classifier.std,
                                                                       classifier.size)
