@@ -95,13 +95,14 @@ class Classifier:
 
         how: a resize in place of the recorded one.
         """
-        if self.size is None or image.size == self.size[::-1]:
+        how = how or self.resize
+        if self.size is None or image.size == self.size[::-1] and how in (None, "square"):
             return to_chw(image, self.channels)
         height, width = self.size
-        how = how or self.resize
         if how is None or height != width:
+            remedy = "give --resize square or --resize centre" if height == width else "make them so"
             raise UserError(f"{name} is {image.width}x{image.height}, {self.path} classifies images of "
-                            f"{width}x{height}; make them so, or give --resize square or --resize centre")
+                            f"{width}x{height}; {remedy}")
         if how == "square":
             return resize(torch.from_numpy(to_chw(image, self.channels).copy())[None], width)[0].numpy()
         if how == "centre-edge":
