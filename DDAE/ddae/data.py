@@ -16,6 +16,7 @@ from shared.data.cache import Allocate, Stored, cached
 from shared.data.classes import ImageFiles, find_images
 from shared.data.datasets import NAMES, load_dataset
 from shared.data.images import ImageSet, decode, shape_text
+from shared.data.lists import read_lines
 from shared.data.pool import Pool
 from shared.distributed import World
 from shared.training.arrays import rank_part
@@ -104,15 +105,12 @@ def scan(data_dir: str | os.PathLike, split: str) -> tuple[ImageFiles, np.ndarra
 
 def _annotations(path: Path, label_of: dict[str, int]) -> dict[str, int]:
     """Return file name -> label of a tab-separated list of file, WordNet id and a box."""
-    try:
-        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    for number, row in enumerate(rows, start=1):
+    rows = [(number, line.split("\t")) for number, line in read_lines(path)]
+    for number, row in rows:
         if len(row) < 2 or row[1].strip() not in label_of:
             raise UserError(f"{path}: line {number}: expected a file and one of the training set's class folders, "
                             f"separated by a tab, got {' '.join(row)[:80]!r}")
-    return {row[0]: label_of[row[1].strip()] for row in rows}
+    return {row[0]: label_of[row[1].strip()] for _, row in rows}
 
 
 # ---------------------------------------------------------------- batches

@@ -60,4 +60,5 @@ def test_mistakes(tmp_path: Path) -> None:
     Image.new("RGB", (8, 9)).save(tmp_path / "a.png")
     assert "must be square" in error_of(tmp_path)
     assert "No such file" in error_of(tmp_path / "nowhere.zip")
+    assert "nowhere: Path must point to a directory or zip" in error_of(tmp_path / "nowhere")  # as published
     assert "directory or zip" in error_of(tmp_path / "a.png")

@@ -15,12 +15,14 @@ from PIL import Image
 from shared.cli import UserError
 from shared.data.cache import Allocate, Stored, cached
 from shared.data.images import ImageSet, open_image, to_chw
+from shared.data.lists import read_lines
 from shared.data.parallel import ordered_map
 from shared.training.fingerprint import fingerprint
 from shared.training.progress import Progress
 
 LISTS = {"labelled": ("l_train.txt", "l_train_val.txt"), "valid": ("val.txt",), "in": ("u_train_in.txt",),
          "out": ("u_train_out.txt",), "test": ("test.txt",)}
+SUFFIXES = (".jpg", ".jpeg", ".png")
 CHUNK = 64  # photographs that a worker decodes at a time
 
 
@@ -81,19 +83,14 @@ def _read_list(root: Path, name: str, side: int) -> ImageSet:
 def parse_list(file: Path) -> tuple[list[str], np.ndarray]:
     """Return the paths and int64 labels (-1 where a line has none) of a split file; UserError, naming the line."""
     paths, labels = [], []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields:
-            continue
-        label, path = fields[1] if len(fields) == 2 else "-1", Path(fields[0])
-        inside = not path.is_absolute() and ".." not in path.parts
-        if len(fields) > 2 or not label.lstrip("-").isdigit() or int(label) < -1 or not inside:
+    for number, line in read_lines(file, "a list of paths and labels"):
+        path, label = line.rsplit(None, 1) if len(line.split()) > 1 else (line, "-1")
+        if label.lower().endswith(SUFFIXES):  # a line without a label
+            path, label = line, "-1"
+        inside = path and not Path(path).is_absolute() and ".." not in Path(path).parts
+        if not label.lstrip("-").isdigit() or int(label) < -1 or not inside:
             raise UserError(f"{file}, line {number}: expected a path inside the folder and a label, got {line[:80]!r}")
-        paths.append(fields[0])
+        paths.append(path.strip())
         labels.append(int(label))
     if not paths:
         raise UserError(f"{file}: names no images")
