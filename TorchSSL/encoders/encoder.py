@@ -52,7 +52,8 @@ class CentralView:
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
 
     def of_tensor(self, image: Tensor) -> Tensor:
-        """Return uint8 [3, size, size] of uint8 [3, H, W] on any device, within one grey level of Pillow's."""
+        """Return uint8 [3, size, size] of uint8 [3, H, W] on any device, within one grey level of Pillow's
+        (two where bicubic overshoots)."""
         width, height, left, top = self.window(image.shape[2], image.shape[1])
         if (height, width) != image.shape[1:]:
             resized = F.interpolate(image[None].float(), (height, width), mode=self.interpolation, antialias=True)

@@ -190,13 +190,14 @@ def test_a_photograph_that_cannot_be_read_is_named(net, tmp_path):
 
 
 @pytest.mark.parametrize("view", [CentralView(20, 24), CentralView(20, 22, "bicubic")])
-def test_dali_and_pillow_agree_within_a_grey_level(tmp_path, view):
+def test_dali_and_pillow_agree(tmp_path, view):
     pytest.importorskip("nvidia.dali")
     source = photographs(tmp_path / "images")
     one, two = (torch.cat(list(decoded(source, view, [np.arange(4), np.arange(4, 6)], torch.device("cpu"), 2, decoder)))
                 for decoder in ("torchvision", "dali"))
     assert one.shape == two.shape == (6, 3, 20, 20)
-    assert float((one - two).abs().max()) <= 1.01 / 255 / min(STD)
+    levels = 1 if view.interpolation == "bilinear" else 2  # Pillow rounds, and clips, between the two axes
+    assert float((one - two).abs().max()) <= (levels + 0.01) / 255 / min(STD)
 
 
 # ---------------------------------------------------------------------------------------------------------- classifier
