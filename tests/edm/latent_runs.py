@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from EDM.latent.vae import SpaceToDepth
+from EDM.latent.vae import SpaceToDepth, autoencoder
 
 CLASSES = ("n01440764", "n01443537", "n02007558")
 CONFIGS = Path(__file__).resolve().parents[2] / "EDM" / "imagenet" / "configs"
@@ -53,3 +53,29 @@ def write_latents(folder: Path, shape: tuple[int, ...] = (12, 16, 16), count: in
     about = {"classes": [f"class{number}" for number in range(classes)], "scale": 1.0, "resolution": 32,
              "coder": SpaceToDepth(32 // shape[1]).fingerprint}
     (folder / "latents.json").write_text(json.dumps(about))
+
+
+def write_vae(file: Path) -> None:
+    """Write a small VAE of 32 x 32 images, latents [4, 16, 16], as Stable Diffusion's is published."""
+    torch.manual_seed(0)
+    vae = autoencoder()(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+                        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=8)
+    torch.save({compvis_name(name, 2): value for name, value in vae.state_dict().items()}, file)
+
+
+def compvis_name(name: str, levels: int) -> str:
+    """Return the published name of a tensor of diffusers' VAE."""
+    words = name.split(".")
+    side, rest = words[0], words[1:]
+    if rest[0] in ("down_blocks", "up_blocks"):
+        kind, level = rest[0].removesuffix("_blocks"), int(rest[1])
+        inner = ["block", *rest[3:]] if rest[2] == "resnets" else [f"{kind}sample", *rest[4:]]
+        rest = [kind, str(level if kind == "down" else levels - 1 - level), *inner]
+    elif rest[0] == "mid_block" and rest[1] == "resnets":
+        rest = ["mid", f"block_{int(rest[2]) + 1}", *rest[3:]]
+    elif rest[0] == "mid_block":
+        part = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[rest[3]]
+        rest = ["mid", "attn_1", part, rest[-1]]
+    elif rest[0] == "conv_norm_out":
+        rest[0] = "norm_out"
+    return ".".join([side, *rest]).replace(".conv_shortcut.", ".nin_shortcut.")

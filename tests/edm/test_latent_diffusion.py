@@ -16,7 +16,17 @@ from EDM.metrics.features import extract, from_extraction, write_reference
 from EDM.metrics.sources import FileImages
 from shared.cli import UserError
 from shared.distributed import World
-from tests.edm.latent_runs import CLASSES, HUGE, LARGE, LATENTS, TINY, WORKDIR, write_latents, write_photographs
+from tests.edm.latent_runs import (
+    CLASSES,
+    HUGE,
+    LARGE,
+    LATENTS,
+    TINY,
+    WORKDIR,
+    write_latents,
+    write_photographs,
+    write_vae,
+)
 from tests.edm.scored_images import write_classifier
 from tests.shared.programs import ROOT, assert_same, run
 
@@ -131,16 +141,23 @@ def test_two_ranks_are_one(done, tmp_path):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_the_discrete_schedule_and_other_options(done, tmp_path):
-    write_latents(tmp_path / "latents")
-    flags = "--dataset_path=latents", "--config.train.n_steps=3", "--config.nnet.mlp_time_embed=True"
-    command("train_ldm_discrete", *flags, "--workdir=huge", "--precision=bf16", config=HUGE, cwd=tmp_path)
-    command("train_ldm", *flags, "--workdir=x0", "--config.pred=x0_pred", "--strict", "--config.nnet.skip=False",
-            cwd=tmp_path)
-    shutil.copytree(done / LATENTS, tmp_path / LATENTS)
-    command("sample_ldm_discrete_all", *flags[1:], "--nnet_path=huge/ckpts/3.ckpt/nnet_ema.pth", "--strict",
-            "--config.sample.path=own", config=HUGE, cwd=tmp_path)
+def test_the_discrete_schedule_over_a_vae(done, tmp_path):
+    shutil.copytree(done / "data", tmp_path / "data")
+    shutil.copytree(done / "pretrained/cluster", tmp_path / "pretrained/cluster")
+    write_vae(tmp_path / "vae.pth")
+    vae = ("--config.autoencoder.pretrained_path=vae.pth", "--config.z_shape=4,16,16", "--config.nnet.in_chans=4",
+           "--config.train.n_steps=3", "--config.nnet.mlp_time_embed=True")
+    command("extract_imagenet_features_semi", *vae, "--dtype=float16", cwd=tmp_path)
+    assert np.load(tmp_path / LATENTS / "moments.npy").dtype == np.float16
+    command("train_ldm_discrete", *vae, "--precision=bf16", config=HUGE, cwd=tmp_path)
+    command("sample_ldm_discrete_all", *vae, "--config.sample.path=own", "--strict", config=HUGE, cwd=tmp_path)
     assert len(list((tmp_path / "own").glob("*/*.png"))) == 9
+
+
+def test_image_prediction_without_skips(tmp_path):
+    write_latents(tmp_path / "latents")
+    command("train_ldm", "--dataset_path=latents", "--workdir=run", "--config.pred=x0_pred", "--strict",
+            "--config.nnet.skip=False", "--config.train.n_steps=3", cwd=tmp_path)
 
 
 BAD = [

@@ -18,8 +18,7 @@ from EDM.latent.uvit import UViT
 from EDM.latent.vae import Coder, SpaceToDepth, autoencoder, load_coder, load_vae, sample
 from shared.cli import UserError
 from shared.distributed import World
-from tests.edm.latent_runs import CONFIGS, write_latents
-from tests.golden.dpt_imagenet_vae import compvis_name
+from tests.edm.latent_runs import CONFIGS, compvis_name, write_latents
 
 SMALL = dict(img_size=8, patch_size=2, in_chans=4, embed_dim=32, depth=2, num_heads=2, num_classes=4)
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

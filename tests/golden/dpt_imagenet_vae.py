@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 
 from EDM.latent.vae import Coder, autoencoder, diffusers_state, sample, vae_for
+from tests.edm.latent_runs import compvis_name
 from tests.golden.cases import each, facts, fill_value, serves
 from tests.golden.dpt_imagenet_cases import PAPER, bound, cases_of, near, tensors
 
@@ -26,24 +27,6 @@ def published_vae(case: dict) -> torch.nn.Module:
     vae = vae_for(filled)
     vae.load_state_dict(filled)
     return vae.eval()
-
-
-def compvis_name(name: str, levels: int) -> str:
-    """Return the published name of a tensor of diffusers' VAE."""
-    words = name.split(".")
-    side, rest = words[0], words[1:]
-    if rest[0] in ("down_blocks", "up_blocks"):
-        kind, level = rest[0].removesuffix("_blocks"), int(rest[1])
-        inner = ["block", *rest[3:]] if rest[2] == "resnets" else [f"{kind}sample", *rest[4:]]
-        rest = [kind, str(level if kind == "down" else levels - 1 - level), *inner]
-    elif rest[0] == "mid_block" and rest[1] == "resnets":
-        rest = ["mid", f"block_{int(rest[2]) + 1}", *rest[3:]]
-    elif rest[0] == "mid_block":
-        part = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[rest[3]]
-        rest = ["mid", "attn_1", part, rest[-1]]
-    elif rest[0] == "conv_norm_out":
-        rest[0] = "norm_out"
-    return ".".join([side, *rest]).replace(".conv_shortcut.", ".nin_shortcut.")
 
 
 @each(SMALL)
