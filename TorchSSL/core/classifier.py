@@ -292,7 +292,7 @@ def _snapshot(path: Path) -> dict[str, Any]:
     half, arguments = (0.5,) * net.img_channels, snapshot.init_kwargs
     return {"net": LogitsOf(net, call), "network": net, "kind": "EDM", "num_classes": net.label_dim, "mean": half,
             "std": half, "channels": net.img_channels, "size": (arguments["img_resolution"],) * 2,
-            "classes": snapshot.dataset_kwargs.get("classes")}
+            "classes": snapshot.dataset_kwargs.get("class_names")}
 
 
 def _at_low_noise(network: nn.Module, images: Tensor) -> Tensor:

@@ -215,13 +215,13 @@ def test_a_published_form_is_found_out_from_the_file(form: str, tmp_path: Path) 
 def test_a_snapshot_of_a_noisy_classifier(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = EDMPrecond_classifier(8, 1, 4, model_channels=16).eval()
-    save_snapshot(tmp_path / "network-snapshot.pkl", net)
+    save_snapshot(tmp_path / "network-snapshot.pkl", net, {"class_names": ["a", "b", "c", "d"]})
     found = open_classifier(tmp_path / "network-snapshot.pkl")
     images = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8), np.uint8)
     with torch.no_grad():
         expected = net(torch.from_numpy(images) / 127.5 - 1, torch.full((2,), 0.01))
     torch.testing.assert_close(found.logits(images), expected, rtol=1e-4, atol=1e-5)
-    assert found.classes == ("0", "1", "2", "3")
+    assert found.classes == ("a", "b", "c", "d") and found.size == (8, 8)
 
 
 @pytest.mark.usefixtures("few_at_a_time")
