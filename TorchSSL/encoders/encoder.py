@@ -53,7 +53,7 @@ class CentralView:
 
     def of_tensor(self, image: Tensor) -> Tensor:
         """Return uint8 [3, size, size] of uint8 [3, H, W] on any device, within one grey level of Pillow's
-        (two where bicubic overshoots)."""
+        (a few where bicubic overshoots: it clips between the axes)."""
         width, height, left, top = self.window(image.shape[2], image.shape[1])
         if (height, width) != image.shape[1:]:
             resized = F.interpolate(image[None].float(), (height, width), mode=self.interpolation, antialias=True)
