@@ -280,8 +280,8 @@ class Run:
         name, step = bad or ("a weight", self.step - 1)
         tensors = f"; the first non-finite tensor is {first}" if first else "; all weights are finite"
         raise Diverged(f"{name} is not finite at step {step} on rank {self.world.rank}{tensors}; nothing was saved, "
-                       f"{self.outdir} keeps its last checkpoint. Try a lower learning rate, or fp32 where it computes in "
-                       "another format")
+                       f"{self.outdir} keeps its last checkpoint. Try a lower learning rate, or fp32 where it "
+                       "computes in another format")
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield names and values of the parameters and buffers of the kept networks and averages."""

@@ -6,17 +6,15 @@ that is not there, is empty, damaged, a folder, or of another kind.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.cli import Bool, Choice, Flag, Float, Int, IntList, Option, Text
+from tests.shared.clean import script_process
 from tests.shared.programs import ROOT, declared_options, environment
 from tests.shared.test_options import CASES
 
@@ -92,7 +90,7 @@ def plausible(option: Option) -> str:
     return "made" if is_output(option) else "bad/absent"
 
 
-# Every third of them takes a quarter of an hour; BAD_INPUTS=1 in the environment tries all.
+# Every third of them; BAD_INPUTS=1 in the environment tries all.
 EVERY = int(os.environ.get("BAD_INPUTS", 3))
 COMMANDS = [(script, words) for script, command in CASES for words in bad_commands(script, command)][::EVERY]
 
@@ -112,20 +110,24 @@ def test_each_ends_in_one_line_and_changes_nothing(part: int, tmp_path: Path) ->
         folder.mkdir()
         write_bad_files(folder / "bad")
         before = state(folder)
-        done = subprocess.run([sys.executable, ROOT / script, *words], cwd=folder, text=True, capture_output=True,
-                              timeout=SECONDS, env=environment(FEWLABEL_CACHE=str(tmp_path / "cache")))
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("warning:")]
+        said = tmp_path / f"{number}.txt"
+        process = script_process(ROOT / script, words, folder, environment(
+            FEWLABEL_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1"), tmp_path / "stdout.txt", said)
+        process.start()
+        process.join(SECONDS)
+        process.kill()
+        complaint = said.read_text() if said.exists() else ""
+        lines = [line for line in complaint.splitlines() if line.strip() and not line.startswith("warning:")]
         problems = []
-        if done.returncode != 2:
-            problems.append(f"exit status {done.returncode}")
+        if process.exitcode != 2:
+            problems.append(f"exit status {process.exitcode}")
         if len(lines) != 1 or not lines[0].startswith("error: "):
-            problems.append(f"said {done.stderr[-1500:]!r}")
+            problems.append(f"said {complaint[-1500:]!r}")
         if state(folder) != before:
             problems.append(f"left {sorted(set(state(folder)) ^ set(before))[:5]}")
         return f"{script} {' '.join(words)}: {'; '.join(problems)}" if problems else ""
 
-    with ThreadPoolExecutor(2) as pool:
-        wrong = [problem for problem in pool.map(attempt, range(len(chosen))) if problem]
+    wrong = [problem for number in range(len(chosen)) if (problem := attempt(number))]
     assert not wrong, "\n".join(wrong)
 
 
