@@ -93,6 +93,21 @@ def test_equal_to_eval_whatever_the_batch_and_the_ranks(checkpoint: Path, digits
     assert not list(tmp_path.glob(".*part*"))
 
 
+def test_pseudo_labels_by_name(checkpoint: Path, digits: ImageSet, tmp_path: Path) -> None:
+    """get_labels.py names the files of own images and the classes, with the probabilities of predict.py."""
+    named = ImageSet(digits.images, digits.labels, tuple(f"digit {number}" for number in range(10)), "digits")
+    write_folder(named, tmp_path / "own" / "train")
+    run("TorchSSL/get_labels.py", f"--load_path={checkpoint}", f"--dataset={tmp_path}/own", f"--save_path={tmp_path}")
+    found = rows(tmp_path / "pseudo_label.csv")
+    numbers = np.load(tmp_path / "pseudo_label.npy")
+    predict(checkpoint, tmp_path / "own" / "train", tmp_path / "predictions.csv", "--top=1")
+    expected = {row["file"]: row for row in rows(tmp_path / "predictions.csv")}
+    assert len(found) == len(expected) == 150
+    for row, number in zip(found, numbers, strict=True):
+        assert expected[row["file"]]["class"] == row["label"] == str(number)
+        assert float(row["probability"]) == pytest.approx(float(expected[row["file"]]["probability"]), abs=2e-6)
+
+
 def test_files_of_a_folder_and_a_zip(checkpoint: Path, digits: ImageSet, npz: Path, tmp_path: Path,
                                      capsys: pytest.CaptureFixture) -> None:
     write_folder(digits, tmp_path / "folder")
