@@ -87,13 +87,20 @@ def find_images(path: Path, prefix: str = "", table: Path | None = None) -> Imag
              for member in found if member.name == name]
     if lists and table is None:
         return _with_json(files, lists, prefix)
-    table = table or find_table(path, prefix)
-    return files if table is None else _with_table(files, table)
+    if table is not None:
+        return _with_table(files, table)
+    table = find_table(path)
+    if table is None or table.parent == path:
+        return files if table is None else _with_table(files, table)
+    try:
+        return _with_table(files, table)
+    except UserError as error:  # it may be about something else
+        return replace(files, notes=(*files.notes, f"the CSV beside it is not used ({error})"))
 
 
 # --------------------------------------------------------------------------------------------------- lists of labels
 
-def find_table(path: Path, prefix: str = "") -> Path | None:
+def find_table(path: Path) -> Path | None:
     """Return the CSV of labels of a folder or ZIP: labels.csv or label_these.csv in a folder or beside it, or
     NAME.csv beside it; None without."""
     inside = [path / name for name in LABEL_TABLES] if path.is_dir() else []
@@ -115,9 +122,6 @@ def _with_table(files: ImageFiles, table: Path) -> ImageFiles:
             absent.append(listed)
         else:
             labels[name] = None if label is None else numbers[label]
-    if not labels and table.parent != files.path:
-        note = f"{table} beside it names none of its files (it names {found.files[0]}) and is not used"
-        return replace(files, notes=(*files.notes, note))
     if not labels:
         raise _names_nothing(files, table.name, list(found.files))
     notes = files.notes if table.parent != files.path else (*files.notes, *_listed_in_vain(table.name, absent))

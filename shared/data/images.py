@@ -276,9 +276,11 @@ def read_images(path: str | Path, *, resolution: int | None = None, channels: in
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     is_array = path.suffix.lower() == ".npz" and path.is_file()
-    table = None if is_array else Path(table) if table is not None else find_table(path, part)
+    table = None if table is None else Path(table)
+    labels = None if is_array else table or find_table(path)
     hidden = sorted(filter(is_hidden, walk(path))) if path.is_dir() else []  # which the fingerprint passes over
-    options = [channels, part, None if table is None else fingerprint(table), len(hidden), *hidden[:1]]
+    labels_key = None if labels is None else [table is not None, fingerprint(labels)]
+    options = [channels, part, labels_key, len(hidden), *hidden[:1]]
     key, name = [fingerprint(path), options], path.stem if path.is_file() else path.resolve().name
 
     def read(allocate: Allocate) -> Stored:

@@ -46,6 +46,16 @@ def test_csv_in_or_beside_a_folder(place: str, text: str, tmp_path: Path) -> Non
     assert found.labels.tolist() == [1, 0, -1, 1] and found.classes == ("cat", "owl")
 
 
+@pytest.mark.parametrize("text", ["name,size\na.png,3\n", "file,label\nelsewhere.png,owl\n", "\0"])
+def test_a_csv_beside_a_folder_may_be_about_something_else(text: str, tmp_path: Path) -> None:
+    write(tmp_path / "set", [])
+    (tmp_path / "set.csv").write_text(text)
+    with pytest.warns(UserWarning, match=r"the CSV beside it is not used \("):
+        assert read_images(tmp_path / "set").labels.tolist() == [0, 0, 1, 1]
+    with pytest.raises(UserError):  # but not if it is asked for
+        read_images(tmp_path / "set", table=tmp_path / "set.csv")
+
+
 def test_csv_by_a_flag(tmp_path: Path) -> None:
     flat(tmp_path / "set")
     (tmp_path / "mine.csv").write_text("file,label\na.png,3\nb.png,1\nc.png,3\nd.png,0\n")
