@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from MetaSemi.core import options as command_line
+from MetaSemi.core.data import SmallImages
 from MetaSemi.train_baseline import parse as parse_baseline
 from MetaSemi.train_meta import parse as parse_meta
 from shared.cli import UserError
+from shared.distributed import World
 from shared.training.run import Run
 from tests.metasemi import tiny
 from tests.shared.programs import one_line_error, run
@@ -160,3 +163,34 @@ def test_published_command_of_cifar10_takes_less_than_two_gigabytes(tmp_path: Pa
 def test_more_labels_than_images(tmp_path: Path) -> None:
     tiny.run(tmp_path, "--num-label=5000", status=2)
     assert "no unlabelled images are left of 1297" in tiny.errors(tmp_path)
+
+
+class TestOwnImages:
+    """--dataset PATH: sizes, classes and statistics come from the images, and what does not fit is said first."""
+
+    def folder(self, place: Path, side: int = 8) -> Path:
+        rng = np.random.default_rng(0)
+        for split, names in (("train", ("bird", "cat", "owl")), ("test", ("cat", "owl"))):
+            for name in names:
+                (place / split / name).mkdir(parents=True)
+                for number in range(6):
+                    Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(
+                        place / split / name / f"{number}.png")
+        return place
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_a_source_of_own_images(self, tmp_path: Path) -> None:
+        options = parse_meta([f"--dataset={self.folder(tmp_path / 'set')}", "--num-label=6", "-asmall",
+                                    "--batch-size=4", "--total-steps=3"])
+        assert options.num_classes == 3 and options.method["dataset"] == "own images"
+        source = SmallImages(options, World(), unlabeled=True)
+        batch = next(source.stream(0, 1))
+        assert batch.labeled.shape == (4, 3, 8, 8) and source.classes == ("bird", "cat", "owl")
+        assert sorted(set(source.test.labels.tolist())) == [1, 2]  # by name
+
+    @pytest.mark.parametrize(("flags", "message"), [
+        (["-aconvlarge"], "12x12 and more"), (["-ashakeshake"], "is for images of 32x32"),
+        (["-asmall", "--num-label=2"], "has 3 classes"), (["--dataset=nowhere"], "neither one of cifar10")])
+    def test_what_does_not_fit(self, flags: list[str], message: str, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=message):
+            parse_meta([f"--dataset={self.folder(tmp_path / 'set')}", *flags])
