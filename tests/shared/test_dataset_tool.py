@@ -135,6 +135,13 @@ class TestLabels:
         convert(source, tmp_path / "out.zip")
         assert read_images(tmp_path / "out.zip").vectors.tolist() == [[0.5, 1]]
 
+    def test_the_checks_of_an_archive_are_of_all_its_images(self, tmp_path: Path) -> None:
+        """Also where --max-images takes the first of them."""
+        write_cifar_archive(tmp_path / "cifar-10-python.tar.gz", np.zeros((20, 3072), np.uint8), np.arange(20) % 9)
+        with pytest.warns(UserWarning, match="no image of class 9"):
+            convert(tmp_path / "cifar-10-python.tar.gz", tmp_path / "out.zip", max_images=3)
+        assert len(read_images(tmp_path / "out.zip")) == 3
+
     def test_missing_classes_of_cifar_are_said(self, tmp_path: Path) -> None:
         write_cifar_archive(tmp_path / "cifar-10-python.tar.gz", np.zeros((20, 3072), np.uint8), np.arange(20) % 9)
         with pytest.warns(UserWarning) as said:
