@@ -35,7 +35,7 @@ from shared.cli import Choice, Flag, Float, Int, Option, Text, UserError, run_ma
 from shared.cli import parse as parse_flags
 from shared.data.datasets import NAMES
 from shared.data.lists import read_label_csv
-from shared.data.safe import READ_ERRORS, load_array, zip_members
+from shared.data.safe import load_array
 from shared.report.gallery import Section, picture, write_contact_sheet, write_page
 from shared.training.checkpoint import read_checkpoint
 from shared.training.files import atomic, make_dir
@@ -46,8 +46,8 @@ from TorchSSL.core.classifier import BLOCK, open_classifier
 from TorchSSL.core.evaluation import trained_options
 from TorchSSL.core.labels import INDEX_FILE
 from TorchSSL.encoders.encoder import open_encoder
-from TorchSSL.encoders.features import features_of, read_features
-from TorchSSL.encoders.images import Images, training_images
+from TorchSSL.encoders.features import features_of
+from TorchSSL.encoders.images import Images, features_in, training_images, unit_length
 
 BY_FEATURES, BY_CLASSIFIER = ("typical", "coverage", "random"), ("margin", "entropy", "badge")
 FLAGS = {
@@ -78,7 +78,6 @@ FLAGS = {
     ),
 }
 CSV_FILE, SHEET, PAGE = "label_these.csv", "contact_sheet.png", "label_these.html"
-MOST_BYTES = 1 << 40  # of a file of features
 MOST_PIXELS = 3 * 64 * 64  # values of an image whose pixels are features
 MOST_CLUSTERS, SMALLEST_CLUSTER, FEW_CLUSTERS = 500, 5, 50  # as published: MiniBatchKMeans from FEW_CLUSTERS on
 PURITY = 0.95  # of the balls, as published
@@ -182,39 +181,6 @@ def features(images: Images, options: SimpleNamespace) -> np.ndarray:
     return found
 
 
-def features_in(file: str, images: Images) -> np.ndarray:
-    """Read features [N, D] of a .npy, .npz or an encoder's file, of which the images are found by name; UserError."""
-    if Path(file).suffix in (".npy", ".npz"):
-        found = array_in(file)
-        if found.ndim != 2 or found.dtype.kind != "f" or len(found) != len(images):
-            raise UserError(f"--features: {file} holds {found.dtype} {list(found.shape)}, expected floats "
-                            f"[{len(images)}, D], a row an image")
-        return found.astype(np.float32)
-    stored = read_features(file)
-    rows = {name: row for row, name in enumerate(stored.names)}
-    if absent := [name for name in images.names if name not in rows]:
-        raise UserError(f"--features: {file} has no row for {absent[0]} of {images.path}")
-    return unit_length(stored.values[[rows[name] for name in images.names]])
-
-
-def array_in(file: str) -> np.ndarray:
-    """Return the array of a .npy, or `features`, `embs` or the only one of a .npz; UserError."""
-    if file.endswith(".npy"):
-        return load_array(file, f"--features {file}")
-    if not Path(file).is_file():
-        raise UserError(f"--features: there is no {file}")
-    zip_members(Path(file), max_member=MOST_BYTES)
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            name = next((name for name in ("features", "embs", *arrays.files[:len(arrays.files) == 1])
-                         if name in arrays.files), None)
-            if name is None:
-                raise UserError(f"--features: {file} holds {', '.join(arrays.files[:8])}; expected `features`")
-            return arrays[name]
-    except READ_ERRORS as error:
-        raise UserError(f"--features: {file} is cut short or holds no plain arrays ({error})") from None
-
-
 def classified(images: Images, options: SimpleNamespace) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Return (probabilities [N, K], features [N, D], class names) of the classifier --load_path."""
     device = distributed.start(options.device).device
@@ -229,10 +195,6 @@ def classified(images: Images, options: SimpleNamespace) -> tuple[np.ndarray, np
         found = classifier.features(np.stack(pixels))
         logits.append(found[0]), seen.append(found[1])
     return torch.cat(logits).softmax(1).numpy(), torch.cat(seen).numpy(), classifier.classes
-
-
-def unit_length(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 # ---------------------------------------------------------------- strategies

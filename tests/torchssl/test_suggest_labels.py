@@ -15,8 +15,8 @@ from shared.data.datasets import load_dataset
 from shared.data.images import read_images
 from tests.torchssl.test_predict import CHROMIUM, all_pictures_shown
 from tests.torchssl.tiny import call
-from TorchSSL.encoders.images import training_images
-from TorchSSL.suggest_labels import badge, coverage, entropy, features_in, main, margin, pure_radius, typical
+from TorchSSL.encoders.images import features_in, training_images
+from TorchSSL.suggest_labels import badge, coverage, entropy, main, margin, pure_radius, typical
 
 
 @pytest.fixture
