@@ -235,7 +235,7 @@ def trained(flags: SimpleNamespace, folder: Path, images: ImageSet, world: World
 def accuracies(name: str, net: Any, images: ImageSet, world: World) -> tuple[dict[str, Any], list[list[int]]]:
     """Return {name: accuracy, name_by_class: ...} of the network on labelled images, and the confusion matrix."""
     counts = confusion(images.labels, predict(net, images, world.device), images.num_classes)
-    each = [int(row[label]) / max(1, int(row.sum())) for label, row in enumerate(counts)]
+    each = [int(row[label]) / int(row.sum()) if row.any() else None for label, row in enumerate(counts)]
     return {name: float(counts.trace() / counts.sum()), f"{name}_by_class": each}, counts.tolist()
 
 
@@ -284,7 +284,8 @@ def markdown(content: dict[str, Any], pictures: list[str]) -> str:
     by_class = {name.removesuffix("_by_class"): value for name, value in content.items() if name.endswith("_by_class")}
     table = ["| class | " + " | ".join(by_class) + " |", "|---|" + "---|" * len(by_class)]
     for label, name in enumerate(content["classes"]):
-        table.append(f"| {name} | " + " | ".join(f"{values[label]:.3f}" for values in by_class.values()) + " |")
+        table.append(f"| {name} | " + " | ".join(
+            "–" if values[label] is None else f"{values[label]:.3f}" for values in by_class.values()) + " |")
     about = (f"{content['images']} generated images ({content['source']}) against {content['real_images']} real ones "
              f"({content['data']}); {content['test_images']} real test images. Features: {content['detector']}. "
              f"Classifiers: {content['classifier']}, {content['classifier_steps']} steps, seed {content['seed']}. "

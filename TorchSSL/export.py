@@ -302,7 +302,7 @@ def accuracy_lines(result: Mapping[str, Any], classes: Sequence[str]) -> list[st
     if by_class:
         names = [*classes, *map(str, range(len(classes), len(by_class)))]
         lines += ["", "| class | accuracy |", "|---|---|",
-                  *(f"| {name} | {value:.4f} |" for name, value in zip(names, by_class, strict=False)
+                  *(f"| {name} | {'–' if value is None else f'{value:.4f}'} |" for name, value in zip(names, by_class, strict=False)
                     if isinstance(value, (int, float)))]
     return lines
 

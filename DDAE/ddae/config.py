@@ -1,6 +1,7 @@
 """The YAML files of config/, every key checked, and the flags that DDAE's scripts have in common."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import yaml
 from DDAE.ddae.diffusion import DDPM, EDM
 from DDAE.ddae.model import UNet, check_names
 from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, nearest, read_value, read_yaml
-from shared.training.precision import has_bf16
+from shared.training.precision import computes_bf16, has_bf16
 
 CONFIGS = Path(__file__).parents[1] / "config"
 DIFFUSIONS = {"DDPM": DDPM, "EDM": EDM}
@@ -213,5 +214,9 @@ def choose_precision(options: SimpleNamespace, device: torch.device) -> str:
     if options.precision is not None:
         return options.precision
     if not options.use_amp:
+        return "fp32"
+    if device.type == "cpu" and not computes_bf16(device):
+        warnings.warn("--use_amp: this processor has no bf16 and would be many times slower with it; fp32 is taken "
+                      "(--precision bf16 insists)", stacklevel=2)
         return "fp32"
     return "bf16" if has_bf16(device) else "fp16"

@@ -193,6 +193,9 @@ def load_sampler(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dic
     arguments.update({argument: value for name, argument in varying.items()
                       if (value := getattr(flags, name)) is not None})
     guidance = 1.0 if flags.guidance is None else flags.guidance
+    if guidance != 1 and guide is None and net.label_dim and not net.init_kwargs.get("label_dropout") and world.main:
+        warnings.warn(f"--guidance: {flags.network} was trained without label dropout (train.py --label-dropout), so "
+                      "it does not know images without a class; name another one with --guide-network", stacklevel=2)
     sampler = SeedSampler(net, sampler=flags.sampler, guide=guide, guidance=guidance, second=second,
                           affine_weight=flags.affine_weight, precision=flags.precision, fast=not flags.strict,
                           compile=flags.compile, **arguments)

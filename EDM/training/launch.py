@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import IO, Any, TypeVar
@@ -39,6 +40,11 @@ def check(flags: SimpleNamespace) -> None:
         raise UserError("--ema-rampup belongs to the half-life of --ema; leave it out with --ema-sigma-rel")
     if flags.label_dropout and not flags.cond:
         raise UserError("--label-dropout needs a class-conditional model: add --cond=1")
+    rampup = 10000 if flags.lr_rampup is None else flags.lr_rampup
+    if flags.duration * 1000 < rampup and not flags.dry_run and int(os.environ.get("RANK", 0)) == 0:
+        warnings.warn(f"--duration: {flags.duration:g} million images end within the warm-up of the learning rate, "
+                      f"{rampup:g} thousand images long: --lr is never reached; give a shorter --lr-rampup",
+                      stacklevel=2)
     if flags.strict and flags.compile:
         raise UserError("--strict and --compile=1 contradict each other; give one of them")
     if flags.precision == "fp16":

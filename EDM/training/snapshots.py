@@ -91,8 +91,8 @@ def at_most(tensors: Mapping[str, torch.Tensor], source: str) -> Iterator[None]:
             left["tensors"] -= 1
             left["numbers"] -= parameter.numel()
             if min(left.values()) < 0:
-                raise UserError(f"{source}: snapshot of another network, its constructor arguments describe a far larger "
-                                f"one than its {len(tensors)} tensors")
+                raise UserError(f"{source}: snapshot of another network, its constructor arguments describe a far "
+                                f"larger one than its {len(tensors)} tensors")
 
     hook = register_module_parameter_registration_hook(count)
     try:

@@ -125,7 +125,7 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
     run = Run(folder, options, dict(net=net, ema=ema, optimizer=optimizer, order=order, losses=losses), world, log=log,
               inputs=inputs, ignore=FREE_IN_RUN, save_seconds=checkpoint_seconds)
     if run.resumed_from is None:
-        run.state["start_nimg"] = load_start(options, net, ema, optimizer, order)
+        run.state["start_nimg"] = load_start(options, net, ema, optimizer, order, log.print)
         log.print(table)
     schedule = TickSchedule(batch_size, total_kimg, options["kimg_per_tick"], options["snapshot_ticks"],
                             options["state_dump_ticks"], run.state["start_nimg"])
@@ -340,7 +340,7 @@ def make_optimizer(options: Mapping[str, Any], net: torch.nn.Module, strict: boo
 # ---------------------------------------------------------------------------------- --transfer, --resume, their files
 
 def load_start(options: Mapping[str, Any], net: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer,
-               order: InfiniteOrder) -> int:
+               order: InfiniteOrder, say: Callable[[str], Any] = print) -> int:
     """Load what --transfer or --resume name, if anything, and return the number of images seen so far.
 
     --transfer: weights of the snapshot into the network and its average, by name; counting starts from 0.
@@ -351,13 +351,13 @@ def load_start(options: Mapping[str, Any], net: torch.nn.Module, ema: EMA, optim
     snapshot, state_file = options.get("resume_pkl"), options.get("resume_state_dump")
     if state_file is None:
         if snapshot is not None:
-            _copy_weights(snapshot, net, ema)
+            _copy_weights(snapshot, net, ema, say)
         return 0
     state = load_training_state(state_file)
     if "ema" in state:
         load_weights(ema.module, state["ema"], str(state_file))
     else:
-        _copy_weights(snapshot, net, ema)
+        _copy_weights(snapshot, net, ema, say)
     load_weights(net, state["net"], str(state_file))
     try:
         optimizer.load_state_dict(state["optimizer_state"])
@@ -365,13 +365,23 @@ def load_start(options: Mapping[str, Any], net: torch.nn.Module, ema: EMA, optim
         raise UserError(f"{state_file}: its optimizer state does not fit this network ({error})") from None
     if "order" in state:
         order.load_state_dict(state["order"])
-    return int(state.get("nimg", options["resume_kimg"] * 1000))
+    seen = int(state.get("nimg", options["resume_kimg"] * 1000))
+    if seen >= options["total_kimg"] * 1000:
+        say(f"warning: --resume: {state_file} has seen {seen / 1000:.1f} thousand images, --duration ends at "
+            f"{options['total_kimg']}: one more step is trained; give a longer --duration")
+    return seen
 
 
-def _copy_weights(source: str, net: torch.nn.Module, ema: EMA) -> None:
-    tensors = read_snapshot(source).state_dict
-    if not set(tensors) & set(net.state_dict()):
+def _copy_weights(source: str, net: torch.nn.Module, ema: EMA, say: Callable[[str], Any]) -> None:
+    tensors, own = read_snapshot(source).state_dict, net.state_dict()
+    if not set(tensors) & set(own):
         raise UserError(f"{source}: snapshot of another network, no tensor of it has a name of this one")
+    # Other classes: the layer of the labels starts anew.
+    fresh = {name for name in set(tensors) & set(own) if "map_label" in name and tensors[name].shape != own[name].shape}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in fresh}
+    taken = len(set(tensors) & set(own))
+    anew = "; the layer of the labels starts anew, for other classes" if fresh else ""
+    say(f"{taken} of the {len(own)} tensors of the network are those of {source}{anew}")
     for module in (net, ema.module):
         load_weights(module, tensors, source, strict=False)
 

@@ -144,7 +144,8 @@ def write_result(run: Run, data: TrainingData, options: SimpleNamespace, precisi
         "test_images": len(data.test), "classes": list(data.unlabeled.classes), "iterations": options.num_train_iter,
         "accuracy": accuracy, "validation_images": 0 if data.validation is None else len(data.validation),
         "last": state["last"], "confusion_matrix": state["confusion"],
-        "accuracy_by_class": [row[label] / max(1, sum(row)) for label, row in enumerate(state["confusion"])],
+        "accuracy_by_class": [row[label] / sum(row) if any(row) else None
+                              for label, row in enumerate(state["confusion"])],
         "pseudo_label_accuracy_in_last_batch": state.get("pseudo_label_acc"),
         "seconds": run.seconds, "precision": precision, "processes": run.world.size, **computed_on(run.world.device)}
     with atomic(run.outdir / RESULT, "w") as file:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from shared.training.checkpoint import keep_layout
 from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA
 from shared.training.log import Log
-from shared.training.precision import autocast, default_precision, set_arithmetic
+from shared.training.precision import autocast, computes_bf16, default_precision, set_arithmetic
 from shared.training.run import Run
 from TorchSSL.core.algorithm import Algorithm, Batch, Setting
 from TorchSSL.core.data import Batches, TrainingData, input_fingerprints, load_training_data, report, rows_of_rank
@@ -304,6 +305,10 @@ def choose_precision(options: SimpleNamespace, device: torch.device) -> str:
     if options.precision == "auto" and "amp" not in options.given:
         return default_precision(device)
     if options.precision == "auto":
+        if options.amp and device.type != "cuda" and not computes_bf16(device):
+            warnings.warn("--amp True: this processor has no bf16 and would be many times slower with it; fp32 is "
+                          "taken (--precision bf16 insists)", stacklevel=2)
+            return "fp32"
         return "fp32" if not options.amp else "fp16" if device.type == "cuda" else "bf16"
     if options.precision == "fp16" and device.type != "cuda":
         raise UserError("--precision fp16 needs a GPU; on this device use bf16 or fp32")

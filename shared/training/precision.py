@@ -36,6 +36,11 @@ def has_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Return whether bf16 is fast: as `has_bf16`, but of a CPU only where it has instructions for it."""
+    return has_bf16(device) and (device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def default_precision(device: torch.device, strict: bool = False) -> str:
     """Return the precision if none is asked for: "bf16" on a GPU that has it, else "fp32"."""
     return "bf16" if device.type == "cuda" and not strict and has_bf16(device) else "fp32"
