@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(__doc__, FLAGS, argv)
     if not options.seed_report and not options.stage1:
         raise UserError("--stage1: name the run folder of stage 1, or give --seed_report folders")
+    if options.stage1 and not Path(options.stage1).is_dir():
+        raise UserError(f"--stage1: there is no folder {options.stage1}; name the run folder of stage 1")
     out = make_dir(options.out)
     if options.seed_report:
         content = over_seeds([read_json(Path(folder) / "report.json", required=True) for folder in options.seed_report])

@@ -8,6 +8,7 @@ from a file in either published layout or a folder; or rearranged pixels, to try
 """
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from EDM.training.snapshots import load_weights
 from shared.cli import UserError
-from shared.training.checkpoint import read_checkpoint
+from shared.training.checkpoint import check_finite, read_checkpoint
 from shared.training.fingerprint import fingerprint_arrays
 
 SCALE = 0.18215  # of Stable Diffusion's latents, whose standard deviation it brings to about 1
@@ -127,16 +128,20 @@ def load_vae(name: str, flag: str = "--vae") -> nn.Module:
     name: a file of weights with CompVis' names (of the VAE alone or in a whole Stable Diffusion checkpoint) or those of
     diffusers, a folder that diffusers wrote, or a name on the Hugging Face hub.
     """
-    if name.endswith(FILES):
-        return _vae_of_file(Path(name), flag).eval().requires_grad_(False)
+    vae = _vae_of_file(Path(name), flag) if name.endswith(FILES) else _vae_by_name(name, flag)
+    check_finite(vae.state_dict(), name)
+    return vae.eval().requires_grad_(False)
+
+
+def _vae_by_name(name: str, flag: str) -> nn.Module:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt; one line follows
     try:
-        vae = autoencoder().from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False,
-                                            local_files_only=Path(name).is_dir())
+        return autoencoder().from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False,
+                                             local_files_only=Path(name).is_dir())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{flag} {name}: cannot be loaded ({reason}); without a network, give a folder with "
                         "config.json and diffusion_pytorch_model.safetensors") from None
-    return vae.eval().requires_grad_(False)
 
 
 def _vae_of_file(path: Path, flag: str) -> nn.Module:
