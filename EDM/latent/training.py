@@ -35,7 +35,7 @@ Score = Callable[[Sampler, int], float]  # (sampler, number of images) -> FID
 FIRST_SAMPLES = 10_000  # of the FID at every saved step
 CHECKPOINT = ("step", "optimizer", "lr_scheduler", "nnet", "nnet_ema")
 # Settings that may change when a run is continued.
-FREE = ("train.n_steps", "train.log_interval", "train.eval_interval", "train.save_interval", "sample.n_samples")
+FREE = ("train.n_steps", "train.log_interval", "train.eval_interval", "train.save_interval")
 
 
 def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sampler_of: Callable[[UViT], Sampler],
@@ -114,6 +114,7 @@ def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sa
 
         # Save and score.
         if done % config.train.save_interval == 0 or done == total:
+            log.check()  # stops here if a loss was not finite
             if world.main:
                 save_published(workdir / "ckpts" / f"{done}.ckpt", done, net, ema, optimizer, rates)
             if score is not None:
@@ -150,7 +151,7 @@ def update(loss: Tensor, net: UViT, ema: EMA, optimizer: torch.optim.Optimizer,
 
 def settings_of(config: Any, schedule: Schedule) -> dict[str, Any]:
     """Return what decides about the numbers of a run, by the names of `--config.KEY`."""
-    sections = ("train", "optimizer", "lr_scheduler", "nnet", "dataset", "sample")
+    sections = ("train", "optimizer", "lr_scheduler", "nnet", "dataset")
     values = {f"{section}.{key}": value for section in sections for key, value in config[section].items()
               if f"{section}.{key}" != "dataset.path"}
     values |= {key: config[key] for key in ("seed", "pred", "ema_rate", "z_shape", "resolution")}

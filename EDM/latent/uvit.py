@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from EDM.latent.layers import Attention, Mlp, PatchEmbed, sinusoid, unpatchify
 from EDM.training.snapshots import load_weights
 from shared.cli import UserError
-from shared.training.checkpoint import read_checkpoint
+from shared.training.checkpoint import check_finite, read_checkpoint
 
 
 class Block(nn.Module):
@@ -140,6 +140,9 @@ def make_uvit(nnet: dict[str, Any], z_shape: tuple[int, ...], seed: int = 0) -> 
 
 
 def load_uvit(net: UViT, path: str | Path) -> UViT:
-    """Load a published checkpoint (a plain state dict) into the network; UserError unless it fits exactly."""
-    load_weights(net, read_checkpoint(path), str(path))
+    """Load a published checkpoint (a plain state dict) into the network; UserError unless it fits exactly
+    and is finite."""
+    state = read_checkpoint(path)
+    load_weights(net, state, str(path))
+    check_finite(state, path)
     return net

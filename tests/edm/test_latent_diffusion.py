@@ -28,7 +28,7 @@ from tests.edm.latent_runs import (
     write_vae,
 )
 from tests.edm.scored_images import write_classifier
-from tests.shared.programs import ROOT, assert_same, run
+from tests.shared.programs import ROOT, assert_same, one_line_error, run
 
 LAST = WORKDIR / "ckpts" / "6.ckpt" / "nnet_ema.pth"
 IMAGES = WORKDIR / "samples_for_classifier" / "aug_3_samples" / "train"
@@ -197,6 +197,14 @@ def test_bad_input_is_one_line(name, flags, message, place, monkeypatch):
     assert [path for path in before if not path.exists()] == []
 
 
+def test_weights_that_are_not_finite(place, monkeypatch):
+    state = torch.load(LAST)
+    torch.save({**state, "norm.bias": torch.full_like(state["norm.bias"], torch.inf)}, LAST)
+    monkeypatch.setattr("sys.argv", ["sample_ldm_all.py", LARGE, *TINY])
+    with pytest.raises(UserError, match="nnet_ema.pth: norm.bias holds numbers that are not finite"):
+        sample_ldm_all.main()
+
+
 def test_latents_of_another_vae_and_images_without_label(place, monkeypatch):
     about = json.loads((LATENTS / "latents.json").read_text())
     (LATENTS / "latents.json").write_text(json.dumps({**about, "coder": "0" * 32}))
@@ -254,3 +262,12 @@ def test_inner_tokens_are_drawn_to_an_encoder(place):
                           ((), "with another content of --repa"), (("--repa=x.pth",), "x.pth")):
         with pytest.raises(UserError, match=message):
             train_ldm.main(argv=[*flags, *(more or ("--repa=timm:test_vit2", "--workdir=whole"))])
+
+
+def test_a_run_that_diverges_saves_nothing(place):
+    failed = command("train_ldm", "--workdir=bad", "--config.optimizer.lr=1e30", "--config.lr_scheduler.warmup_steps=0",
+                     "--config.train.save_interval=1", "--config.train.log_interval=100", cwd=place, status=1)
+    line = one_line_error(failed)
+    assert "is not finite at step" in line and "nothing was saved" in line
+    for file in Path("bad/ckpts").glob("*/nnet.pth"):
+        assert all(value.isfinite().all() for value in torch.load(file).values())

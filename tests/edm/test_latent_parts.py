@@ -47,6 +47,7 @@ def vae_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(old, folder / "old.bin")
     torch.save({name: value for name, value in compvis.items() if "norm_out" not in name}, folder / "lacking.pth")
     torch.save({"net": torch.zeros(3)}, folder / "other.pth")
+    torch.save({**compvis, "quant_conv.bias": torch.full([8], torch.nan)}, folder / "nan.pth")
     return folder
 
 
@@ -62,6 +63,7 @@ def test_published_files_hold_the_same_vae(name, vae_files):
 @pytest.mark.parametrize("name, message", [
     ("lacking.pth", "lacking.pth: snapshot of another network, it lacks encoder.conv_norm_out"),
     ("other.pth", "other.pth holds no VAE of Stable Diffusion: expected tensors such as"),
+    ("nan.pth", "nan.pth: quant_conv.bias holds numbers that are not finite"),
     ("absent.pth", "there is no file .*absent.pth; put the VAE's weights there"),
     ("compvis.pth", r"have latents \(4, 16, 16\), .*z_shape \(4, 8, 8\); give --config.z_shape=4,16,16"),
 ])
