@@ -111,8 +111,8 @@ def test_each_ends_in_one_line_and_changes_nothing(part: int, tmp_path: Path) ->
         write_bad_files(folder / "bad")
         before = state(folder)
         said = tmp_path / f"{number}.txt"
-        process = script_process(ROOT / script, words, folder, environment(
-            FEWLABEL_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"), tmp_path / "stdout.txt", said)
+        around = environment(FEWLABEL_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+        process = script_process(ROOT / script, words, folder, around, tmp_path / "stdout.txt", said)
         process.start()
         process.join(SECONDS)
         process.kill()
