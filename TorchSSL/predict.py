@@ -42,8 +42,8 @@ FLAGS = {
         Option("--images", Text, required=True, help="folder, ZIP or npz of images", metavar="PATH"),
         Option("--use_train_model", Flag, False, "the weights as trained, in place of their moving average"),
         Option("--dataset -ds", Text, None, "benchmark that a checkpoint of the original code was trained on"),
-        Option("--resize", Choice("square", "centre"), None, "make images of another size fit: squeeze them, or take "
-               "the central square", default_help="as in the training"),
+        Option("--resize", Choice("square", "centre"), None, "make images of another size fit as dataset_tool.py does: "
+               "squeezed, or the central square (--transform=center-crop)", default_help="as in the training"),
         Option("--skip_bad", Flag, False, "leave images that cannot be read without a class, in place of stopping"),
     ),
     "output": (

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from DASO.lib.models.ema import as_counters
 from DASO.lib.models.semi import SemiModel
 from DASO.lib.models.wrn import WRN, ResNet34
+from EDM.dataset_tool import transformed
 from EDM.tdsm.classifiers import CLASSIFIERS, CAS_class, class_logits
 from EDM.training.snapshots import read_snapshot
 from MetaSemi.core.model import ConvLarge, SmallNet, shakeshake26
@@ -93,16 +94,19 @@ class Classifier:
     def prepare(self, image: Image.Image, name: str, how: str | None = None) -> np.ndarray:
         """Return uint8 [C, H, W] of a decoded image, resized as in the evaluation of its training; UserError.
 
-        how: a resize in place of the recorded one.
+        how: in place of the recorded resize that of dataset_tool.py: "square" without, or "centre" with
+        --transform=center-crop.
         """
-        how = how or self.resize
+        if self.size is not None and how is not None:
+            image = transformed(image, "center-crop" if how == "centre" else None, self.size[::-1])
+            return to_chw(image, self.channels)
+        how = self.resize
         if self.size is None or image.size == self.size[::-1] and how in (None, "square"):
             return to_chw(image, self.channels)
         height, width = self.size
         if how is None or height != width:
-            remedy = "give --resize square or --resize centre" if height == width else "make them so"
             raise UserError(f"{name} is {image.width}x{image.height}, {self.path} classifies images of "
-                            f"{width}x{height}; {remedy}")
+                            f"{width}x{height}; give --resize square or --resize centre")
         if how == "square":
             return resize(torch.from_numpy(to_chw(image, self.channels).copy())[None], width)[0].numpy()
         if how == "centre-edge":

@@ -17,13 +17,14 @@ from PIL import Image
 
 from DASO.lib.models.semi import SemiModel
 from DASO.lib.models.wrn import WRN
+from EDM.dataset_tool import convert
 from EDM.tdsm.classifiers import EDMPrecond_classifier
 from EDM.training.snapshots import save_snapshot
 from MetaSemi.core.model import ConvLarge, SmallNet, shakeshake26
 from MetaSemi.imagenet.views import CentreCrop
 from shared.cli import UserError
 from shared.data.datasets import load_dataset
-from shared.data.images import ImageSet
+from shared.data.images import ImageSet, read_images
 from shared.data.photographs import PhotographSet
 from shared.data.pool import PhotographPool
 from shared.data.writers import write_folder, write_npz
@@ -252,6 +253,12 @@ def test_photographs_are_resized_as_in_the_evaluation(tmp_path: Path) -> None:
     image = Image.fromarray(pixels)
     for seen in (image, image.resize((32, 32))):  # one of the right size loses its margin, too
         assert np.array_equal(found.prepare(seen, "a"), CentreCrop(32, 40)(seen).transpose(2, 0, 1))
+    # Where asked for, as the images were converted.
+    (tmp_path / "raw").mkdir()
+    image.save(tmp_path / "raw" / "a.png")
+    for how, more in (("square", {}), ("centre", {"transform": "center-crop"})):
+        convert(tmp_path / "raw", tmp_path / f"{how}.zip", resolution=(32, 32), **more)
+        assert np.array_equal(found.prepare(image, "a", how), read_images(tmp_path / f"{how}.zip").images[0])
 
     torch.save({"ema_model": net.state_dict(), "size": (224, 224), "resize": "square", "options": {
         "net": "resnet18", "net_from_name": True, "depth": 28, "widen_factor": 2, "leaky_slope": 0.1, "dropout": 0.0,
