@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,10 @@ def calculate(flags: SimpleNamespace) -> None:
                          keep_logits="isc" in flags.metrics)
     stop()
     if world.main:
+        if None not in (extraction.size, reference.size) and extraction.size != reference.size:
+            sizes = ["x".join(map(str, found[::-1])) for found in (extraction.size, reference.size)]
+            warnings.warn(f"{flags.images or flags.network}: images of {sizes[0]} are compared with {sizes[1]} of "
+                          f"{flags.ref}; make them equal with dataset_tool.py --resolution={sizes[1]}", stacklevel=2)
         values = score(flags.metrics, extraction, reference, detector, flags)
         report(flags, values, about(flags, images, reference, detector, world))
         if record is not None:

@@ -38,7 +38,7 @@ class Extraction:
     """What a pass leaves. The moments are those of all ranks; what is kept lies on the CPU of rank 0 alone.
 
     features: float32 [N, F], logits: float32 [N, classes], labels: int64 [N], in the order of the images, or None.
-    classes: names in label order, or ().
+    classes: names in label order, or (). size: height and width of the images.
     """
 
     moments: Moments
@@ -46,6 +46,7 @@ class Extraction:
     logits: Tensor | None = None
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
 
 
 def extract(source: Source, detector: Detector, batch: int, world: World, *, keep_features: bool = False,
@@ -66,8 +67,10 @@ def extract(source: Source, detector: Detector, batch: int, world: World, *, kee
     if keep_logits:
         kept["logits"] = torch.empty(len(source) if world.main else 0, detector.num_logits)
     parts = split_batches(range(len(source)), batch, world.size)
+    size: tuple[int, int] | None = None
     counter = Progress(f"features of {detector.name}", len(source), "images", shown=world.main)
     for turn, (images, labels) in enumerate(source.batches(parts[world.rank::world.size])):
+        size = tuple(images.shape[2:]) if len(images) else size
         # One memory layout, whatever the source: another one is another kernel, which rounds differently.
         features, logits = _detect(detector, images.to(device).contiguous())
         if not features.isfinite().all():
@@ -82,7 +85,7 @@ def extract(source: Source, detector: Detector, batch: int, world: World, *, kee
         counter.advance(sum(map(len, together)))
     counter.close()
     classes = tuple(getattr(source, "classes", ()))
-    return Extraction(moments.over_ranks(world), **(kept if world.main else {}), classes=classes)
+    return Extraction(moments.over_ranks(world), **(kept if world.main else {}), classes=classes, size=size)
 
 
 def _detect(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +110,7 @@ class Reference:
     """mu: float64 [F]; sigma: float64 [F, F]; features float32 [N, F] and labels int64 [N], if they were asked for.
 
     count: number of images; None if the file does not say, as those of the published code. classes: names in label
-    order, or ().
+    order, or (). size: height and width of the images; None if the file does not say.
     """
 
     mu: Tensor
@@ -117,13 +120,14 @@ class Reference:
     features: Tensor | None = None
     labels: Tensor | None = None
     classes: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
 
 
 def from_extraction(extraction: Extraction, source: str) -> Reference:
     """Return the statistics of images that a detector has seen."""
     mu, sigma = extraction.moments.mean_and_covariance()
     return Reference(mu.cpu(), sigma.cpu(), extraction.moments.count, source, extraction.features, extraction.labels,
-                     extraction.classes)
+                     extraction.classes, extraction.size)
 
 
 def write_reference(path: str, reference: Reference, detector: Detector) -> None:
@@ -131,6 +135,8 @@ def write_reference(path: str, reference: Reference, detector: Detector) -> None
     arrays: dict[str, Any] = {
         "mu": reference.mu.numpy(), "sigma": reference.sigma.numpy(), "num_images": reference.count,
         "detector": detector.name, "detector_sha256": detector.sha256, "resize": detector.resize}
+    if reference.size is not None:
+        arrays["image_size"] = np.array(reference.size)
     if reference.features is not None:
         arrays |= {"features": reference.features.numpy(), "labels": reference.labels.numpy(),
                    "classes": np.array(reference.classes, np.str_)}
@@ -164,7 +170,8 @@ def read_reference(path: str, detector: Detector) -> Reference:
     count = int(arrays["num_images"]) if "num_images" in arrays else None
     features, labels = (torch.from_numpy(arrays[name]) if name in arrays else None for name in ("features", "labels"))
     return Reference(torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64)), count,
-                     str(path), features, labels, tuple(map(str, arrays.get("classes", ()))))
+                     str(path), features, labels, tuple(map(str, arrays.get("classes", ()))),
+                     tuple(arrays["image_size"].ravel().tolist()) if "image_size" in arrays else None)
 
 
 def _check_fits(path: str, arrays: dict[str, np.ndarray], width: int, detector: Detector) -> None:

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from DDAE.ddae.config import choose_precision as ddae_precision
-from EDM import generate, train
+from EDM import fid, generate, train
 from EDM.training.networks import EDMPrecond
 from EDM.training.snapshots import save_snapshot
 from shared.training import precision
 from tests.edm import training_runs as edm
+from tests.edm.scored_images import write_classifier, write_images
 from tests.torchssl import tiny as torchssl
 from TorchSSL import freematch
 from TorchSSL.core.trainer import choose_precision
@@ -82,6 +83,20 @@ def edm_images(folder: Path) -> None:
     for number in range(4):
         Image.new("RGB", (8, 8), (50 * number, len(folder.name) * 9, ord(folder.name) % 200)).save(
             folder / f"{number}.png")
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_images_and_reference_of_unequal_size(place: Path, size: int) -> None:
+    write_classifier(place / "judge.pth")
+    write_images(place / "real", 20, seed=0)
+    write_images(place / "made", 20, seed=1, size=size)
+    detector = ("--detector=judge.pth", "--device=cpu")
+    fid.main(["ref", "--data=real", "--dest=real.npz", *detector])
+    for reference in ("real.npz", "real"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fid.main(["calc", "--images=made", f"--ref={reference}", "--num=20", *detector])
+        assert any("images of 12x12 are compared with 8x8" in str(one.message) for one in caught) == (size == 12)
 
 
 def test_bf16_on_a_processor_without(monkeypatch: pytest.MonkeyPatch) -> None:
