@@ -44,8 +44,8 @@ def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = ".
                  download: bool = False, table: str | Path | None = None) -> ImageSet:
     """Return one split of a data set: train, test, extra (svhn) or unlabeled (stl10, a user's own).
 
-    A name (see NAMES; `./NAME` means a path) reads the files below `data_dir` where torchvision keeps them, the CIFAR
-    archives as they are; digits needs none. MNIST comes padded to 32x32. `download` fetches missing files with
+    A name (see NAMES; `./NAME` means a path) reads the files below `data_dir` where torchvision keeps them, or below
+    `data_dir`/NAME, the CIFAR archives as they are; digits needs none. MNIST comes padded to 32x32. `download` fetches missing files with
     torchvision, which checks them. Files that differ from the published ones are read with a warning.
 
     A path is the user's own set: a folder holding `train/`, `test/` (or `val/` or `valid/`) and if wanted `unlabeled/`,
@@ -75,6 +75,7 @@ def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = ".
         raise UserError("imagenet is too large to decode whole; make a set of small images of it with "
                         f"dataset_tool.py --source={data_dir}/imagenet/train --dest=imagenet.zip --resolution=64x64 "
                         "--transform=center-crop and name that file")
+    data_dir = _place(name, split, data_dir)
     if download and _absent(name, split, data_dir):
         _download(name, split, data_dir)
     if absent := _absent(name, split, data_dir):
@@ -110,6 +111,13 @@ def _files(name: str, split: str, data_dir: Path) -> list[Path]:
     start = "train" if split == "train" else "t10k"
     plain = [data_dir / "MNIST" / "raw" / f"{start}-{part}" for part in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     return [file if file.exists() else file.with_name(f"{file.name}.gz") for file in plain]
+
+
+def _place(name: str, split: str, data_dir: Path) -> Path:
+    """Return where the files of a split lie: in `data_dir`, in its sub-folder of the set's name, as some published code
+    has it, or above it, if it is such a sub-folder; `data_dir` if they are in none."""
+    above = [data_dir.parent] if data_dir.name == name else []
+    return next((place for place in (data_dir, data_dir / name, *above) if not _absent(name, split, place)), data_dir)
 
 
 def _absent(name: str, split: str, data_dir: Path) -> str:

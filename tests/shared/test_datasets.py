@@ -60,6 +60,13 @@ class TestCifar:
         write_cifar(random_set(), tmp_path / "cifar-10-batches-py", random_set(20, seed=1))
         return tmp_path
 
+    @pytest.mark.parametrize("place", ["", "cifar10"])
+    @pytest.mark.parametrize("asked", ["", "cifar10"])
+    def test_below_the_folder_or_one_of_its_name(self, tmp_path: Path, place: str, asked: str) -> None:
+        """DASO's configurations name data/cifar10, all others data."""
+        write_cifar(random_set(), tmp_path / place / "cifar-10-batches-py", random_set(20, seed=1))
+        assert_equal(load_dataset("cifar10", "train", tmp_path / asked), random_set())
+
     def test_folder_archive_and_path(self, folder: Path) -> None:
         batches, archive = folder / "cifar-10-batches-py", folder / "cifar-10-python.tar.gz"
         with tarfile.open(archive, "w:gz") as tar:
