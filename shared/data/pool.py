@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.augment import randaugment
-from shared.augment.views import StrongDraws, normalise, strong
+from shared.augment.views import StrongDraws, normalise, strong, strong_photographs
 from shared.cli import UserError
 from shared.data.images import ImageSet, open_image, to_chw
 from shared.data.parallel import cores, one_ahead
@@ -34,6 +34,7 @@ from shared.data.photographs import (
 from shared.training.precision import to_device
 
 AHEAD = 2  # batches in the making
+CANVAS_PIXELS = 2**25  # of a batch of photographs that a GPU augments together
 
 
 class Pool:
@@ -131,13 +132,26 @@ class PhotographPool:
 
     def strong(self, positions: np.ndarray, draws: StrongDraws) -> Tensor:
         """Return strong views before flip and crop, uint8 [n, 3, 256, 256]. draws: for images of 256x256."""
-        return self._squares(positions, TRAIN_SIDE,
-                             lambda image, number: strong(image, _fitted(draws[number:number + 1], image)))
+        if self._decode(positions)[0].is_cuda:
+            return self._on_canvas(positions, draws, with_cutout=True)
+        return self._squares(positions, TRAIN_SIDE, lambda image, number: strong(
+            image, _fitted(draws[number:number + 1], np.array([image.shape[2:]]))))
 
     def medium(self, positions: np.ndarray, draws: StrongDraws) -> Tensor:
         """Return views with the operations alone, uint8 [n, 3, 256, 256]."""
+        if self._decode(positions)[0].is_cuda:
+            return self._on_canvas(positions, draws, with_cutout=False)
         return self._squares(positions, TRAIN_SIDE, lambda image, number: randaugment.apply(
             image, draws.operations[number:number + 1], draws.magnitudes[number:number + 1]))
+
+    def _on_canvas(self, positions: np.ndarray, draws: StrongDraws, with_cutout: bool) -> Tensor:
+        """Return strong views of photographs on a GPU, whose time goes by operations and not by pixels."""
+        decoded, made = self._decode(positions), []
+        sizes = np.array([image.shape[1:] for image in decoded])
+        for part in canvases(sizes):
+            views = strong_photographs(decoded[part], _fitted(draws[part], sizes[part]), with_cutout)
+            made += [resize(view[None], TRAIN_SIDE) for view in views]
+        return torch.cat(made)
 
     def _squares(self, positions: np.ndarray, side: int, change: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Return uint8 [n, 3, side, side] on the device: change(photograph [1, 3, H, W], number in the batch)."""
@@ -175,11 +189,20 @@ def resize(images: Tensor, side: int) -> Tensor:
     return small.round().clamp(0, 255).to(torch.uint8)
 
 
-def _fitted(draws: StrongDraws, image: Tensor) -> StrongDraws:
-    """Return the draws of one image with the centre of its cutout moved to where it would be in this image's size."""
-    height, width = image.shape[-2:]
+def canvases(sizes: np.ndarray) -> Iterator[slice]:
+    """Yield parts of photographs with `sizes` [n, 2]: each one image, or a canvas of at most CANVAS_PIXELS."""
+    start = 0
+    for stop in range(1, len(sizes) + 1):
+        following = sizes[start:stop + 1]
+        if stop == len(sizes) or len(following) * following.max(0).prod() > CANVAS_PIXELS:
+            yield slice(start, stop)
+            start = stop
+
+
+def _fitted(draws: StrongDraws, sizes: np.ndarray) -> StrongDraws:
+    """Return the draws of n images with the centres of their cutouts moved to where they are in `sizes` [n, 2]."""
     fraction = (TRAIN_SIDE - draws.cutout_centre) / (TRAIN_SIDE - 1)  # 0..1 from the far side back to the first pixel
-    sides = np.array([width, height])
+    sides = sizes[:, ::-1]  # width, height
     return StrongDraws(draws.operations, draws.magnitudes, draws.cutout_fraction, sides + (1 - sides) * fraction)
 
 

@@ -22,6 +22,7 @@ from shared.augment.views import (
     normalise,
     rotate_quarter_turns,
     strong,
+    strong_photographs,
     weak,
 )
 from shared.cli import UserError
@@ -308,3 +309,16 @@ def test_what_a_gpu_computes_is_the_same(shape: tuple[int, ...]) -> None:
     for packed in torch.from_numpy(randaugment.pack(draws.operations, draws.magnitudes, *shape[2:])):
         found = randaugment.layer(found, packed)
     assert torch.equal(found, apply(images, draws.operations, draws.magnitudes))
+
+
+def test_photographs_of_different_sizes_together() -> None:
+    """On GPUs they share a canvas; byte for byte what each gives alone."""
+    rng = np.random.default_rng(0)
+    images = [torch.from_numpy(rng.integers(0, 256, (3, *size), dtype=np.uint8))
+              for size in rng.integers(5, 40, (150, 2))]
+    images[3][:] = images[3] // 200
+    draws = draw_strong(len(images), rng, (32, 32))
+    found = strong_photographs(images, draws)
+    for number, (image, ours) in enumerate(zip(images, found, strict=True)):
+        alone = strong(image[None], draws[number:number + 1])
+        assert torch.equal(ours, alone[0]), (number, draws.operations[number])

@@ -14,6 +14,7 @@ from torchvision.transforms import functional as TF
 
 from shared.augment.views import draw_strong, strong
 from shared.cli import UserError
+from shared.data import pool as pool_module
 from shared.data.parallel import Prefetched
 from shared.data.photographs import EVAL_SIDE, TRAIN_SIDE, list_imagenet
 from shared.data.pool import PhotographPool
@@ -195,3 +196,18 @@ class TestBadInput:
         tiny.run(tmp_path, *PHOTOS, f"--data_dir={folder}", "--num_classes=1000", status=2)
         assert "--num_classes 1000: imagenet has 2 classes" in (tmp_path / "stderr.txt").read_text()
         assert not (tmp_path / "saved_models").exists()
+
+
+@pytest.mark.parametrize("pixels", [pool_module.CANVAS_PIXELS, 20_000])
+def test_strong_views_together_are_those_of_each_alone(tmp_path, monkeypatch, pixels):
+    """What a GPU does, on canvases of several photographs, gives the bytes of one photograph after the other."""
+    rng = np.random.default_rng(0)
+    for number, (height, width) in enumerate(rng.integers(40, 120, (12, 2))):
+        file = tmp_path / "imagenet" / "train" / CLASSES[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file)
+    monkeypatch.setattr(pool_module, "CANVAS_PIXELS", pixels)
+    pool = PhotographPool(list_imagenet(str(tmp_path), "train"), *NORMALISATION["imagenet"], CPU, 1, "torchvision")
+    positions, draws = np.arange(12), draw_strong(12, rng, (256, 256))
+    assert torch.equal(pool._on_canvas(positions, draws, with_cutout=True), pool.strong(positions, draws))
+    assert torch.equal(pool._on_canvas(positions, draws, with_cutout=False), pool.medium(positions, draws))
