@@ -45,8 +45,9 @@ def load_dataset(name_or_path: str | Path, split: str, data_dir: str | Path = ".
     """Return one split of a data set: train, test, extra (svhn) or unlabeled (stl10, a user's own).
 
     A name (see NAMES; `./NAME` means a path) reads the files below `data_dir` where torchvision keeps them, or below
-    `data_dir`/NAME, the CIFAR archives as they are; digits needs none. MNIST comes padded to 32x32. `download` fetches missing files with
-    torchvision, which checks them. Files that differ from the published ones are read with a warning.
+    `data_dir`/NAME, the CIFAR archives as they are; digits needs none. MNIST comes padded to 32x32. `download` fetches
+    missing files with torchvision, which checks them. Files that differ from the published ones are read with a
+    warning.
 
     A path is the user's own set: a folder holding `train/`, `test/` (or `val/` or `valid/`) and if wanted `unlabeled/`,
     each a folder of class sub-folders or with a dataset.json or labels.csv, or the same as train.zip, test.zip or .npz
