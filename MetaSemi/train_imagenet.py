@@ -22,13 +22,13 @@ from MetaSemi.core.options import (
     read_imagenet_options,
 )
 from MetaSemi.core.training import Training
-from MetaSemi.imagenet.source import RecordImages
+from MetaSemi.imagenet.source import ARCH, RecordImages
 from shared.cli import less_memory, run_main
 
 LINE = ("Ep[{epoch}/{epochs}] It[{step}/{length}] Bt {btime:.3f} Dt {dtime:.3f} Loss {loss:.3f} ({loss_avg:.3f}) "
         "Acc1 {acc1:.3f} ({acc1_avg:.3f}) Acc5 {acc5:.3f} ({acc5_avg:.3f}) LR {rate:.3E}")
 FLAGS = {
-    "data and network": IMAGENET_DATA,
+    "data and network": (*IMAGENET_DATA, ARCH),
     "optimisation": IMAGENET_OPTIMISATION,
     "running": IMAGENET_RUNNING,
     "beyond the published flags": IMAGENET_OURS,

@@ -28,7 +28,7 @@ from MetaSemi.core.options import (
     read_imagenet_options,
 )
 from MetaSemi.core.training import Training
-from MetaSemi.imagenet.source import RecordImages
+from MetaSemi.imagenet.source import ARCH, RecordImages
 from shared.cli import less_memory, run_main
 
 LINE = ("Ep[{epoch}/{epochs}] It[{step}/{length}] Bt {btime:.3f} Dt {dtime:.3f} "
@@ -37,7 +37,7 @@ LINE = ("Ep[{epoch}/{epochs}] It[{step}/{length}] Bt {btime:.3f} Dt {dtime:.3f} 
         "Uacc1: {unlabel_acc1:.3f} (avg {unlabel_acc1_avg:.3f}) Uacc5: {unlabel_acc5:.3f} (avg {unlabel_acc5_avg:.3f}) "
         "LR: {rate:.3E} ")
 FLAGS = {
-    "data and network": IMAGENET_DATA,
+    "data and network": (*IMAGENET_DATA, ARCH),
     "method": (ALPHA, EPSILON),
     "optimisation": IMAGENET_OPTIMISATION,
     "running": IMAGENET_RUNNING,

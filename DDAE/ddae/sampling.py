@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from DDAE.ddae.diffusion import DDPM, EDM
 from DDAE.ddae.model import UNet, store_bf16_weights, use_channels_last
@@ -111,6 +110,8 @@ def to_uint8(images: Tensor) -> Tensor:
 def sheet(images: Tensor, per_row: int) -> Tensor:
     """Arrange images [N, C, H, W] in rows, two black pixels between them: [3, H', W'], gray ones as RGB; one image
     stays as it is."""
+    from torchvision.utils import make_grid  # takes as long to import as torch
+
     return make_grid(images, nrow=per_row)
 
 

@@ -5,15 +5,12 @@ import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
-import torchvision
-
 from shared.cli import Choice, Flag, Float, Int, IntTuple, Option, UserError, parse
 from shared.data.datasets import load_dataset
 from shared.option_types import NameOrPath
 
 DATASETS = {"cifar10": 10, "cifar100": 100, "svhn": 10, "digits": 10}
 ARCHITECTURES = ("convlarge", "shakeshake", "small")
-CLASSIFIERS = tuple(torchvision.models.list_models(module=torchvision.models))
 COUNT, WHOLE, POSITIVE = Int(1), Int(0), Float(0, open=True)
 NOT_NEGATIVE, FRACTION = Float(0), Float(0, 1)
 
@@ -67,7 +64,6 @@ RUNNING = (
 
 IMAGENET_DATA = (
     Option("--data", default="./data", metavar="DIR", help="folder of the nine files that im2rec.py writes"),
-    Option("-a --arch", Choice(*CLASSIFIERS), "resnet18", "a classifier of torchvision"),
     Option("--num-classes", COUNT, 1000, "classes"),
     Option("--imsize", COUNT, 256, "shorter side of a validation image before its centre is cut out"),
     Option("--imcrop", COUNT, 224, "side of the images that the network sees"),

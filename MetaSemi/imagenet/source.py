@@ -17,7 +17,7 @@ from MetaSemi.core.training import Batch, Source
 from MetaSemi.imagenet.records import RecordFile
 from MetaSemi.imagenet.views import CentreCrop, Epochs, RandomCrop
 from shared import distributed
-from shared.cli import UserError
+from shared.cli import Choice, Option, UserError
 from shared.data.photographs import MEAN, STD, Photographs, Request
 from shared.data.pool import batches, choose_decoder
 from shared.distributed import World
@@ -29,6 +29,8 @@ VALIDATION_BATCH = 50
 PREFIX = "module."  # before the names in published checkpoints
 # These also classify from their middle; here they are built without, so that their output is logits and nothing else.
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
+ARCH = Option("-a --arch", Choice(*CLASSIFIERS), "resnet18", "a classifier of torchvision")
 
 
 class RecordImages(Source):

@@ -4,7 +4,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import resnet34
 
 from shared.cli import UserError
 from shared.cpu.batchnorm import BatchNorm2d
@@ -71,6 +70,8 @@ class ResNet34(nn.Module):
     feature_size = 512
 
     def __init__(self, weights: str = "") -> None:
+        from torchvision.models import resnet34  # takes as long to import as torch
+
         super().__init__()
         self.net = resnet34()
         self.net.fc = nn.Identity()
