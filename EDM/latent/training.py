@@ -20,7 +20,7 @@ from EDM.latent.schedules import Schedule, losses
 from EDM.latent.uvit import UViT, load_uvit
 from EDM.latent.vae import sample
 from shared import distributed
-from shared.cli import UserError
+from shared.cli import Diverged, UserError
 from shared.distributed import World
 from shared.report.plots import image_grid
 from shared.training.checkpoint import keep_layout, read_checkpoint
@@ -115,6 +115,7 @@ def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sa
         # Save and score.
         if done % config.train.save_interval == 0 or done == total:
             log.check()  # stops here if a loss was not finite
+            check_weights(net, done)
             if world.main:
                 save_published(workdir / "ckpts" / f"{done}.ckpt", done, net, ema, optimizer, rates)
             if score is not None:
@@ -147,6 +148,14 @@ def update(loss: Tensor, net: UViT, ema: EMA, optimizer: torch.optim.Optimizer,
     optimizer.step()
     rates.step()
     ema.update(net, ema_rate)
+
+
+def check_weights(net: UViT, step: int) -> None:
+    """Raise Diverged if a weight is not finite."""
+    for name, parameter in net.named_parameters():
+        if not parameter.isfinite().all():
+            raise Diverged(f"{name} is not finite after step {step}; nothing was saved, the last checkpoint is kept. "
+                           "Try a lower --config.optimizer.lr or --precision=fp32")
 
 
 def settings_of(config: Any, schedule: Schedule) -> dict[str, Any]:

@@ -136,6 +136,9 @@ def test_two_ranks_are_one(done, tmp_path):
     ours, theirs = (np.load(folder / LATENTS / "moments.npy") for folder in (tmp_path, done))
     np.testing.assert_array_equal(ours, theirs)
     command("train_ldm", cwd=tmp_path, ranks=2)
+    command("sample_ldm_all", f"--nnet_path={done / LAST}", cwd=tmp_path, ranks=2)
+    made = {path.relative_to(done): path.read_bytes() for path in (done / IMAGES).rglob("*.png")}
+    assert made == {path.relative_to(tmp_path): path.read_bytes() for path in (tmp_path / IMAGES).rglob("*.png")}
     ours, theirs = (torch.load(folder / LAST.with_name("nnet.pth")) for folder in (tmp_path, done))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)

@@ -52,7 +52,8 @@ def test_scripts_that_keep_a_record_or_a_run_have_the_way_on() -> None:
 
 
 @pytest.mark.parametrize("script", ["EDM/train.py", "EDM/train_noise.py", "EDM/train_classifier.py", "DDAE/train.py",
-                                    "DDAE/noisy_classifier_WRN.py", "DASO/main.py", "MetaSemi/train_meta.py",
+                                    "EDM/imagenet/train_ldm.py", "DDAE/noisy_classifier_WRN.py", "DASO/main.py",
+                                    "MetaSemi/train_meta.py",
                                     "MetaSemi/train_baseline.py", "MetaSemi/train_imagenet.py",
                                     "MetaSemi/train_meta_imagenet.py", "TorchSSL/freematch.py"])
 def test_every_trainer_has_the_way_on(script: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 from shared.training.checkpoint import read_checkpoint
 from tests.daso import small as daso
 from tests.ddae import tiny as ddae
+from tests.edm import latent_runs as latent
 from tests.edm import training_runs as edm
 from tests.metasemi import tiny as metasemi
 from tests.shared.programs import ROOT, assert_same, growth, one_line_error, run
@@ -69,11 +70,19 @@ def daso_flags(folder: Path, steps: int) -> list[str]:
         "SOLVER.MAX_ITER": steps, "PERIODS.EVAL": steps, "PERIODS.LOG": steps, "PERIODS.CHECKPOINT": every(steps)})
 
 
+def latent_flags(folder: Path, steps: int) -> list[str]:
+    latent.write_latents(folder / "latents")
+    return [latent.LARGE, *latent.TINY, "--dataset_path=latents", "--workdir=run", f"--config.train.n_steps={steps}",
+            f"--config.train.log_interval={every(steps)}", f"--config.train.save_interval={steps}",
+            f"--config.train.eval_interval={steps + 1}", f"--checkpoint_minutes={seconds(steps) / 60}"]
+
+
 TRAINERS = {
     "TorchSSL": Trainer("TorchSSL/freematch.py", lambda folder, steps: [
         *torchssl.TINY, f"--num_train_iter={steps}", f"--num_eval_iter={every(steps)}",
         f"--num_save_iter={every(steps)}"], "saved_models/tiny/latest_model.pth"),
     "EDM": Trainer("EDM/train.py", edm_flags, "run/checkpoint.pt"),
+    "latent diffusion": Trainer("EDM/imagenet/train_ldm.py", latent_flags, "run/checkpoint.pt"),
     "DDAE": Trainer("DDAE/train.py", ddae_flags, "out/checkpoint.pt"),
     "MetaSemi": Trainer("MetaSemi/train_meta.py", lambda folder, steps: [
         *metasemi.TINY, "--save-path=run", "--mix-up", f"--total-steps={steps}", f"--test-freq={every(steps)}",
