@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from MetaSemi.core.options import CLASSIFIERS
 from MetaSemi.core.training import Training
 from MetaSemi.imagenet.records import RecordFile
-from MetaSemi.imagenet.source import make_classifier
+from MetaSemi.imagenet.source import CLASSIFIERS, make_classifier
 from shared.cli import UserError
 from shared.training.checkpoint import read_checkpoint
 from tests.metasemi import photographs
