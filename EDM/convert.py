@@ -1,9 +1,9 @@
-"""Copy a network snapshot, ours or a published one, into a file that holds nothing but numbers and text.
+"""Copy a network snapshot, ours or a published one, into a file of numbers and text only.
 
     python -m EDM.convert network-snapshot-200000.pkl network.safetensors
     python -m EDM.convert https://.../edm-cifar10-32x32-cond-vp.pkl network-snapshot-cifar10.pkl
 
-Nothing in the source file is run. DEST ends in .safetensors or .pkl.
+No code in the source file is run. DEST ends in .safetensors or .pkl.
 """
 from __future__ import annotations
 

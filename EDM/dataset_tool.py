@@ -1,4 +1,4 @@
-"""Convert images to the ZIP or folder of uncompressed PNGs that EDM trains on, if wanted with wrong labels.
+"""Convert images to the ZIP or folder of uncompressed PNGs for EDM, optionally with label noise.
 
 Labels come from a dataset.json in the source, {"labels": [["folder/image.png", 6], ...]}, or else from the top-level
 folders, if there are at least two: in order of name, or by value if all are numbers.
@@ -79,7 +79,7 @@ FLAGS = {
                "--resolution"),
         Option("--resolution", Resolution, None, "size of the written images, such as 64x64"),
         Option("--eval", Bool, False, "take the test images of a CIFAR archive or of digits"),
-        Option("--overwrite", Flag, False, "make a .zip anew that was made from something else"),
+        Option("--overwrite", Flag, False, "replace a .zip made from another source"),
         Option("--labels", Text, None, "CSV of the columns file and label", metavar="CSV",
                default_help="labels.csv in the source or beside it"),
         Option("--test-fraction", Float(0, 1, open=True), None, "divide the source by class: write DEST/train.zip and "
@@ -210,7 +210,7 @@ def _check_arguments(source: Path, transform: str | None, resolution: tuple[int,
 
 
 class _Checks:
-    """Compares every image with the first, and collects what the user should know at the end."""
+    """Compares every image with the first, and collects the messages for the end."""
 
     def __init__(self, any_side: bool) -> None:
         self.any_side, self.first, self.small, self.damaged = any_side, (0, 0, 0), 0, 0

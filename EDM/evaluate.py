@@ -4,10 +4,10 @@
         --network=noise-runs/.../network-snapshot-latest.pkl --per-class=5000
     python evaluate.py --outdir=eval --data=digits --images=generated.zip
 
-Everything is measured against real images with clean labels. A judge is trained on them, and says which class each
-generated image shows; in its features, Inception's or DINOv2's the Fréchet distance, density and coverage are
-measured, of all images and class by class; and a classifier is trained on the generated images and tested on real ones.
-The same command again continues, and reuses what is there.
+The references are real images with clean labels. A judge, trained on them, classifies each generated image. Fréchet
+distance, density and coverage are computed in its features, Inception's or DINOv2's, of all images and class by class.
+The classification accuracy score is that of a classifier trained on generated images and tested on real ones. The same
+command again continues, and reuses existing results.
 """
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ FLAGS = {
         Option("--metrics", METRICS, list(METRICS.known), METRICS.help),
         Option("--detector", metavar="judge|inception|dinov2|FILE", help="network of the features",
                default_help="inception; judge for gray images and below 32x32"),
-        Option("--download", Flag, False, "fetch Inception's weights if they are not there"),
+        Option("--download", Flag, False, "fetch Inception's weights if they are missing"),
         Option("--k", COUNT, 5, "neighbours of density and coverage"),
         Option("--pr-k", COUNT, 3, "neighbours of precision and recall"),
     ),
@@ -163,7 +163,7 @@ def record_of(flags: SimpleNamespace, train: ImageSet, test: ImageSet) -> Record
 # ---------------------------------------------------------------- images
 
 def real_images(flags: SimpleNamespace) -> tuple[ImageSet, ImageSet]:
-    """Return the real training and test images, all labelled; UserError where there are none or they do not fit."""
+    """Return the real training and test images, all labelled; UserError if they are missing or do not fit."""
     if flags.test is None and flags.data not in NAMES:
         raise UserError(f"--test: name real test images with labels; --data={flags.data} is no named data set with a "
                         f"test split ({', '.join(NAMES)})")
@@ -210,7 +210,7 @@ def set_defaults(flags: SimpleNamespace, train: ImageSet) -> None:
 
 
 def check_counts(flags: SimpleNamespace, generated: ImageSet, train: ImageSet) -> None:
-    """Raise UserError now, not after the training of a judge, where a class has too few images for the metrics."""
+    """Raise UserError before the training of a judge if a class has too few images for the metrics."""
     needs = {"cas": 1, "fid": 2, "prdc": max(flags.k, flags.pr_k) + 1}
     least = max(needs.get(name, 0) for name in flags.metrics)
     for images, what in ((generated, "generated images"), (train, "real images")):
@@ -296,7 +296,7 @@ def markdown(content: dict[str, Any], pictures: list[str]) -> str:
 
 
 def draw(content: dict[str, Any], generated: ImageSet, train: ImageSet, outdir: Path) -> list[str]:
-    """Write confusion.png and samples.png; return the names of those that there are."""
+    """Write confusion.png and samples.png; return the names of the written ones."""
     rows: dict[str, np.ndarray] = {name: generated.images[np.flatnonzero(generated.labels == label)[:12]]
                                    for label, name in enumerate(train.classes[:20])}
     there = {name: row for name, row in rows.items() if len(row)}

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def preset_of(network: str) -> str:
-    """Return the preset whose data set the file is named after; UserError if there is none."""
+    """Return the preset of the data set in the file's name; UserError if there is none."""
     file = network.rstrip("/").rpartition("/")[2]
     for name in PRESETS:
         if name in file.lower():

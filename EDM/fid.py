@@ -50,7 +50,7 @@ FEATURES = (
     generate.BATCH,
     Option("--detector", default="inception", metavar="inception|dinov2|FILE", help="network of the features: "
            "Inception or DINOv2 weights from assets/, or a file of either, or a TorchSSL checkpoint"),
-    Option("--download", Flag, False, "fetch Inception's weights if they are not there"),
+    Option("--download", Flag, False, "fetch Inception's weights if they are missing"),
     generate.DEVICE,
 )
 CALC_FLAGS = {
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(flags: SimpleNamespace) -> None:
-    """Settle where the images come from; raise UserError for flags that contradict each other."""
+    """Set the source of the images; raise UserError for contradicting flags."""
     if flags.json_file is not None:
         check_writable(flags.json_file, "--json")
     if (flags.images is None) == (flags.network is None):
@@ -161,7 +161,7 @@ def record_of(flags: SimpleNamespace, detector: Detector) -> Record:
 
 
 def open_reference(flags: SimpleNamespace, detector: Detector, world: World) -> Reference | None:
-    """Read the statistics of --ref (rank 0 alone), or compute them where it names images."""
+    """Read the statistics of --ref (rank 0 alone), or compute them from images."""
     if Path(flags.ref).is_dir() or flags.ref.lower().endswith(".zip"):
         features = bool(NEED_FEATURES & set(flags.metrics))
         source = FileImages(flags.ref, detector.channels, labelled="cwfid" in flags.metrics)
@@ -181,7 +181,7 @@ def open_images(flags: SimpleNamespace, detector: Detector, world: World) -> Fil
 
 def check_possible(flags: SimpleNamespace, detector: Detector, images: FileImages | GeneratedImages,
                    reference: Reference) -> None:
-    """Raise UserError now, not after hours of sampling, where a metric lacks what it needs."""
+    """Raise UserError before hours of sampling if a metric lacks its input."""
     asked = set(flags.metrics)
     if len(images) < 2:
         raise UserError(f"Found {len(images)} images, but need at least 2 to compute statistics")
@@ -205,7 +205,7 @@ def check_possible(flags: SimpleNamespace, detector: Detector, images: FileImage
 
 def about(flags: SimpleNamespace, images: FileImages | GeneratedImages, reference: Reference, detector: Detector,
           world: World) -> dict[str, Any]:
-    """Return all that the values depend on."""
+    """Return every setting and input of the values."""
     if flags.network is not None:
         source = {"network": flags.network, "images": len(images), "seeds": images.seeds,
                   "sampling": {**images.settings, "class": flags.class_index, "classes": flags.classes}}
@@ -222,7 +222,7 @@ def about(flags: SimpleNamespace, images: FileImages | GeneratedImages, referenc
 
 
 def report(flags: SimpleNamespace, values: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Print the values and what they depend on."""
+    """Print the values, their settings and inputs."""
     source, detector, count = facts["source"], facts["detector"], facts["reference"]["images"]
     print(f"reference: {flags.ref}, {'an unknown number of' if count is None else count} images")
     print(f"images: {flags.images or flags.network}, {source['images']} images, "

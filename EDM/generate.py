@@ -3,7 +3,7 @@
     python generate.py --outdir=out --seeds=0-63 --batch=64 --network=network-snapshot-200000.pkl
     torchrun --standalone --nproc_per_node=4 generate.py --outdir=out --seeds=0-49999 --subdirs --network=...
 
-The same command again makes only what is missing.
+The same command again makes only the missing images.
 """
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ FLAGS = {
         BATCH,
         Option("--save_each_sample", Flag, False, "no grid-*.png beside the images of a TDSM network"),
         DEVICE,
-        Option("--overwrite", Flag, False, "make images anew that are there already"),
+        Option("--overwrite", Flag, False, "replace existing images"),
         Option("--grid", metavar="PNG", help="also write a contact sheet, one row per class"),
     ),
     "sampling": SAMPLING,
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def distinct(seeds: list[int]) -> list[int]:
-    """Return each of --seeds once; warn about those that are given twice."""
+    """Return each of --seeds once; warn about repeated ones."""
     if len(set(seeds)) < len(seeds):
         warnings.warn(f"--seeds: {len(seeds) - len(set(seeds))} seeds are given more than once; each makes one image",
                       stacklevel=1)
@@ -91,7 +91,7 @@ def distinct(seeds: list[int]) -> list[int]:
 
 
 def check(flags: SimpleNamespace) -> None:
-    """Settle the sampler; raise UserError for flags that contradict each other."""
+    """Set the sampler; raise UserError for contradicting flags."""
     pieces = [name for name in ABLATION_FLAGS if getattr(flags, name) is not None]
     flags.sampler = flags.sampler or ("ablation" if pieces else "edm")
     if pieces and flags.sampler != "ablation":
@@ -151,7 +151,7 @@ def make_images(flags: SimpleNamespace, held: ExitStack) -> None:
     pictures += [root / sheet] if sheet else []
 
     def prepare() -> bool:
-        """Make the folders ready; return whether everything is there already."""
+        """Prepare the folders; return whether all images exist."""
         if is_archive and files.is_complete(outdir, everything, flags.overwrite):
             return True
         held.enter_context(taken(root))

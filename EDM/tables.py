@@ -1,6 +1,6 @@
 """The tables of EDM and TDSM: the runs behind each cell, and what is printed.
 
-    python -m EDM.tables                                  # which there are
+    python -m EDM.tables                                  # names of the tables
     python -m EDM.tables tdsm-cifar10 --list              # the runs of one of them
     python -m EDM.tables tdsm --only "cifar10 sym 40"     # two rows of a table, at the length of the paper
     python -m EDM.tables tdsm --scale tiny --jobs 2       # from noisy labels to class accuracy on the digits

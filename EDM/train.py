@@ -3,7 +3,7 @@
     python train.py --outdir=training-runs --data=datasets/cifar10-32x32.zip --cond=1 --arch=ddpmpp
     torchrun --standalone --nproc_per_node=4 train.py --outdir=training-runs --data=... --cond=1 --arch=ddpmpp
 
-The same command again continues a run that was interrupted.
+The same command again continues an interrupted run.
 """
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def foresee(flags: SimpleNamespace, images: ImageSet, processes: int) -> int:
-    """Return the bytes that a run on such images writes at least; UserError for what would end it at its start."""
+    """Return the least number of bytes that a run on such images writes; UserError for an error at its start."""
     check(flags)
     label_dim = images.num_classes if flags.cond else 0
     dataset = TrainingSet(images.images, images.labels, np.arange(len(images)), np.zeros(len(images), bool), label_dim,
@@ -123,7 +123,7 @@ def set_given(target: dict[str, Any], **values: Any) -> None:
 
 
 def resume_keys(state_file: str) -> dict[str, Any]:
-    """Return what the option dictionary says of --resume; UserError unless it is a training state."""
+    """Return the option dictionary's entries for --resume; UserError unless it is a training state."""
     match = re.fullmatch(r"training-state-(\d+)\.pt", os.path.basename(state_file))
     if not match or not os.path.isfile(state_file):
         raise UserError("--resume must point to training-state-*.pt from a previous training run")

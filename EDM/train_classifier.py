@@ -4,9 +4,9 @@
         --data=datasets/cifar10_sym_40-32x32.zip --cond=1 --arch=ddpmpp --batch 1024
 
 It learns the clean classes from noisy labels by forward correction with a known transition matrix, or together with
-the matrix (--precond=edm_vm, VolMinNet). Without --noise_type and --transition the noise is what dataset_tool.py wrote
-into dataset.json, else what the name of --data says (..._sym_40-...), else none. The snapshot carries the matrix. The
-same command again continues a run that was interrupted.
+the matrix (--precond=edm_vm, VolMinNet). Without --noise_type and --transition the noise is that of dataset.json by
+dataset_tool.py, else that in the name of --data (..._sym_40-...), else none. The snapshot carries the matrix. The same
+command again continues an interrupted run.
 """
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def foresee(flags: SimpleNamespace, images: ImageSet, processes: int) -> int:
 
 
 def check_noise(flags: SimpleNamespace) -> None:
-    """Settle whether the matrix is learned; raise UserError for flags that contradict each other."""
+    """Decide whether the matrix is learned; raise UserError for contradicting flags."""
     if flags.precond == "edm_tv":
         raise UserError("--precond=edm_tv: a transition matrix that depends on time was never published in working "
                         "form; use --precond=edm_vm, which learns a constant one")
@@ -144,7 +144,7 @@ def classifier_dictionary(flags: SimpleNamespace, dataset: TrainingSet, noise: N
 
 
 def encoder_of(flags: SimpleNamespace, kind: str | None, dataset: TrainingSet) -> str:
-    """Return --classifier; by default what the paper takes for the data set, or else one for such images and
+    """Return --classifier; by default the paper's network for the data set, or else one for such images and
     classes."""
     published = {"mnist": "cnn", "digits": "cnn", "cifar100": "resnet34", "cifar10": "resnet18"}
     by_size = "resnet34_64" if dataset.resolution >= 64 else "resnet34" if dataset.label_dim >= 100 else "resnet18"

@@ -5,8 +5,8 @@
         --data=datasets/cifar10_sym_40-32x32.zip --cond=1 --arch=ddpmpp \\
         --cls=/path/to/classifier/network-snapshot-200000.pkl --noise_type=sym --noise_rate=0.4
 
-Without --noise_type and --transition the noise is what the classifier was trained for; given flags must agree with
-it. The same command again continues a run that was interrupted.
+Without --noise_type and --transition the noise is that of the classifier's training; given flags must agree with it.
+The same command again continues an interrupted run.
 """
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ FLAGS = {
     "label noise": (
         *shared_flags.LABEL_NOISE,
         Option("--cls", metavar="PKL|URL", help="snapshot of the classifier, from train_classifier.py"),
-        Option("--tau", FRACTION, 0.01, "classes of smaller weight are left out of an image's mixture"),
+        Option("--tau", FRACTION, 0.01, "leave out classes of smaller weight from an image's mixture"),
         # Beyond the published command line.
         Option("--temp", POSITIVE, 1.0, "temperature of the classifier"),
         Option("--relative-tau", Flag, False, "--tau is in units of 1 / number of classes"),
-        Option("--renormalise", Flag, False, "let the weights that are left add up to 1"),
-        Option("--full-gradient", Flag, False, "train on all classes of the mixture, not the label alone"),
-        Option("--pairs-gpu", COUNT, None, "most (image, class) pairs per GPU at once",
+        Option("--renormalise", Flag, False, "scale the remaining weights to sum 1"),
+        Option("--full-gradient", Flag, False, "train all classes of the mixture, not only the label's"),
+        Option("--pairs-gpu", COUNT, None, "maximum of (image, class) pairs per GPU in one forward pass",
                default_help="4 x --batch-gpu; on a CPU what its cache holds"),
     ),
     "running": shared_flags.RUNNING,
