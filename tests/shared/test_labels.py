@@ -221,13 +221,15 @@ LISTS_FOLDERS = {
     "MetaSemi/imagenet/im2rec.py": "class_numbers, but for folders in folders MXNet's order",
     "MetaSemi/imagenet/split_imagenet.py": "draws inside a class", "EDM/training/config.py": "runs",
     "EDM/latent/latents.py": "latents, one file an image", "TorchSSL/predict.py": "its own output",
+    "TorchSSL/core/plan.py": "whether a folder is empty",
     "DDAE/ddae/data.py": "tiny-imagenet, refused unless all of its 200 folders are there"}
 LISTING = re.compile(r"os\.walk\(|scandir\(|\.iterdir\(|listdir\(|ImageFolder\(|walk_folders\(")
 # Whoever gives names numbers by their order.
 NUMBERS_NAMES = {
     "shared/data/classes.py": "the one place", "MetaSemi/imagenet/im2rec.py": "MXNet's order, or that of --classes",
     "DDAE/ddae/data.py": "tiny-imagenet", "EDM/imagenet/images.py": "positions of images",
-    "TorchSSL/suggest_labels.py": "positions of images", "TorchSSL/audit_labels.py": "the classes of a set"}
+    "TorchSSL/suggest_labels.py": "positions of images", "TorchSSL/encoders/images.py": "positions of images",
+    "TorchSSL/audit_labels.py": "the classes of a set"}
 NUMBERING = re.compile(r"enumerate\(sorted\(|\{\w+: \w+ for \w+, \w+ in enumerate\(|LabelEncoder\(")
 
 
