@@ -120,7 +120,11 @@ def is_learner(command: Command, options: Any) -> bool:
 # -------------------------------------------------------------------------------------------------------------- images
 
 def images_of(options: SimpleNamespace) -> ImageSet | None:
-    """Return the training images of a learner's data set, having checked all of it; None if it is not there yet."""
+    """Return the training images of a learner's data set, having checked all of it; None if it is not there yet, or an
+    empty folder is in its place."""
+    place = Path(options.dataset)
+    if place.is_dir() and not any(place.iterdir()):
+        return None
     try:
         load_pools(options.dataset, options.data_dir, download=False)
     except UnequalSizes as error:
