@@ -1,15 +1,15 @@
-"""Which labels of a data set are probably wrong, what they should be, and which images are duplicates or outliers.
+"""Find probably wrong labels of a data set, with suggestions, and duplicates and outliers among its images.
 
     python ../EDM/dataset_tool.py --source=digits --dest=digits_sym_20.zip --noise_type=sym --noise_rate=0.2
     python audit_labels.py --dataset digits_sym_20.zip --save_path label_audit --apply corrected.csv
 
-Every image is judged by a classifier that has not seen it: --folds networks are trained on the labels as they are, or
-linear classifiers on --features or an --encoder's; or the probabilities are given (--pred_probs). Confident learning
-(Northcutt et al. 2021, by cleanlab) decides which labels are issues. With --diffusion SNAPSHOT, a conditional model of
-EDM that was trained on the same labels gives a second opinion, and both are combined.
+A classifier that was not trained on an image judges it: one of --folds networks, or a linear classifier on --features
+or those of an --encoder. --pred_probs gives the probabilities instead. Confident learning (Northcutt et al. 2021, by
+cleanlab) decides which labels are issues. --diffusion SNAPSHOT, a conditional model of EDM trained on the same labels,
+adds a second opinion, and both are combined.
 
-Writes issues.csv (worst first), audit.html, audit.json, probabilities.npz and transition.json, which `--transition` of
-EDM's converter and of TDSM takes. --apply writes all labels, corrected, into another file, never in place.
+Writes issues.csv (worst first), audit.html, audit.json, probabilities.npz and transition.json, the input of
+`--transition` of EDM's converter and of TDSM. --apply writes all labels, corrected, into another file, never in place.
 """
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FLAGS = {
     "images": (
         Option("--dataset -ds", Text, required=True, help="path of your own labelled images, or digits, cifar10, ..."),
         Option("--data_dir", Text, "./data", "folder of the data sets"),
-        Option("--download", Flag, False, "fetch a published data set that is not in --data_dir"),
+        Option("--download", Flag, False, "fetch a published data set missing in --data_dir"),
     ),
     "probabilities": (
         Option("--folds", Int(2), 5, "parts, each judged by a classifier of the others"),
@@ -99,7 +99,7 @@ class Audit:
 
     @property
     def best(self) -> str:
-        """The opinion that counts: the last, which is the combined one where there are several."""
+        """The final opinion: the combined one if there are several."""
         return list(self.opinions)[-1]
 
 
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_flags(options: SimpleNamespace) -> None:
-    """Raise UserError for sources of probabilities that exclude each other, and corrected labels in a wrong place."""
+    """Raise UserError for contradicting sources of probabilities and a wrong place for corrected labels."""
     sources = [name for name in ("features", "encoder") if getattr(options, name) is not None]
     if len(sources) > 1:
         raise UserError("--features and --encoder: give one of them")
@@ -211,7 +211,7 @@ def diffusion_opinion(images: Images, folder: Path, options: SimpleNamespace, wo
 
 
 def clean(images: Images) -> np.ndarray | None:
-    """Return the true labels int64 [N] that dataset.json keeps beside noisy ones; None where it keeps none."""
+    """Return the true labels int64 [N] of dataset.json beside noisy ones; None without them."""
     if images.files is None or not (images.path.is_dir() or images.path.suffix.lower() == ".zip"):
         return None
     found = clean_labels(images.path)
@@ -221,7 +221,7 @@ def clean(images: Images) -> np.ndarray | None:
 # ---------------------------------------------------------------------------------------------------------- the results
 
 def write(audit: Audit, folder: Path, options: SimpleNamespace) -> None:
-    """Write all files but the page's record, and print the summary."""
+    """Write all files except the page's record, and print the summary."""
     images, labels = audit.images, audit.images.labels
     matrix = findings.transition_matrix(labels, audit.opinions[audit.best])
     facts: dict[str, Any] = {"method": "confident joint", "opinion": audit.best}
@@ -282,7 +282,7 @@ def kind_of(distance: float) -> str:
 
 
 def summarise(audit: Audit, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return counts, and how right each opinion is where the truth is known."""
+    """Return counts and, with known true labels, the accuracy of each opinion."""
     labels, truth = audit.images.labels, audit.truth
     summary: dict[str, Any] = {
         "images": len(labels), "labels": int((labels >= 0).sum()), "classes": list(audit.images.classes),
@@ -298,7 +298,7 @@ def summarise(audit: Audit, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def rightness(found: LabelIssues, wrong: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Return precision and recall of the issues among wrong labels bool [N], and how many suggestions are true."""
+    """Return precision and recall of the issues among wrong labels bool [N], and the fraction of true suggestions."""
     hits, number = int(wrong[found.positions].sum()), len(found.positions)
     true = int((found.suggested[found.positions] == truth[found.positions]).sum())
     return {"precision": hits / max(1, number), "recall": hits / max(1, int(wrong.sum())),

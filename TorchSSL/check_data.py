@@ -1,10 +1,10 @@
-"""Look at a data set before training: classes, counts, sizes, duplicates between training, test and unlabelled images.
+"""Check a data set before training: classes, counts, sizes, duplicates between training, test and unlabelled images.
 
     python check_data.py --dataset=cifar10 --download
     python check_data.py --dataset=/path/to/images
     bash ../run_all.sh --dry-run --stage3-args=--lr=0.01 | python check_data.py --commands
 
-`--dataset` takes what the trainers take: a name, or the path of your own images.
+`--dataset` is that of the trainers: a name, or the path of your own images.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from TorchSSL.core.plan import check_experiment
 FLAGS = (
     Option("--dataset -ds", Text, "cifar10", "name of a data set, or a path"),
     Option("--data_dir", Text, "./data", "folder of the data sets"),
-    Option("--download", Flag, False, "fetch a published data set that is not in --data_dir"),
+    Option("--download", Flag, False, "fetch a published data set missing in --data_dir"),
     Option("--commands", Flag, False, "read the commands of an experiment from standard input and check all that can "
            "be known before the first one; run nothing"),
 )

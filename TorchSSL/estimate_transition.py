@@ -1,4 +1,4 @@
-"""How pseudo-labels err: an estimate of p(pseudo-label | class), for a second stage that knows it (TDSM).
+"""Estimate p(pseudo-label | class), the errors of pseudo-labels, for a noise-aware second stage (TDSM).
 
     python estimate_transition.py --load_path=./saved_models/freematch_digits_10_1/latest_model.pth \\
         --save_path=./saved_models/freematch_digits_10_1/ --dest=transition.json --method=predictions
@@ -6,14 +6,14 @@
 Two estimates, row = class, column = pseudo-label:
 
 predictions   needs no label. Every image votes for the classes that the classifier sees in weakly augmented views of
-              it; the votes are summed by pseudo-label (a joint estimate in the manner of confident learning, Northcutt
-              et al. 2021) and each class's row divided by its sum. It finds classes between which the classifier
-              wavers, but not classes that it confuses with confidence.
+              it; the votes are summed by pseudo-label (a joint estimate as in confident learning, Northcutt et al.
+              2021), and each class's row is divided by its sum. It finds uncertain confusions of the classifier,
+              but no confident ones.
 held_out      counts --held_out N labelled images that the classifier has not seen, the same number of every class, and
               the row of the other estimate as one image more. So a few labels a class suffice.
 
-Writes transition_matrix and its settings; if true labels are known, also its distance from the true matrix, which takes
-no part in the estimate.
+Writes transition_matrix and its settings. With known true labels it adds the distance from the true matrix; the
+estimate does not use them.
 """
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ ESTIMATE = (
     Option("--dest", Text, "transition.json", "file to write, in --save_path unless it is a path"),
     Option("--method", Choice("predictions", "held_out"), "predictions", "see above"),
     Option("--held_out", Int(1), None, "labelled images to hold out in all, a multiple of the classes (held_out)"),
-    Option("--held_out_idx", Text, None, "hold out the images named in this .npy file in place of drawn ones"),
+    Option("--held_out_idx", Text, None, "hold out the images named in this .npy file instead of drawn ones"),
     Option("--views", Int(1), 10, "views of every image"),
-    Option("--seed", Int(0), 0, "of the views and of the images held out"),
+    Option("--seed", Int(0), 0, "seed of the views and of the held-out images"),
     Option("--overwrite", Flag, False, "replace an estimate of other settings or another classifier"),
 )
 

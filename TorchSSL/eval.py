@@ -23,7 +23,7 @@ OUTPUT = (Option("--json", Text, None, "also write metrics and confusion matrix 
 
 
 def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
-    """Return the options; what is not given follows the training, if the checkpoint is one of ours."""
+    """Return the options; absent ones follow the training, if the checkpoint is one of ours."""
     return parse_flags(__doc__, {"prediction": PREDICTION, "output": OUTPUT, "network": NETWORK}, argv, config="--c")
 
 

@@ -1,11 +1,11 @@
-"""Write a trained network as one file that runs without this project.
+"""Export a trained network to one file that runs without this project.
 
     python export.py --load_path ./saved_models/freematch_digits_10_1/model_best.pth --to onnx --out digits.onnx \\
         --model-card
 
-safetensors   weights under their published names; predict.py opens the file as well, and timm its own networks
+safetensors   weights under their published names; predict.py also opens the file, and timm its own networks
 onnx          a graph for onnxruntime and others: images float32 [N, C, H, W], normalised -> logits [N, classes]
-torch-export  the same as torch.export saves it (.pt2), for torch alone
+torch-export  the same graph by torch.export (.pt2), for torch alone
 
 Class names, mean, std, size and resize are metadata. The checkpoint is one of any learner here, of DASO or MetaSemi, or
 a snapshot of EDM: a classifier, or a denoiser D(x, sigma, class labels) for one step of a sampler. The written file is
@@ -44,9 +44,9 @@ FLAGS = (
     Option("--to", Choice(*ENDINGS), required=True, help="form of the file"),
     Option("--out", Text, required=True, help="file to write", metavar="FILE"),
     Option("--model-card", Flag, False, "also write a README for the file, FILE.md"),
-    Option("--use_train_model", Flag, False, "the weights as trained, in place of their moving average"),
+    Option("--use_train_model", Flag, False, "the weights as trained, not their moving average"),
     Option("--dataset -ds", Text, None, "benchmark that a checkpoint of the original code was trained on"),
-    Option("--overwrite", Flag, False, "replace what was exported from another checkpoint"),
+    Option("--overwrite", Flag, False, "replace the export of another checkpoint"),
 )
 SEVERAL = 3  # images of the example that is traced; any number may come later
 TOLERANCE = 1e-4  # largest difference between file and network, as a fraction of the largest output
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_flags(options: SimpleNamespace) -> None:
-    """Raise UserError for another ending than that of the form, a missing file and packages that are not installed."""
+    """Raise UserError for a wrong file ending, a missing file and missing packages."""
     if Path(options.out).suffix != ENDINGS[options.to]:
         raise UserError(f"--out {options.out}: a file of --to {options.to} ends in {ENDINGS[options.to]}")
     if not Path(options.load_path).is_file():
@@ -119,7 +119,7 @@ def opened(classifier: Classifier, options: SimpleNamespace) -> Exported:
 
 
 class Denoiser(nn.Module):
-    """One call of a denoiser with everything that it takes: x [N, C, R, R], sigma [N], class labels [N, classes]."""
+    """One call of a denoiser with all inputs: x [N, C, R, R], sigma [N], class labels [N, classes]."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def write_safetensors(network: Exported, path: Path) -> float:
 
 
 def save_classifier(classifier: Classifier, about: Mapping[str, Any], path: Path, options: SimpleNamespace) -> None:
-    """Write the weights of a classifier with what `open_classifier` needs to build it again."""
+    """Write the weights of a classifier and the metadata from which `open_classifier` builds it."""
     if classifier.kind == "EDM":
         snapshot = read_snapshot(options.load_path)
         write_snapshot(path, Snapshot(snapshot.class_name, snapshot.init_kwargs, snapshot.state_dict,
@@ -190,7 +190,7 @@ def save_classifier(classifier: Classifier, about: Mapping[str, Any], path: Path
 
 
 def content_of(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds, or a file that this program wrote."""
+    """Return the content of a checkpoint, or of a file by this program."""
     return read_exported(path) or read_checkpoint(path)
 
 
@@ -226,7 +226,7 @@ WRITERS = {"safetensors": write_safetensors, "onnx": write_onnx, "torch-export":
 
 
 def any_number(inputs: Mapping[str, Tensor]) -> tuple[dict[int, Any], ...]:
-    """Return that the first dimension of every input, the number of images, may be any."""
+    """Return the dynamic shapes: the first dimension of every input, the number of images, is free."""
     images = torch.export.Dim("images")
     return tuple({0: images} for _ in inputs)
 
@@ -276,7 +276,7 @@ def model_card(network: Exported, options: SimpleNamespace) -> str:
 
 
 def read_result(checkpoint: Path) -> dict[str, Any]:
-    """Return the result.json beside a checkpoint; {} where there is none."""
+    """Return the result.json beside a checkpoint; {} without one."""
     try:
         found = json.loads((checkpoint.parent / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -293,7 +293,7 @@ def labels_line(result: Mapping[str, Any]) -> str | None:
 
 
 def accuracy_lines(result: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
-    """Return the accuracies of result.json as Markdown, by class where they are known."""
+    """Return the accuracies of result.json as Markdown, by class if known."""
     accuracy = result.get("accuracy")
     if not isinstance(accuracy, Mapping):
         return ["Not recorded beside the checkpoint."]
@@ -302,13 +302,14 @@ def accuracy_lines(result: Mapping[str, Any], classes: Sequence[str]) -> list[st
     if by_class:
         names = [*classes, *map(str, range(len(classes), len(by_class)))]
         lines += ["", "| class | accuracy |", "|---|---|",
-                  *(f"| {name} | {'–' if value is None else f'{value:.4f}'} |" for name, value in zip(names, by_class, strict=False)
+                  *(f"| {name} | {'–' if value is None else f'{value:.4f}'} |"
+                    for name, value in zip(names, by_class, strict=False)
                     if isinstance(value, (int, float)))]
     return lines
 
 
 def command_line(trained: Mapping[str, Any], options: SimpleNamespace) -> str:
-    """Return the training command, where the checkpoint holds its flags, and that of the export."""
+    """Return the training command, if the checkpoint holds its flags, and that of the export."""
     export = (f"python export.py --load_path {options.load_path} --to {options.to} --out {options.out}")
     if "alg" not in trained:
         return export

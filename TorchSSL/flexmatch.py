@@ -21,7 +21,7 @@ from TorchSSL.core.trainer import train
 
 FLAGS = (
     Option("--ulb_loss_ratio", Float(0), 1.0, "weight of the loss on unlabelled images"),
-    Option("--p_cutoff", Float(0, 1), 0.95, "threshold of the class that is learned best"),
+    Option("--p_cutoff", Float(0, 1), 0.95, "threshold of the best-learned class"),
     Option("--hard_label", Bool, True, "learn the most likely class; False: the softened probabilities"),
     Option("--T", Float(1e-3), 0.5, "temperature of soft labels"),
     Option("--use_DA", Bool, False, "align the predictions with the class fractions of the labelled images"),

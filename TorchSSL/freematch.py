@@ -39,9 +39,9 @@ parse = partial(learner_options, "freematch", __doc__, FLAGS)
 class FreeMatch(Algorithm):
     """State and loss of FreeMatch.
 
-    State, float32, moving averages over the global batch: `time_p` [] the confidence, which is the global threshold;
-    `p_model` [C] the prediction, which makes the thresholds of the classes differ; `label_hist` [C] the frequency of
-    each class among the pseudo-labels. All start at 1/C.
+    State, float32, moving averages over the global batch: `time_p` [] the confidence (the global threshold);
+    `p_model` [C] the prediction (scales the threshold of each class); `label_hist` [C] the frequency of each class
+    among the pseudo-labels. All start at 1/C.
     """
 
     views = ("weak", "strong")
@@ -108,8 +108,8 @@ class FreeMatch(Algorithm):
     def fairness(self, strong: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the self-adaptive fairness loss [] (0 if no image was kept) and its class histogram [C].
 
-        It draws the mean prediction on kept strong views, relative to the frequency of the predicted classes there,
-        towards the same ratio of the weak views. strong: logits [n, C]; mask: 0 or 1 [n].
+        The mean prediction on kept strong views, divided by the frequency of their predicted classes, moves towards
+        the same ratio of the weak views. strong: logits [n, C]; mask: 0 or 1 [n].
         """
         probabilities, world = strong.softmax(1), self.setting.world
         label = strong.detach().argmax(1)

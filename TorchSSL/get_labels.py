@@ -4,8 +4,8 @@
         --save_path ./saved_models/freematch_cifar10_40_1/
 
 Writes <save_path>/pseudo_label.npy (int64, one class per training image, in file order), pseudo_label.csv (file, class
-name, its probability) and pseudo_label.json (class counts and agreement with the true labels, which take no part in the
-prediction). The last line names the agreement.
+name, probability) and pseudo_label.json (class counts, agreement with the true labels). The prediction does not use the
+true labels. The last line is the agreement.
 """
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ OUTPUT = (
     Option("--save_path", Text, "./saved_models/fixmatch", "folder for pseudo_label.npy"),
     Option("--label_idx", Text, None, "give the images named in this .npy file (a run's sampled_label_idx.npy) their "
            "true labels in place of predictions"),
-    Option("--overwrite", Flag, False, "replace pseudo-labels that other settings or another classifier gave"),
+    Option("--overwrite", Flag, False, "replace pseudo-labels of other settings or another classifier"),
 )
 
 
 def parse(argv: Sequence[str] | None = None) -> SimpleNamespace:
-    """Return the options; what is not given follows the training, if the checkpoint is one of ours."""
+    """Return the options; absent ones follow the training, if the checkpoint is one of ours."""
     return parse_flags(__doc__, {"prediction": PREDICTION, "output": OUTPUT, "network": NETWORK}, argv, config="--c")
 
 
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def pool_names(images: ImageSet | PhotographSet, options: SimpleNamespace) -> list[str]:
-    """Return the names of the unlabelled images: of their files, or positions where they come from no files."""
+    """Return the names of the unlabelled images: their files, or positions if there are no files."""
     if isinstance(images, PhotographSet):
         return images.names
     names = list(map(str, range(len(images))))

@@ -1,6 +1,6 @@
-"""Writes every configuration file of TorchSSL/config from the tables below.
+"""Write every configuration file of TorchSSL/config from the tables below.
 
-    python make_configs.py            # the files under config/<algorithm>/ anew
+    python make_configs.py            # write the files under config/<algorithm>/
     python make_configs.py --check    # only compare them with the tables
 
 Published: config/<algorithm>/<algorithm>_<dataset>_<labels>_0.yaml, key by key as TorchSSL has them. Ours: one for the

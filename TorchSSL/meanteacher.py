@@ -1,4 +1,4 @@
-"""Mean Teacher: the prediction shall be that of a teacher, whose weights are the moving average of the student's.
+"""Mean Teacher: the prediction follows that of a teacher, whose weights are the moving average of the student's.
 
 Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017 (arXiv 1703.01780).
 

@@ -1,4 +1,4 @@
-"""Pi-model: two weak views of an image shall get the same prediction.
+"""Pi-model: two weak views of an image get the same prediction.
 
 Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017 (arXiv 1610.02242).
 

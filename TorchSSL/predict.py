@@ -5,8 +5,8 @@
         --out predictions.csv --html predictions.html --sort-into sorted
 
 The checkpoint is one of any learner here, of DASO or MetaSemi, or a snapshot of EDM/train_classifier.py. Images are a
-folder, a ZIP or an npz of any size; they are read as they are needed and resized as in the training. Predictions do not
-depend on --batch_size or on the number of processes (torchrun). Given the same again, the command does nothing.
+folder, a ZIP or an npz of any size; they are read batch by batch and resized as in the training. Predictions do not
+depend on --batch_size or on the number of processes (torchrun). The same command again does nothing.
 """
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ FLAGS = {
     "input": (
         Option("--load_path", Text, "./saved_models/fixmatch/model_best.pth", "checkpoint of the classifier"),
         Option("--images", Text, required=True, help="folder, ZIP or npz of images", metavar="PATH"),
-        Option("--use_train_model", Flag, False, "the weights as trained, in place of their moving average"),
+        Option("--use_train_model", Flag, False, "the weights as trained, not their moving average"),
         Option("--dataset -ds", Text, None, "benchmark that a checkpoint of the original code was trained on"),
-        Option("--resize", Choice("square", "centre"), None, "make images of another size fit as dataset_tool.py does: "
+        Option("--resize", Choice("square", "centre"), None, "resize images of another size as dataset_tool.py does: "
                "squeezed, or the central square (--transform=center-crop)", default_help="as in the training"),
-        Option("--skip_bad", Flag, False, "leave images that cannot be read without a class, in place of stopping"),
+        Option("--skip_bad", Flag, False, "leave unreadable images without a class instead of stopping"),
     ),
     "output": (
         Option("--out", Text, "predictions.csv", "file of the predictions", metavar="FILE"),
         Option("--top", Int(1), 3, "most likely classes to list", unit="classes"),
         Option("--sort-into", Text, None, "also sort the images into folders by class, as links", metavar="DIR"),
-        Option("--copy", Flag, False, "with --sort-into: copies in place of links"),
+        Option("--copy", Flag, False, "with --sort-into: copy instead of linking"),
         Option("--html", Text, None, "also write a page of thumbnails by class and confidence", metavar="FILE"),
         Option("--thumbnails", Int(1), 12, "most and least certain images a class on the page", unit="images"),
-        Option("--overwrite", Flag, False, "replace predictions that another classifier or other images gave"),
+        Option("--overwrite", Flag, False, "replace predictions of another classifier or other images"),
     ),
     "speed": (
         Option("--batch_size", Int(1), 256, "images read at a time", unit="images"),
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_places(options: SimpleNamespace) -> None:
-    """Raise UserError for outputs among the images, which would be images of the next call, and flags without use."""
+    """Raise UserError for outputs among the images, since the next call would read them, and for useless flags."""
     if options.copy and options.sort_into is None:
         raise UserError("--copy belongs to --sort-into")
     folder = Path(options.images).resolve()
@@ -99,7 +99,7 @@ def check_places(options: SimpleNamespace) -> None:
 # ---------------------------------------------------------------- predictions
 
 def predict(images: Images, classifier: Classifier, options: SimpleNamespace, world: World) -> None:
-    """Write the CSV. A process takes every so many-th block of images; the first one puts the parts together."""
+    """Write the CSV. Processes take blocks of images in turn; the first one joins the parts."""
     out, blocks = Path(options.out), range(world.rank, -(-len(images) // BLOCK), world.size)
     part = out.with_name(f".{out.name}.part{world.rank}")
     together = max(1, options.batch_size // BLOCK)
@@ -225,7 +225,7 @@ def push(heap: list[tuple[float, int]], item: tuple[float, int], most: int) -> N
 
 
 def sort_into(images: Images, options: SimpleNamespace) -> None:
-    """Link or copy every image to DIR/<class>/<file>; nothing that exists is replaced."""
+    """Link or copy every image to DIR/<class>/<file>; existing files stay."""
     folder = make_dir(options.sort_into)
     record = Record(folder, {"copy": options.copy}, {"predictions": options.out, "--images": options.images})
     if not record.path.exists() and any(folder.iterdir()):

@@ -1,12 +1,12 @@
-"""A data set with pseudo-labels in place of the true ones (stage 1c of DPT).
+"""Write a data set with pseudo-labels instead of the true ones (stage 1c of DPT).
 
     python pseudo_dataset.py --data_path ./data/cifar-10-batches-py --save_path ./saved_models/freematch_cifar10_40_1
     python pseudo_dataset.py --dataset=svhn --save_path ./saved_models/freematch_svhn_40_1
 
-Reads <save_path>/pseudo_label.npy, which get_labels.py wrote. For CIFAR-10 writes the published form,
+Reads <save_path>/pseudo_label.npy by get_labels.py. For CIFAR-10 it writes the published form,
 <save_path>/cifar-10-batches-py/data_batch_1 to 5 and <save_path>/cifar-10-python.tar.gz; for any other data set
 <save_path>/<name of that folder>-pseudo.npz with `images`, `labels` and `classes`. dataset_tool.py reads both. The last
-line is the fraction of the known labels that the pseudo-labels agree with.
+line is the fraction of known labels that equal their pseudo-labels.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FLAGS = (
     Option("--save_path", Text, required=True, help="folder with pseudo_label.npy, which gets the new data set"),
     Option("--dataset -ds", Text, "cifar10", "name of a data set in --data_dir, or a path"),
     Option("--data_dir", Text, "./data", "folder of the data sets"),
-    Option("--overwrite", Flag, False, "replace a data set that was made of other images or pseudo-labels"),
+    Option("--overwrite", Flag, False, "replace a data set of other images or pseudo-labels"),
 )
 
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def matching_images(source: str, options: SimpleNamespace, count: int) -> ImageSet:
-    """Return the `count` training images of `source` that the pseudo-labels count, in file order; UserError."""
+    """Return the `count` training images of `source`, one per pseudo-label, in file order; UserError."""
     candidates = [("train",)]
     if source == "svhn":
         candidates = [("train",), ("train", "extra")]

@@ -1,11 +1,11 @@
-"""Folders of pseudo-labelled real images, as `--aug_path` takes them: a control for stage 3 of DPT.
+"""Write folders of pseudo-labelled real images for `--aug_path`: a control for stage 3 of DPT.
 
     python pseudo_folder.py --dataset=digits --labels=./saved_models/freematch_digits_10_1/pseudo_label.npy \\
         --dest=./data-aug/freematch_digits_10_1 --per_class=101
 
 Writes <dest>/real_all, every training image under its pseudo-label, and <dest>/real_balanced, the same number of every
-class, drawn with --seed; a class that has fewer repeats them. If stage 3 gains as much from these as from generated
-images, the gain is not due to the generation.
+class, drawn with --seed; a class with fewer repeats them. If stage 3 gains as much from these as from generated images,
+the gain is not due to generation.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLAGS = (
     Option("--dest", Text, required=True, help="folder for real_all/ and real_balanced/"),
     Option("--per_class", Int(1), 1001, "images of every class in real_balanced"),
     Option("--seed", Int(0), 1, "of the draw"),
-    Option("--overwrite", Flag, False, "replace folders that were made of other images or pseudo-labels"),
+    Option("--overwrite", Flag, False, "replace folders of other images or pseudo-labels"),
 )
 
 

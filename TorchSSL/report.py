@@ -1,12 +1,12 @@
-"""The report of a DPT experiment: accuracies of both classifiers, pseudo-labels, times, and pictures.
+"""Write the report of a DPT experiment: accuracies of both classifiers, pseudo-labels, times, and pictures.
 
     python report.py --out=../runs/digits_10_1 --dataset=digits --stage1=./saved_models/freematch_digits_10_1 \\
         --stage2=../EDM/training-runs/freematch-10-seed1-digits-8x8 \\
         --images=./data-aug/freematch_digits_10_1/nums_100 --stage3=./saved_models/freematch_digits_10_1_aug100
 
-Writes report.json, report.md and PNG files into --out from whatever of the stages is there; what is missing is null.
-Controls are found beside stage 1, as <stage1>_other_seed, _twice, _real_all and _real_balanced. With --seed_report,
-once per folder that holds a report.json, it writes mean, standard deviation and differences over these instead.
+Writes report.json, report.md and PNG files into --out from the existing stages; missing numbers are null. Controls lie
+beside stage 1, as <stage1>_other_seed, _twice, _real_all and _real_balanced. With --seed_report, once per folder with a
+report.json, it writes mean, standard deviation and differences over these instead.
 """
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def collect(options: SimpleNamespace, out: Path) -> dict[str, Any]:
-    """Gather what the stages have written, and draw the pictures into `out`."""
+    """Gather the results of the stages, and draw the pictures into `out`."""
     stage1 = Path(options.stage1)
     folders = {"stage1": stage1, "stage3": options.stage3}
     if options.tdsm_stage3:
@@ -112,7 +112,7 @@ def collect(options: SimpleNamespace, out: Path) -> dict[str, Any]:
 
 def noise_aware(options: SimpleNamespace, last: Mapping[str, float | None], classes: Sequence[str],
                 out: Path) -> dict[str, Any]:
-    """Return what is known of a second stage with TDSM; `last`: accuracies of the stages at their last iteration."""
+    """Return the results of a second stage with TDSM; `last`: accuracies of the stages at their last iteration."""
     judged = {kind: read_json(Path(f"{options.judged}-{kind}") / "result.json") if options.judged else None
               for kind in ("plain", "tdsm")}
     return {
@@ -131,7 +131,7 @@ def minus(a: float | None, b: float | None) -> float | None:
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any] | None:
-    """Return the content of a JSON file; None, or a UserError if it is `required`, where there is none."""
+    """Return the content of a JSON file; without one, None, or a UserError if it is `required`."""
     if not path.is_file():
         if required:
             raise UserError(f"{path} does not exist; it is written by report.py for one seed")
@@ -188,10 +188,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def generated_images(options: SimpleNamespace, folder: str | None, classes: Sequence[str],
                      picture: Path) -> dict[str, Any] | None:
-    """Count the images of a folder, draw a grid of them, and measure how far their features are from real ones.
+    """Count the images of a folder, draw a grid of them, and measure the distance of their features from real ones.
 
-    The features are those of stage 1's own classifier: the number tells runs on this data set with the same
-    classifier apart, and is no FID. For scale, the same distance between real test and training images is given.
+    The features are those of stage 1's own classifier: the number compares runs on this data set with the same
+    classifier, and is no FID. For scale, the same distance between real test and training images is given.
     """
     checkpoint = Path(options.stage1) / "latest_model.pth"
     if not folder or not Path(folder).is_dir() or not checkpoint.exists():
@@ -262,7 +262,7 @@ def panel(runs: dict[str, Sequence[dict[str, Any]]], key: str, ylabel: str, perc
 
 
 def smoothed(lines: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """Return the lines that hold means over many iterations; those of single iterations where the run is short."""
+    """Return the lines with means over many iterations; in a short run, those of single iterations."""
     means = [line for line in lines if "eval/top-1-acc" not in line]
     return means if len(means) >= 10 else [line for line in lines if "eval/top-1-acc" in line] or means
 

@@ -1,13 +1,13 @@
-"""SequenceMatch: a medium view between the weak and the strong one, and a use for predictions without confidence.
+"""SequenceMatch: a medium view between the weak and the strong one, and a loss on unconfident predictions.
 
 Nguyen, "SequenceMatch: Revisiting the design of weak-strong augmentations for semi-supervised learning", WACV 2024.
 
     python sequencematch.py --dataset cifar10 --num_labels 40 --save_name sequencematch_cifar10_40_0
 
-A confident prediction on the weak view is the label of the other two, as in FixMatch. For the other images the
-predictions along the sequence weak, medium, strong are drawn together pair by pair, so that every image teaches
-something in every step. The method is that of the paper. It publishes neither the weights nor the medium view: the
-weights here, and one operation of RandAugment without cutout, are ours.
+A confident prediction on the weak view is the label of the other two, as in FixMatch. For the other images
+the predictions along the sequence weak, medium, strong are pulled together pair by pair, so every image counts in every
+step. The paper publishes neither the weights nor the medium view: the weights here, and one operation of RandAugment
+without cutout, are ours.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SoftMatch: every unlabelled image counts, by a Gaussian of how far its confidence is below the average.
+"""SoftMatch: every unlabelled image counts, weighted by a Gaussian of its confidence below the average.
 
 Chen et al., "SoftMatch: Addressing the Quantity-Quality Trade-off in Semi-supervised Learning", ICLR 2023
 (arXiv 2301.10921).

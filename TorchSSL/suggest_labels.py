@@ -5,8 +5,8 @@
         --label_idx ./saved_models/digits_typical/sampled_label_idx.npy
 
 Writes label_these.csv (file, cluster, rank, score and an empty column `label` to fill in), contact_sheet.png and
-label_these.html. With its labels, and beside or inside the folder of the images, the CSV makes a data set of them.
-Where all labels are known already, as of a benchmark, sampled_label_idx.npy lists the images for --label_idx.
+label_these.html. With its labels filled in, beside or inside the folder of the images, the CSV makes a data set of
+them. If all labels are known, as in a benchmark, sampled_label_idx.npy lists the images for --label_idx.
 
 Before any training, over pixels of small images, --features, --encoder or the features of --load_path:
 
@@ -55,9 +55,9 @@ FLAGS = {
         Option("--dataset -ds", Text, None, "digits, cifar10, cifar100, svhn, stl10, mnist, or the path of your own "
                "images", default_help="that of --load_path"),
         Option("--data_dir", Text, "./data", "folder of the data sets"),
-        Option("--download", Flag, False, "fetch a published data set that is not in --data_dir"),
-        Option("--labeled", Text, None, "images that have a label: a CSV with the columns file and label, or a .npy "
-               "file of positions", default_help="those with a label, unless all have one", metavar="FILE"),
+        Option("--download", Flag, False, "fetch a published data set missing in --data_dir"),
+        Option("--labeled", Text, None, "labelled images: a CSV with the columns file and label, or a .npy file "
+               "of positions", default_help="those with a label, unless all have one", metavar="FILE"),
     ),
     "choice": (
         Option("--budget", Int(1), 10, "images to label", unit="images"),
@@ -66,7 +66,7 @@ FLAGS = {
                metavar="FILE"),
         Option("--encoder", Text, None, "frozen encoder that makes them: a file, or timm:NAME", metavar="NAME"),
         Option("--load_path", Text, None, "checkpoint of a classifier", metavar="FILE"),
-        Option("--neighbours", Int(1), 20, "typical: neighbours that make an image typical", unit="images"),
+        Option("--neighbours", Int(1), 20, "typical: neighbours in the typicality of an image", unit="images"),
         Option("--delta", Float(0, open="low"), None, "coverage: radius of the balls", default_help="such that 95 % of "
                "them stay within one of --budget clusters"),
         Option("--seed", Int(0, 2 ** 32 - 1), 1, "of the clusters and draws"),
@@ -85,7 +85,7 @@ PURITY = 0.95  # of the balls, as published
 
 @dataclass(frozen=True)
 class Choices:
-    """What a strategy chose, most wanted first. positions: int64 [B]. clusters: of each, or "". scores: float [B]."""
+    """The choice of a strategy, best first. positions: int64 [B]. clusters: of each, or "". scores: float [B]."""
 
     positions: np.ndarray
     clusters: Sequence[object]
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def is_complete(record: Record, folder: Path, overwrite: bool) -> bool:
-    """Return whether the suggestions are there; UserError rather than replace labels that somebody wrote into them."""
+    """Return whether the suggestions exist; UserError rather than replace labels filled in by hand."""
     file = folder / CSV_FILE
     filled = file.exists() and any(label is not None for label in read_label_csv(file).labels)
     try:
@@ -142,7 +142,7 @@ def is_complete(record: Record, folder: Path, overwrite: bool) -> bool:
 
 
 def labeled_positions(images: Images, file: str | None) -> np.ndarray:
-    """Return the positions of the images that have a label, int64; UserError for a list that does not fit."""
+    """Return the positions of the labelled images, int64; UserError for a list that does not fit."""
     if file is None:
         known = np.flatnonzero(images.labels >= 0)
         return known if len(known) < len(images) else known[:0]
@@ -163,7 +163,7 @@ def labeled_positions(images: Images, file: str | None) -> np.ndarray:
 # ---------------------------------------------------------------- features
 
 def features(images: Images, options: SimpleNamespace) -> np.ndarray:
-    """Return what distances are measured in, float32 [N, D]; UserError."""
+    """Return the features for distances, float32 [N, D]; UserError."""
     if options.features is not None:
         found = features_in(options.features, images)
     elif options.encoder is not None:
@@ -233,7 +233,7 @@ def cluster(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def typical(rows: np.ndarray, clusters: np.ndarray, labeled: np.ndarray, budget: int, neighbours: int) -> Choices:
-    """Take the most typical image of the cluster with the fewest labels, of the larger one where two are equal.
+    """Take the most typical image of the cluster with the fewest labels; of equal ones, the larger cluster.
 
     Typicality is 1 / mean distance to the nearest neighbours in the cluster (Hacohen et al., eq. 1).
     """
@@ -276,9 +276,9 @@ def pure_radius(rows: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def coverage(rows: np.ndarray, labeled: np.ndarray, budget: int, delta: float) -> Choices:
-    """Take again and again the image whose ball of radius delta holds the most images that no labelled one covers.
+    """Repeatedly take the image whose ball of radius delta holds the most uncovered images.
 
-    Yehuda et al., algorithm 1; score: how many. Once all are covered, all count as uncovered again.
+    Yehuda et al., algorithm 1; score: their number. Once all are covered, all count as uncovered again.
     """
     balls = NearestNeighbors(radius=delta).fit(rows).radius_neighbors_graph(rows, mode="connectivity").tocsr()
     starts, inside = balls.indptr, balls.indices
@@ -308,7 +308,7 @@ def coverage(rows: np.ndarray, labeled: np.ndarray, budget: int, delta: float) -
 
 
 def margin(probabilities: np.ndarray) -> np.ndarray:
-    """Return how far the most likely class is ahead of the second, float [N]."""
+    """Return the lead of the most likely class over the second, float [N]."""
     two = np.sort(probabilities, axis=1)[:, -2:]
     return two[:, 1] - two[:, 0]
 
@@ -344,7 +344,7 @@ def badge(probabilities: np.ndarray, rows: np.ndarray, free: np.ndarray, budget:
 # ---------------------------------------------------------------- output
 
 def write(images: Images, labeled: np.ndarray, choices: Choices, folder: Path, options: SimpleNamespace) -> None:
-    """Write the CSV, the contact sheet, the page and, where all labels are known, the positions for --label_idx."""
+    """Write the CSV, the contact sheet, the page and, if all labels are known, the positions for --label_idx."""
     positions = choices.positions.tolist()
     with atomic(folder / CSV_FILE, "w") as file:
         writer = csv.writer(file, lineterminator="\n")

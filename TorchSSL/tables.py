@@ -1,9 +1,9 @@
 """The tables of TorchSSL and DPT: the runs behind each cell, and what is printed.
 
-    python -m TorchSSL.tables                             # which there are
-    python -m TorchSSL.tables cifar10 --list              # its runs, and what is done
+    python -m TorchSSL.tables                             # names of the tables
+    python -m TorchSSL.tables cifar10 --list              # its runs and their state
     python -m TorchSSL.tables digits                      # all learners on the handwritten digits, in minutes
-    python -m TorchSSL.tables dpt --scale tiny            # the whole machinery on the digits
+    python -m TorchSSL.tables dpt --scale tiny            # all stages on the digits
 
 How they are run, aggregated and written: shared/report/tables.py.
 """

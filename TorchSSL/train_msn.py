@@ -3,9 +3,9 @@
     python train_msn.py --dataset photos/ --outdir saved_models/msn
     torchrun --standalone --nproc_per_node=4 train_msn.py --dataset photos/ --outdir saved_models/msn
 
-For those who may not use the published weights, which are CC BY-NC. A vision transformer learns to assign a masked view
-of an image and small crops of it to the same prototypes as a whole view, which a slowly moving copy of itself assigns.
-The copy, OUTDIR/encoder.pth.tar, is what `--encoder` takes elsewhere. The same command again continues an interrupted
+An alternative to the published weights, which are CC BY-NC. A vision transformer learns to assign a masked view of an
+image and small crops of it to the prototypes that a moving average of itself assigns to the whole view. The average,
+OUTDIR/encoder.pth.tar, is the file for `--encoder` of other scripts. The same command again continues an interrupted
 run.
 """
 from __future__ import annotations
@@ -49,47 +49,47 @@ FLAGS = {
     "data": (
         Option("--dataset", Text, "digits", "a data set by name, or the path of your own images"),
         Option("--data_dir", Text, "./data", "folder of the published data sets"),
-        Option("--download", Flag, False, "fetch a published data set that is not in --data_dir"),
+        Option("--download", Flag, False, "fetch a published data set missing in --data_dir"),
         Option("--outdir", required=True, metavar="DIR", help="run folder"),
     ),
     "encoder": (
-        Option("--model", Choice(*SIZES), "deit_small", "published size, of which the next ones replace parts"),
+        Option("--model", Choice(*SIZES), "deit_small", "published size; the next flags replace parts of it"),
         Option("--img_size", Int(8), 224, "side of the views", unit="pixels"),
         Option("--patch_size", Int(1), None, "side of a patch", unit="pixels", default_help="the model's"),
         Option("--embed_dim", Int(1), None, "width", default_help="the model's"),
         Option("--depth", Int(1), None, "blocks", default_help="the model's"),
         Option("--num_heads", Int(1), None, "heads of attention", default_help="the model's"),
         Option("--hidden", Int(1), 2048, "width of the projection head"),
-        Option("--output_dim", Int(1), 256, "numbers that it returns"),
-        Option("--prototypes", Int(2), 1024, "about ten a class do for small sets"),
+        Option("--output_dim", Int(1), 256, "output size of the projection head"),
+        Option("--prototypes", Int(2), 1024, "prototypes; about ten a class suffice for small sets"),
     ),
     "views": (
-        Option("--mask", Float(0, 1, open="high"), 0.15, "share of the patches that the large anchor view loses"),
+        Option("--mask", Float(0, 1, open="high"), 0.15, "fraction of patches dropped from the large anchor view"),
         Option("--focal_views", Int(0), 10, "small anchor views of an image"),
-        Option("--focal_size", Int(4), 96, "their side", unit="pixels"),
-        Option("--area", Float(0, 1, open="low"), 0.3, "least part of the image in a large view; small ones show less"),
+        Option("--focal_size", Int(4), 96, "side of the small anchor views", unit="pixels"),
+        Option("--area", Float(0, 1, open="low"), 0.3, "least fraction of an image in a large view; small ones: less"),
         Option("--flip", Bool, True, "mirror half of the views"),
     ),
     "training": (
         Option("--epochs", Int(1), 800, "passes over the images"),
-        Option("--batch_size", Int(2), 1024, "of all processes together", unit="images"),
+        Option("--batch_size", Int(2), 1024, "batch of all processes together", unit="images"),
         Option("--warmup", Int(0), 15, "linear rise of the learning rate", unit="epochs"),
-        Option("--start_lr", Float(0), 0.0002, "where it starts"),
-        Option("--lr", Float(0), 0.001, "its highest value"),
-        Option("--final_lr", Float(0), 1e-6, "what the cosine goes towards"),
-        Option("--weight_decay", Float(0), 0.04, "at the start"),
-        Option("--final_weight_decay", Float(0), 0.4, "what it goes towards"),
-        Option("--clip", Float(0, open=True), 3.0, "largest norm of the encoder's gradient"),
-        Option("--momentum", Float(0, 1), 0.996, "of the moving copy, at the start"),
+        Option("--start_lr", Float(0), 0.0002, "learning rate at the start"),
+        Option("--lr", Float(0), 0.001, "maximum learning rate"),
+        Option("--final_lr", Float(0), 1e-6, "learning rate at the end of the cosine"),
+        Option("--weight_decay", Float(0), 0.04, "weight decay at the start"),
+        Option("--final_weight_decay", Float(0), 0.4, "weight decay at the end"),
+        Option("--clip", Float(0, open=True), 3.0, "maximum norm of the encoder's gradient"),
+        Option("--momentum", Float(0, 1), 0.996, "momentum of the moving average at the start"),
         Option("--me_max", Float(0), 1.0, "weight of the term that spreads images over the prototypes"),
         Option("--sinkhorn", Bool, True, "balance the targets over the prototypes"),
     ),
     "running": (
-        Option("--seed", Int(0), 0, "of initial weights and all draws"),
+        Option("--seed", Int(0), 0, "seed of initial weights and all draws"),
         Option("--precision", Choice("auto", "fp32", "bf16"), "auto", "auto: bf16 on GPUs that have it"),
         Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if there is one"),
-        Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "what decodes photographs"),
-        Option("--workers", Int(1), 4, "four times as many threads decode"),
+        Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "decoder of photographs"),
+        Option("--workers", Int(1), 4, "a quarter of the decoding threads"),
         Option("--save_seconds", Float(0, open=True), 600.0, "time between two checkpoints"),
         Option("--log_every", Int(1), 50, "steps between two lines of the log"),
         Option("--overwrite", Flag, False, "move another run in the folder aside and start anew"),
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(options: SimpleNamespace) -> dict[str, int]:
-    """Return the encoder's architecture; UserError for sizes that do not fit each other."""
+    """Return the encoder's architecture; UserError for contradicting sizes."""
     size = SIZES[options.model]
     given = {name: getattr(options, name) or getattr(size, name) for name in size._fields}
     for flag in ("img_size", "focal_size"):
@@ -127,7 +127,7 @@ def check(options: SimpleNamespace) -> dict[str, int]:
 
 
 def open_images(options: SimpleNamespace) -> ImageSet | PhotographSet:
-    """Return the training images; labels are not looked at."""
+    """Return the training images; labels are ignored."""
     folder = Path(options.dataset)
     if not (folder / "train").is_dir():
         return load_pools(options.dataset, options.data_dir, options.download)[1]
@@ -143,7 +143,7 @@ def open_images(options: SimpleNamespace) -> ImageSet | PhotographSet:
 
 
 class Student(nn.Module):
-    """The encoder that learns, with its projection head and the prototypes."""
+    """The trained encoder, with its projection head and the prototypes."""
 
     def __init__(self, architecture: dict[str, int], options: SimpleNamespace) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""UDA: the strong view shall have the sharpened prediction of the weak view, where that is confident.
+"""UDA: the strong view learns the sharpened prediction of the weak view if that is confident.
 
 Xie et al., "Unsupervised Data Augmentation for Consistency Training", NeurIPS 2020 (arXiv 1904.12848).
 
@@ -24,8 +24,8 @@ FLAGS = (
     Option("--ulb_loss_ratio", Float(0), 1.0, "weight of the loss on unlabelled images"),
     Option("--p_cutoff", Float(0, 1), 0.8, "least confidence of a prediction to learn from"),
     Option("--T", Float(1e-3), 0.4, "temperature of the prediction to learn from"),
-    Option("--TSA_schedule", Choice("none", "linear", "exp", "log"), "none", "training signal annealing: how the "
-           "confidence rises beyond which a labelled image is no longer learned"),
+    Option("--TSA_schedule", Choice("none", "linear", "exp", "log"), "none", "training signal annealing: "
+           "schedule of the confidence beyond which a labelled image is not learned"),
     Option("--use_flex", Bool, False, "thresholds of FlexMatch, with p_cutoff for the class learned best"),
 )
 parse = partial(learner_options, "uda", __doc__, FLAGS, also="uda_flex", amp=True, seed=0)

@@ -1,4 +1,4 @@
-"""VAT: the prediction shall not change in the direction in which it would change most.
+"""VAT: the prediction stays the same in the direction of its largest change.
 
 Miyato et al., "Virtual Adversarial Training: A Regularization Method for Supervised and Semi-Supervised Learning",
 IEEE TPAMI 2018 (arXiv 1704.03976).
