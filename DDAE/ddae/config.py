@@ -198,7 +198,7 @@ COMMON = (
 )
 GPUS = Option("--gpus", Int(1), None, "processes that batch_size and lrate are meant for  [as many as there are]")
 FAST = (
-    Option("--compile", Bool, None, "compile the network: slow to start, then faster  [train.py: on a GPU; else no]"),
+    Option("--compile", Flag, False, "compile the network: slow to start, then faster"),
     Option("--strict", Flag, False, "the published arithmetic: fp32 and no fast path"),
 )
 

@@ -26,7 +26,7 @@ from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA
 from shared.training.files import atomic, make_dir
 from shared.training.log import Log
-from shared.training.precision import autocast, compiles, computed_on
+from shared.training.precision import autocast, computed_on
 from shared.training.randomness import torch_rng
 from shared.training.run import Run
 
@@ -80,7 +80,7 @@ def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
           gpus: int = 1,                      # processes that batch_size and lrate are multiplied by
           precision: str = "fp32",            # fp32, bf16 or fp16
           strict: bool = False,               # the published arithmetic
-          compile: bool | None = None,        # the network; None: on a GPU
+          compile: bool = False,              # the network
           seed: int = 1337,
           constant_ema: bool = False,         # no warm-up of the average
           steps: int | None = None,           # end after so many; None: after the config's epochs
@@ -121,7 +121,7 @@ def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
             run.step = (config.load_epoch + 1) * batches.per_epoch
             run.state["first_update"] = load_epoch(config, net, ema, optimizer, log) - run.step
     model = distributed.data_parallel(net, world)
-    if compiles(compile, device, strict):
+    if compile:
         net.compile()
 
     def save_epoch() -> None:

@@ -43,10 +43,10 @@ def train_edm(*flags: str, slow: bool = True) -> Program:
     return Program("EDM/train.py", args, slow)
 
 
-def train_ddae(slow: bool = True, compiled: bool = False, **changes: object) -> Program:
+def train_ddae(slow: bool = True, **changes: object) -> Program:
     def args(folder: Path, steps: int) -> list[str]:
         ddae.write_config(folder, n_epoch=steps, n_sample=2, **changes)
-        return ["--config=tiny.yaml", f"--steps={steps}", f"--compile={compiled}"]
+        return ["--config=tiny.yaml", f"--steps={steps}"]
     return Program("DDAE/train.py", args, slow)
 
 
@@ -110,9 +110,7 @@ PROGRAMS = {
     "latent diffusion": train_ldm("train_ldm", latent_runs.LARGE, slow=False),
     "latent diffusion, discrete": train_ldm("train_ldm_discrete", latent_runs.HUGE),
     "latent diffusion, compiled": train_ldm("train_ldm", latent_runs.LARGE, compiled=True),
-    "edm, compiled": train_edm("--augment=0.12", "--compile=True"),
     "ddae": train_ddae(slow=False),
-    "ddae, compiled": train_ddae(compiled=True),
     "ddae, ddpm": train_ddae(**ddae.DDPM),
     "linear": evaluate_ddae("linear", "--steps={steps}"),
     "noisy classifier": evaluate_ddae("noisy_classifier_DDAE"),
