@@ -45,9 +45,9 @@ from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, 
 from shared.data.classes import find_table
 from shared.data.datasets import load_dataset
 from shared.data.images import PIXELS_VARIABLE, load_image, plain_image
-from shared.data.parallel import ordered_map
 from shared.data.safe import Member, read_members
 from shared.data.writers import encode_png, image_name, labels_json, open_destination, to_pillow
+from shared.parallel import ordered_map
 from shared.training.files import make_dir
 from shared.training.progress import Progress
 from shared.training.record import Record

@@ -27,8 +27,8 @@ import torch
 
 from shared import distributed
 from shared.cli import Choice, Flag, Int, Option, Text, UserError, less_memory, parse, run_main
-from shared.data.parallel import cores, one_ahead
 from shared.distributed import World
+from shared.parallel import cores, one_ahead
 from shared.report.gallery import Section, picture, write_page
 from shared.training.files import atomic, check_writable, make_dir
 from shared.training.progress import Progress

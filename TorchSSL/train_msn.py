@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from shared import distributed
 from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, parse, run_main
 from shared.data.images import ImageSet, UnequalSizes
-from shared.data.parallel import Prefetched
 from shared.data.photographs import MEAN, STD, PhotographSet, image_size, list_photographs, list_unlabeled
 from shared.data.pool import make_pool
 from shared.distributed import World
+from shared.parallel import Prefetched
 from shared.training.checkpoint import write_checkpoint
 from shared.training.ema import EMA
 from shared.training.log import Log

@@ -26,8 +26,8 @@ from DDAE.DiT.latents import DIT, Latents, code_folder, read_latents
 from DDAE.DiT.network import DiT, latent_features, load_dit
 from shared import cli, distributed
 from shared.cli import Float, Int, IntList, Option, Text, less_memory, run_main
+from shared.data.cache import rank_part
 from shared.distributed import World
-from shared.training.arrays import rank_part
 from shared.training.fingerprint import fingerprints
 from shared.training.log import Log
 from shared.training.precision import autocast, to_device

@@ -27,10 +27,10 @@ from EDM.latent.vae import SCALE, load_vae, sample
 from shared import cli, distributed
 from shared.augment.views import WeakPolicy, draw_weak, shift_whole
 from shared.cli import Flag, Int, Option, Text, UserError, less_memory, run_main
+from shared.data.cache import fill_arrays
 from shared.data.images import ImageSet
 from shared.distributed import World
 from shared.report.plots import image_grid
-from shared.training.arrays import fill_arrays
 from shared.training.files import atomic, make_dir, taken
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.precision import autocast, to_device

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from shared.augment.views import WeakPolicy, draw_weak, shift_whole
 from shared.cli import UserError, nearest
-from shared.data.cache import Allocate, Stored, cached
+from shared.data.cache import Allocate, Stored, cached, rank_part
 from shared.data.classes import ImageFiles, find_images
 from shared.data.datasets import NAMES, load_dataset
 from shared.data.images import ImageSet, decode, shape_text
 from shared.data.lists import read_lines
 from shared.data.pool import Pool
 from shared.distributed import World
-from shared.training.arrays import rank_part
 from shared.training.fingerprint import fingerprint
 from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng, torch_rng

@@ -15,7 +15,7 @@ from DDAE.ddae.data import TrainBatches, item_noise
 from DDAE.ddae.probe import Encoder, Examples
 from shared import distributed
 from shared.augment.views import draw_weak, shift_whole
-from shared.training.arrays import fill_arrays, rank_part
+from shared.data.cache import fill_arrays, rank_part
 from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
 

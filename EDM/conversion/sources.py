@@ -14,8 +14,8 @@ from shared.data.classes import classes_by_folder, find_images, listed_labels, m
 from shared.data.datasets import load_dataset, training_classes
 from shared.data.formats import CIFAR10, CIFAR100, Layout, read_batches, read_mnist
 from shared.data.images import ImageSet, iterate, read_images
-from shared.data.parallel import one_ahead
 from shared.data.safe import Member
+from shared.parallel import one_ahead
 from shared.training.randomness import numpy_rng
 
 DIGITS = "digits"  # scikit-learn's, part of the package: the one data set that is no file

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from EDM.imagenet.config import parse
-from EDM.imagenet.layout import Layout
+from EDM.imagenet.experiment.config import parse
+from EDM.imagenet.experiment.layout import Layout
 from EDM.imagenet.sample_ldm_all import load_sampler, network_file, note
 from EDM.imagenet.train_ldm import MACHINE, SCORES
 from EDM.latent.generation import fid

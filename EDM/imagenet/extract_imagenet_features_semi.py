@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from EDM.imagenet.config import parse
-from EDM.imagenet.images import training_images
-from EDM.imagenet.layout import Layout
+from EDM.imagenet.experiment.config import parse
+from EDM.imagenet.experiment.images import training_images
+from EDM.imagenet.experiment.layout import Layout
 from EDM.latent.extraction import extract, pseudo_labels_of
 from EDM.latent.latents import ABOUT, LABELS, MOMENTS
 from EDM.latent.vae import load_coder

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from EDM.imagenet.config import Config, parse
-from EDM.imagenet.images import training_images, validation_images
+from EDM.imagenet.experiment.config import Config, parse
+from EDM.imagenet.experiment.images import training_images, validation_images
 from shared.cli import Flag, Int, Option, Text, UserError, run_main
 from shared.data.datasets import NAMES, load_dataset
 from shared.data.images import ImageSet

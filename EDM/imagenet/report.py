@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from EDM.imagenet.config import CONFIG, read_config
-from EDM.imagenet.images import generated_images, training_images
-from EDM.imagenet.layout import Layout
+from EDM.imagenet.experiment.config import CONFIG, read_config
+from EDM.imagenet.experiment.images import generated_images, training_images
+from EDM.imagenet.experiment.layout import Layout
 from EDM.imagenet.train_classifier import facts_file
 from shared import cli
 from shared.cli import Option, UserError, run_main

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from EDM.imagenet.config import Config, parse
-from EDM.imagenet.layout import Layout
+from EDM.imagenet.experiment.config import Config, parse
+from EDM.imagenet.experiment.layout import Layout
 from EDM.imagenet.train_ldm import MACHINE, check_classes
 from EDM.latent.generation import Sampler, write_classes
 from EDM.latent.latents import ABOUT, read_latents

@@ -26,15 +26,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from EDM.imagenet.config import Config, parse
-from EDM.imagenet.images import (
+from EDM.imagenet.experiment.config import Config, parse
+from EDM.imagenet.experiment.images import (
     generated_images,
     labelled_images,
     training_images,
     validation_images,
     write_pseudo_labels,
 )
-from EDM.imagenet.layout import Layout
+from EDM.imagenet.experiment.layout import Layout
 from shared import distributed
 from shared.cli import Choice, Flag, Int, Option, Text, UserError, run_main
 from shared.data.photographs import PhotographSet

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from EDM.imagenet.config import Config, parse
-from EDM.imagenet.images import training_images
-from EDM.imagenet.layout import Layout
+from EDM.imagenet.experiment.config import Config, parse
+from EDM.imagenet.experiment.images import training_images
+from EDM.imagenet.experiment.layout import Layout
 from EDM.latent.alignment import Aligned, Targets
 from EDM.latent.generation import Sampler, fid
 from EDM.latent.latents import LatentBatches, read_latents

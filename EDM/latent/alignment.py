@@ -16,8 +16,8 @@ from EDM.latent.extraction import batch_of, published_rows, read_image
 from EDM.latent.schedules import Schedule, losses
 from EDM.latent.uvit import UViT
 from shared.cli import UserError
-from shared.data.parallel import cores
 from shared.data.photographs import MEAN, STD, PhotographSet
+from shared.parallel import cores
 from shared.training.precision import autocast
 
 HIDDEN = 2048  # units of the projector's layers

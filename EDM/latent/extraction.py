@@ -14,11 +14,11 @@ from PIL import Image
 from EDM.latent.latents import ABOUT, LABELS, MOMENTS
 from EDM.latent.vae import Coder, SpaceToDepth
 from shared.cli import UserError
+from shared.data.cache import fill_arrays
 from shared.data.images import open_image
-from shared.data.parallel import cores, one_ahead
 from shared.data.photographs import PhotographSet
 from shared.distributed import World, on_main
-from shared.training.arrays import fill_arrays
+from shared.parallel import cores, one_ahead
 from shared.training.files import atomic
 from shared.training.precision import to_device
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from EDM.latent.vae import SCALE
 from shared.cli import UserError
-from shared.data.parallel import Prefetched
 from shared.data.safe import load_array, load_objects
 from shared.distributed import World
+from shared.parallel import Prefetched
 from shared.training.randomness import numpy_rng
 
 MOMENTS, LABELS, ABOUT = "moments.npy", "labels.npy", "latents.json"

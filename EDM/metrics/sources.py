@@ -18,9 +18,9 @@ from EDM.sampling.seeds import chosen_classes, load_sampler
 from shared.cli import UserError
 from shared.data.classes import ImageFiles, find_images, labels_of
 from shared.data.images import ImageSet, open_image, read_images, to_chw
-from shared.data.parallel import cores
 from shared.data.safe import read_members
 from shared.distributed import World
+from shared.parallel import cores
 from shared.training.randomness import split_batches
 
 DECODERS = 4  # threads at most, each with one batch

@@ -20,11 +20,11 @@ from shared import distributed
 from shared.cli import UserError, less_memory
 from shared.cpu.allocator import keep_freed_memory
 from shared.data.datasets import NAMES
-from shared.data.parallel import Prefetched
 from shared.data.photographs import EVAL_SIDE, PhotographSet
 from shared.data.pool import PhotographPool, Pool, make_pool
 from shared.distributed import World, sync_batchnorm
 from shared.networks import TimmNetwork, freeze, is_below, is_timm, label_layers, start_from, train_mode
+from shared.parallel import Prefetched
 from shared.training.checkpoint import keep_layout
 from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA

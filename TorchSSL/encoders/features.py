@@ -20,12 +20,12 @@ from torch import Tensor
 from shared import distributed
 from shared.augment.views import normalise
 from shared.cli import UserError
+from shared.data.cache import fill_arrays
 from shared.data.images import ImageSet
-from shared.data.parallel import cores, one_ahead
 from shared.data.photographs import MEAN, STD, PhotographSet, open_rgb
 from shared.data.pool import choose_decoder
 from shared.distributed import World
-from shared.training.arrays import fill_arrays
+from shared.parallel import cores, one_ahead
 from shared.training.checkpoint import READ_ERRORS
 from shared.training.files import atomic, cache_folder
 from shared.training.precision import autocast, to_device

@@ -14,8 +14,8 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from shared.cli import UserError
 from shared.data.images import open_image
-from shared.data.parallel import one_ahead
 from shared.data.photographs import MEAN, STD, Photograph, Photographs, Request, View, for_dali, image_size
+from shared.parallel import one_ahead
 
 Inputs = tuple[list[np.ndarray], ...]
 

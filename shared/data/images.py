@@ -33,8 +33,8 @@ from shared.data.classes import (
 )
 from shared.data.formats import read_npz
 from shared.data.image_files import is_hidden, walk
-from shared.data.parallel import ordered_map
 from shared.data.safe import Member, read_members
+from shared.parallel import ordered_map
 from shared.training.fingerprint import fingerprint, fingerprint_arrays
 from shared.training.progress import Progress
 

@@ -19,7 +19,6 @@ from shared.augment import randaugment
 from shared.augment.views import StrongDraws, normalise, strong, strong_photographs
 from shared.cli import UserError
 from shared.data.images import ImageSet, open_image, to_chw
-from shared.data.parallel import cores, one_ahead
 from shared.data.photographs import (
     EVAL_SIDE,
     MEAN,
@@ -31,6 +30,7 @@ from shared.data.photographs import (
     View,
     open_rgb,
 )
+from shared.parallel import cores, one_ahead
 from shared.training.precision import to_device
 
 AHEAD = 2  # batches in the making

@@ -25,7 +25,7 @@ from PIL import Image
 
 from EDM.dataset_tool import convert
 from shared.data.images import read_images
-from shared.data.parallel import cores
+from shared.parallel import cores
 from tests.golden.data_sources import write_cifar_archive
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from EDM.imagenet import prepare, report
-from EDM.imagenet.config import read_config
+from EDM.imagenet.experiment.config import read_config
 from shared.cli import UserError
 from tests.shared.programs import ROOT, environment
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from EDM.imagenet import train_classifier
-from EDM.imagenet.config import read_config
-from EDM.imagenet.images import training_images, validation_images
-from EDM.imagenet.layout import Layout
+from EDM.imagenet.experiment.config import read_config
+from EDM.imagenet.experiment.images import training_images, validation_images
+from EDM.imagenet.experiment.layout import Layout
 from shared.cli import UserError
 from tests.golden.cases import fill
 from tests.shared.programs import ROOT, one_line_error, run

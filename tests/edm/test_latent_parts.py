@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from EDM.imagenet.config import override, read_config
+from EDM.imagenet.experiment.config import override, read_config
 from EDM.latent.dpm_solver import dpm_solver, orders
 from EDM.latent.latents import LatentBatches, read_latents
 from EDM.latent.schedules import ContinuousSchedule

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from EDM.imagenet import train_classifier
-from EDM.imagenet.config import Config
-from EDM.imagenet.images import labelled_images, training_images
+from EDM.imagenet.experiment.config import Config
+from EDM.imagenet.experiment.images import labelled_images, training_images
 from tests.golden.cases import each, facts, fill, number, serves
 from tests.golden.dpt_imagenet_cases import PAPER, bound, cases_of, given, near, tensors
 from TorchSSL.encoders.classifier import Classifier, fit, label_and_probability, objective, prepared, read_classifier

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from EDM.imagenet.config import Config, hparams, read_config
-from EDM.imagenet.layout import Layout
+from EDM.imagenet.experiment.config import Config, hparams, read_config
+from EDM.imagenet.experiment.layout import Layout
 from EDM.latent.extraction import centre_crop, published_rows, training_image
 from EDM.latent.generation import Sampler, chunks, to_uint8
 from EDM.latent.latents import drop_labels

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from EDM.imagenet.config import parse as parse_with_config
+from EDM.imagenet.experiment.config import parse as parse_with_config
 from shared.cli import UserError, parse
 from shared.report import tables
 from tests.shared.programs import ROOT, declared_options, environment

@@ -227,7 +227,7 @@ LISTING = re.compile(r"os\.walk\(|scandir\(|\.iterdir\(|listdir\(|ImageFolder\(|
 # Whoever gives names numbers by their order.
 NUMBERS_NAMES = {
     "shared/data/classes.py": "the one place", "MetaSemi/imagenet/im2rec.py": "MXNet's order, or that of --classes",
-    "DDAE/ddae/data.py": "tiny-imagenet", "EDM/imagenet/images.py": "positions of images",
+    "DDAE/ddae/data.py": "tiny-imagenet", "EDM/imagenet/experiment/images.py": "positions of images",
     "TorchSSL/suggest_labels.py": "positions of images", "TorchSSL/encoders/images.py": "positions of images",
     "TorchSSL/audit_labels.py": "the classes of a set"}
 NUMBERING = re.compile(r"enumerate\(sorted\(|\{\w+: \w+ for \w+, \w+ in enumerate\(|LabelEncoder\(")

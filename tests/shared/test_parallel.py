@@ -10,7 +10,7 @@ import time
 import pytest
 
 from shared.cli import UserError
-from shared.data.parallel import cores, one_ahead, ordered_map
+from shared.parallel import cores, one_ahead, ordered_map
 from tests.shared.programs import environment
 
 
@@ -60,7 +60,7 @@ def test_lost_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_workers_end_with_the_program() -> None:
-    program = ("import os, time\nfrom shared.data.parallel import ordered_map\n"
+    program = ("import os, time\nfrom shared.parallel import ordered_map\n"
                "def work(n):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(1 if n < 2 else 0)\n"
                "for _ in ordered_map(work, range(4)): pass\ntime.sleep(60)\n")
     # The pool lives as long as the loop; the program is killed inside it.

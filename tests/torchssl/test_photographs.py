@@ -15,10 +15,10 @@ from torchvision.transforms import functional as TF
 from shared.augment.views import draw_strong, strong
 from shared.cli import UserError
 from shared.data import pool as pool_module
-from shared.data.parallel import Prefetched
 from shared.data.photographs import EVAL_SIDE, TRAIN_SIDE, list_imagenet
 from shared.data.pool import PhotographPool
 from shared.distributed import World
+from shared.parallel import Prefetched
 from tests.shared.programs import assert_same
 from tests.torchssl import tiny
 from TorchSSL import freematch

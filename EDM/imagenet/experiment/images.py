@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from EDM.imagenet.config import Config
-from EDM.imagenet.layout import Layout
+from EDM.imagenet.experiment.config import Config
+from EDM.imagenet.experiment.layout import Layout
 from shared.cli import UserError, nearest
 from shared.data.classes import class_folders
 from shared.data.photographs import PhotographSet, list_photographs, list_unlabeled

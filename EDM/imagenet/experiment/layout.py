@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from EDM.imagenet.config import Config
+from EDM.imagenet.experiment.config import Config
 
 
 class Layout:
