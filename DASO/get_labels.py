@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from DASO.lib.config.config import Config, parse
+from DASO.lib.config.config import Config
+from DASO.lib.config.config import parse as read_config
 from DASO.lib.data.sets import load_data
 from DASO.lib.report import rates
 from DASO.lib.trainer import FINAL, Trainer, device_of
-from shared.cli import Flag, Int, Option, UserError, run_main
-from shared.cli import parse as parse_flags
+from shared.cli import Flag, Int, Option, UserError, parse, run_main
 from shared.data.classes import class_balanced_draw
 from shared.data.images import ImageSet, read_images
 from shared.data.writers import write_folder, write_npz
@@ -40,11 +40,11 @@ FLAGS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parse_flags(__doc__, FLAGS, argv)
+    options = parse(__doc__, FLAGS, argv)
     run = Path(options.run)
     if not (run / "config.yaml").is_file() or not (run / FINAL).is_file():
         raise UserError(f"--run {run}: expected the folder of a finished run, with config.yaml and {FINAL}")
-    cfg, _ = parse(["--config-file", str(run / "config.yaml")])
+    cfg, _ = read_config(["--config-file", str(run / "config.yaml")])
     data = load_data(cfg)
     if data.unlabelled is None:
         raise UserError(f"--run {run}: {cfg.ALGORITHM.NAME} has no unlabelled images to label")

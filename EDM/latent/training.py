@@ -45,8 +45,8 @@ def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sa
     """Train `net` as a configuration says, and leave the published files in `workdir`.
 
     config: see EDM/imagenet/experiment/config.py. sampler_of: what makes images with the averaged network. strict:
-    attention in fp32 and no fused operation. compiled: compile the blocks. aligned: `net` with a projector, and targets: what its
-    tokens are drawn to (REPA); None: without. score: FID of a sampler; None: without. overwrite: move another run in
+    attention in fp32 and no fused operation. compiled: compile the blocks. aligned: `net` with a projector, and
+    targets: what its tokens are drawn to (REPA); None: without. score: FID of a sampler; None: without. overwrite: move another run in
     `workdir` aside. checkpoint_seconds: between two checkpoints, from which the same call continues.
     """
     # Setup.

@@ -38,7 +38,7 @@ def check(flags: SimpleNamespace) -> None:
         raise UserError(f"--fp16=1 and --precision={flags.precision} contradict each other; give one of them")
     if flags.ema_sigma_rel is not None and flags.ema_rampup is not None:
         raise UserError("--ema-rampup belongs to the half-life of --ema; leave it out with --ema-sigma-rel")
-    if flags.label_dropout and not flags.cond:
+    if getattr(flags, "label_dropout", None) and not flags.cond:
         raise UserError("--label-dropout needs a class-conditional model: add --cond=1")
     rampup = 10000 if flags.lr_rampup is None else flags.lr_rampup
     if flags.duration * 1000 < rampup and not flags.dry_run and int(os.environ.get("RANK", 0)) == 0:

@@ -330,7 +330,8 @@ class VPPrecond(Precond):
                  beta_d: float = 19.9, beta_min: float = 0.1, M: int = 1000, epsilon_t: float = 1e-5,
                  model_type: str = "SongUNet", **model_kwargs: Any) -> None:
         super().__init__(locals(), img_channels)
-        self.sigma_min, self.sigma_max = float(self.sigma(epsilon_t)), float(self.sigma(1))
+        with torch.device("cpu"):  # numbers also where the network itself is built without memory
+            self.sigma_min, self.sigma_max = float(self.sigma(epsilon_t)), float(self.sigma(1))
 
     def coefficients(self, sigma: torch.Tensor) -> tuple[Any, ...]:
         return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
@@ -365,12 +366,13 @@ class iDDPMPrecond(Precond):
                  C_1: float = 0.001, C_2: float = 0.008, M: int = 1000, model_type: str = "DhariwalUNet",
                  **model_kwargs: Any) -> None:
         super().__init__(locals(), 2 * img_channels)
-        u = [torch.zeros(())]
-        alpha_bar = self.alpha_bar(torch.arange(M + 1))
-        for j in range(M, 0, -1):
-            ratio = (alpha_bar[j - 1] / alpha_bar[j]).clamp(min=C_1)
-            u.append(((u[-1] ** 2 + 1) / ratio - 1).sqrt())
-        self.register_buffer("u", torch.stack(u[::-1]))  # noise levels u_0 > ... > u_M = 0
+        with torch.device("cpu"):  # numbers also where the network itself is built without memory
+            u = [torch.zeros(())]
+            alpha_bar = self.alpha_bar(torch.arange(M + 1))
+            for j in range(M, 0, -1):
+                ratio = (alpha_bar[j - 1] / alpha_bar[j]).clamp(min=C_1)
+                u.append(((u[-1] ** 2 + 1) / ratio - 1).sqrt())
+            self.register_buffer("u", torch.stack(u[::-1]))  # noise levels u_0 > ... > u_M = 0
         self.sigma_min, self.sigma_max = float(self.u[M - 1]), float(self.u[0])
 
     def coefficients(self, sigma: torch.Tensor) -> tuple[Any, ...]:

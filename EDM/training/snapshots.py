@@ -62,13 +62,14 @@ class Snapshot:
         """Return the network in eval mode, float32 on the CPU, without gradients. Raises UserError; see `expect`."""
         self.expect(networks, what)
         try:
-            with torch.device("meta"), at_most(self.state_dict, self.source):  # before any memory is taken
+            with torch.device("meta"), at_most(self.state_dict):  # before any memory is taken
                 networks[self.class_name](**self.init_kwargs)
             with torch.random.fork_rng(devices=[]):  # initial weights are drawn only to be replaced
                 net = networks[self.class_name](**self.init_kwargs)
-        except UserError:
-            raise
-        except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
+        except TooLarge:
+            raise UserError(f"{self.source}: snapshot of another network, its constructor arguments describe a far "
+                            f"larger one than its {len(self.state_dict)} tensors") from None
+        except (UserError, TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
             raise UserError(f"{self.source}: no {self.class_name} can be made from its constructor arguments "
                             f"({error})") from None
         load_weights(net, self.state_dict, self.source)
@@ -77,9 +78,13 @@ class Snapshot:
         return net.eval().requires_grad_(False)
 
 
+class TooLarge(Exception):
+    """A network is far larger than the tensors for it."""
+
+
 @contextmanager
-def at_most(tensors: Mapping[str, torch.Tensor], source: str) -> Iterator[None]:
-    """Raise UserError as soon as a network that is built in this context is far larger than the tensors for it.
+def at_most(tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Raise TooLarge as soon as a network that is built in this context is far larger than the tensors for it.
 
     What is a little larger gets through, to `load_weights`, which names the difference.
     """
@@ -91,8 +96,7 @@ def at_most(tensors: Mapping[str, torch.Tensor], source: str) -> Iterator[None]:
             left["tensors"] -= 1
             left["numbers"] -= parameter.numel()
             if min(left.values()) < 0:
-                raise UserError(f"{source}: snapshot of another network, its constructor arguments describe a far "
-                                f"larger one than its {len(tensors)} tensors")
+                raise TooLarge
 
     hook = register_module_parameter_registration_hook(count)
     try:

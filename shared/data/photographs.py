@@ -62,10 +62,11 @@ class Photographs:
     """Photographs by position, each with a label in 0..num_classes-1.
 
     files: encoded images: has a length, `name(position)` and `get(position)`, which returns (content, label).
-    `bad`: position -> why it cannot be used; filled as they are met, with skip_bad. Safe to be read by many threads.
+    skip_bad: None: the program has no flag for it. `bad`: position -> why it cannot be used; filled as they are met,
+    with skip_bad. Safe to be read by many threads.
     """
 
-    def __init__(self, files: Any, num_classes: int, skip_bad: bool = False) -> None:
+    def __init__(self, files: Any, num_classes: int, skip_bad: bool | None = None) -> None:
         self.files, self.num_classes, self.skip_bad = files, num_classes, skip_bad
         self.bad: dict[int, str] = {}
 
@@ -94,7 +95,7 @@ class Photographs:
     def mark_bad(self, position: int, reason: str) -> None:
         """Never use a photograph again; UserError, unless bad ones are to be skipped."""
         if not self.skip_bad:
-            raise UserError(f"{reason}; leave such ones out with --skip-bad")
+            raise UserError(reason if self.skip_bad is None else f"{reason}; leave such ones out with --skip-bad")
         if self.bad.setdefault(position, reason) is reason:
             print(f"warning: {reason}; left out", file=sys.stderr, flush=True)
 

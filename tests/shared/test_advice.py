@@ -22,6 +22,7 @@ ALLOWED = {
     "shared/report/tables.py": {"--out", "--slurm", "--run", "--only"},  # all tables are this program
     "shared/training/record.py": {"--overwrite"},                        # of every program that keeps a record
     "shared/training/run.py": {"--overwrite"},                           # named only where the program has it
+    "shared/data/photographs.py": {"--skip-bad"},                        # named only where the program has it
     "shared/networks.py": {"--pretrained", "--net", "--freeze"},         # replaced by DASO, which has keys
 }
 

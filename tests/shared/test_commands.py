@@ -41,7 +41,9 @@ def readme_commands(readme: Path) -> Iterator[tuple[str, str]]:
         if block.startswith("#!"):
             continue  # a file of its own, which other tests run
         folder = folder if in_docs else readme.parent
-        for line in block.replace("\\\n", " ").replace("$SEED", "1").splitlines():
+        for place, value in (("\\\n", " "), ("$SEED", "1"), ("$photos", "/home/you/photos"), ("$work", "/home/you/work")):
+            block = block.replace(place, value)
+        for line in block.splitlines():
             words = shlex.split(line, comments=True) if re.match(r"[\w\"'./]", line) else []
             if words[:1] == ["cd"]:
                 folder = (folder / words[1].rstrip(";")).resolve()

