@@ -46,8 +46,8 @@ def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sa
 
     config: see EDM/imagenet/experiment/config.py. sampler_of: what makes images with the averaged network. strict:
     attention in fp32 and no fused operation. compiled: compile the blocks. aligned: `net` with a projector, and
-    targets: what its tokens are drawn to (REPA); None: without. score: FID of a sampler; None: without. overwrite: move another run in
-    `workdir` aside. checkpoint_seconds: between two checkpoints, from which the same call continues.
+    targets: what its tokens are drawn to (REPA); None: without. score: FID of a sampler; None: without. overwrite: move
+    another run in `workdir` aside. checkpoint_seconds: between two checkpoints, from which the same call continues.
     """
     # Setup.
     device, seed, batch_size, total = world.device, config.seed, config.train.batch_size, config.train.n_steps

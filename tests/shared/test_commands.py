@@ -41,7 +41,7 @@ def readme_commands(readme: Path) -> Iterator[tuple[str, str]]:
         if block.startswith("#!"):
             continue  # a file of its own, which other tests run
         folder = folder if in_docs else readme.parent
-        for place, value in (("\\\n", " "), ("$SEED", "1"), ("$photos", "/home/you/photos"), ("$work", "/home/you/work")):
+        for place, value in (("\\\n", " "), ("$SEED", "1"), ("$photos", "my/photos"), ("$work", "my/work")):
             block = block.replace(place, value)
         for line in block.splitlines():
             words = shlex.split(line, comments=True) if re.match(r"[\w\"'./]", line) else []
