@@ -96,6 +96,7 @@ def test_tdsm_joins_a_finished_experiment(whole, tmp_path):
     assert finish(start(out, *tiny)).count("complete: ") == 13
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage_it_continues_to_the_same_numbers(whole, tmp_path):
     out = tmp_path / "out"
     for sign in (f"saved_models/{NAME}/latest_model.pth", "training-runs/*/checkpoint.pt", "data-aug/*/*/*/*.png",
