@@ -26,10 +26,9 @@ from shared import cli, distributed
 from shared.augment.views import draw_strong, strong
 from shared.cli import Choice, Flag, Float, Int, Option, Text, less_memory, run_main
 from shared.report.plots import Panel, curves
-from shared.training.dropout import set_dropout_keys
 from shared.training.log import Log
 from shared.training.precision import autocast
-from shared.training.randomness import numpy_rng, torch_rng
+from shared.training.randomness import numpy_rng, set_dropout_keys, torch_rng
 from shared.training.run import Run
 
 FLAGS = (

@@ -97,6 +97,8 @@ FLAGS = {
     ),
 }
 Labels = list[tuple[str, Label]]
+# What dataset.json says of images that were resized, so that predict.py does the same: by --transform.
+RESIZES = {None: "square", "center-crop": "centre"}
 # The labels of the written images, in their order -> the labels to write, and further keys of dataset.json.
 Relabel = Callable[[Labels], tuple[Labels, dict[str, Any]]]
 
@@ -184,6 +186,8 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
         if source.name in CIFAR:
             deque(images.items, maxlen=0)  # the checks of an archive are of all its images
         written, further = relabel(labels) if relabel is not None else (labels, {})
+        if resolution is not None and transform in RESIZES:
+            further = {**further, "resize": RESIZES[transform]}
         save("dataset.json", labels_json(written, images.classes, further).encode())
     check.finish(source, labels)
 

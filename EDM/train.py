@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from EDM.training import flags as shared_flags
+from EDM.training import config
 from EDM.training.dataset import TrainingSet, open_data
 from EDM.training.launch import check, foresee_denoiser, join, launch
 from EDM.training.training_loop import Denoising
@@ -24,16 +24,16 @@ from shared.cli import Choice, UserError, parse, run_main
 from shared.data.images import ImageSet
 
 FLAGS = {
-    "main options": shared_flags.main_options(
+    "main options": config.main_options(
         Choice("ddpmpp", "ncsnpp", "adm", further=["ddpmpp_mnist"]), ["vp", "ve", "edm"],
         "train a class-conditional model"),
-    "hyperparameters": shared_flags.HYPERPARAMETERS,
-    "performance": shared_flags.PERFORMANCE,
-    "files": shared_flags.FILES,
-    "running": shared_flags.RUNNING,
-    "schedules": shared_flags.SCHEDULES,
-    "U-Net": shared_flags.UNET,
-    "noise levels": shared_flags.LEVELS,
+    "hyperparameters": config.HYPERPARAMETERS,
+    "performance": config.PERFORMANCE,
+    "files": config.FILES,
+    "running": config.RUNNING,
+    "schedules": config.SCHEDULES,
+    "U-Net": config.UNET,
+    "noise levels": config.LEVELS,
 }
 
 

@@ -20,22 +20,21 @@ from EDM.tdsm.noise import Noise, kind_of, noise_of_data, noise_of_flags, open_e
 from EDM.tdsm.tasks import NoisyClassification
 from EDM.tdsm.transition import check_labels
 from EDM.train import AUGMENT_DIM, PRECONDITIONINGS, option_dictionary, set_given
-from EDM.training import flags as shared_flags
-from EDM.training.config import batch_rounds
+from EDM.training import config
+from EDM.training.config import COUNT, batch_rounds
 from EDM.training.dataset import TrainingSet
-from EDM.training.flags import COUNT
 from EDM.training.launch import check, join, launch
 from shared.cli import Bool, Choice, IntList, Option, UserError, parse, run_main
 from shared.data.images import ImageSet
 
 FLAGS = {
-    "main options": shared_flags.main_options(
+    "main options": config.main_options(
         Choice("ddpmpp", "ncsnpp", "adm"), ["vp", "ve", "edm", "edm_tv", "edm_vm"],
         "must be 1: labels are what is learned"),
-    "hyperparameters": shared_flags.HYPERPARAMETERS,
-    "performance": shared_flags.PERFORMANCE,
-    "files": shared_flags.FILES,
-    "label noise": shared_flags.LABEL_NOISE,
+    "hyperparameters": config.HYPERPARAMETERS,
+    "performance": config.PERFORMANCE,
+    "files": config.FILES,
+    "label noise": config.LABEL_NOISE,
     "classifier": (
         Option("--optimizer", Choice("adam", "sgd"), "adam", "Adam, or SGD with momentum 0.9"),
         # Beyond the published command line.
@@ -49,9 +48,9 @@ FLAGS = {
         Option("--eval-data", metavar="ZIP|DIR",
                help="clean-labelled images to measure it on", default_help="of the training set"),
     ),
-    "running": shared_flags.RUNNING,
-    "schedules": shared_flags.SCHEDULES,
-    "noise levels": shared_flags.LEVELS,
+    "running": config.RUNNING,
+    "schedules": config.SCHEDULES,
+    "noise levels": config.LEVELS,
 }
 # Of the networks of train.py; classifiers have no use for them.
 ABSENT = ("label_dropout", "num_blocks", "attn_resolutions", "channel_mult_emb")

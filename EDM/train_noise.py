@@ -20,22 +20,22 @@ from EDM.tdsm.noise import Noise, agreed_noise, open_noisy_set
 from EDM.tdsm.tasks import TDSM, classifier_snapshot
 from EDM.tdsm.transition import check_labels
 from EDM.train import PRECONDITIONINGS, option_dictionary, set_given
-from EDM.training import flags as shared_flags
+from EDM.training import config
+from EDM.training.config import COUNT, FRACTION, POSITIVE
 from EDM.training.dataset import TrainingSet
-from EDM.training.flags import COUNT, FRACTION, POSITIVE
 from EDM.training.launch import check, join, launch
 from EDM.training.snapshots import Snapshot, digest
 from shared.cli import Choice, Flag, Option, parse, run_main
 from shared.data.images import ImageSet
 
 FLAGS = {
-    "main options": shared_flags.main_options(Choice("ddpmpp", "ddpmpp_mnist", "ncsnpp", "adm"), ["vp", "ve", "edm"],
+    "main options": config.main_options(Choice("ddpmpp", "ddpmpp_mnist", "ncsnpp", "adm"), ["vp", "ve", "edm"],
                                               "must be 1: labels are what is learned"),
-    "hyperparameters": shared_flags.HYPERPARAMETERS,
-    "performance": shared_flags.PERFORMANCE,
-    "files": shared_flags.FILES,
+    "hyperparameters": config.HYPERPARAMETERS,
+    "performance": config.PERFORMANCE,
+    "files": config.FILES,
     "label noise": (
-        *shared_flags.LABEL_NOISE,
+        *config.LABEL_NOISE,
         Option("--cls", metavar="PKL|URL", help="snapshot of the classifier, from train_classifier.py"),
         Option("--tau", FRACTION, 0.01, "leave out classes of smaller weight from an image's mixture"),
         # Beyond the published command line.
@@ -46,10 +46,10 @@ FLAGS = {
         Option("--pairs-gpu", COUNT, None, "maximum of (image, class) pairs per GPU in one forward pass",
                default_help="4 x --batch-gpu; on a CPU what its cache holds"),
     ),
-    "running": shared_flags.RUNNING,
-    "schedules": shared_flags.SCHEDULES,
-    "U-Net": shared_flags.UNET,
-    "noise levels": shared_flags.LEVELS,
+    "running": config.RUNNING,
+    "schedules": config.SCHEDULES,
+    "U-Net": config.UNET,
+    "noise levels": config.LEVELS,
 }
 
 

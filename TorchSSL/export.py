@@ -38,6 +38,10 @@ from shared.training.record import Record
 from TorchSSL.core.classifier import EXPORTED, Classifier, is_snapshot, open_classifier, read_exported
 from TorchSSL.core.evaluation import NETWORK_OPTIONS
 
+# What becomes of images of another size, for the model card.
+MIDDLE = "shorter side, then the middle"
+RESIZES = {"square": "squeezed", "converted square": "squeezed", "centre": MIDDLE, "centre-edge": MIDDLE,
+           "converted centre": "the middle square"}
 ENDINGS = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 FLAGS = (
     Option("--load_path", Text, "./saved_models/fixmatch/model_best.pth", "checkpoint, or snapshot of EDM"),
@@ -262,8 +266,7 @@ def model_card(network: Exported, options: SimpleNamespace) -> str:
             "Images": f"{about['channels']} x {about['size'][0]} x {about['size'][1]}",
             "Normalisation": f"mean {about['mean']}, std {about['std']} of pixels from 0 to 1" if "mean" in about else
             f"pixels from {about['pixels']}, sigma from {about['sigma_min']:g} to {about['sigma_max']:g}",
-            "Images of another size": {"square": "squeezed", "centre": "shorter side, then the middle",
-                                       "centre-edge": "shorter side, then the middle"}.get(about.get("resize")),
+            "Images of another size": RESIZES.get(about.get("resize")),
             "Data": result.get("dataset") or trained.get("dataset"),
             "Labels": labels_line(result), "Seed": result.get("seed", trained.get("seed"))}
     table = [f"| {name} | {value} |" for name, value in rows.items() if value not in (None, "")]

@@ -14,9 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared.cli import Bool, Float, Option, run_main
-from TorchSSL.core.algorithm import Algorithm, Batch, Setting, joint_logits
+from TorchSSL.core.algorithm import (
+    Algorithm,
+    Batch,
+    ClassStatus,
+    DistributionAlignment,
+    Setting,
+    consistency,
+    joint_logits,
+    pseudo_label_metrics,
+)
 from TorchSSL.core.options import learner_options
-from TorchSSL.core.pseudo_labels import ClassStatus, DistributionAlignment, consistency, pseudo_label_metrics
 from TorchSSL.core.trainer import train
 
 FLAGS = (

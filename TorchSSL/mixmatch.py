@@ -18,9 +18,8 @@ from shared.augment import mixing
 from shared.augment.mixing import Mixed
 from shared.cli import Float, Option, run_main
 from shared.training.randomness import numpy_rng
-from TorchSSL.core.algorithm import Algorithm, Batch, Setting, classify, frozen_batchnorm, ramp_up
+from TorchSSL.core.algorithm import Algorithm, Batch, Setting, classify, frozen_batchnorm, ramp_up, sharpen
 from TorchSSL.core.options import learner_options
-from TorchSSL.core.pseudo_labels import sharpen
 from TorchSSL.core.trainer import train
 
 FLAGS = (

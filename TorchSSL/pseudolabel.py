@@ -16,9 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared.cli import Bool, Float, Option, run_main
-from TorchSSL.core.algorithm import Algorithm, Batch, Setting, classify, frozen_batchnorm, ramp_up
+from TorchSSL.core.algorithm import (
+    Algorithm,
+    Batch,
+    ClassStatus,
+    Setting,
+    classify,
+    consistency,
+    frozen_batchnorm,
+    pseudo_label_metrics,
+    ramp_up,
+)
 from TorchSSL.core.options import learner_options
-from TorchSSL.core.pseudo_labels import ClassStatus, consistency, pseudo_label_metrics
 from TorchSSL.core.trainer import train
 
 FLAGS = (

@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shared.cli import Bool, Float, Option, run_main
-from TorchSSL.core.algorithm import Algorithm, Batch, Setting, classify, frozen_batchnorm, ramp_up
+from TorchSSL.core.algorithm import (
+    Algorithm,
+    Batch,
+    DistributionAlignment,
+    Setting,
+    classify,
+    frozen_batchnorm,
+    ramp_up,
+    sharpen,
+)
 from TorchSSL.core.options import learner_options
-from TorchSSL.core.pseudo_labels import DistributionAlignment, sharpen
 from TorchSSL.core.trainer import train
 from TorchSSL.mixmatch import draw_mixing, forward_mixed
 

@@ -16,9 +16,16 @@ from torch.nn import functional as F
 
 from shared import distributed
 from shared.cli import Bool, Float, Option, run_main
-from TorchSSL.core.algorithm import Algorithm, Batch, Setting, joint_logits
+from TorchSSL.core.algorithm import (
+    Algorithm,
+    Batch,
+    Setting,
+    consistency,
+    joint_logits,
+    normalised,
+    pseudo_label_metrics,
+)
 from TorchSSL.core.options import learner_options
-from TorchSSL.core.pseudo_labels import consistency, normalised, pseudo_label_metrics
 from TorchSSL.core.trainer import train
 
 FLAGS = (

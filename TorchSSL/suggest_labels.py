@@ -34,7 +34,7 @@ from shared import distributed
 from shared.cli import Choice, Flag, Float, Int, Option, Text, UserError, run_main
 from shared.cli import parse as parse_flags
 from shared.data.datasets import NAMES
-from shared.data.lists import read_label_csv
+from shared.data.listing import read_label_csv
 from shared.data.safe import load_array
 from shared.report.gallery import Section, picture, write_contact_sheet, write_page
 from shared.training.checkpoint import read_checkpoint

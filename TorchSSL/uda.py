@@ -15,9 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from shared.cli import Bool, Choice, Float, Option, run_main
-from TorchSSL.core.algorithm import Algorithm, Batch, Setting, joint_logits
+from TorchSSL.core.algorithm import (
+    Algorithm,
+    Batch,
+    ClassStatus,
+    Setting,
+    consistency,
+    joint_logits,
+    pseudo_label_metrics,
+)
 from TorchSSL.core.options import learner_options
-from TorchSSL.core.pseudo_labels import ClassStatus, consistency, pseudo_label_metrics
 from TorchSSL.core.trainer import train
 
 FLAGS = (

@@ -16,7 +16,7 @@ from shared.data.cache import Allocate, Stored, cached, rank_part
 from shared.data.classes import ImageFiles, find_images
 from shared.data.datasets import NAMES, load_dataset
 from shared.data.images import ImageSet, decode, shape_text
-from shared.data.lists import read_lines
+from shared.data.listing import read_lines
 from shared.data.pool import Pool
 from shared.distributed import World
 from shared.training.fingerprint import fingerprint

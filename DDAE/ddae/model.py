@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shared.cli import UserError, nearest
 from shared.cpu.kernels import attention, group_norm, repeat_then_convolve
 from shared.cpu.winograd import convolve
-from shared.training.dropout import Dropout
+from shared.training.randomness import Dropout
 
 GROUPS, FINAL_GROUPS = 32, 8
 

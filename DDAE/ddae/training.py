@@ -22,12 +22,11 @@ from shared import distributed
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World
 from shared.training.checkpoint import keep_layout
-from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA
 from shared.training.files import atomic, make_dir
 from shared.training.log import Log
 from shared.training.precision import autocast, computed_on
-from shared.training.randomness import torch_rng
+from shared.training.randomness import set_dropout_keys, torch_rng
 from shared.training.run import Run
 
 PREVIEW_EPOCHS = 100   # between two previews and checkpoints

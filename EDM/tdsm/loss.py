@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from EDM.tdsm.classifiers import class_logits
 from EDM.training.loss import DenoisingLoss
 from shared import distributed
-from shared.training.dropout import derived_dropout_keys
+from shared.training.randomness import derived_dropout_keys
 
 VOLUME_WEIGHT = 1e-4  # of log det T in VolMinNet
 PIXELS_IN_CACHE = 8192  # of candidates on a CPU, whose caches hold the features of no more

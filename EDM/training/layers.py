@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from shared.cpu.kernels import attention, group_norm, repeat_then_convolve
 from shared.cpu.winograd import convolve
-from shared.training.dropout import Dropout
+from shared.training.randomness import Dropout
 
 
 @dataclass(frozen=True)

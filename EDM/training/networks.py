@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from EDM.training.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
 from shared.cli import UserError, nearest
-from shared.training.dropout import Dropout
+from shared.training.randomness import Dropout
 
 
 def expect(name: str, value: str, known: Iterable[str]) -> None:

@@ -26,12 +26,11 @@ from shared.cli import UserError, less_memory
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World
 from shared.training.checkpoint import keep_layout
-from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA, half_life_beta, power_law_beta
 from shared.training.files import atomic
 from shared.training.log import Log
 from shared.training.precision import compiles, computed_on, default_precision, to_device
-from shared.training.randomness import torch_rng
+from shared.training.randomness import set_dropout_keys, torch_rng
 from shared.training.run import Run
 
 LATEST = "network-snapshot-latest.pkl"

@@ -21,9 +21,8 @@ from types import SimpleNamespace
 from MetaSemi.imagenet.packing import pack
 from shared.cli import Choice, Flag, Float, Int, Option, UserError, parse, run_main
 from shared.data.classes import class_numbers
-from shared.data.image_files import is_hidden
-from shared.data.image_files import walk as find_names
-from shared.data.lists import read_class_names
+from shared.data.listing import is_hidden, read_class_names
+from shared.data.listing import walk as find_names
 from shared.training.files import atomic
 from shared.training.progress import progress
 

@@ -30,7 +30,7 @@ from MetaSemi.imagenet.records import (
 )
 from shared.cli import UserError
 from shared.data.classes import MAX_CLASSES
-from shared.data.lists import read_class_names, read_lines
+from shared.data.listing import read_class_names, read_lines
 from shared.parallel import cores, ordered_map
 from shared.training.files import atomic, hold
 from shared.training.progress import Progress

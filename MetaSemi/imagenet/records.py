@@ -17,7 +17,7 @@ import numpy as np
 
 from shared.cli import UserError
 from shared.data.classes import match_labels
-from shared.data.lists import read_lines
+from shared.data.listing import read_lines
 from shared.training.files import atomic
 
 MAGIC_NUMBER = 0xCED7230A

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from shared.cli import Flag, Float, Int, Option, UserError, parse, run_main
 from shared.data.classes import class_folders
-from shared.data.image_files import is_hidden, is_image, walk
-from shared.data.lists import read_lines
+from shared.data.listing import is_hidden, is_image, read_lines, walk
 from shared.training.files import atomic, make_dir
 from shared.training.progress import progress
 

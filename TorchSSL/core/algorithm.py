@@ -1,4 +1,5 @@
-"""What a learner is: the views it wants, its loss and its state; and the pieces that most losses share."""
+"""What a learner is: the views it wants, its loss and its state; the pieces that most losses share, the masked loss of
+pseudo-labels and which predictions are good enough among them."""
 from __future__ import annotations
 
 import contextlib
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from shared import distributed
 from shared.distributed import World
 from shared.networks import train_mode
 
@@ -130,3 +132,110 @@ def ramp_up(step: int, fraction: float, total: int) -> float:
 def squared_difference(logits: Tensor, target: Tensor) -> Tensor:
     """Return the mean over images and classes of (softmax(logits) - target)^2; both [n, C]."""
     return F.mse_loss(logits.softmax(1), target)
+
+
+# -------------------------------------------------------------------------------- learning from one's own predictions
+
+def consistency(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Return the masked cross-entropy of logits [n, C] as a mean over all n, kept or not.
+
+    target: classes int64 [n] or probabilities [n, C]; mask: the weight of every image [n], 0 to leave it out.
+    """
+    return (mask * F.cross_entropy(logits, target, reduction="none")).mean()
+
+
+def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
+    """Return probabilities [n, C] to the power 1 / temperature, normalised again."""
+    return normalised(probabilities ** (1 / temperature))
+
+
+def normalised(weights: Tensor) -> Tensor:
+    """Return non-negative weights [n, C] as probabilities; rows of zeros stay zero."""
+    return weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+def pseudo_label_metrics(mask: Tensor, label: Tensor, truth: Tensor,
+                         thresholds: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the log entries of every algorithm with pseudo-labels.
+
+    `train/mask_ratio` is, as published, the fraction rejected; `train/utilisation` the fraction kept;
+    `train/pseudo_label_acc` the accuracy of those kept, where the truth is known. mask: weights [n]; label, truth:
+    int64 [n], truth -1 where unknown; thresholds: of every class [C].
+    """
+    known = mask * (truth >= 0)
+    values = {"train/mask_ratio": 1 - mask.mean(), "train/utilisation": mask.mean(),
+              "train/pseudo_label_acc": (known * (label == truth)).sum() / known.sum().clamp(min=1e-12)}
+    if thresholds is not None:
+        values |= {"train/threshold_min": thresholds.min(), "train/threshold_mean": thresholds.mean(),
+                   "train/threshold_max": thresholds.max()}
+    return values
+
+
+class ClassStatus:
+    """Curriculum pseudo-labelling: low thresholds for classes that are learned slowly.
+
+    Zhang et al., "FlexMatch", NeurIPS 2021 (arXiv 2110.08263), equations 5 to 9. `label` [images], int64: the last
+    confident class of each unlabelled image, -1 for none yet. `beta` [C]: the frequency of each class there, relative
+    to the most frequent one; during `warm_up`, images without a class count as one class more.
+    """
+
+    def __init__(self, setting: Setting, warm_up: bool = True) -> None:
+        self.setting, self.warm_up = setting, warm_up
+        self.label = torch.full((setting.num_unlabeled,), -1, dtype=torch.int64, device=setting.device)
+        self.beta = torch.zeros(setting.num_classes, device=setting.device)
+
+    def refresh(self) -> None:
+        """Count the classes anew. As long as all images have the same class or none, `beta` stays."""
+        counts = torch.zeros(self.setting.num_classes + 1, device=self.label.device)
+        counts.scatter_add_(0, self.label + 1, torch.ones((), device=self.label.device).expand(self.label.shape))
+        largest = counts.max() if self.warm_up else counts[1:].max()
+        self.beta = torch.where(counts.max() < len(self.label), counts[1:] / largest.clamp(min=1), self.beta)
+
+    def thresholds(self, cutoff: float) -> Tensor:
+        """Return the threshold of every class [C], by the convex mapping beta / (2 - beta)."""
+        return cutoff * self.beta / (2 - self.beta)
+
+    def remember(self, index: Tensor, label: Tensor, confident: Tensor) -> None:
+        """Store the classes of this rank's confident images; index, label int64 [n], confident bool [n].
+
+        An image drawn twice keeps the later class, on any device.
+        """
+        index, label, confident = (distributed.gather(part, self.setting.world)
+                                   for part in (index, label, confident.long()))
+        later = ((index[:, None] == index) & (confident == 1)).triu(1).any(1)
+        kept = (confident == 1) & ~later
+        extended = torch.cat([self.label, self.label.new_zeros(1)])  # the last place takes the other images
+        extended.scatter_(0, torch.where(kept, index, len(self.label)), label)
+        self.label = extended[:-1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"label": self.label, "beta": self.beta}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.label, self.beta = state["label"].to(self.setting.device), state["beta"].to(self.setting.device)
+
+
+class DistributionAlignment:
+    """Predictions scaled so that their average has the class fractions of the labelled images.
+
+    Berthelot et al., "ReMixMatch", ICLR 2020 (arXiv 1911.09785), section 3.1. `p_model` [C]: moving average of the
+    predictions, zeros before the first batch.
+    """
+
+    def __init__(self, setting: Setting, momentum: float = 0.999) -> None:
+        self.setting, self.momentum = setting, momentum
+        self.p_target = torch.tensor(setting.class_fractions, device=setting.device)
+        self.p_model = torch.zeros(setting.num_classes, device=setting.device)
+
+    def __call__(self, probabilities: Tensor) -> Tensor:
+        """Move the average towards this batch of probabilities [n, C] and return them aligned."""
+        mean = distributed.mean(probabilities.mean(0), self.setting.world)
+        moved = self.momentum * self.p_model + (1 - self.momentum) * mean
+        self.p_model = torch.where(self.p_model.sum() > 0, moved, mean)
+        return normalised(probabilities * self.p_target / self.p_model.clamp(min=1e-12))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"p_model": self.p_model}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.p_model = state["p_model"].to(self.setting.device)

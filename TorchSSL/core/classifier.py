@@ -36,7 +36,7 @@ from shared.data.pool import resize
 from shared.networks import ROTATION_HEAD, TIMM, TimmNetwork, is_timm
 from shared.training.checkpoint import read_checkpoint, weights_in
 from TorchSSL.core.algorithm import classify
-from TorchSSL.core.data import NORMALISATION
+from TorchSSL.core.data import CONVERTED, NORMALISATION
 from TorchSSL.core.evaluation import (
     AVERAGED,
     BLOCK,
@@ -74,7 +74,8 @@ class Classifier:
     trained it. classes: K names, in label order. channels: 1 or 3. size: (height, width), None if not known: then any.
     mean, std: per channel, unit scale. resize: what becomes of an image of another size; None: it is refused. "square":
     it is squeezed; "centre": its shorter side becomes `side` pixels, then the middle is cut out; "centre-edge": so, as
-    NVIDIA DALI does it. path: of the file.
+    NVIDIA DALI does it; "converted square", "converted centre": as dataset_tool.py made the training images. path: of
+    the file.
     """
 
     net: nn.Module
@@ -97,11 +98,14 @@ class Classifier:
         how: in place of the recorded resize that of dataset_tool.py: "square" without, or "centre" with
         --transform=center-crop.
         """
+        fits = self.size is None or image.size == self.size[::-1]
+        if how is None and not fits and (self.resize or "").startswith(CONVERTED):
+            how = self.resize.removeprefix(CONVERTED)
         if self.size is not None and how is not None:
             image = transformed(image, "center-crop" if how == "centre" else None, self.size[::-1])
             return to_chw(image, self.channels)
         how = self.resize
-        if self.size is None or image.size == self.size[::-1] and how in (None, "square"):
+        if fits and (how in (None, "square") or how.startswith(CONVERTED)):
             return to_chw(image, self.channels)
         height, width = self.size
         if how is None or height != width:

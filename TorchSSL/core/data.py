@@ -27,7 +27,7 @@ from shared.augment.views import (
 )
 from shared.cli import UserError
 from shared.data.classes import LABEL_FILE, are_numbers, class_folders
-from shared.data.datasets import has_split, load_dataset
+from shared.data.datasets import NAMES, has_split, load_dataset, own_resize
 from shared.data.images import ImageSet, UnequalSizes, iterate, read_images, shape_text, with_names
 from shared.data.images import channel_statistics as measured_statistics
 from shared.data.photographs import EVAL_SIDE, PhotographSet, list_imagenet, list_photographs
@@ -51,6 +51,7 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "digits": ((0.305,), (0.376,)),
 }
 FILES_FILE = "labeled_files.json"
+CONVERTED = "converted "  # of images that dataset_tool.py resized; the way follows
 LISTED_CLASSES = 20  # more are summed up in a report
 
 
@@ -194,6 +195,12 @@ def input_fingerprints(data: TrainingData, options: SimpleNamespace) -> dict[str
         "--aug_path": fingerprint_arrays(*content(extra)) if options.aug_path else None,
         "--aug_filter": options.aug_filter,
         "--pretrained": source_of(options.pretrained)})
+
+
+def resize_of(dataset: str) -> str | None:
+    """Return how images of another size become like those of a set, as a checkpoint records it; None: not known."""
+    how = None if dataset in NAMES else own_resize(Path(dataset))
+    return how and CONVERTED + how
 
 
 def content(images: ImageSet | PhotographSet) -> tuple[np.ndarray | list[str], np.ndarray]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from shared.cli import UserError, nearest
 from shared.cpu.batchnorm import BatchNorm2d
 from shared.networks import TIMM, TimmNetwork, is_timm
-from shared.training.dropout import Dropout
+from shared.training.randomness import Dropout
 
 WIDE_BN_EPS = 0.001
 WIDE_BN_MOMENTUM = 0.001  # weight of the new batch: slow enough to stand in for an average over the EMA's horizon

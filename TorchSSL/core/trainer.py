@@ -26,13 +26,21 @@ from shared.distributed import World, sync_batchnorm
 from shared.networks import TimmNetwork, freeze, is_below, is_timm, label_layers, start_from, train_mode
 from shared.parallel import Prefetched
 from shared.training.checkpoint import keep_layout
-from shared.training.dropout import set_dropout_keys
 from shared.training.ema import EMA
 from shared.training.log import Log
 from shared.training.precision import autocast, computes_bf16, default_precision, set_arithmetic
+from shared.training.randomness import set_dropout_keys
 from shared.training.run import Run
 from TorchSSL.core.algorithm import Algorithm, Batch, Setting
-from TorchSSL.core.data import Batches, TrainingData, input_fingerprints, load_training_data, report, rows_of_rank
+from TorchSSL.core.data import (
+    Batches,
+    TrainingData,
+    input_fingerprints,
+    load_training_data,
+    report,
+    resize_of,
+    rows_of_rank,
+)
 from TorchSSL.core.evaluation import (
     LOGGED_CLASSES,
     confusion_matrix,
@@ -95,7 +103,7 @@ def train(options: SimpleNamespace, algorithm: type[Algorithm]) -> None:
              "mean": data.mean, "std": data.std, "classes": data.unlabeled.classes,
              # What images the classifier takes, and how those of another size become so.
              **({"size": (EVAL_SIDE, EVAL_SIDE), "resize": "square"} if isinstance(data.unlabeled, PhotographSet) else
-                {"size": data.unlabeled.size})}
+                {"size": data.unlabeled.size, "resize": resize_of(options.dataset)})}
     inputs = input_fingerprints(data, options)
     open_folder(folder, options, config, inputs, data, world)
     log = Log(folder, world, every=min(100, options.num_eval_iter), image_batch=sum(batches.counts),

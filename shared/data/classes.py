@@ -17,8 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shared.cli import UserError, nearest
-from shared.data.image_files import LABEL_FILE, LABEL_TABLES, is_image_file, left_out, walk
-from shared.data.lists import read_label_csv
+from shared.data.listing import LABEL_FILE, LABEL_TABLES, is_image_file, left_out, read_label_csv, walk
 from shared.data.safe import Member, read_members, zip_members
 from shared.training.randomness import numpy_rng
 

@@ -1,6 +1,7 @@
 """Data sets by name or path: `load_dataset("cifar10", "train")` and `load_dataset("my-images", "train")` alike."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -24,7 +25,8 @@ from shared.data.formats import (
     read_mnist,
 )
 from shared.data.images import ImageSet, read_images
-from shared.data.safe import zip_members
+from shared.data.listing import LABEL_FILE
+from shared.data.safe import Member, read_members, zip_members
 from shared.training.fingerprint import fingerprint
 
 SPLITS = {"digits": ("train", "test"), "cifar10": ("train", "test"), "cifar100": ("train", "test"),
@@ -179,6 +181,19 @@ def own_classes(path: Path, prefix: str = "") -> tuple[str, ...]:
                     labels={name.removeprefix(prefix): label for name, label in files.labels.items()})
     found = labels_of(short, path)
     return () if found is None else found.names
+
+
+def own_resize(path: Path) -> str | None:
+    """Return how dataset_tool.py resized the training images of an own set, "square" or "centre"; None: not at all."""
+    part, prefix = (None, "") if layout_of(path) is not None else own_part(path, "train")
+    if part is None or part.suffix.lower() == ".npz":
+        return None
+    if part.is_dir():
+        found = [Member(prefix + LABEL_FILE)] if (part / prefix / LABEL_FILE).is_file() else []
+    else:
+        found = [member for member in zip_members(part) if member.name == prefix + LABEL_FILE]
+    how = json.loads(next(read_members(part, found))).get("resize") if found else None  # it was read before
+    return how if how in ("square", "centre") else None
 
 
 def training_classes(path: Path) -> tuple[str, ...]:

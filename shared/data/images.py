@@ -32,7 +32,7 @@ from shared.data.classes import (
     match_labels,
 )
 from shared.data.formats import read_npz
-from shared.data.image_files import is_hidden, walk
+from shared.data.listing import is_hidden, walk
 from shared.data.safe import Member, read_members
 from shared.parallel import ordered_map
 from shared.training.fingerprint import fingerprint, fingerprint_arrays

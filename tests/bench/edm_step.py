@@ -25,8 +25,8 @@ from EDM.training.loss import EDMLoss
 from EDM.training.networks import EDMPrecond, use_channels_last
 from EDM.training.training_loop import draw, forward_backward, update
 from shared.cpu.allocator import keep_freed_memory
-from shared.training.dropout import Dropout
 from shared.training.ema import EMA
+from shared.training.randomness import Dropout
 from tests.bench import eager_unet
 from tests.bench.unit import unit
 

@@ -20,7 +20,7 @@ from EDM.training.layers import (
 from EDM.training.networks import DhariwalUNet, SongUNet, use_channels_last
 from shared.cli import UserError
 from shared.cpu.kernels import ChannelsLastGroupNorm, attention, is_channels_last, repeat_then_convolve
-from shared.training.dropout import set_dropout_keys
+from shared.training.randomness import set_dropout_keys
 
 SMALL = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, augment_dim=9, model_channels=16,
              channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])

@@ -8,12 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from shared.report import tables
 from tests.edm.training_runs import TINY, write_set
-from tests.shared.programs import ROOT, environment, help_flags
+from tests.shared.programs import ROOT, environment, help_flags, wait_until
 
 TEXT = (ROOT / "EDM/README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
@@ -66,10 +65,7 @@ def test_job_script_saves_ahead_of_the_limit_and_goes_on(tmp_path: Path) -> None
             stderr=subprocess.STDOUT, env=environment(
                 PATH=f"{tmp_path}/bin:{os.environ['PATH']}", SLURM_JOB_NODELIST="here", SLURM_NNODES="1",
                 SLURM_JOB_ID="7", SLURM_GPUS_ON_NODE=processes, FEWLABEL_CACHE=str(tmp_path / "cache")))
-        deadline = time.monotonic() + 120
-        while not re.search(r"^tick [1-9]", (tmp_path / "out").read_text(), re.MULTILINE):
-            assert job.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()[-3000:]
-            time.sleep(0.05)
+        wait_until(lambda: re.search(r"^tick [1-9]", (tmp_path / "out").read_text(), re.MULTILINE), job)
         job.send_signal(signal.SIGUSR1)
         job.wait(60)
         out = (tmp_path / "out").read_text()

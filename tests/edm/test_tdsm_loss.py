@@ -11,7 +11,7 @@ from EDM.tdsm.loss import ClassifierLoss, TDSMLoss, clean_class_weights, log_mat
 from EDM.tdsm.transition import clean_posterior, transition_matrix
 from EDM.training.loss import LOSSES, EDMLoss
 from EDM.training.networks import PRECONDITIONERS
-from shared.training.dropout import set_dropout_keys
+from shared.training.randomness import set_dropout_keys
 
 K, N = 5, 6
 TINY = dict(img_resolution=8, img_channels=1, label_dim=K, model_type="SongUNet", model_channels=8, channel_mult=[1, 1],

@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +16,7 @@ from EDM.training.config import RESULT_FILE
 from EDM.training.snapshots import load_network, read_snapshot
 from shared.cli import UserError
 from tests.edm.training_runs import checkpoint, largest_difference, losses, outcome, stats, write_set
-from tests.shared.programs import assert_same, one_line_error, run, start
+from tests.shared.programs import assert_same, one_line_error, run, start, wait_until
 
 BASE = ("--cond=1", "--tick=1", "--dump=1", "--seed=3", "--lr=5e-3", "--lr-rampup=0.2", "--device=cpu", "--nosubdir")
 SHORT, LONG = ("--batch=250", "--duration=0.001"), ("--batch=16", "--duration=0.001")  # 4 and 63 steps
@@ -72,13 +70,6 @@ def denoiser(folder: Path, data: Path, classifier: Path) -> Path:
 
 # ------------------------------------------------------------------------------------------- interruptions and ranks
 
-def wait_for(condition: Callable[[], bool], process) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
-
-
 @pytest.mark.parametrize("name", ["classifier", "denoiser"])
 def test_killed_and_started_again_gives_the_same_bits(name, tmp_path, data, classifier, denoiser):
     script, own, whole = (train_classifier, CLASSIFIER, classifier) if name == "classifier" else \
@@ -89,7 +80,7 @@ def test_killed_and_started_again_gives_the_same_bits(name, tmp_path, data, clas
         before = saved.stat().st_mtime_ns if saved.exists() else None
         process = start(f"EDM/{script.__name__.rpartition('.')[2]}.py", f"--outdir={folder}", f"--data={data}", *BASE,
                         *own, *LONG, "--checkpoint-seconds=0.1")
-        wait_for(lambda before=before: saved.exists() and saved.stat().st_mtime_ns != before, process)
+        wait_until(lambda before=before: saved.exists() and saved.stat().st_mtime_ns != before, process)
         process.kill()
         process.communicate()
     assert not (folder / RESULT_FILE).exists()

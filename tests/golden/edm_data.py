@@ -138,8 +138,8 @@ def test_dataset_tool(case: Case, name: str, made_files: tuple[Path, dict[str, s
 
 
 def without_names(text: str) -> str:
-    """Return a dataset.json as the published tool writes it, without the names of the classes."""
-    return json.dumps({key: value for key, value in json.loads(text).items() if key != "classes"})
+    """Return a dataset.json as the published tool writes it, without names of classes and what became of their size."""
+    return json.dumps({key: value for key, value in json.loads(text).items() if key not in ("classes", "resize")})
 
 
 def chunks(png: bytes) -> list[tuple[bytes, int]]:

@@ -51,6 +51,14 @@ def start(script: str | Path, *args: str | Path, cwd: Path | None = None, ranks:
                             env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen | None = None) -> None:
+    """Wait for what another process does, however long it takes; fail if `process` ends without having done it."""
+    while not condition():
+        if process is not None and process.poll() is not None and not condition():
+            pytest.fail(f"the process ended with status {process.returncode} before")
+        time.sleep(0.02)
+
+
 def run(script: str | Path, *args: str | Path, status: int = 0, timeout: float = 300, fresh: bool = False,
         **how: Any) -> subprocess.CompletedProcess:
     """Run a script to its end and check its exit status. how: see `start`.

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from shared.training.dropout import Dropout, derived_dropout_keys, set_dropout_keys
+from shared.training.randomness import Dropout, derived_dropout_keys, set_dropout_keys
 
 P = 0.13
 SHAPE = (8, 32, 32)

@@ -1,7 +1,6 @@
 """Stateless randomness, the average of weights, complete-or-absent files, and the world of ranks."""
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from shared.distributed import World, start
 from shared.training.ema import EMA, half_life_beta
 from shared.training.files import atomic, make_dir, sweep
 from shared.training.randomness import numpy_rng, torch_rng
-from tests.shared.programs import environment
+from tests.shared.programs import environment, wait_until
 
 
 def test_draws_depend_on_seed_step_and_purpose_only():
@@ -118,10 +117,7 @@ with atomic(place / "a.png") as file, atomic(place / "deep" / "b.json", "w"), wh
 def started_writer(place):
     (place / "deep").mkdir(exist_ok=True)
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(place)], env=environment())
-    until = time.monotonic() + 60
-    while not (place / "ready").exists():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.01)
+    wait_until((place / "ready").exists, process)
     (place / "ready").unlink()
     return process
 

@@ -31,7 +31,7 @@ from tests.ddae import tiny as ddae
 from tests.edm.scored_images import write_classifier, write_images, write_network
 from tests.metasemi import photographs
 from tests.shared.clean import script_process
-from tests.shared.programs import ROOT, assert_same, environment
+from tests.shared.programs import ROOT, assert_same, environment, wait_until
 from tests.shared.test_every_trainer import NOT_BITWISE, TRAINERS
 
 pytestmark = pytest.mark.slow
@@ -239,10 +239,7 @@ def test_the_chain_killed_at_random_moments(tmp_path: Path) -> None:
 
 def test_of_two_chains_one_waits_for_nobody(tmp_path: Path) -> None:
     first = chain(tmp_path / "out")
-    until = time.monotonic() + 120
-    while not (tmp_path / "out" / ".lock").exists():
-        assert time.monotonic() < until and first.poll() is None
-        time.sleep(0.05)
+    wait_until((tmp_path / "out" / ".lock").exists, first)
     second = chain(tmp_path / "out")
     said, _ = second.communicate(timeout=300)
     assert second.returncode == 2 and "is in use by a run that is still going on" in said

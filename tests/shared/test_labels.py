@@ -215,7 +215,7 @@ def test_a_folder_is_divided_by_a_seed(tmp_path: Path) -> None:
 # Whoever lists folders by itself, and why that numbers no classes.
 LISTS_FOLDERS = {
     "shared/data/classes.py": "decides which folder is which class",
-    "shared/data/image_files.py": "finds the images", "shared/training/files.py": "walks folders for both",
+    "shared/data/listing.py": "finds the images", "shared/training/files.py": "walks folders for both",
     "shared/data/cache.py": "its own entries", "shared/data/writers.py": "whether a folder is empty",
     "shared/training/fingerprint.py": "the content of all files", "shared/report/tables.py": "runs",
     "MetaSemi/imagenet/im2rec.py": "class_numbers, but for folders in folders MXNet's order",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.cli import UserError
-from shared.data.lists import read_class_names, read_label_csv, read_lines
+from shared.data.listing import read_class_names, read_label_csv, read_lines
 
 TABLES = {
     "plain": ("file,label\na.png,cat\nb c.png,dog\n", ["cat", "dog"]),

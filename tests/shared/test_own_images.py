@@ -58,6 +58,15 @@ def test_every_image_is_predicted_and_sorted(home: Path) -> None:
     assert {path.name for path in (home / "work/sorted").rglob("*.jpg")} == photos
 
 
+def test_photographs_are_resized_as_the_training_images_were(home: Path) -> None:
+    """The same images, converted, get the same probabilities."""
+    out = home / "converted.csv"
+    run("TorchSSL/predict.py", f"--load_path={home}/work/runs/first/latest_model.pth",
+        f"--images={home}/work/set/unlabeled.zip", f"--out={out}", cwd=ROOT / "TorchSSL")
+    originals, converted = (list(csv.DictReader(path.open())) for path in (home / "work/predictions.csv", out))
+    assert [{**row, "file": ""} for row in originals] == [{**row, "file": ""} for row in converted]
+
+
 def test_suggestions_and_findings_are_there(home: Path) -> None:
     with (home / "work/suggested/label_these.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -11,7 +11,7 @@ import pytest
 
 from shared.cli import UserError
 from shared.parallel import cores, one_ahead, ordered_map
-from tests.shared.programs import environment
+from tests.shared.programs import environment, wait_until
 
 
 @pytest.fixture(params=["1", "3"], autouse=True)
@@ -69,10 +69,7 @@ def test_workers_end_with_the_program() -> None:
     pids = {int(process.stdout.readline()) for _ in range(2)}
     process.send_signal(signal.SIGKILL)
     process.wait()
-    end = time.monotonic() + 60
-    while time.monotonic() < end and any(running(pid) for pid in pids):
-        time.sleep(0.05)
-    assert not [pid for pid in pids if running(pid)]
+    wait_until(lambda: not any(running(pid) for pid in pids))
 
 
 def running(pid: int) -> bool:

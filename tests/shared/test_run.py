@@ -2,7 +2,6 @@
 import json
 import random
 import signal
-import time
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from shared.distributed import _checksum
 from shared.training import files
 from shared.training.checkpoint import load_newest, previous_path, read_checkpoint, write_checkpoint
 from shared.training.files import atomic
-from tests.shared.programs import assert_same, one_line_error, run, start
+from tests.shared.programs import assert_same, one_line_error, run, start, wait_until
 
 PROGRAM, MISHAP = "tests/shared/tiny_run.py", "tests/shared/mishap.py"
 
@@ -36,10 +35,8 @@ def whole(tmp_path_factory):
 
 def kill_when(process, folder, steps, number=signal.SIGKILL, wait=True):
     """Send a signal once the program has done so many steps; return what it said if it ends of that."""
-    order, deadline = folder / "order.jsonl", time.monotonic() + 60
-    while not order.exists() or order.read_text().count("\n") < steps:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    order = folder / "order.jsonl"
+    wait_until(lambda: order.exists() and order.read_text().count("\n") >= steps, process)
     process.send_signal(number)
     return process.communicate(timeout=60) if wait else None
 
@@ -94,7 +91,7 @@ def test_ranks_may_change_between_restarts(whole, tmp_path):
 def test_a_rank_that_dies_is_started_again_by_torchrun(whole_of_two, tmp_path):
     """All ranks go on from the last checkpoint, without a hang, to the bits of two ranks that nobody disturbed."""
     run(MISHAP, "kill", "20", PROGRAM, tmp_path, ranks=2, restarts=1)
-    assert time.time() - (tmp_path / "died").stat().st_mtime < 60
+    assert (tmp_path / "died").exists()
     assert "continuing at step 14" in (tmp_path / "log.txt").read_text()
     assert_same(final(tmp_path), final(whole_of_two))
     assert losses(tmp_path) == pytest.approx(losses(whole_of_two), rel=1e-6)

@@ -6,12 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.shared.programs import ROOT, environment
+from tests.shared.programs import ROOT, environment, wait_until
 
 SCRIPT = f"""\
 #!/usr/bin/env bash
@@ -137,10 +136,7 @@ SLEEP = ('hold "$root/out"; history=$root/out/commands.jsonl\n'
 def start_sleeper(folder: Path) -> tuple[subprocess.Popen, int]:
     (folder / "place" / "sleeper.py").write_text(SLEEPER)
     process = start(folder, SLEEP)
-    until = time.monotonic() + 60
-    while not (folder / "place" / "started").exists():
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.02)
+    wait_until((folder / "place" / "started").exists, process)
     return process, int((folder / "place" / "started").read_text())
 
 
@@ -163,9 +159,7 @@ def test_nobody_starts_beside_a_command_whose_script_was_killed(project: Path) -
     body = 'hold "$root/out"\n'
     assert "is in use by a run that is still going on" in run(project, body, status=2)
     os.kill(child, signal.SIGTERM)
-    until = time.monotonic() + 60
-    while start(project, body).wait() != 0:
-        assert time.monotonic() < until
+    wait_until(lambda: start(project, body).wait() == 0)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck on this machine (.ci/run installs it)")

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.report.table_report import anchor, compare, deviations_from_print, difference, mean, std
-from tests.shared.programs import ROOT, one_line_error, run, start
+from tests.shared.programs import ROOT, one_line_error, run, start, wait_until
 
 SCRIPT = "tests/shared/small_tables.py"
 PROGRAM = (SCRIPT, "small")
@@ -27,13 +26,6 @@ PROGRAM = (SCRIPT, "small")
 def calls(folder: Path) -> list[str]:
     path = folder / "calls.txt"
     return path.read_text().splitlines() if path.exists() else []
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_a_table_from_nothing_and_again(tmp_path: Path) -> None:
@@ -95,15 +87,16 @@ def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
 def test_killed_and_started_again(tmp_path: Path) -> None:
     (tmp_path / "slow").touch()
     process = start(*PROGRAM, f"--out={tmp_path}", "--seeds=1", "--only=plain")
-    wait_for(lambda: calls(tmp_path) == ["first plain seed_0"])
+    wait_until(lambda: calls(tmp_path) == ["first plain seed_0"], process)
     record = tmp_path / "small-paper" / "plain" / "seed_0" / "run.json"
-    wait_for(lambda: "first" in json.loads(record.read_text()).get("stages", {}))
+    wait_until(lambda: "first" in json.loads(record.read_text()).get("stages", {}), process)
     listing = (*PROGRAM, f"--out={tmp_path}", "--list", "--seeds=1", "--only=plain")
     assert "plain/seed_0: running" in run(*listing).stdout
     process.kill()
     process.wait()
     (tmp_path / "slow").unlink()
-    wait_for(lambda: "plain/seed_0: interrupted" in run(*listing).stdout)  # once the child that was left over has ended
+    # Once the child that was left over has ended.
+    wait_until(lambda: "plain/seed_0: interrupted" in run(*listing).stdout)
     run(*PROGRAM, f"--out={tmp_path}", "--seeds=1", "--only=plain")
     # The first stage is not repeated; the second may have been finished by the child that was left over.
     assert calls(tmp_path).count("first plain seed_0") == 1
@@ -171,12 +164,12 @@ def test_jobs_of_slurm(tmp_path: Path, slurm: dict[str, str]) -> None:
     process = start(*PROGRAM, f"--out={out}", "--seeds=1", "--slurm=main", "--slurm-hours=3",
                     "--slurm-gpus=2", "--slurm-args=account=us cpus-per-task=8", **slurm)
     record = out / "small-paper" / "plain" / "seed_0" / "run.json"
-    wait_for(lambda: record.exists() and "first" in json.loads(record.read_text()).get("stages", {}))
+    wait_until(lambda: record.exists() and "first" in json.loads(record.read_text()).get("stages", {}), process)
     script = (tmp_path / "slurm" / "1.sh").read_text().splitlines()
     assert {"#SBATCH --partition=main", "#SBATCH --time=180", "#SBATCH --gpus-per-node=2", "#SBATCH --account=us",
             "#SBATCH --cpus-per-task=8", "#SBATCH --job-name=fewlabel"} <= set(script)
     os.killpg(int((tmp_path / "slurm" / "1.step").read_text()), signal.SIGUSR2)  # as SLURM does, near the end
-    wait_for(lambda: len(list((out / "slurm").glob("1_0_log.out"))) and "Requeued job 1" in "".join(
+    wait_until(lambda: len(list((out / "slurm").glob("1_0_log.out"))) and "Requeued job 1" in "".join(
         path.read_text() for path in (out / "slurm").glob("1_0_log.*")))
     (out / "slow").unlink()
     said, errors = process.communicate(timeout=120)

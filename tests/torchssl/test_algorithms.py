@@ -19,11 +19,17 @@ from shared.training.checkpoint import read_checkpoint
 from tests.shared.clean import clean_process
 from tests.shared.programs import ROOT, assert_same, run
 from tests.torchssl import tiny
-from TorchSSL.core.algorithm import Batch, Setting, frozen_batchnorm
+from TorchSSL.core.algorithm import (
+    Batch,
+    ClassStatus,
+    DistributionAlignment,
+    Setting,
+    frozen_batchnorm,
+    pseudo_label_metrics,
+)
 from TorchSSL.core.data import Batches, load_training_data
 from TorchSSL.core.evaluation import make_network
 from TorchSSL.core.networks import WideResNet
-from TorchSSL.core.pseudo_labels import ClassStatus, DistributionAlignment, pseudo_label_metrics
 from TorchSSL.core.trainer import Trainer
 from TorchSSL.make_configs import CONFIG, LEARNERS, all_files
 

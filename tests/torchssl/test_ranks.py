@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared.distributed import World
-from shared.training.dropout import Dropout
+from shared.training.randomness import Dropout
 from tests.shared.programs import run
 from tests.torchssl.tiny import TINY, checkpoint
 from TorchSSL import freematch

@@ -15,7 +15,7 @@ from PIL import Image
 from shared.cli import UserError
 from shared.data.cache import Allocate, Stored, cached
 from shared.data.images import ImageSet, open_image, to_chw
-from shared.data.lists import read_lines
+from shared.data.listing import read_lines
 from shared.parallel import ordered_map
 from shared.training.fingerprint import fingerprint
 from shared.training.progress import Progress

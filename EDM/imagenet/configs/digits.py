@@ -1,20 +1,14 @@
 """scikit-learn's handwritten digits, enlarged to 32x32: a tiny U-ViT over rearranged pixels, minutes on a CPU."""
+from EDM.imagenet.configs.base import published
 
 
 def get_config() -> dict:
     """Return the configuration; prepare.py adds images, labels and encoder."""
-    return dict(
+    return published(
         # Encoder and classifier.
         model_name="msn",
         fname="msn",
         encoder="msn/encoder.pth.tar",
-        pretrained="pretrained/",
-        mask=0.0,
-        blocks=1,
-        preload=True,
-        normalize=True,
-        penalty="l2",
-        lambd=0.0025,
 
         # Images and labels.
         root_path="images",
@@ -26,22 +20,17 @@ def get_config() -> dict:
         # The diffusion model of rearranged pixels: 64 tokens of 4x4 pixels each. Their 48 numbers have to fit into a
         # token's width, as noise has no structure that would make it smaller.
         seed=1,
-        pred="noise_pred",
         ema_rate=0.995,
         z_shape=(48, 8, 8),
-        dpm_path="assets/DPM",
         autoencoder=dict(pretrained_path="space-to-depth"),
-        train=dict(n_steps=1500, batch_size=64, mode="cond", log_interval=50, eval_interval=750, save_interval=1500),
-        optimizer=dict(name="adamw", lr=0.002, weight_decay=0.03, betas=(0.9, 0.99)),
-        lr_scheduler=dict(name="customized", warmup_steps=100),
-        nnet=dict(name="uvit", img_size=8, patch_size=1, in_chans=48, embed_dim=96, depth=2, num_heads=4, mlp_ratio=4,
-                  qkv_bias=False, mlp_time_embed=False, num_classes=11, use_checkpoint=False, conv=False),
-        dataset=dict(name="digits_features", path="", cfg=True, p_uncond=0.1),
+        train=dict(n_steps=1500, batch_size=64, log_interval=50, eval_interval=750, save_interval=1500),
+        optimizer=dict(lr=0.002, betas=(0.9, 0.99)),
+        lr_scheduler=dict(warmup_steps=100),
+        nnet=dict(img_size=8, patch_size=1, in_chans=48, embed_dim=96, depth=2, num_heads=4, num_classes=11,
+                  use_checkpoint=False, conv=False),
+        dataset=dict(name="digits_features", p_uncond=0.1),
 
         # Generated images, and the classifier that they join.
-        sample=dict(sample_steps=15, n_samples=1000, mini_batch_size=50, algorithm="dpm_solver", cfg=True, scale=0.4,
-                    path=""),
+        sample=dict(sample_steps=15, n_samples=1000, mini_batch_size=50),
         augmentation_K=50,
-        using_true_label=True,
-        output_path="",
     )

@@ -8,8 +8,7 @@ import torch
 
 from EDM.training.augment import AugmentPipe
 from shared.augment import randaugment, views
-from shared.training.dropout import Dropout, set_dropout_keys
-from shared.training.randomness import numpy_rng, torch_rng
+from shared.training.randomness import Dropout, numpy_rng, set_dropout_keys, torch_rng
 from tests.gpu.checks.worker import Place
 
 PIPE = dict(p=1, xflip=1, yflip=1, rotate_int=1, translate_int=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1,
