@@ -69,13 +69,7 @@ config=${chosen:-$config} labels=${labels:-$recipe_labels}
 [[ $dataset != imagenet || $seeds$labels$encoder == 1 ]] ||
     fail "--labels, --encoder and --seeds are for digits and your own photographs; imagenet has lists of labels, which a \
 configuration names"
-[[ -n $dry_run || ${gpus:-1} -le $(visible_gpus) ]] ||
-    fail "--gpus $gpus: $(visible_gpus) at most on this machine; give fewer, or leave it out"
-gpus=${gpus:-$(visible_gpus)}
-launch=(python)
-[ "$gpus" = 1 ] || launch=(torchrun --standalone "--nproc_per_node=$gpus")
-anew=()
-[ -z "$overwrite" ] || anew=(--overwrite)
+settle_launch
 [[ ! -e $encoder ]] || encoder=$(absolute "$encoder")
 [ -z "$out" ] || out=$(absolute "$out")
 [ -z "$data_dir" ] || data_dir=$(absolute "$data_dir")

@@ -59,13 +59,7 @@ esac
     fail "--resolution and --transform are for your own images; those of $dataset have one size"
 last=${images_per_class:+$((images_per_class - 1))}
 last=${last:-$recipe_last}
-[[ -n $dry_run || ${gpus:-1} -le $(visible_gpus) ]] ||
-    fail "--gpus $gpus: $(visible_gpus) at most on this machine; give fewer, or leave it out"
-gpus=${gpus:-$(visible_gpus)}
-launch=(python)
-[ "$gpus" = 1 ] || launch=(torchrun --standalone "--nproc_per_node=$gpus")
-anew=()
-[ -z "$overwrite" ] || anew=(--overwrite)
+settle_launch
 
 # The folder of the report, as typed in any of the papers' folders.
 typed() { [ -n "$out" ] && echo "$report" || echo "..${report#"$root"}"; }

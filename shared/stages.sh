@@ -81,6 +81,17 @@ visible_gpus() {
     echo $((count > 0 ? count : 1))
 }
 
+# Set `gpus`, the words that start a program on them (`launch`) and those that make its output anew (`anew`).
+settle_launch() {
+    [[ -n $dry_run || ${gpus:-1} -le $(visible_gpus) ]] ||
+        fail "--gpus $gpus: $(visible_gpus) at most on this machine; give fewer, or leave it out"
+    gpus=${gpus:-$(visible_gpus)}
+    launch=(python)
+    [ "$gpus" = 1 ] || launch=(torchrun --standalone "--nproc_per_node=$gpus")
+    anew=()
+    [ -z "$overwrite" ] || anew=(--overwrite)
+}
+
 # ------------------------------------------------------------------------------------------------------------ commands
 
 # Keep others out of the output folder until this script and the command under way have ended: both have the lock open.
