@@ -82,6 +82,7 @@ visible_gpus() {
 }
 
 # Set `gpus`, the words that start a program on them (`launch`) and those that make its output anew (`anew`).
+# shellcheck disable=SC2034  # the chains read both
 settle_launch() {
     [[ -n $dry_run || ${gpus:-1} -le $(visible_gpus) ]] ||
         fail "--gpus $gpus: $(visible_gpus) at most on this machine; give fewer, or leave it out"

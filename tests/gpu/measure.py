@@ -71,7 +71,8 @@ def measure(programs: Mapping[str, Program], ranks: int, folder: Path) -> dict[s
     command = [sys.executable, HERE / "nullgpu.py", "--programs", "--ranks", str(ranks), "--warmup", str(WARM_UP),
                "--root", ROOT, *skipped, "--json", result, listed]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=folder, timeout=3000,
-                          env={**os.environ, "FEWLABEL_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, "FEWLABEL_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT),
+                               "CUBLAS_WORKSPACE_CONFIG": ":0:0"})  # or the first program would hold it for all
     if not result.exists():
         raise RuntimeError((done.stdout + done.stderr)[-3000:])
     costs = {name: _cost(found) for name, found in json.loads(result.read_text()).items()}

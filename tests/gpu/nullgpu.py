@@ -167,6 +167,7 @@ class Recorder:
     def memory_at_start(self) -> dict[int, int]:
         """What programs before have left on each GPU (cached tables); the peaks begin there."""
         gc.collect()
+        gc.freeze()  # so that the collection before each step is quick
         torch = sys.modules["torch"]
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -200,6 +201,7 @@ class Recorder:
                         self.finish(before, self.snapshot())
                     self.counting = len(self.steps) >= self.warmup
                     self.note_memory()
+                    gc.collect()  # or the peak would depend on when Python last looked for cycles
                     self.start_peak()
                     before, self.whole_steps = self.snapshot(), self.lines_so_far()
                     yield step
