@@ -14,7 +14,6 @@ Writes issues.csv (worst first), audit.html, audit.json, probabilities.npz and t
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +30,13 @@ from shared.data.images import ImageSet
 from shared.data.writers import labels_json
 from shared.distributed import World
 from shared.report.gallery import Picture, Section, picture, write_page
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, make_dir, write_array, write_csv, write_json, write_text
 from shared.training.record import Record
 from TorchSSL.audit import diffusion, findings
 from TorchSSL.audit.findings import LabelIssues, Neighbours
 from TorchSSL.audit.folds import linear_judge, network_judge, out_of_sample
 from TorchSSL.core.data import load_split
+from TorchSSL.core.labels import compared_with_truth
 from TorchSSL.encoders.images import Images, training_images
 from TorchSSL.suggest_labels import MOST_PIXELS, features
 
@@ -75,7 +75,7 @@ FLAGS = {
                metavar="FILE"),
         Option("--thumbnails", Int(1), 12, "images of a kind on the page", unit="images"),
         Option("--overwrite", Flag, False, "replace the results of other settings or images"),
-        Option("--device", Text, None, "cpu, cuda, cuda:1 or mps (default: a GPU, if there is one)"),
+        Option("--device", Text, None, "cpu, cuda, cuda:1 or mps", default_help="a GPU if available"),
     ),
 }
 PAGE, ISSUES, PROBABILITIES, TRANSITION, SUMMARY = ("audit.html", "issues.csv", "probabilities.npz", "transition.json",
@@ -86,8 +86,8 @@ DECIDES = ("folds", "net", "depth", "widen_factor", "num_train_iter", "batch_siz
 
 @dataclass(frozen=True)
 class Audit:
-    """What is known of a set. truth: int64 [N] where the set keeps its clean labels, else None. near: None where there
-    are no features to compare images by. leaked: (position, test image, distance)."""
+    """The results of an audit. truth: int64 [N] if the set keeps its clean labels, else None. near: None without
+    features of the images. leaked: (position, test image, distance)."""
 
     images: Images
     test: ImageSet | None
@@ -148,7 +148,7 @@ def check_labels(images: Images, options: SimpleNamespace) -> None:
     if len(np.unique(known)) < 2:
         raise UserError(f"--dataset: {options.dataset} has labels of fewer than two classes; there is nothing to audit")
     if options.pred_probs is None and np.bincount(known).max() < options.folds:
-        raise UserError(f"--folds {options.folds}: no class of {options.dataset} has so many labels; give fewer folds")
+        raise UserError(f"--folds {options.folds}: every class of {options.dataset} has fewer labels; give fewer folds")
 
 
 def own_inputs(options: SimpleNamespace) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def own_inputs(options: SimpleNamespace) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------- the examination
 
 def examine(images: Images, folder: Path, options: SimpleNamespace) -> Audit:
-    """Judge every image, and return what is found."""
+    """Judge every image and return the findings."""
     world = distributed.start(options.device)
     is_small = images.array is not None and images.array[0].size <= MOST_PIXELS
     has_features = options.features is not None or options.encoder is not None or is_small
@@ -204,8 +204,7 @@ def diffusion_opinion(images: Images, folder: Path, options: SimpleNamespace, wo
                     {"--dataset": images.fingerprint, "--diffusion": options.diffusion})
     if not record.is_complete(options.overwrite):
         found = diffusion.denoising_errors(net, images.array, numbers, options.num_draws, options.seed, world.device)
-        with atomic(file) as stream:
-            np.save(stream, found)
+        write_array(file, found)
         record.write()
     return diffusion.class_probabilities(np.load(file), images.labels)
 
@@ -226,38 +225,18 @@ def write(audit: Audit, folder: Path, options: SimpleNamespace) -> None:
     matrix = findings.transition_matrix(labels, audit.opinions[audit.best])
     facts: dict[str, Any] = {"method": "confident joint", "opinion": audit.best}
     if audit.truth is not None:
-        true = realised(audit.truth, labels, len(images.classes))
-        facts |= {"true_transition_matrix": true.tolist(), "error": row_distance(matrix, true),
-                  "error_of_no_noise": row_distance(np.eye(len(true)), true)}
-    with atomic(folder / TRANSITION, "w") as file:
-        json.dump({"transition_matrix": matrix.tolist(), "classes": list(images.classes), **facts}, file)
+        facts |= compared_with_truth(matrix, audit.truth, labels)
+    write_json(folder / TRANSITION, {"transition_matrix": matrix.tolist(), "classes": list(images.classes), **facts},
+               indent=None)
     with atomic(folder / PROBABILITIES) as file:
         np.savez_compressed(file, **{"probabilities": audit.opinions[audit.best], **{
             name: found for name, found in audit.opinions.items() if len(audit.opinions) > 1 and name != audit.best}})
-    with atomic(folder / ISSUES, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(issue_rows(audit))
+    write_csv(folder / ISSUES, COLUMNS, issue_rows(audit))
     summary = summarise(audit, facts)
-    with atomic(folder / SUMMARY, "w") as file:
-        json.dump(summary, file, indent=1)
+    write_json(folder / SUMMARY, summary)
     lines = sentences(audit, summary)
     write_html(audit, folder, lines, options)
     print("\n".join([*lines, f"page: {folder / PAGE}"]))
-
-
-def realised(truth: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Return the fractions [K, K] with which true classes (rows) carry each label."""
-    counts = np.zeros((classes, classes))
-    known = labels >= 0
-    np.add.at(counts, (truth[known], labels[known]), 1)
-    sums = counts.sum(1, keepdims=True)
-    return np.where(sums > 0, counts / np.maximum(sums, 1), np.eye(classes))
-
-
-def row_distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the total variation between rows, averaged over classes: 0 (equal) to 1."""
-    return float(np.abs(one - other).sum(1).mean() / 2)
 
 
 def issue_rows(audit: Audit) -> Iterator[tuple]:
@@ -376,15 +355,13 @@ def apply_to(images: Images, folder: Path, options: SimpleNamespace) -> None:
     given = [images.classes[label] if label >= 0 else None for label in images.labels]
     corrected = [better.get(name, label) for name, label in zip(images.names, given, strict=True)]
     make_dir(target.absolute().parent)
-    with atomic(target, "w") as file:
-        if target.suffix == ".json":
-            numbers = {name: number for number, name in enumerate(images.classes)}
-            file.write(labels_json([(name, None if label is None else numbers[label]) for name, label in zip(
-                images.names, corrected, strict=True)], images.classes))
-        else:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("file", "label"))
-            writer.writerows((name, label or "") for name, label in zip(images.names, corrected, strict=True))
+    if target.suffix == ".json":
+        numbers = {None: None, **{name: number for number, name in enumerate(images.classes)}}
+        write_text(target, labels_json([(name, numbers[label]) for name, label in zip(
+            images.names, corrected, strict=True)], images.classes))
+    else:
+        write_csv(target, ("file", "label"), ((name, label or "") for name, label in zip(
+            images.names, corrected, strict=True)))
     record.write()
     print(f"{len(better)} labels corrected: {target}")
 

@@ -17,7 +17,6 @@ estimate does not use them.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +30,7 @@ from shared.cli import Choice, Flag, Int, Option, Text, UserError, less_memory, 
 from shared.cli import parse as parse_flags
 from shared.data.pool import Pool
 from shared.training.checkpoint import read_checkpoint
-from shared.training.files import atomic, check_writable
+from shared.training.files import check_writable, write_json
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.progress import Progress
 from shared.training.randomness import numpy_rng
@@ -39,10 +38,18 @@ from shared.training.record import Record
 from TorchSSL.core.algorithm import classify
 from TorchSSL.core.data import content
 from TorchSSL.core.evaluation import confusion_matrix, open_split, trained_options
-from TorchSSL.core.labels import INDEX_FILE, PSEUDO_LABEL_FILE, labeled_part, read_index, read_pseudo_labels
+from TorchSSL.core.labels import (
+    INDEX_FILE,
+    PSEUDO_LABEL_FILE,
+    SMOOTHING,
+    compared_with_truth,
+    labeled_part,
+    read_index,
+    read_pseudo_labels,
+    rows_of,
+)
 from TorchSSL.core.options import NETWORK, PREDICTED_BY, PREDICTION
 
-SMOOTHING = 1e-3  # the fraction of a row that is spread over all classes, so that every pseudo-label stays possible
 PRIOR = 1.0       # weight of the first estimate's row, in held-out images
 ESTIMATE = (
     Option("--save_path", Text, "./saved_models/fixmatch", "folder of pseudo_label.npy and sampled_label_idx.npy"),
@@ -96,11 +103,8 @@ def main() -> None:
         facts |= {"held_out": len(index), "held_out_right": float(np.mean(images.labels[index] == pseudo[index]))}
     known = images.labels >= 0
     if known.any():
-        true = rows_of(confusion_matrix(images.labels[known], pseudo[known], classes), 0.0)
-        facts |= {"true_transition_matrix": true.tolist(), "error": distance(estimate, true),
-                  "error_of_no_noise": distance(np.eye(classes), true)}
-    with atomic(dest, "w") as file:
-        json.dump({"transition_matrix": estimate.tolist(), "classes": list(images.classes), **facts}, file)
+        facts |= compared_with_truth(estimate, images.labels, pseudo)
+    write_json(dest, {"transition_matrix": estimate.tolist(), "classes": list(images.classes), **facts}, indent=None)
     record.write()
     print(f"{dest}: pseudo-labels of a class that are right, by this estimate: "
           f"{' '.join(f'{100 * value:.0f}' for value in np.diag(estimate))} %")
@@ -136,19 +140,6 @@ def joint_of_votes(votes: np.ndarray, pseudo: np.ndarray) -> np.ndarray:
     joint = np.zeros((votes.shape[1], votes.shape[1]))
     np.add.at(joint.T, pseudo, votes)
     return joint
-
-
-def rows_of(joint: np.ndarray, smoothing: float) -> np.ndarray:
-    """Return rows [C, C] of sum 1, the fraction `smoothing` of each spread over all columns; an empty row is that of
-    the identity."""
-    sums = joint.sum(1, keepdims=True)
-    rows = np.where(sums > 0, joint / np.where(sums > 0, sums, 1), np.eye(len(joint)))
-    return (1 - smoothing) * rows + smoothing / len(joint)
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the total variation between rows, averaged over classes: 0 (equal) to 1."""
-    return float(np.abs(a - b).sum(1).mean() / 2)
 
 
 def held_out_index(options: SimpleNamespace, labels: np.ndarray, classes: int) -> np.ndarray:

@@ -6,7 +6,6 @@ Prints the published metrics as fractions; the last line is `Test Accuracy: <fra
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import torch
 
 from shared.cli import Option, Text, UserError, less_memory, run_main
 from shared.cli import parse as parse_flags
-from shared.training.files import atomic, check_writable, make_dir
+from shared.training.files import check_writable, make_dir, write_json
 from TorchSSL.core.evaluation import confusion_matrix, confusion_text, metrics, predict_split
 from TorchSSL.core.options import NETWORK, PREDICTION
 
@@ -39,9 +38,8 @@ def main() -> None:
     counts = confusion_matrix(images.labels, logits.argmax(1).numpy(), logits.shape[1])
     if options.json is not None:
         make_dir(Path(options.json).absolute().parent)
-        with atomic(options.json, "w") as file:
-            json.dump({**found, "confusion_matrix": counts.tolist(), "classes": list(images.classes),
-                       "images": len(images), "load_path": options.load_path}, file, indent=1)
+        write_json(options.json, {**found, "confusion_matrix": counts.tolist(), "classes": list(images.classes),
+                                  "images": len(images), "load_path": options.load_path})
     print(confusion_text(counts))
     for name, value in found.items():
         print(f"{name} {value:.6g}")

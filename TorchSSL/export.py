@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -33,7 +32,8 @@ from EDM.training.snapshots import Snapshot, read_snapshot, write_snapshot
 from shared.cli import Choice, Flag, Option, Text, UserError, parse, run_main
 from shared.networks import TimmNetwork
 from shared.training.checkpoint import read_checkpoint
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, make_dir, write_text
+from shared.training.precision import commit
 from shared.training.record import Record
 from TorchSSL.core.classifier import EXPORTED, Classifier, is_snapshot, open_classifier, read_exported
 from TorchSSL.core.evaluation import NETWORK_OPTIONS
@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
               f"checkpoint {difference:.2g} (as a fraction of the largest output)")
     if options.model_card:
         card = out.with_name(f"{out.name}.md")
-        with atomic(card, "w") as file:
-            file.write(model_card(network, options))
+        write_text(card, model_card(network, options))
         print(f"model card: {card}")
 
 
@@ -273,8 +272,8 @@ def model_card(network: Exported, options: SimpleNamespace) -> str:
     lines = [f"# {Path(options.out).name}", "", f"A {'denoiser' if 'denoiser' in about['kind'] else 'classifier'}, "
              f"exported from `{path.name}` as {options.to}.", "", "| | |", "|---|---|", *table, "", "## Accuracy", "",
              *accuracy_lines(result, classes), "", "## Made by", "", "```", command_line(trained, options), "```", "",
-             f"Code: fewlabel, {commit()}, MIT licence. The licence of these weights is their owner's choice, within "
-             "that of the data.", ""]
+             f"Code: fewlabel, commit {commit()}, MIT licence. The licence of these weights is their owner's choice, "
+             "within that of the data.", ""]
     return "\n".join(lines)
 
 
@@ -319,16 +318,6 @@ def command_line(trained: Mapping[str, Any], options: SimpleNamespace) -> str:
     given = [f"--{name} {trained[name]}" for name in trained.get("given", ()) if name not in ("alg", "c")
              and trained.get(name) is not None]
     return f"python {trained['alg']}.py {' '.join(given)}\n{export}"
-
-
-def commit() -> str:
-    """Return the commit of this project, "version unknown" outside a clone."""
-    try:
-        found = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"], text=True,
-                               capture_output=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return "version unknown"
-    return f"commit {found.stdout.strip()}"
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ true labels. The last line is the agreement.
 """
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -22,7 +20,7 @@ from shared.cli import parse as parse_flags
 from shared.data.datasets import NAMES, has_split
 from shared.data.images import ImageSet
 from shared.data.photographs import PhotographSet
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_array, write_csv, write_json
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.record import Record
 from TorchSSL.core.data import content
@@ -72,17 +70,12 @@ def main() -> None:
               "true_label_counts": true_counts.tolist(), "true_labels_known": int(known.sum()),
               "true_labels_injected": int(given.sum()), "agreement": agreement, "agreement_by_class": by_class,
               "mean_confidence": float(predicted.softmax(1).amax(1).mean()), "load_path": options.load_path}
-    with atomic(folder / "pseudo_label.json", "w") as file:
-        json.dump(report, file, indent=1)
-    with atomic(folder / NAMED_FILE, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", "label", "probability"])
-        chances = predicted.softmax(1)[torch.arange(len(labels)), torch.from_numpy(labels)].tolist()
-        names = pool_names(images, options)
-        writer.writerows([name, images.classes[label] if label < len(images.classes) else label, f"{chance:.6f}"]
-                         for name, label, chance in zip(names, labels.tolist(), chances, strict=True))
-    with atomic(folder / PSEUDO_LABEL_FILE) as file:
-        np.save(file, labels)
+    write_json(folder / "pseudo_label.json", report)
+    chances = predicted.softmax(1)[torch.arange(len(labels)), torch.from_numpy(labels)].tolist()
+    write_csv(folder / NAMED_FILE, ("file", "label", "probability"), (
+        (name, images.classes[label] if label < len(images.classes) else label, f"{chance:.6f}")
+        for name, label, chance in zip(pool_names(images, options), labels.tolist(), chances, strict=True)))
+    write_array(folder / PSEUDO_LABEL_FILE, labels)
     record.write()
 
     print(f"{len(labels)} pseudo-labels: {folder / PSEUDO_LABEL_FILE}")

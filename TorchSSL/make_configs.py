@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.cli import Flag, Option, UserError, parse, run_main
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_text
 
 CONFIG = Path(__file__).resolve().parent / "config"
 FLAGS = (Option("--check", Flag, False, "write nothing; fail if a file differs from the tables"),)
@@ -171,8 +171,7 @@ def main() -> None:
     else:
         for name, text in files.items():
             make_dir((CONFIG / name).parent)
-            with atomic(CONFIG / name, "w") as file:
-                file.write(text)
+            write_text(CONFIG / name, text)
     print(f"{len(files)} files {'checked' if options.check else 'written'} below {CONFIG}")
 
 

@@ -28,7 +28,7 @@ from shared.data.images import ImageSet, read_images
 from shared.data.pool import Pool
 from shared.distributed import start
 from shared.report.plots import Panel, confusion_matrices, curves, image_grid
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_json, write_text
 from TorchSSL.core.data import load_pools
 from TorchSSL.core.evaluation import load_classifier
 from TorchSSL.core.options import NETWORK, PREDICTION
@@ -50,7 +50,7 @@ FLAGS = (
     Option("--seed_report", many=True, metavar="DIR", help="folder with the report.json of one seed"),
 )
 HARDWARE = ("device", "hardware", "threads", "processes", "precision")
-FEATURE_IMAGES = 10_000  # at most so many images of each kind enter the distance of features
+FEATURE_IMAGES = 10_000  # most images of each kind in the distance of features
 # Names of run_all.sh's steps -> what their seconds are summed up as.
 STEPS = {"classifier": "stage1", "pseudo-labels": "stage1", "pseudo-data set": "stage1", "zip": "stage1",
          "diffusion model": "stage2", "generated images": "stage2", "classifier again": "stage3",
@@ -71,10 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         content = collect(options, out)
         text, summary = run_markdown(content), run_summary(content)
-    with atomic(out / "report.json", "w") as file:
-        json.dump(content, file, indent=1)
-    with atomic(out / "report.md", "w") as file:
-        file.write(text)
+    write_json(out / "report.json", content)
+    write_text(out / "report.md", text)
     print(f"{summary}\nreport: {out.resolve() / 'report.md'}")
 
 

@@ -18,7 +18,6 @@ With a classifier (--load_path): margin, entropy, and badge (Ash et al., ICLR 20
 """
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from shared.data.listing import read_label_csv
 from shared.data.safe import load_array
 from shared.report.gallery import Section, picture, write_contact_sheet, write_page
 from shared.training.checkpoint import read_checkpoint
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_array, write_csv
 from shared.training.progress import progress
 from shared.training.randomness import numpy_rng
 from shared.training.record import Record
@@ -74,7 +73,7 @@ FLAGS = {
     "output": (
         Option("--save_path", Text, required=True, help="folder for label_these.csv", metavar="DIR"),
         Option("--overwrite", Flag, False, "replace suggestions of other settings or images"),
-        Option("--device", Text, None, "cpu, cuda, cuda:1 or mps (default: a GPU, if there is one)"),
+        Option("--device", Text, None, "cpu, cuda, cuda:1 or mps", default_help="a GPU if available"),
     ),
 }
 CSV_FILE, SHEET, PAGE = "label_these.csv", "contact_sheet.png", "label_these.html"
@@ -346,11 +345,9 @@ def badge(probabilities: np.ndarray, rows: np.ndarray, free: np.ndarray, budget:
 def write(images: Images, labeled: np.ndarray, choices: Choices, folder: Path, options: SimpleNamespace) -> None:
     """Write the CSV, the contact sheet, the page and, if all labels are known, the positions for --label_idx."""
     positions = choices.positions.tolist()
-    with atomic(folder / CSV_FILE, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", "cluster", "rank", "score", "label"])
-        writer.writerows([images.names[position], group, rank, f"{score:.6g}", ""] for rank, (position, group, score)
-                         in enumerate(zip(positions, choices.clusters, choices.scores, strict=True), 1))
+    write_csv(folder / CSV_FILE, ("file", "cluster", "rank", "score", "label"), (
+        (images.names[position], group, rank, f"{score:.6g}", "") for rank, (position, group, score)
+        in enumerate(zip(positions, choices.clusters, choices.scores, strict=True), 1)))
     shown = [images.decode(content, position)
              for position, content in zip(positions, images.read(positions), strict=True)]
     captions = [f"{rank} {images.names[position].rpartition('/')[2]}" for rank, position in enumerate(positions, 1)]
@@ -364,9 +361,9 @@ def write(images: Images, labeled: np.ndarray, choices: Choices, folder: Path, o
                     f"{len(labeled)} images have a label already.",
                     f"Write the class of each into the column label of {CSV_FILE}."]
     if (images.labels[positions] >= 0).all():
-        with atomic(folder / INDEX_FILE) as file:
-            np.save(file, np.concatenate([labeled, choices.positions]).astype(np.int64))
-        classes = np.unique(images.labels[np.concatenate([labeled, choices.positions])])
+        chosen = np.concatenate([labeled, choices.positions]).astype(np.int64)
+        write_array(folder / INDEX_FILE, chosen)
+        classes = np.unique(images.labels[chosen])
         print(f"classes among the labelled images: {len(classes)} of {len(images.classes)}")
     write_page(folder / PAGE, "Images to label", introduction, [Section("In this order", [("", pictures)])])
     print(f"{len(positions)} images to label: {folder / CSV_FILE}")

@@ -150,7 +150,7 @@ def read_dpt(folder: Path) -> dict[str, dict[str, float]]:
     """Return the error rates in % of both classifiers and of the pseudo-labels, and the FID of stage 2."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     distance = json.loads((folder / "fid" / "result.json").read_text(encoding="utf-8"))
-    # One set of labels and one diffusion model, whatever the protocol.
+    # One set of labels and one diffusion model for all protocols.
     once = {"pseudo-label error": 100 - 100 * report["pseudo_label_accuracy"],
             "FID": distance["fid" if "fid" in distance else "fd_judge"]}
     values = {name: dict.fromkeys(percent(report["accuracy"]["stage1"]), value) for name, value in once.items()}

@@ -87,7 +87,7 @@ FLAGS = {
     "running": (
         Option("--seed", Int(0), 0, "seed of initial weights and all draws"),
         Option("--precision", Choice("auto", "fp32", "bf16"), "auto", "auto: bf16 on GPUs that have it"),
-        Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if there is one"),
+        Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if available"),
         Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "decoder of photographs"),
         Option("--workers", Int(1), 4, "a quarter of the decoding threads"),
         Option("--save_seconds", Float(0, open=True), 600.0, "time between two checkpoints"),

@@ -25,7 +25,7 @@ FLAGS = (
     Option("--entmin_weight", Float(0), 0.06, "weight of the entropy of the predictions"),
     Option("--vat_eps", Float(0), 6.0, "length of the perturbation of an image", unit="normalised grey levels"),
     Option("--vat_xi", Float(0), 1e-6, "length at which its direction is searched for; the published 1e-6 is at the "
-           "rounding error of fp32, so that the direction is partly noise: 0.01 finds it better"),
+           "rounding error of fp32 and gives a noisy direction; 0.01 is better"),
     Option("--vat_iterations", Int(1), 1, "power iterations of that search"),
     Option("--unsup_warmup_pos", Float(0, 1), 0.4, "fraction of the training in which the adversarial weight rises "
            "from 0"),

@@ -24,7 +24,7 @@ BATCH = 512  # evaluations of the denoiser at a time
 
 
 def open_denoiser(path: str, classes: Sequence[str], shape: tuple[int, int, int]) -> tuple[nn.Module, np.ndarray]:
-    """Return (denoiser, the number that it knows each of our classes by); UserError unless it knows all of them."""
+    """Return (denoiser, its number of each of our classes); UserError unless it knows all of them."""
     snapshot = read_snapshot(path)
     net = snapshot.build()
     theirs = snapshot.dataset_kwargs.get("classes")
@@ -75,11 +75,11 @@ def denoising_errors(net: nn.Module, images: np.ndarray, classes: np.ndarray, nu
 
 
 def class_probabilities(errors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return softmax(-errors / temperature), float64 [N, K]; the temperature is that under which the given labels are
-    most likely.
+    """Return softmax(-errors / temperature), float64 [N, K], at the temperature that maximises the likelihood of the
+    given labels.
 
-    errors: [N, K]. labels: int64 [N], -1 unknown. The mean error is the log likelihood up to a factor: the number of
-    pixels, and what the weights leave out.
+    errors: [N, K]. labels: int64 [N], -1 unknown. The mean error is the log likelihood up to a factor, such as the
+    number of pixels.
     """
     known = np.flatnonzero(labels >= 0)
 

@@ -1,4 +1,4 @@
-"""What is found: labels that look wrong, how labels err, classes that overlap, duplicates and outliers."""
+"""Findings of an audit: wrong labels, transition matrix, overlapping classes, duplicates and outliers."""
 from __future__ import annotations
 
 import csv
@@ -15,11 +15,11 @@ from sklearn.neighbors import NearestNeighbors
 
 from shared.cli import UserError
 from shared.data.safe import READ_ERRORS, load_array, zip_members
+from TorchSSL.core.labels import SMOOTHING, rows_of
 
 NEIGHBOURS = 10
 NEAR = 0.13   # of the median distance to the nearest image, as in cleanlab's search for near-duplicates
 FENCE = 3.0   # quartile distances beyond the upper quartile: Tukey's outer fence
-SMOOTHING = 1e-3  # the fraction of a row of the transition matrix that is spread over all classes
 SUM_TOLERANCE = 1e-2  # of given probabilities, written with few digits
 MOST_BYTES = 1 << 36
 
@@ -35,7 +35,7 @@ class LabelIssues:
 
 
 def label_issues(labels: np.ndarray, probabilities: np.ndarray, rank: str) -> LabelIssues:
-    """Return what confident learning finds (Northcutt et al. 2021), as cleanlab computes and ranks it.
+    """Return the label issues of confident learning (Northcutt et al. 2021), as cleanlab computes and ranks them.
 
     labels: int64 [N], -1 unknown (never an issue). probabilities: float [N, K], out of sample.
     """
@@ -53,12 +53,10 @@ def transition_matrix(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarr
 
     Every label stays possible: a thousandth of each row is spread over all columns, as TDSM's training needs.
     """
-    known, classes = labels >= 0, probabilities.shape[1]
+    known = labels >= 0
     joint = compute_confident_joint(labels[known], probabilities[known])
     rows = estimate_latent(joint, labels[known])[1].T  # cleanlab's has a column a class
-    sums = rows.sum(1, keepdims=True)
-    rows = np.where((sums > 0) & np.isfinite(sums), rows / np.where(sums > 0, sums, 1), np.eye(classes))
-    return (1 - SMOOTHING) * rows + SMOOTHING / classes
+    return rows_of(rows, SMOOTHING)
 
 
 def overlapping(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], most: int = 10) -> list[dict]:
@@ -106,7 +104,7 @@ def neighbours(features: np.ndarray) -> Neighbours:
 
 
 def across(features: np.ndarray, others: np.ndarray, radius: float) -> list[tuple[int, int, float]]:
-    """Return (position, nearest of `others`, distance) of the rows that lie within the radius of one."""
+    """Return (position, nearest of `others`, distance) of the rows within the radius of one of them."""
     distances, nearest = (values[:, 0] for values in NearestNeighbors(n_neighbors=1).fit(others).kneighbors(features))
     return sorted(((int(i), int(nearest[i]), float(distances[i])) for i in np.flatnonzero(distances <= radius)),
                   key=lambda found: found[2])

@@ -18,7 +18,7 @@ from shared.data.pool import make_pool
 from shared.distributed import World
 from shared.networks import train_mode
 from shared.training.ema import EMA
-from shared.training.files import atomic
+from shared.training.files import write_array
 from shared.training.precision import set_arithmetic, to_device
 from shared.training.progress import Progress
 from shared.training.randomness import numpy_rng
@@ -28,7 +28,7 @@ from TorchSSL.core.data import channel_statistics
 from TorchSSL.core.evaluation import make_network, predict
 from TorchSSL.core.trainer import cosine, make_optimizer
 
-EMA_MOMENTUM = 0.99  # of the averaged weights, which are what judges
+EMA_MOMENTUM = 0.99  # of the averaged weights, which judge
 Judge = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # (positions to learn, to judge, fold) -> float [n, K]
 
 
@@ -36,7 +36,7 @@ def out_of_sample(labels: np.ndarray, num_classes: int, judge: Judge, options: S
                   settings: dict[str, object], inputs: dict[str, object]) -> np.ndarray:
     """Return p(class | image), float64 [N, K], by --folds classifiers; an image without a label is judged by all.
 
-    labels: int64 [N], -1 unknown. Each fold is kept in `folder`, so that an interrupted audit goes on with the next.
+    labels: int64 [N], -1 unknown. Each finished fold is kept in `folder`, where an interrupted audit continues.
     """
     known, unknown = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
     probabilities = np.zeros((len(labels), num_classes))
@@ -50,8 +50,7 @@ def out_of_sample(labels: np.ndarray, num_classes: int, judge: Judge, options: S
         positions = np.concatenate([known[judged], unknown])
         if not record.is_complete(options.overwrite):
             found = judge(known[learned], positions, fold)
-            with atomic(file) as stream:
-                np.save(stream, found)
+            write_array(file, found)
             record.write()
         probabilities[positions] += np.load(file)
     return probabilities / probabilities.sum(1, keepdims=True)

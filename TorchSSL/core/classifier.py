@@ -1,6 +1,6 @@
-"""Any trained classifier of this project as one object: its network, classes, and what its images must look like.
+"""Any trained classifier of this project as one object: its network, classes, and the form of its images.
 
-`open_classifier` finds out from the file what it is: a checkpoint of a TorchSSL learner, of DASO, of MetaSemi (small
+`open_classifier` recognises the file: a checkpoint of a TorchSSL learner, of DASO, of MetaSemi (small
 images or ImageNet), or a snapshot of EDM/train_classifier.py. Checkpoints record class names, mean, std, size and
 resize; those of the original code do not, and then the name of the data set says it.
 """
@@ -130,7 +130,7 @@ class Classifier:
 
     @torch.no_grad()
     def features(self, images: np.ndarray | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return (logits [n, K], what the last layer sees of each image [n, D] or None), float32 on the CPU."""
+        """Return (logits [n, K], input of the last layer [n, D] or None), float32 on the CPU."""
         seen: list[Tensor] = []
         watch = self.head and self.head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].float()))
         try:
@@ -189,7 +189,7 @@ def open_classifier(path: str | Path, device: str | torch.device = "cpu", datase
 
 
 def read_exported(path: Path) -> dict[str, Any] | None:
-    """Return what export.py wrote as .safetensors in the form of a checkpoint; None for other files."""
+    """Return a .safetensors file of export.py in the form of a checkpoint; None for other files."""
     if path.suffix != ".safetensors":
         return None
     if not path.is_file():
@@ -346,7 +346,7 @@ def _channels(state: Mapping[str, Tensor]) -> int:
 
 
 def _network_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the network options of TorchSSL that the names and shapes of its weights tell."""
+    """Return the network options of TorchSSL that follow from the names and shapes of its weights."""
     options: dict[str, Any] = {**dict.fromkeys(NETWORK_OPTIONS), "net_from_name": False, "leaky_slope": 0.1,
                                "dropout": 0.0, "depth": 28, "widen_factor": 2, "net": "ResNet50"}
     if "block1.layer.0.conv1.weight" in state:

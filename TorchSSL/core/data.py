@@ -5,7 +5,6 @@ A batch is a function of (seed, step) alone, on any number of ranks.
 from __future__ import annotations
 
 import dataclasses
-import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from shared.data.photographs import EVAL_SIDE, PhotographSet, list_imagenet, lis
 from shared.data.pool import PhotographPool, Pool, make_pool
 from shared.distributed import World
 from shared.networks import source_of
-from shared.training.files import atomic
+from shared.training.files import write_array, write_json
 from shared.training.fingerprint import fingerprint_arrays, fingerprints
 from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
@@ -212,17 +211,14 @@ def content(images: ImageSet | PhotographSet) -> tuple[np.ndarray | list[str], n
 
 def write_split(data: TrainingData, options: SimpleNamespace, folder: Path) -> None:
     """Write the labelled indices, what they were drawn from, and the labelled class distribution into `folder`."""
-    with atomic(folder / INDEX_FILE) as file:
-        np.save(file, data.labeled_index)
-    with atomic((folder / INDEX_FILE).with_suffix(".json"), "w") as file:
-        json.dump(split_facts(options, data.num_classes), file, indent=1)
+    write_array(folder / INDEX_FILE, data.labeled_index)
+    write_json((folder / INDEX_FILE).with_suffix(".json"), split_facts(options, data.num_classes))
     if isinstance(data.labeled, PhotographSet):
-        with atomic(folder / FILES_FILE, "w") as file:
-            json.dump(data.labeled.subset(slice(data.num_real)).names_by_class(), file, indent=1)
+        write_json(folder / FILES_FILE, data.labeled.subset(slice(data.num_real)).names_by_class())
     statistics = folder / "data_statistics"
     statistics.mkdir(exist_ok=True)
-    with atomic(statistics / f"{Path(options.dataset).stem}_{data.num_real}.json", "w") as file:
-        json.dump({"distribution": data.class_fractions}, file)
+    write_json(statistics / f"{Path(options.dataset).stem}_{data.num_real}.json",
+               {"distribution": data.class_fractions}, indent=None)
 
 
 class Batches:

@@ -55,7 +55,7 @@ def predict(net: nn.Module, pool: Pool | PhotographPool, batch_size: int = 1024,
     net: in eval mode; takes normalised float [n, channels, H, W] (of several outputs the first counts).
     """
     world = world or World()
-    part = -(-len(pool) // world.size)  # the last parts repeat the last image, so that all ranks gather equal shapes
+    part = -(-len(pool) // world.size)  # the last parts repeat the last image: ranks gather equal shapes
     indices = np.minimum(np.arange(world.rank * part, (world.rank + 1) * part), len(pool) - 1)
     parts = [indices[start:start + batch_size] for start in range(0, part, batch_size)]
     logits = [classify(net, images) for images in evaluated(pool, parts)]

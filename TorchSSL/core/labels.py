@@ -14,6 +14,7 @@ from shared.data.safe import load_array
 from shared.training.randomness import numpy_rng
 
 INDEX_FILE, PSEUDO_LABEL_FILE = "sampled_label_idx.npy", "pseudo_label.npy"
+SMOOTHING = 1e-3  # the fraction of a row of a transition matrix that is spread over all classes: each stays possible
 
 # CIFAR-10 with one label a class: the eight labelled sets that FixMatch and its successors report on, by seed
 # (Sohn et al. 2020, "barely supervised learning"). Indices into the 50,000 training images in published order.
@@ -118,7 +119,7 @@ def cifar10_one_label_split(seed: int) -> np.ndarray:
 
 
 def split_facts(options: SimpleNamespace, num_classes: int) -> dict[str, Any]:
-    """Return what decides a drawn split, for the file beside it."""
+    """Return the settings of a drawn split, for the file beside it."""
     dataset = options.dataset if options.dataset in NAMES else str(Path(options.dataset).absolute())
     return {"dataset": dataset, "num_labels": options.num_labels, "num_classes": num_classes, "seed": options.seed,
             "label_table": options.label_table, "label_idx": options.label_idx is not None}
@@ -137,9 +138,9 @@ def read_index(file: str, labels: np.ndarray, flag: str) -> np.ndarray:
 
 
 def labeled_part(dataset: str, data_dir: str, pool: int) -> slice:
-    """Return the part of a pool of `pool` images that labels are drawn from, and that indices count.
+    """Return the part of a pool of `pool` images from which labels are drawn: the training images.
 
-    It is the training images; further unlabelled images stand before them.
+    Indices count from its start; further unlabelled images stand before it.
     """
     if not has_split(dataset, "unlabeled"):
         return slice(0, pool)
@@ -154,3 +155,31 @@ def read_pseudo_labels(file: str | Path, flag: str) -> np.ndarray:
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels) or labels.min() < 0:
         raise UserError(f"{flag}: {file} must hold one class number per training image, as get_labels.py writes it")
     return labels.astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------- errors of (pseudo-)labels
+
+def rows_of(counts: np.ndarray, smoothing: float) -> np.ndarray:
+    """Return rows [C, C] of sum 1, the fraction `smoothing` of each spread over all columns; an empty row is that of
+    the identity."""
+    sums = counts.sum(1, keepdims=True)
+    rows = np.where(sums > 0, counts / np.where(sums > 0, sums, 1), np.eye(len(counts)))
+    return (1 - smoothing) * rows + smoothing / len(counts)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the total variation between rows, averaged over classes: 0 (equal) to 1."""
+    return float(np.abs(a - b).sum(1).mean() / 2)
+
+
+def compared_with_truth(estimate: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Return the true transition matrix and the distances from it, for a file of an estimate [C, C].
+
+    truth, labels: int64 [N], -1 unknown.
+    """
+    known = (truth >= 0) & (labels >= 0)
+    counts = np.zeros_like(estimate)
+    np.add.at(counts, (truth[known], labels[known]), 1)
+    true = rows_of(counts, 0.0)
+    return {"true_transition_matrix": true.tolist(), "error": distance(estimate, true),
+            "error_of_no_noise": distance(np.eye(len(true)), true)}

@@ -311,6 +311,6 @@ def build_from_torchvision(name: str, num_classes: int, rotation_head: bool, in_
 def first_stride_for(dataset: str) -> int:
     """Return the stride of a wide network's first stage: 2 for the 96x96 images of STL-10, else 1.
 
-    dataset: a name or a path, of which the last part counts.
+    dataset: a name, or a path whose last part counts.
     """
     return 2 if PurePath(dataset).name.lower().startswith("stl") else 1

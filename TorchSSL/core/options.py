@@ -35,8 +35,8 @@ COMMON = {
         Option("--overwrite -o", Flag, False, "if the run folder holds another configuration: move that aside and "
                "start anew (without it: an error)"),
         Option("--use_tensorboard", Flag, False, "write TensorBoard event files (stats.jsonl is always written)"),
-        Option("--num_save_iter", Int(1), 10000, "save latest_model.pth after so many", unit="iterations"),
-        Option("--save_seconds", Float(0), 600, "and after so many", unit="seconds"),
+        Option("--num_save_iter", Int(1), 10000, "save latest_model.pth at this interval", unit="iterations"),
+        Option("--save_seconds", Float(0), 600, "and after this time since the last save", unit="seconds"),
     ),
     "length": (
         Option("--epoch", Int(1, 1), 1, "accepted: one epoch is the whole run; see --num_train_iter"),
@@ -127,7 +127,7 @@ PREDICTION = (
     Option("--dataset -ds", Text, "cifar10", "name or path, as in the training"),
     Option("--num_classes -nc", Int(1), 10, "classes"),
     Option("--download", Flag, False, "fetch a published data set that is not in --data_dir"),
-    Option("--device", Text, None, "cpu, cuda or cuda:1 (default: a GPU, if there is one)"),
+    Option("--device", Text, None, "cpu, cuda or cuda:1", default_help="a GPU if available"),
 )
 
 # Options that decide about predictions, besides the content of the files.
@@ -186,7 +186,7 @@ def method_config(options: SimpleNamespace) -> dict[str, Any]:
 
 
 def paths_in(options: SimpleNamespace) -> tuple[str, ...]:
-    """Return the options that name files and folders, of which the content counts (see `input_fingerprints`)."""
+    """Return the options that name input files and folders, compared by content (see `input_fingerprints`)."""
     return ("aug_path", "aug_filter") if options.dataset in NAMES else ("aug_path", "aug_filter", "dataset", "labels")
 
 

@@ -1,4 +1,4 @@
-"""What can be known of a whole experiment before its first stage: flags, sizes, labels, files, room on the disk.
+"""Checks of a whole experiment before its first stage: flags, sizes, labels, files, room on the disk.
 
 An experiment is the commands that `run_all.sh --dry-run` prints. A script whose needs depend on the images has a
 function `foresee(options, images, processes)`, which raises UserError and returns the bytes that it is going to write.
@@ -203,7 +203,7 @@ def check_outputs(commands: Iterable[Command], needed: int) -> None:
 
 
 def nearest_folder(path: Path) -> Path:
-    """Return the nearest thing at or above `path` that exists; above it where it is a file to be replaced."""
+    """Return the nearest existing path at or above `path`; above it if it is a file to be replaced."""
     path = path.resolve()
     if path.is_file():
         return path.parent

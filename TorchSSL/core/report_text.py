@@ -46,7 +46,7 @@ def run_markdown(content: Content) -> str:
     parts = [_heading(content), f"Seed {content['seed']}.", markdown_table(head, accuracies)]
     if content["difference"] is not None:
         parts.append(f"Stage 3 minus stage 1: {points(content['difference'])} points, one seed, at equal iterations a "
-                     "stage. `--seeds 10 --controls` shows the spread, and what else could explain the difference.")
+                     "stage. `--seeds 10 --controls` shows the spread and other explanations.")
     parts += _tdsm(content["tdsm"]) if "tdsm" in content else []
     if content["pseudo_label_accuracy"] is not None:
         by_class = content["pseudo_label_accuracy_by_class"]
@@ -66,7 +66,7 @@ def run_markdown(content: Content) -> str:
 
 
 def _tdsm(found: Content) -> list[str]:
-    """Return what the second stage with TDSM has changed, in one seed."""
+    """Return the effect of TDSM in the second stage, in one seed."""
     parts, transition, right = [], found["transition"], found["images_of_the_right_class"]
     if found["minus_stage3"] is not None:
         parts.append(f"Stage 3 with images of TDSM minus stage 3 of plain DPT: {points(found['minus_stage3'])} points, "

@@ -15,7 +15,7 @@ from shared import distributed
 from shared.cli import UserError
 from shared.distributed import World
 from shared.training.checkpoint import load_newest, previous_path, read_checkpoint
-from shared.training.files import atomic, lock, make_dir, move_aside
+from shared.training.files import atomic, lock, make_dir, move_aside, write_json
 from shared.training.precision import computed_on
 from shared.training.run import Run, plain
 from TorchSSL.core.data import TrainingData, write_split
@@ -36,8 +36,7 @@ def open_folder(folder: Path, options: SimpleNamespace, config: Mapping[str, Any
     if world.main:
         write_split(data, options, folder)
         values = {key: value for key, value in vars(options).items() if key != "given"}
-        with atomic(folder / CONFIG, "w") as file:
-            json.dump({**plain(values), **plain(config), "inputs": inputs}, file, indent=1, sort_keys=True)
+        write_json(folder / CONFIG, {**plain(values), **plain(config), "inputs": inputs}, sort_keys=True)
     distributed.barrier(world)
 
 
@@ -148,8 +147,7 @@ def write_result(run: Run, data: TrainingData, options: SimpleNamespace, precisi
                               for label, row in enumerate(state["confusion"])],
         "pseudo_label_accuracy_in_last_batch": state.get("pseudo_label_acc"),
         "seconds": run.seconds, "precision": precision, "processes": run.world.size, **computed_on(run.world.device)}
-    with atomic(run.outdir / RESULT, "w") as file:
-        json.dump(result, file, indent=1)
+    write_json(run.outdir / RESULT, result)
     validated = f", best on {result['validation_images']} validation images {chosen['test']:.4f}" if chosen else ""
     run.log.print(f"accuracy of the averaged weights: last {accuracy['last']:.4f}, median of the last "
                   f"{accuracy['evaluations_in_median']} evaluations {accuracy['median_of_last_20']:.4f}{validated}, "

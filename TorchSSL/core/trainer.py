@@ -28,7 +28,7 @@ from shared.parallel import Prefetched
 from shared.training.checkpoint import keep_layout
 from shared.training.ema import EMA
 from shared.training.log import Log
-from shared.training.precision import autocast, computes_bf16, default_precision, set_arithmetic
+from shared.training.precision import autocast, compiles, computes_bf16, default_precision, set_arithmetic
 from shared.training.randomness import set_dropout_keys
 from shared.training.run import Run
 from TorchSSL.core.algorithm import Algorithm, Batch, Setting
@@ -101,7 +101,7 @@ def train(options: SimpleNamespace, algorithm: type[Algorithm]) -> None:
               "labeled_images": len(data.labeled), "unlabeled_images": len(data.unlabeled)}
     facts = {"options": {**vars(options), "given": sorted(options.given), "num_classes": data.num_classes},
              "mean": data.mean, "std": data.std, "classes": data.unlabeled.classes,
-             # What images the classifier takes, and how those of another size become so.
+             # The images that the classifier takes, and the resize of others.
              **({"size": (EVAL_SIDE, EVAL_SIDE), "resize": "square"} if isinstance(data.unlabeled, PhotographSet) else
                 {"size": data.unlabeled.size, "resize": resize_of(options.dataset)})}
     inputs = input_fingerprints(data, options)
@@ -189,7 +189,7 @@ class Trainer:
         return {"train/warm_up_loss": loss}
 
     def begin(self, step: int, batch: Batch) -> None:
-        """Prepare dropout, the only draws of a network, so that they depend on the step alone."""
+        """Let the dropout masks, a network's only draws, depend on the step alone."""
         self.step, self.passes = step, 0
         self.sizes = [len(part) for part in (batch.labeled, *batch.views, *batch.labeled_views)]
         if self.options.net_from_name or is_timm(self.options.net):  # they draw from PyTorch's generator
@@ -218,7 +218,7 @@ class Trainer:
         return autocast(self.world.device, self.precision)
 
     def parts(self) -> dict[str, Any]:
-        """Return what a checkpoint holds, under the published names first."""
+        """Return the content of a checkpoint, the published names first."""
         return {"model": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler, "ema_model": self.ema,
                 "algorithm": self.algorithm, "scaler": self.scaler}
 
@@ -324,16 +324,9 @@ def choose_precision(options: SimpleNamespace, device: torch.device) -> str:
 
 
 def compiled(net: nn.Module, options: SimpleNamespace, device: torch.device) -> nn.Module:
-    """Return the network, compiled with --compile True and, by default, on GPUs.
-
-    By default a machine without compilers continues uncompiled, with a warning.
-    """
-    automatic = options.compile == "auto" and device.type == "cuda" and not options.strict
-    if not automatic and options.compile != "True":
-        return net
-    if automatic:
-        torch._dynamo.config.suppress_errors = True
-    return torch.compile(net, dynamic=False)
+    """Return the network, compiled with --compile True and, by default, on GPUs; see `compiles`."""
+    asked = {"True": True, "False": False}.get(options.compile)
+    return torch.compile(net, dynamic=False) if compiles(asked, device, options.strict) else net
 
 
 def global_batch_size(options: SimpleNamespace, world: World) -> int:

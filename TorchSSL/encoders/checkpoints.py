@@ -1,6 +1,6 @@
 """Files of MSN encoders: published checkpoints, those of train_msn.py, and the layout of Hugging Face's ViTMSNModel.
 
-The published weights are CC BY-NC 4.0: whoever uses them downloads them. Nothing in a file is run.
+The published weights are CC BY-NC 4.0; users download them themselves. No code in a file is run.
 """
 from __future__ import annotations
 

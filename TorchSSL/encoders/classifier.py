@@ -25,7 +25,7 @@ from shared.training.progress import Progress
 
 LAMBDA = 0.0025
 TOLERANCE = 1e-4   # of the weights, relative to their length
-ROWS = 1 << 14     # at a time, so that scores of large sets are never held whole
+ROWS = 1 << 14     # at a time, to bound the memory of scores
 ITERATIONS = 10    # of L-BFGS between two looks at the error
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ class Classifier:
         return dict(zip(("top1", "top5"), (right / max(1, len(labels))).tolist(), strict=True))
 
     def save(self, path: Path) -> None:
-        """Write the classifier in the safetensors format, whatever the file is called."""
+        """Write the classifier in the safetensors format, under any file name."""
         make_dir(path.parent)
         facts = {"classes": json.dumps(self.classes), "encoder": self.encoder, "normalize": str(self.normalize)}
         with atomic(path) as file:
@@ -70,8 +70,8 @@ class Classifier:
 
 
 def read_classifier(path: Path, encoder: str = "") -> Classifier:
-    """Return the classifier in a file. encoder: fingerprint of the one whose features it shall see; UserError for a
-    classifier of another, and for a file of anything else."""
+    """Return the classifier in a file. encoder: fingerprint of the encoder in use; UserError for a classifier of
+    another encoder and for other files."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             facts = file.metadata() or {}

@@ -71,7 +71,7 @@ class Encoder:
     """A frozen network in evaluation mode, and how it wants to see images.
 
     name: what messages call it. view: for photographs. mean, std: per channel, on the scale 0..1. width: of a feature.
-    blocks: MSN: class tokens of so many blocks. mask: MSN: share of the patches that is left out.
+    blocks: MSN: number of last blocks whose class tokens count. mask: MSN: fraction of the patches left out.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of weights and settings, whatever file they come from."""
+        """Digest of weights and settings, for any file format."""
         state = self.net.state_dict()
         facts = [*state, str(getattr(self.net, "architecture", type(self.net).__name__)), str(self.view),
                  str((self.mean, self.std, self.blocks, self.mask))]

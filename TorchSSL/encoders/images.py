@@ -40,14 +40,14 @@ class Images:
         return len(self.names)
 
     def read(self, positions: Sequence[int]) -> Iterator[bytes | np.ndarray]:
-        """Yield what is stored of each image: an encoded file, or uint8 [C, H, W]."""
+        """Yield each image as stored: an encoded file, or uint8 [C, H, W]."""
         if self.files is None:
             yield from (self.array[position] for position in positions)
         else:
             yield from read_members(self.files.path, [self.files.members[position] for position in positions])
 
     def decode(self, content: bytes | np.ndarray, position: int) -> Image.Image:
-        """Return what `read` gave of an image in mode L or RGB; UserError if it is none."""
+        """Return an image of `read` in mode L or RGB; UserError if it is not an image."""
         if isinstance(content, bytes):
             return open_image(content, f"{self.files.path}/{self.names[position]}")
         return Image.fromarray(content[0] if len(content) == 1 else content.transpose(1, 2, 0))
@@ -140,7 +140,7 @@ def own_images(dataset: str, split: str) -> Images:
 
 
 def features_in(file: str, images: Images) -> np.ndarray:
-    """Read features [N, D] of a .npy, .npz or an encoder's file, of which the images are found by name; UserError."""
+    """Read features [N, D] of a .npy, .npz or an encoder's file, the latter matched by name; UserError."""
     if Path(file).suffix in (".npy", ".npz"):
         found = array_in(file)
         if found.ndim != 2 or found.dtype.kind != "f" or len(found) != len(images):

@@ -73,7 +73,7 @@ def loss_terms(anchors: Tensor, wanted: Tensor, prototypes: Tensor, temperature:
 
 # ----------------------------------------------------------------------------------------------------------- schedules
 
-STRETCH = 1.25  # of the periods, so that no schedule reaches its end
+STRETCH = 1.25  # of the periods, so no schedule reaches its end
 
 
 def learning_rate(step: int, total: int, warmup: int, start: float, peak: float, final: float) -> float:

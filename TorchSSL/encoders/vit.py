@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 class Size(NamedTuple):
-    """What a published name stands for."""
+    """The architecture of a published name."""
 
     embed_dim: int
     depth: int
@@ -104,6 +104,6 @@ class VisionTransformer(nn.Module):
         return self.norm(self.features(images, kept=kept))
 
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Return the normalised class token [N, D], or what the head makes of it."""
+        """Return the normalised class token [N, D], or the head's output."""
         x = self.class_token(images, kept)
         return x if self.fc is None else self.fc(x)

@@ -27,7 +27,7 @@ import numpy as np
 from shared import distributed
 from shared.cli import UserError
 from shared.distributed import World
-from shared.training.files import atomic, cache_folder, hold, make_dir
+from shared.training.files import cache_folder, hold, make_dir, write_array
 from shared.training.progress import Progress
 
 FORMAT = 3
@@ -37,7 +37,7 @@ DAY = 86_400.0
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """What a reader found. images: uint8 [N, C, H, W]; labels: int64 [N], -1 unknown; vectors: float32 [N, D].
+    """A decoded set. images: uint8 [N, C, H, W]; labels: int64 [N], -1 unknown; vectors: float32 [N, D].
 
     notes: warnings, repeated whenever the set is opened.
     """
@@ -209,7 +209,7 @@ def fill_arrays(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]
 
 
 def _create(path: Path, shape: tuple[int, ...], dtype: type) -> None:
-    """Make an array of NaN, unless there is one of this shape."""
+    """Make an array of NaN, unless one of this shape exists."""
     make_dir(path.parent)
     try:
         found = np.load(path, mmap_mode="r")
@@ -217,5 +217,4 @@ def _create(path: Path, shape: tuple[int, ...], dtype: type) -> None:
             return
     except (ValueError, EOFError, OSError):
         pass  # none yet, or cut short
-    with atomic(path) as file:
-        np.save(file, np.broadcast_to(dtype("nan"), shape))
+    write_array(path, np.broadcast_to(dtype("nan"), shape))

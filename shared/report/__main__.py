@@ -23,7 +23,7 @@ from markupsafe import Markup, escape
 from shared.cli import Option, UserError, parse, run_main
 from shared.report.plots import svg_chart
 from shared.report.table_report import TINY, about, grids, hardware_text
-from shared.training.files import atomic, check_writable, make_dir
+from shared.training.files import check_writable, make_dir, write_text
 from shared.training.progress import duration
 
 FLAGS = (
@@ -35,7 +35,7 @@ CONTENT_FILES, CURVE_FILES = ("table.json", "report.json", "result.json"), ("sta
 DEEPEST = 5  # folders below RUN that are searched
 MOST_PICTURES = 12
 MOST_ROWS = 12  # of single runs beside a table of a paper; more are shown on request
-MOST_LINES = 10  # of a chart; where there are more, those that differ in the seed alone are averaged
+MOST_LINES = 10  # of a chart; of more, those that differ in the seed alone are averaged
 MOST_POINTS = 400  # of a line; more are not seen
 SEED = re.compile(r"[/_]seed_\d+(?=/|$)|/run(?=/|$)")
 # What a run logs about itself rather than about its method.
@@ -255,8 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = [Path(folder).resolve() for folder in options.runs]
     text = build(folders, options.title or ", ".join(dict.fromkeys(folder.name for folder in folders)))
     make_dir(Path(options.out).parent)
-    with atomic(options.out, "w") as file:
-        file.write(text)
+    write_text(options.out, text)
     print(f"{options.out}: {len(text) / 1e6:.1f} MB")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image, ImageDraw
 
-from shared.training.files import atomic
+from shared.training.files import atomic, write_text
 
 SIDE, GAP, LINE = 96, 6, 13  # pixels: of a thumbnail, between two, and of a line of text
 
@@ -50,8 +50,7 @@ def write_page(path: str | os.PathLike, title: str, introduction: Sequence[str],
     """Write the page as one HTML file."""
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     text = pages.get_template("gallery.html").render(title=title, introduction=introduction, sections=sections)
-    with atomic(path, "w") as file:
-        file.write(text)
+    write_text(path, text)
 
 
 def write_contact_sheet(path: str | os.PathLike, images: Iterable[tuple[Image.Image, str]], columns: int = 10) -> None:

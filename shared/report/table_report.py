@@ -1,21 +1,20 @@
 """What a table of shared/report/tables.py leaves: its numbers, and table.md, table.csv, table.json and table.png."""
 from __future__ import annotations
 
-import csv
-import json
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.cli import UserError
 from shared.report.plots import dots
-from shared.training.files import atomic
+from shared.training.files import write_csv, write_json, write_text
 from shared.training.progress import duration
 
 TINY = ("Made at `--scale tiny`: the digits, tiny networks and short runs. It shows that every command of the table "
         "works; its numbers say nothing about those of the paper.")
+CSV_HEAD = ("row", "column", "protocol", "mean", "std", "runs", "printed", "printed_std", "deviations")
 Content = Mapping[str, Any]  # of table.json, or of one of its cells
 Grid = tuple[str, list[str], list[list[str]]]  # title, head, rows
 
@@ -231,12 +230,9 @@ def write_table(content: Content, folder: Path) -> str:
     """Write the four files into `folder`; return the Markdown without its evidence."""
     if content["base"]:
         compare(content["cells"], content["base"], content["protocols"][0])
-    with atomic(folder / "table.json", "w") as file:
-        json.dump(content, file, indent=1)
-    with atomic(folder / "table.md", "w") as file:
-        file.write(markdown(content))
-    with atomic(folder / "table.csv", "w") as file:
-        write_csv(content, csv.writer(file, lineterminator="\n"))
+    write_json(folder / "table.json", content)
+    write_text(folder / "table.md", markdown(content))
+    write_csv(folder / "table.csv", CSV_HEAD, csv_rows(content))
     panels: dict[str, dict[str, list[tuple[float, float | None] | None]]] = {}
     for cell in content["cells"]:
         found = cell["protocols"].get(content["protocols"][0])
@@ -246,14 +242,13 @@ def write_table(content: Content, folder: Path) -> str:
     return f"{markdown(content, linked=False)}\nWritten: {folder}/table.md, .csv, .json, .png"
 
 
-def write_csv(content: Content, writer: Any) -> None:
-    """Write one line per cell and protocol."""
-    writer.writerow(["row", "column", "protocol", "mean", "std", "runs", "printed", "printed_std", "deviations"])
+def csv_rows(content: Content) -> Iterator[list[Any]]:
+    """Yield one line per cell and protocol."""
     for cell in content["cells"]:
         for protocol in content["protocols"]:
             found = cell["protocols"].get(protocol, {"mean": "not run", "std": None, "values": ()})
             # Print has one protocol.
             printed = cell["printed"] if protocol == content["protocols"][0] else None
             compared = (printed["mean"], printed["std"], cell["deviations"]) if printed else (None, None, None)
-            writer.writerow([cell["row"], cell["column"], protocol, found["mean"], found["std"],
-                             len(known(found["values"])), *compared])
+            yield [cell["row"], cell["column"], protocol, found["mean"], found["std"], len(known(found["values"])),
+                   *compared]

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from shared.cli import Choice, Flag, Float, Int, Option, UserError, nearest, parse, run_main
 from shared.report.table_report import measure, write_table
-from shared.training.files import InUse, atomic, in_use, lock
+from shared.training.files import InUse, in_use, lock, write_json
 from shared.training.precision import commit, machine
 from shared.training.progress import duration
 
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Printed:
-    """A number of the paper: mean, and standard deviation where it is printed."""
+    """A number of the paper: mean, and standard deviation if printed."""
     mean: float
     std: float | None = None
 
@@ -109,7 +109,7 @@ class Table:
         return list({cell.job.name: cell.job for cell in self.cells}.values())
 
     def first_seeds(self, count: int | None) -> tuple[int, ...]:
-        """Return so many seeds: the paper's, then the numbers after the last of them; None: the paper's."""
+        """Return `count` seeds: the paper's, then consecutive numbers; None: the paper's."""
         last = self.seeds[-1]
         return self.seeds if count is None else (*self.seeds, *range(last + 1, last + 1 + count))[:count]
 
@@ -147,7 +147,7 @@ class Task:
                 "configs": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.job.configs}}
 
     def record(self) -> dict[str, Any]:
-        """Return run.json, {} where there is none; raise UserError where the folder holds a run of another identity."""
+        """Return run.json, or {} if absent; UserError if the folder holds a run of another identity."""
         path = self.folder / "run.json"
         # Looked at first: another process writes run.json, under a hidden name until it is whole, before anything else.
         holds_files = self.folder.exists() and any(not entry.name.startswith(".") for entry in self.folder.iterdir())
@@ -174,8 +174,7 @@ class Task:
 
     def write(self, **values: Any) -> None:
         content = {"identity": self.identity(), **self.record(), **values}
-        with atomic(self.folder / "run.json", "w") as file:
-            json.dump(content, file, indent=1)
+        write_json(self.folder / "run.json", content)
 
 
 def compute(task: Task, environment: Mapping[str, str], held: IO) -> None:
@@ -186,7 +185,7 @@ def compute(task: Task, environment: Mapping[str, str], held: IO) -> None:
     facts = {"commit": commit(), "hardware": machine(), "threads": environment.get("OMP_NUM_THREADS")}
     earlier = [*found.get("earlier", []), {name: found[name] for name in facts}] if found else []
     task.write(state="running", stages=done, earlier=earlier, **facts)
-    for path in task.job.configs:  # beside the log, for whoever looks at the run
+    for path in task.job.configs:  # beside the log, for the reader
         shutil.copyfile(path, task.folder / path.name)
     for stage in task.job.stages:
         if stage.name not in done:

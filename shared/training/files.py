@@ -1,16 +1,20 @@
 """Files that are complete or absent: written under a temporary name, flushed, renamed; and folders held by a lock."""
 from __future__ import annotations
 
+import csv
 import errno
 import glob
+import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
 
 from shared.cli import UserError
 
@@ -58,6 +62,27 @@ def atomic(path: str | os.PathLike, mode: str = "wb", previous: str | os.PathLik
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def write_json(path: str | os.PathLike, content: Any, indent: int | None = 1, sort_keys: bool = False) -> None:
+    with atomic(path, "w") as file:
+        json.dump(content, file, indent=indent, sort_keys=sort_keys)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    with atomic(path, "w") as file:
+        file.write(text)
+
+
+def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Write an .npy file."""
+    with atomic(path) as file:
+        np.save(file, array)
+
+
+def write_csv(path: str | os.PathLike, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with atomic(path, "w") as file:
+        csv.writer(file, lineterminator="\n").writerows(chain([head], rows))
 
 
 def check_writable(path: str | os.PathLike, flag: str) -> None:
@@ -191,7 +216,7 @@ def lock(folder: str | os.PathLike, wait: bool = False, name: str = LOCK) -> IO[
 
 @contextmanager
 def taken(folder: str | os.PathLike) -> Iterator[None]:
-    """Lock a folder while it gets files; nothing of the lock is left, nor a new folder that remains empty."""
+    """Lock a folder while it gets files; afterwards remove the lock, and the folder if it is new and empty."""
     folder = Path(folder)
     is_new, file = not folder.exists(), lock(folder)
     try:

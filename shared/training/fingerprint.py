@@ -1,4 +1,4 @@
-"""What a file, a folder or an array holds, as a short text: the same text means the same content.
+"""Fingerprints of files, folders and arrays: the same fingerprint means the same content.
 
 Neither the path nor a time counts, so a copied or moved file keeps its fingerprint. That of a path is remembered in the
 cache folder, and computed anew when size, inode or a time of any file differs.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from shared.cli import UserError
-from shared.training.files import atomic, cache_folder, walk_folders
+from shared.training.files import cache_folder, walk_folders, write_text
 from shared.training.progress import Progress
 
 CHUNK = 1 << 22  # bytes read at a time
@@ -112,8 +112,7 @@ def _remembered(path: Path, kind: str, compute: Callable[[Path, Files], str]) ->
     if settled:
         with suppress(OSError, UserError):  # a cache that cannot be written: it is computed again
             memory.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(memory, "w") as file:
-                file.write(f"{state} {digest}\n")
+            write_text(memory, f"{state} {digest}\n")
     return digest
 
 

@@ -1,4 +1,4 @@
-"""What an output was made from, so that the program that makes it does nothing when called again.
+"""The record of an output's settings and inputs: the same command again finds it complete.
 
     record = Record(output, settings={"resolution": 32}, inputs={"--source": source})
     if record.is_complete(overwrite=options.overwrite):
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cli import UserError
-from shared.training.files import atomic, sweep
+from shared.training.files import sweep, write_json
 from shared.training.fingerprint import fingerprint, fingerprints
 
 
@@ -49,10 +49,10 @@ class Record:
         return fingerprints(self._inputs)
 
     def is_complete(self, overwrite: bool = False) -> bool:
-        """Return whether the output is there and was made from the same; then print so.
+        """Return whether the output exists with the same settings and inputs, and print so.
 
-        False for an output without a record, one that was changed since, or one that was only begun (see `begin`). For
-        one of something else raises UserError, or with `overwrite` removes the record and returns False.
+        False for an output without a record, changed since, or only begun (see `begin`). Other settings or inputs raise
+        UserError, or with `overwrite` remove the record and return False.
         """
         sweep(self.output.parent, f"{glob.escape(self.output.stem)}*")
         sweep(self.path.parent, glob.escape(self.path.name))
@@ -72,12 +72,12 @@ class Record:
         return True
 
     def has_same_inputs(self) -> bool:
-        """Return whether the output that is there, if any, was made from the same inputs, be it with other settings."""
+        """Return whether an existing output was made from the same inputs, with any settings."""
         saved = self._read()
         return not saved or saved.get("inputs") == self.inputs
 
     def begin(self) -> None:
-        """Record what the output is going to be made from, for programs that continue a folder made in part."""
+        """Record settings and inputs before the work, for programs that continue a partial folder."""
         self._write(None)
 
     def write(self) -> None:
@@ -85,12 +85,11 @@ class Record:
         self._write(fingerprint(self.output))
 
     def _write(self, output: str | None) -> None:
-        with atomic(self.path, "w") as file:
-            json.dump({"program": Path(sys.argv[0]).name, "settings": self.settings, "inputs": self.inputs,
-                       "output": output}, file, indent=1)
+        write_json(self.path, {"program": Path(sys.argv[0]).name, "settings": self.settings, "inputs": self.inputs,
+                               "output": output})
 
     def _read(self) -> dict[str, Any]:
-        """Return the record of an output that is there, or {}."""
+        """Return the record of an existing output, or {}."""
         if not self.output.exists() or not self.path.exists():
             return {}
         try:
