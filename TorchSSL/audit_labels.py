@@ -29,12 +29,12 @@ from shared.data.datasets import has_split
 from shared.data.images import ImageSet
 from shared.data.writers import labels_json
 from shared.distributed import World
-from shared.report.gallery import Picture, Section, picture, write_page
 from shared.training.files import atomic, make_dir, write_array, write_csv, write_json, write_text
 from shared.training.record import Record
 from TorchSSL.audit import diffusion, findings
 from TorchSSL.audit.findings import LabelIssues, Neighbours
 from TorchSSL.audit.folds import linear_judge, network_judge, out_of_sample
+from TorchSSL.audit.gallery import Picture, Section, picture, write_page
 from TorchSSL.core.data import load_split
 from TorchSSL.core.labels import compared_with_truth
 from TorchSSL.encoders.images import Images, training_images

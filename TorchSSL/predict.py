@@ -29,10 +29,10 @@ from shared import distributed
 from shared.cli import Choice, Flag, Int, Option, Text, UserError, less_memory, parse, run_main
 from shared.distributed import World
 from shared.parallel import cores, one_ahead
-from shared.report.gallery import Section, picture, write_page
 from shared.training.files import atomic, check_writable, make_dir
 from shared.training.progress import Progress
 from shared.training.record import Record
+from TorchSSL.audit.gallery import Section, picture, write_page
 from TorchSSL.core.classifier import BLOCK, Classifier, open_classifier
 from TorchSSL.encoders.images import Images, list_images
 

@@ -35,12 +35,12 @@ from shared.cli import parse as parse_flags
 from shared.data.datasets import NAMES
 from shared.data.listing import read_label_csv
 from shared.data.safe import load_array
-from shared.report.gallery import Section, picture, write_contact_sheet, write_page
 from shared.training.checkpoint import read_checkpoint
 from shared.training.files import make_dir, write_array, write_csv
 from shared.training.progress import progress
 from shared.training.randomness import numpy_rng
 from shared.training.record import Record
+from TorchSSL.audit.gallery import Section, picture, write_contact_sheet, write_page
 from TorchSSL.core.classifier import BLOCK, open_classifier
 from TorchSSL.core.evaluation import trained_options
 from TorchSSL.core.labels import INDEX_FILE

@@ -14,14 +14,13 @@ from cleanlab.rank import get_label_quality_scores
 from sklearn.neighbors import NearestNeighbors
 
 from shared.cli import UserError
-from shared.data.safe import READ_ERRORS, load_array, zip_members
+from shared.data.safe import load_array
 from TorchSSL.core.labels import SMOOTHING, rows_of
 
 NEIGHBOURS = 10
 NEAR = 0.13   # of the median distance to the nearest image, as in cleanlab's search for near-duplicates
 FENCE = 3.0   # quartile distances beyond the upper quartile: Tukey's outer fence
 SUM_TOLERANCE = 1e-2  # of given probabilities, written with few digits
-MOST_BYTES = 1 << 36
 
 
 @dataclass(frozen=True)
@@ -120,22 +119,10 @@ def given_probabilities(file: str, names: Sequence[str], classes: Sequence[str])
     """
     if not Path(file).is_file():
         raise UserError(f"--pred_probs: there is no file {file}")
-    ending = Path(file).suffix.lower()
-    if ending == ".csv":
+    if Path(file).suffix.lower() == ".csv":
         found = _probabilities_in_csv(file, names, classes)
-    elif ending == ".npz":
-        zip_members(Path(file), max_member=MOST_BYTES)
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                wanted = ("probabilities", "pred_probs", *arrays.files[:len(arrays.files) == 1])
-                name = next((name for name in wanted if name in arrays.files), None)
-                if name is None:
-                    raise UserError(f"--pred_probs: {file} holds {', '.join(arrays.files[:8])}; expected probabilities")
-                found = arrays[name]
-        except READ_ERRORS as error:
-            raise UserError(f"--pred_probs: {file} is cut short or holds no plain arrays ({error})") from None
     else:
-        found = load_array(file, f"--pred_probs {file}")
+        found = load_array(file, f"--pred_probs {file}", ("probabilities", "pred_probs"))
     if found.shape != (len(names), len(classes)) or found.dtype.kind != "f":
         raise UserError(f"--pred_probs: {file} holds {found.dtype} {list(found.shape)}, expected floats "
                         f"[{len(names)}, {len(classes)}]: a row an image, a column a class")

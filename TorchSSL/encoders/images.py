@@ -15,12 +15,10 @@ from shared.data.datasets import NAMES, load_dataset, own_part
 from shared.data.formats import layout_of
 from shared.data.images import ImageSet, UnequalSizes, open_image, read_images
 from shared.data.photographs import PhotographSet, list_imagenet
-from shared.data.safe import READ_ERRORS, Member, load_array, read_members, zip_members
+from shared.data.safe import Member, load_array, read_members
 from shared.training.fingerprint import fingerprint_arrays
 from TorchSSL.core.data import load_pools
 from TorchSSL.encoders.features import read_features
-
-MOST_BYTES = 1 << 40  # of a file of features
 
 
 class Images:
@@ -142,7 +140,7 @@ def own_images(dataset: str, split: str) -> Images:
 def features_in(file: str, images: Images) -> np.ndarray:
     """Read features [N, D] of a .npy, .npz or an encoder's file, the latter matched by name; UserError."""
     if Path(file).suffix in (".npy", ".npz"):
-        found = array_in(file)
+        found = load_array(file, f"--features {file}", ("features", "embs"))
         if found.ndim != 2 or found.dtype.kind != "f" or len(found) != len(images):
             raise UserError(f"--features: {file} holds {found.dtype} {list(found.shape)}, expected floats "
                             f"[{len(images)}, D], a row an image")
@@ -152,24 +150,6 @@ def features_in(file: str, images: Images) -> np.ndarray:
     if absent := [name for name in images.names if name not in rows]:
         raise UserError(f"--features: {file} has no row for {absent[0]} of {images.path}")
     return unit_length(stored.values[[rows[name] for name in images.names]])
-
-
-def array_in(file: str) -> np.ndarray:
-    """Return the array of a .npy, or `features`, `embs` or the only one of a .npz; UserError."""
-    if file.endswith(".npy"):
-        return load_array(file, f"--features {file}")
-    if not Path(file).is_file():
-        raise UserError(f"--features: there is no {file}")
-    zip_members(Path(file), max_member=MOST_BYTES)
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            name = next((name for name in ("features", "embs", *arrays.files[:len(arrays.files) == 1])
-                         if name in arrays.files), None)
-            if name is None:
-                raise UserError(f"--features: {file} holds {', '.join(arrays.files[:8])}; expected `features`")
-            return arrays[name]
-    except READ_ERRORS as error:
-        raise UserError(f"--features: {file} is cut short or holds no plain arrays ({error})") from None
 
 
 def unit_length(rows: np.ndarray) -> np.ndarray:

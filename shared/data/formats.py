@@ -15,14 +15,13 @@ import numpy as np
 from shared.cli import UserError
 from shared.data.cache import Allocate, Stored
 from shared.data.classes import MAX_CLASSES, class_numbers
-from shared.data.safe import READ_ERRORS, SMALL, load_numpy_pickle, read_gzip, read_tar, zip_members
+from shared.data.safe import MAX_ARRAY_BYTES, READ_ERRORS, SMALL, load_numpy_pickle, read_gzip, read_tar, zip_members
 
 CIFAR_SIDE = 32
 CIFAR_ROW = 3 * CIFAR_SIDE**2  # bytes of an image: its red, green and blue plane
 MAT_TYPES = {1: "<i1", 2: "<u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8"}
 MAT_MATRIX, MAT_COMPRESSED = 14, 15
 MAT_RATIO = 10                 # unpacked to packed; SVHN has 1.3
-MAX_ARRAY_BYTES = 1 << 40
 ROWS = 256                     # images that are copied at a time
 # Names of (images, labels) in npz files: ours first, then those of Keras, MedMNIST and others.
 NPZ_WHOLE = (("images", "labels"), ("arr_0", "arr_1"))

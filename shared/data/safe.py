@@ -1,8 +1,8 @@
 """Files of unknown origin: archives read in place with bounded sizes and counts, pickles that run nothing.
 
 A ZIP or tar may hold names that point outside, links, or a few kilobytes that unfold to terabytes. A pickle is a
-program that may call whatever it names; this reader knows the names it is given and refuses every other. Each is
-refused in one line before anything of it is decoded.
+program that can call any function it names; this reader resolves an allow-list of names alone. A hostile file is
+refused in one line before any of it is decoded.
 """
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ MIN_BYTES_PER_ENTRY = 160       # both headers of an entry and the smallest PNG 
 MAX_MEMBER_BYTES = 1 << 28      # the largest image that is decoded, and a CIFAR-100 batch, take less
 MAX_RATIO = 100                 # unpacked to packed; photographs reach 2, plain drawings 20
 SMALL = 1 << 20                 # below this an entry may have any ratio
+MAX_ARRAY_BYTES = 1 << 40       # an entry of an npz
 MAX_TAR_ENTRIES = 10_000        # archives of batches hold less than ten
 MAX_TAR_BYTES = 1 << 30
 READ_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, struct.error,
@@ -345,14 +346,24 @@ def load_objects(path: str | os.PathLike) -> list[Any]:
     return content.value
 
 
-def load_array(path: str | os.PathLike, source: str | None = None) -> np.ndarray:
-    """Return the numbers of an .npy file; raise UserError, which calls the file `source`, for anything else."""
+def load_array(path: str | os.PathLike, source: str | None = None, names: Sequence[str] = ()) -> np.ndarray:
+    """Return the numbers of an .npy file, or of an .npz file the first array called by one of `names`, else its only
+    one; raise UserError, which calls the file `source`, for anything else."""
     source = source or os.fspath(path)
     try:
+        if names and Path(path).suffix.lower() == ".npz":
+            zip_members(Path(path), MAX_ARRAY_BYTES)
         array = np.load(path, allow_pickle=False)
+        if names and isinstance(array, np.lib.npyio.NpzFile):
+            with array as arrays:
+                name = next((name for name in (*names, *arrays.files[:len(arrays.files) == 1])
+                             if name in arrays.files), None)
+                if name is None:
+                    raise UserError(f"{source}: holds {', '.join(arrays.files[:8])}; expected `{names[0]}`")
+                array = arrays[name]
     except FileNotFoundError:
         raise UserError(f"{source}: no such file") from None
-    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError, zipfile.BadZipFile) as error:
+    except (*READ_ERRORS, SyntaxError, tokenize.TokenError, MemoryError) as error:
         raise UserError(f"{source}: cut short or not a plain array ({error}); make it again") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
         raise UserError(f"{source}: expected an array of numbers")

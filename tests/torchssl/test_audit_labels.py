@@ -90,7 +90,7 @@ def test_given_probabilities_in_every_form(tmp_path: Path) -> None:
     ("a.npy", np.ones((2, 2)), "expected floats [2, 3]"),
     ("a.npy", np.ones((2, 3)), "no distribution"),
     ("a.npy", np.full((2, 3), np.nan), "no distribution"),
-    ("a.npz", {"x": np.ones((2, 3)), "y": np.ones(1)}, "expected probabilities"),
+    ("a.npz", {"x": np.ones((2, 3)), "y": np.ones(1)}, "expected `probabilities`"),
     ("a.csv", "file,cat,dog\na.png,0,1\n", "needs the columns file, cat, dog, owl"),
     ("a.csv", "file,cat,dog,owl\na.png,0,1,0\n", "no row for b.png"),
     ("a.csv", "file,cat,dog,owl\na.png,0,one,0\n", "needs the columns"),

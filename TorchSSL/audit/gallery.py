@@ -11,8 +11,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image, ImageDraw
 
+import shared.report
 from shared.training.files import atomic, write_text
 
+BASE = Path(shared.report.__file__).parent  # of base.html
 SIDE, GAP, LINE = 96, 6, 13  # pixels: of a thumbnail, between two, and of a line of text
 
 
@@ -48,7 +50,7 @@ def picture(image: Image.Image, *caption: str) -> Picture:
 
 def write_page(path: str | os.PathLike, title: str, introduction: Sequence[str], sections: Sequence[Section]) -> None:
     """Write the page as one HTML file."""
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    pages = Environment(loader=FileSystemLoader([Path(__file__).parent, BASE]), autoescape=True)
     text = pages.get_template("gallery.html").render(title=title, introduction=introduction, sections=sections)
     write_text(path, text)
 
