@@ -1,4 +1,4 @@
-"""What generated images changed for every class: stage 3 of long-tailed DPT against stage 1.
+"""The effect of generated images on every class: stage 3 of long-tailed DPT against stage 1.
 
     python dpt_report.py --out=../runs/digits_imbalance20_1 --stage1=RUN --stage3=RUN_aug100
 
@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def collect(options: SimpleNamespace) -> dict[str, Any]:
-    """Return accuracies (fractions) of both stages, by class too, and how good stage 1's pseudo-labels are."""
+    """Return accuracies (fractions) of both stages, by class too, and the quality of stage 1's pseudo-labels."""
     stage1 = Path(options.stage1)
     results = {"stage1": read(stage1 / "result.json")}
     if options.stage3 is not None and (Path(options.stage3) / "result.json").is_file():

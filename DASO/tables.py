@@ -1,6 +1,6 @@
 """The tables of DASO: the runs behind each cell, and what is printed.
 
-    python -m DASO.tables                                  # which there are
+    python -m DASO.tables                                  # names of the tables
     python -m DASO.tables cifar10-lt --only DASO --list    # the runs of one, and what is done
     python -m DASO.tables digits --jobs 2                  # all learners on the long-tailed digits, rare classes apart
     python -m DASO.tables cifar10-lt --scale tiny          # those of the table on the digits, in minutes
@@ -189,7 +189,7 @@ def table_of(name: str, scale: str, options: SimpleNamespace) -> Table:
 
 
 MORE_FLAGS = (
-    Option("--imbalance", Int(1), 20, "the digits: the first class has so many times the images of the last"),
+    Option("--imbalance", Int(1), 20, "digits: images of the first class over those of the last"),
     Option("--args", default="", metavar='"KEY VALUE ..."', help="the digits: further keys of every run"),
 )
 BUILDERS: Tables = {name: (lambda scale, options, name=name: table_of(name, scale, options)) for name in TABLES}

@@ -30,8 +30,8 @@ FLAGS = (
     Option("--images", Int(2), 50000, "number of images"),
     Option("--detector", Text, "inception", "network of the features: Inception's weights from assets/, or a file",
            metavar="inception|FILE"),
-    Option("--download", Flag, False, "fetch Inception's weights if they are not there"),
-    Option("--json", Text, None, "also write the value and all it depends on", metavar="FILE"),
+    Option("--download", Flag, False, "fetch Inception's weights if they are missing"),
+    Option("--json", Text, None, "also write the value with settings and inputs", metavar="FILE"),
 )
 
 

@@ -1,6 +1,6 @@
 """The tables of DDAE: the runs behind each cell, and what is printed.
 
-    python -m DDAE.tables                                 # which there are
+    python -m DDAE.tables                                 # names of the tables
     python -m DDAE.tables cifar10 --only EDM_ddpmpp       # one row at the length of the paper
     python -m DDAE.tables cifar10 --scale tiny --jobs 2   # the whole chain on the digits, 3 seeds
     python -m DDAE.tables dit                             # linear probe of DiT-XL/2
@@ -102,7 +102,7 @@ def cifar10_table(scale: str, options: SimpleNamespace) -> Table:
 
 
 def digits_chain() -> Job:
-    """Return everything that there is to do with a DDAE, on the digits."""
+    """Return all stages of a DDAE on the digits."""
     own = on_config(DIGITS)
     return digits_job("chain", DIGITS_CHAIN, (
         stage("train", "train.py", *own),
@@ -115,7 +115,7 @@ def digits_chain() -> Job:
 
 
 def digits_controls() -> Job:
-    """Return what the chain is compared with: the same on an untrained network and on pixels."""
+    """Return the controls of the chain: an untrained network, and pixels."""
     own = on_config(DIGITS)
     return digits_job("controls", DIGITS_CONTROLS, (
         stage("untrained", "linear.py", *own, "--grid", f"--times={DIGITS_LEVELS}", "--copies=4",

@@ -84,20 +84,20 @@ FLAGS = {
                default_help="labels.csv in the source or beside it"),
         Option("--test-fraction", Float(0, 1, open=True), None, "divide the source by class: write DEST/train.zip and "
                "DEST/test.zip, which gets this fraction"),
-        Option("--max-pixels", Int(1), None, "allow images of so many pixels", default_help="134 million"),
+        Option("--max-pixels", Int(1), None, "largest image that is read, in pixels", default_help="134 million"),
     ),
     "label noise": (
         Option("--noise_type", Choice("sym", "asym"), None, "flip labels: to any other class, or to one similar class"),
         Option("--noise_rate", Float(0, 1, open="high"), None, "probability of a flip"),
         Option("--transition", Text, None, "flip labels by this matrix instead: .json or .npy, row = clean class",
                metavar="FILE"),
-        Option("--dataset", Text, None, "mnist, cifar10, cifar100 or digits, for --noise_type; by default what the "
-               "name of the source or --dest says", metavar="NAME"),
-        Option("--seed", Int(0, 2**32 - 1), None, "seed of the flips and of --test-fraction; 0 if not given"),
+        Option("--dataset", Text, None, "mnist, cifar10, cifar100 or digits, for --noise_type", metavar="NAME",
+               default_help="by the name of the source or --dest"),
+        Option("--seed", Int(0, 2**32 - 1), None, "seed of the flips and of --test-fraction", default_help="0"),
     ),
 }
 Labels = list[tuple[str, Label]]
-# What dataset.json says of images that were resized, so that predict.py does the same: by --transform.
+# --transform -> the resize in dataset.json, which predict.py repeats.
 RESIZES = {None: "square", "center-crop": "centre"}
 # The labels of the written images, in their order -> the labels to write, and further keys of dataset.json.
 Relabel = Callable[[Labels], tuple[Labels, dict[str, Any]]]
@@ -151,13 +151,13 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
         "center-crop-wide" takes the middle of that aspect ratio, leaves out images that are too small, and puts the
         result on a black square. The last two make gray images RGB.
     test_split: take the test images of a CIFAR archive or of the digits.
-    relabel: what happens to the labels before they are written.
+    relabel: function that changes the labels before they are written.
     table: a CSV of labels. part: convert a part of the source alone.
 
     Images stream through one process per core (pixels that stay as they are: through one), and no more than a few
     hundred are held. The destination appears when it is complete, and not at all after an error. Raises UserError for
-    what cannot be read, and for images that end up unequal, not square, not gray or RGB, or of a side that is no power
-    of two (from an .npz: no multiple of 4).
+    unreadable files, and for results of unequal size, not square, not gray or RGB, or of a side that is no power of
+    two (from an .npz: no multiple of 4).
     """
     source, dest = Path(source), Path(dest)
     _check_arguments(source, transform, resolution, test_split)

@@ -45,14 +45,14 @@ from shared.training.precision import computed_on
 from shared.training.record import Record
 
 METRICS = MetricNames({
-    "accuracy": "fraction of the images that show the class they should, by the judge",
+    "accuracy": "fraction of the images of the right class, by the judge",
     "fid": "Fréchet distance, of all images and class-wise",
     "prdc": "precision, recall, density, coverage, of all images and class-wise",
     "cas": "classification accuracy score: train on generated images, test on real ones",
 })
 CLASSIFIERS = ("small", "cnn", "resnet50", "resnet50_pretrained")
 COUNT = Int(1)
-INCEPTION_SIDE = 32  # images of fewer pixels say little to a network for photographs
+INCEPTION_SIDE = 32  # smaller images give a network for photographs little information
 
 FLAGS = {
     "images": (
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
-    """Compute what checked flags ask for, write it into --outdir, and return the content of result.json."""
+    """Compute the metrics, write them into --outdir, and return the content of result.json."""
     started = time.monotonic()
     train, test = real_images(flags)
     outdir = Path(flags.outdir)

@@ -54,7 +54,7 @@ FEATURES = (
     generate.DEVICE,
 )
 CALC_FLAGS = {
-    "what is scored": (
+    "images to score": (
         Option("--images", metavar="PATH|ZIP|NPZ", help="images to score"),
         Option("--network", metavar="PATH|URL", help="snapshot to make the images with, instead of --images"),
         Option("--seeds", generate.SEEDS, None, "seeds of --network", default_help="0 to num - 1"),
@@ -71,7 +71,7 @@ CALC_FLAGS = {
         Option("--pr-k", COUNT, 3, "neighbours of precision and recall"),
         Option("--dc-k", COUNT, 5, "neighbours of density and coverage"),
         Option("--isc-splits", COUNT, 10, "splits of the inception score"),
-        Option("--json", metavar="FILE", help="also write the values and all they depend on", key="json_file"),
+        Option("--json", metavar="FILE", help="also write the values with settings and inputs", key="json_file"),
     ),
     "features": FEATURES,
     "sampling, with --network": generate.SAMPLING,
@@ -110,7 +110,7 @@ def check(flags: SimpleNamespace) -> None:
         foreign = [name for name, key in (("--seeds", "seeds"), *((o.name, o.key) for o in generate.SAMPLING))
                    if key in flags.given]
         if foreign:
-            raise UserError(f"{foreign[0]} says how --network makes images; those of --images are there already")
+            raise UserError(f"{foreign[0]} belongs to --network; it has no effect on --images")
         return
     if "seed" in flags.given:
         raise UserError("--seed chooses among --images; give the seeds of --network with --seeds")

@@ -35,7 +35,7 @@ SOURCES = {"mnist": "{data}/MNIST/raw/train-images-idx3-ubyte.gz", "cifar10": "{
 TDSM_DATA = ("mnist", "cifar10", "cifar100")
 # Per class, so that 50,000 images are scored.
 PER_CLASS = {"mnist": 5000, "cifar10": 5000, "cifar100": 500, "digits": 100}
-# Column -> keys of evaluate.py's result.json, of which one is there, and the factor that gives the column's unit.
+# Column -> alternative keys of evaluate.py's result.json, and the factor that gives the column's unit.
 COLUMNS = {
     "FID": (("fid", "fd_judge"), 1), "CW-FID": (("class_wise_fid", "class_wise_fd_judge"), 1),
     "density": (("density",), 100), "coverage": (("coverage",), 100),

@@ -1,10 +1,10 @@
-"""What a network has learned, in two dimensions: labelled, unlabelled and test images by t-SNE (figure 3 of the paper).
+"""The t-SNE figure of a network's features: labelled, unlabelled and test images (figure 3 of the paper).
 
     python plot_features.py --dataset svhn --checkpoint-path results/svhn/model_best.pth \\
         --index-path results/svhn/label_indices.txt --save-path results/svhn/visualization --num-point 5000
 
 Writes visualization.pdf and .png, and aligned.npy: the embedding, float32 [N, 2], labelled images first, then the
-unlabelled and the test images, with the classes in classes.npy. A GPU is used where there is one.
+unlabelled and the test images, with the classes in classes.npy. A GPU is used if available.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FLAGS = {
         Option("--checkpoint-path", required=True, metavar="FILE", help="checkpoint.pth or model_best.pth"),
         Option("--index-path", required=True, metavar="FILE", help="label_indices.txt of the run"),
         Option("--save-path", required=True, metavar="DIR", help="folder of the figure"),
-        Option("--num-point", COUNT, None, "draw at most so many unlabelled and so many test images",
+        Option("--num-point", COUNT, None, "most unlabelled images and most test images in the figure",
                default_help="all"),
     ),
     "beyond the published flags": (
@@ -100,7 +100,7 @@ def read_indices(path: str, count: int) -> np.ndarray:
 
 
 def load_network(path: str, channels: int) -> torch.nn.Module:
-    """Return the network of a checkpoint in eval mode; which one it is shows in the names and shapes of its tensors."""
+    """Return the network of a checkpoint in eval mode, recognised by the names and shapes of its tensors."""
     content = read_checkpoint(path)
     if "model" not in content:
         raise UserError(f"--checkpoint-path: {path} holds no model; expected a checkpoint.pth or model_best.pth")
@@ -122,7 +122,7 @@ def load_network(path: str, channels: int) -> torch.nn.Module:
 
 
 def features(net: torch.nn.Module, images: ImageSet, dataset: str) -> np.ndarray:
-    """Return what the classifier sees of each image, float32 [N, D], in order."""
+    """Return the classifier's input for each image, float32 [N, D], in order."""
     pool = Pool(images, *NORMALISATION[dataset], next(net.parameters()).device)
     with torch.inference_mode():
         found = [net.features(pool.normalised(np.arange(start, min(start + BATCH, len(pool))))).cpu()

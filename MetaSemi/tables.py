@@ -1,6 +1,6 @@
 """The tables of MetaSemi: the runs behind each cell, and what is printed.
 
-    python -m MetaSemi.tables                              # which there are
+    python -m MetaSemi.tables                              # names of the tables
     python -m MetaSemi.tables cifar10 --list               # the runs of one, and what is done
     python -m MetaSemi.tables ablation --scale tiny        # on the digits with 20 and 40 labels, minutes
 
@@ -30,7 +30,8 @@ ABLATION = {"labels only": ("train_baseline", (), (9.76, 15.43, 38.74)),
             "mix-up only": ("train_baseline", ("--mix-up",), (5.60, 11.10, 32.67)),
             "MetaSemi (both)": ("train_meta", ("--mix-up",), (3.15, 7.78, 30.74))}
 ALL_LABELS = (2.67, 4.88, 22.10)
-# Not in the paper, on the digits alone: the same with pseudo-labels that nothing corrects.
+# Not in the paper, on the digits alone: the same with uncorrected pseudo-labels.
+
 CONTROLS = {"meta only, uncorrected": ("train_meta", ("--meta-lr=0",), ()),
             "both, uncorrected": ("train_meta", ("--mix-up", "--meta-lr=0"), ())}
 # The digits: 8x8 images, a small network, a short training with the published shape of the schedule.
@@ -48,7 +49,7 @@ MORE_FLAGS = (
 
 
 def read_error(folder: Path) -> Values:
-    """Return the error in % by protocol from a run's result.json, and its top-5 error where there is one."""
+    """Return the error in % by protocol from a run's result.json, and its top-5 error, if any."""
     accuracy = json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))["accuracy"]
     values = {"error": {name: 100 - 100 * accuracy[key] for name, key in PROTOCOLS.items()}}
     if "last_top5" in accuracy:

@@ -44,8 +44,8 @@ class World:
 def start(device: str | None = None) -> World:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone without a process group.
 
-    `device`: "cpu", "cuda", "cuda:1" or None for a GPU where there is one. Raises UserError when a machine has
-    fewer GPUs than processes on it, or the device asked for is absent.
+    `device`: "cpu", "cuda", "cuda:1" or None for a GPU if available. Raises UserError if a machine has
+    fewer GPUs than processes, or lacks the device.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -106,7 +106,7 @@ def _device(asked: str | None, local_rank: int, local_size: int) -> torch.device
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if any."""
     if dist.is_initialized():
         time.sleep(0.1)  # gloo's threads may need Python's lock, which the next line holds; otherwise a deadlock
         dist.destroy_process_group()
@@ -228,7 +228,7 @@ def sync_batchnorm(net: torch.nn.Module, world: World) -> torch.nn.Module:
 
 
 def unwrap(net: torch.nn.Module) -> torch.nn.Module:
-    """Return the network inside data-parallel and compile wrappers."""
+    """Return the network without data-parallel and compile wrappers."""
     while True:
         if isinstance(net, torch.nn.parallel.DistributedDataParallel):
             net = net.module

@@ -107,8 +107,8 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """What a network started from. note: for the log. mean, std: per channel, of the images that the weights expect;
-    None where the source does not say."""
+    """The initial weights of a network. note: for the log. mean, std: per channel, as the weights expect; None if the
+    source does not say."""
 
     note: str
     mean: tuple[float, ...] | None = None
@@ -169,7 +169,7 @@ def start_from_timm(net: nn.Module, source: str, num_classes: int, in_channels: 
 
 
 def source_of(source: str | None) -> str | None:
-    """Return what the fingerprint of an input is computed from: a file, or the digest of timm's name."""
+    """Return the input of the fingerprint: a file, or the digest of timm's name."""
     return fingerprint_arrays([source]) if source and is_timm(source) else source or None
 
 
@@ -179,7 +179,7 @@ def note_of(source: str, taken: int, ours: Mapping[str, Tensor], fresh: Sequence
 
 
 def recorded(values: object, count: int) -> tuple[float, ...] | None:
-    """Return what a file records of its images, a number per channel; None where it does not."""
+    """Return a recorded statistic of the images, a number per channel; None if absent."""
     if not isinstance(values, (list, tuple)) or len(values) != count:
         return None
     return tuple(map(float, values)) if all(isinstance(value, (int, float)) for value in values) else None

@@ -1,4 +1,4 @@
-"""Work spread over all cores, its results in order, never more of them in flight than the cores need."""
+"""Work on all cores, with results in order and bounded memory."""
 from __future__ import annotations
 
 import multiprocessing

@@ -31,7 +31,7 @@ def predict(net: SemiModel, pool: ViewedPool, batch_size: int, world: World) -> 
 
 
 def accuracy(logits: Tensor, labels: Tensor, top: tuple[int, ...] = (1, 5)) -> list[Tensor]:
-    """Return for each of `top` the percentage of images whose label is among so many most probable classes."""
+    """Return for each of `top` the percentage of images whose label is among the k most probable classes."""
     ranked = logits.topk(min(max(top), logits.shape[1]), dim=1).indices == labels[:, None]
     return [ranked[:, :k].any(1).float().mean() * 100 for k in top]
 

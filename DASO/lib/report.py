@@ -1,4 +1,4 @@
-"""What a run tells of itself: how good its pseudo-labels are, its history of accuracies, and its result files.
+"""The reports of a run: quality of its pseudo-labels, history of accuracies, result files.
 
 results.json is the published history; summary.json holds last, median of the last 20 and best side by side, by class
 and group of classes too; result.json the same in short, for tables.
@@ -23,7 +23,7 @@ NAMES = {"main": ("main_pl", "main_pl", "pl"), "linear": ("linear_pl", "linear_p
          "semantic": ("semantic_pl", "sem_pl", "sem_pl")}
 KINDS = tuple(NAMES)
 NOTHING = -1.0  # precision of a class that is never predicted, imbalance of no labels
-MEDIAN_OF = 20  # evaluations behind the published accuracy
+MEDIAN_OF = 20  # evaluations in the published accuracy
 TRACKED = ("top1", "top1_la")  # accuracies with a history, by split
 GROUPS = ("many", "medium", "few")
 
@@ -164,7 +164,7 @@ def summary(courses: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
 
 
 def write_result(folder: Path, state: Mapping[str, Any], facts: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
-    """Write result.json of a finished run: accuracies as fractions by protocol, what was run, and on what."""
+    """Write result.json of a finished run: accuracies as fractions by protocol, settings and hardware."""
     courses = state["courses"]
     split = "test" if "test/top1" in courses else "valid"
     if f"{split}/top1" not in courses:

@@ -75,7 +75,7 @@ class Scheduler:
 def average_gradients(parameters: list[torch.nn.Parameter], world: World) -> None:
     """Replace every gradient by its mean over ranks, in one message.
 
-    In place of DistributedDataParallel, so that a learner may use parts of its network in any order and number.
+    In place of DistributedDataParallel, since a learner may use parts of its network in any order and number.
     """
     if world.size == 1:
         return

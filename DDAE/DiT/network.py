@@ -101,7 +101,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        # A frozen parameter, so that it is in the state as published.
+        # A frozen parameter: part of the state, as published.
         self.pos_embed = nn.Parameter(position_table(hidden_size, input_size // patch_size)[None],
                                       requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
@@ -141,7 +141,7 @@ class DiT(nn.Module):
         return unpatchify(self.final_layer(x, c), self.out_channels)
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the outputs [N, tokens, width] of the named blocks; the blocks behind the last of them do not run."""
+        """Return the outputs [N, tokens, width] of the named blocks; later blocks do not run."""
         check_names(names, self.block_names)
         found: dict[str, Tensor] = {}
         x, c = self._embed(x, t, y)
@@ -170,7 +170,7 @@ class DiT(nn.Module):
 
 
 def make_dit(name: str, input_size: int = 32) -> DiT:
-    """Return e.g. DiT-XL/2 (675M parameters) with initial weights; UserError for a name that there is not."""
+    """Return e.g. DiT-XL/2 (675M parameters) with initial weights; UserError for an unknown name."""
     known = [f"DiT-{size}/{patch}" for size in SIZES for patch in PATCHES]
     if name not in known:
         raise UserError(f"no network {name!r}{nearest(name, known)}; known: {', '.join(known)}")
@@ -180,7 +180,7 @@ def make_dit(name: str, input_size: int = 32) -> DiT:
 
 
 def load_dit(path: str, name: str, input_size: int, device: torch.device) -> DiT:
-    """Return the network with the weights of `path`, without gradients; UserError if they are missing or others'."""
+    """Return the network with the weights of `path`, without gradients; UserError unless they are its weights."""
     if not Path(path).is_file():
         raise UserError(f"--ckpt {path}: no such file; put the published DiT-XL-2-256x256.pt there, or name yours")
     state = read_checkpoint(path)
@@ -201,7 +201,7 @@ def latent_features(net: DiT, codes: Tensor, level: int, names: Sequence[str], n
     """Return block name -> float32 [N, width], the mean over tokens, of latents [N, C, S, S] noised to step `level`
     (0..999), without class.
 
-    noise: standard normal, of the shape of `codes`. The blocks behind the last named one do not run.
+    noise: standard normal, of the shape of `codes`. Blocks after the last named one do not run.
     """
     t = torch.full((len(codes),), level, device=codes.device)
     noisy = SpacedDiffusion().q_sample(codes, t, noise)

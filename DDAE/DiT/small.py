@@ -25,11 +25,11 @@ from shared.training.files import atomic, make_dir
 
 MODEL, CHECKPOINT, VAE = "DiT-S/2", "DiT-S-2.pt", "vae"
 STAGES = 4      # of the VAE: a latent's side is an eighth of the image's
-MEASURED = 256  # images of which the latents are measured
+MEASURED = 256  # images whose latents are measured
 LOG_VARIANCE = -20.0  # of the VAE's posterior: its samples are its means
 FLAGS = (
-    Option("--outdir", Text, "small", "where they are written", metavar="DIR"),
-    Option("--dataset", Text, "digits", "whose latents are measured: a name or a path"),
+    Option("--outdir", Text, "small", "folder of vae/ and DiT-S-2.pt", metavar="DIR"),
+    Option("--dataset", Text, "digits", "data set whose latents are measured: a name or a path"),
     Option("--data_dir", Text, "../data", "folder of the data sets", metavar="DIR"),
     Option("--resolution", Int(16), 32, "side of the enlarged images, a multiple of 16", unit="pixels"),
     Option("--seed", Int(), 0),

@@ -125,7 +125,7 @@ def prepared(images: ImageSet, items: np.ndarray, split: str, copy: int, options
     """Return float32 [n, 3, S, S] in [0, 1]: flipped and cropped (training set), then enlarged bilinearly."""
     chosen = torch.from_numpy(images.images[items])
     if split == "train":
-        # Drawn for the whole copy, so that an image's view depends on nothing but the copy.
+        # Drawn for the whole copy: an image's view depends on the copy alone.
         draws = draw_weak(len(images), numpy_rng(options.seed, copy, "augment latents"), images.size,
                           WeakPolicy(pad_mode="zero"))
         chosen = shift_whole(chosen, draws[items])
@@ -145,7 +145,7 @@ def encode(vae: nn.Module, images: Tensor, items: np.ndarray, purpose: str, opti
 
 
 def show(vae: nn.Module, images: Tensor, codes: np.ndarray, folder: Path, split: str, copy: int) -> None:
-    """Write the first images and what the VAE makes of their codes, to look at."""
+    """Write the first images beside the VAE's reconstructions, to look at."""
     images = images[:DEBUG_IMAGES]
     with torch.no_grad():
         decoded = vae.decode(to_device(codes[:DEBUG_IMAGES], images.device) / SCALE).sample / 2 + 0.5

@@ -1,4 +1,4 @@
-"""The data sets of DDAE, and which images a step sees: a function of (seed, step) alone, on any number of ranks."""
+"""The data sets of DDAE, and the batch of a step: a function of (seed, step) alone, on any number of ranks."""
 from __future__ import annotations
 
 import os
@@ -66,7 +66,7 @@ def load_tiny_imagenet(data_dir: str | os.PathLike, split: str) -> ImageSet:
 
 
 def tiny_root(data_dir: str | os.PathLike) -> Path:
-    """Return the folder tiny-imagenet-200 in `data_dir`, which may already be it; UserError if there is none."""
+    """Return the folder tiny-imagenet-200 in `data_dir`, or `data_dir` itself if it is that folder; UserError."""
     root = Path(data_dir)
     root = root if root.name == TINY else root / TINY
     if not root.is_dir():
@@ -149,8 +149,8 @@ class Batch:
 class TrainBatches:
     """Batches of a data set in a new random order each epoch, the last one of an epoch being shorter.
 
-    size: images in the global batch. flip: mirror half of them. pad: crop from the image padded by so many black
-    pixels (0: do not). Raises UserError for a size that leaves a rank without an image.
+    size: images in the global batch. flip: mirror half of them. pad: black margin in pixels of an image
+    before it is cropped. Raises UserError for a size that leaves a rank without an image.
     """
 
     def __init__(self, images: ImageSet, size: int, world: World, seed: int, flip: bool = True, pad: int = 4) -> None:

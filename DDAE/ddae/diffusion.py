@@ -153,7 +153,7 @@ class DDPM:
 
 
 def schedule_tables(betas: np.ndarray) -> dict[str, Tensor]:
-    """Return what follows from the variances [n_T + 1]: float32 tables under the published names.
+    """Return the tables of the variances [n_T + 1], float32 under the published names.
 
     alpha_t = 1 - β, alphabar_t = ∏ alpha; sqrt_beta_t = √β, oneover_sqrta = 1/√alpha, sqrtab = √alphabar,
     sqrtmab = √(1 - alphabar), ma_over_sqrtmab = (1 - alpha)/sqrtmab, which is 0 where that is 0/0.

@@ -1,4 +1,4 @@
-"""Noise-conditional classifiers: what they see of an image, the WideResNet, and their accuracy over noise levels."""
+"""Noise-conditional classifiers: noisy images, the WideResNet, and the accuracy over noise levels."""
 from __future__ import annotations
 
 import json

@@ -42,7 +42,7 @@ ENCODER = (
 
 @dataclass(frozen=True)
 class Encoder:
-    """A network in eval mode without gradients, its diffusion model, and what it is probed on.
+    """A network in eval mode without gradients, its diffusion model, and the config of the probe.
 
     net: None if the "features" are the pixels themselves, to compare with. name: in folders of results, such as ep400.
     widths: block name -> number of features. weights: fingerprint of the network's file, "" for fresh weights.
@@ -62,7 +62,7 @@ class Encoder:
         return self.config.probe()
 
     def inputs(self, images: ImageSet, world: World) -> dict[str, str]:
-        """Return the fingerprints of what a run on features of these images depends on."""
+        """Return the fingerprints of the inputs of a run on features of these images."""
         digests = distributed.on_main(lambda: fingerprints({"dataset": images}), world)
         return {**digests, "network": self.weights} if self.weights else digests
 
@@ -130,7 +130,7 @@ class LinearHeads(nn.Module):
     """Independent linear classifiers, one per key, trained as few batched matrix products.
 
     dims: key -> feature dimension. Heads of equal dimension lie in one tensor. A head's initial weights depend on
-    (seed, key) alone, so that it is the same alone and among others; they are distributed as PyTorch's Linear.
+    (seed, key) alone, not on the other heads; they are distributed as PyTorch's Linear.
     """
 
     def __init__(self, dims: Mapping[str, int], classes: int, seed: int = 0) -> None:
@@ -187,7 +187,7 @@ Examples = Callable[[int], tuple[Mapping[str, Tensor], Tensor, float]]
 
 
 def heads_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy summed over heads, so that each gets the gradient of its own mean over N.
+    """Return the cross-entropy summed over heads: each gets the gradient of its own mean over N.
 
     logits: [heads, N, classes]; labels: int64 [N].
     """
@@ -205,7 +205,7 @@ def train_heads(run: Run, heads: LinearHeads, optimizer: torch.optim.Optimizer, 
                 per_epoch: int, lr: float, steps: int | None = None) -> None:
     """Train all heads at once, each as if it were alone: Adam on its own cross-entropy, a cosine step per epoch.
 
-    steps: end after so many of them; None: after all epochs.
+    steps: number of steps; None: all epochs.
     """
     world = run.world
     model = distributed.data_parallel(heads, world)
@@ -253,7 +253,7 @@ def write_probes(run: Run, heads: LinearHeads, accuracies: Mapping[str, float], 
 
 
 def write_result(run: Run, accuracy: Mapping[str, float], **facts: Any) -> None:
-    """Write result.json of an evaluation: accuracies as fractions, `facts`, and what the run was."""
+    """Write result.json of an evaluation: accuracies as fractions, `facts`, and the settings."""
     with atomic(run.outdir / "result.json", "w") as file:
         json.dump({"accuracy": accuracy, **facts, "seed": run.config["seed"], "iterations": run.step,
                    "precision": run.config["precision"], "seconds": round(run.seconds, 1),

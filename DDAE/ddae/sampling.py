@@ -1,4 +1,4 @@
-"""Images by number: image i is the same whatever the batch it is made in and the number of processes. Its files."""
+"""Images by number, and their files: image i is the same in any batch and for any number of processes."""
 from __future__ import annotations
 
 import json
@@ -31,7 +31,7 @@ SHEET_COLUMNS = 20
 class ImageNoise:
     """Standard normal numbers of images, row i from a generator of (seed, items[i]): latents, then those of each step.
 
-    Drawn on the host, so that they are the same on every device.
+    Drawn on the host: the same on every device.
     """
 
     def __init__(self, seed: int, items: Sequence[int], shape: Sequence[int], device: torch.device) -> None:

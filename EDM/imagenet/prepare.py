@@ -3,9 +3,9 @@
     python prepare.py --config=configs/own.py --dataset=photos/ --dest=run
     cd run; python .../train_classifier.py --config=config.py --func=train_classifier_stage1
 
-Writes DEST/config.py, which is --config with what the images decide (paths, number of classes), and DEST/labels.txt,
-the labelled images; a list of your own there is kept. Photographs stay where they are: PATH/train/<class>/,
-PATH/test/<class>/ and, if there is one, PATH/unlabeled/. A data set by name is written to DEST/images, enlarged to
+Writes DEST/config.py, a copy of --config with the paths and number of classes of the images, and DEST/labels.txt, the
+labelled images; a list of your own there is kept. Photographs stay in place: PATH/train/<class>/, PATH/test/<class>/
+and, optionally, PATH/unlabeled/. A data set by name is written to DEST/images, enlarged to
 --config.resolution.
 """
 from __future__ import annotations
@@ -40,7 +40,7 @@ FLAGS = (
     Option("--encoder", Text, None, "frozen encoder: a file or folder of MSN, or timm:NAME[@FILE|@pretrained]",
            default_help="DEST/msn/encoder.pth.tar, see train_msn.py"),
     Option("--seed", Int(0), 1, "of the labelled images and the diffusion model"),
-    Option("--overwrite", Flag, False, "replace what was made of other images or with another seed"),
+    Option("--overwrite", Flag, False, "replace files made from other images or with another seed"),
 )
 DROPPED = ("config_name", "hparams")  # the reader adds them again
 

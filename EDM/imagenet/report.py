@@ -1,4 +1,4 @@
-"""What the three stages have found: report.md, report.json and pictures, for one run or over several seeds.
+"""The report of the three stages: report.md, report.json and pictures, for one run or over several seeds.
 
     python report.py --config=config.py --out=report
     python report.py --out=report --seed_report seed_1/report seed_2/report
@@ -67,7 +67,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def collect(config_file: Path, out: Path, history: str | None) -> dict[str, Any]:
-    """Gather what the stages have written, and draw the generated images into `out`."""
+    """Gather the results of the stages, and draw the generated images into `out`."""
     config = read_config(config_file)
     layout = Layout(config)
     control = layout.classifier_stage3.with_name(f"{layout.classifier_stage3.stem}-real.pkl")
@@ -133,7 +133,7 @@ def of_one(content: Mapping[str, Any]) -> str:
     if "stage3" in scores:
         gain = scores["stage3"]["top1"] - scores["stage1"]["top1"]
         parts.append(f"Stage 3 minus stage 1: {100 * gain:+.2f} points of top-1 on {content['test_images']} test "
-                     "images, one seed. `--seeds 10 --controls` shows the spread, and what else could explain it.")
+                     "images, one seed. `--seeds 10 --controls` shows the spread and other explanations.")
     if pseudo["images"]:
         parts.append(f"Pseudo-labels: {pseudo['images']} images" + (
             f", {percent(pseudo['accuracy'])} % of those whose class is known are right." if pseudo["accuracy"] is not

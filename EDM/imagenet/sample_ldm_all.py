@@ -71,7 +71,7 @@ def network_file(options: SimpleNamespace, config: Config) -> Path:
 
 
 def load_sampler(options: SimpleNamespace, config: Config, schedule: Schedule, world: World) -> Sampler:
-    """Return the averaged network of a configuration with its solver and decoder; UserError if it cannot be had."""
+    """Return the averaged network of a configuration with its solver and decoder; UserError."""
     if config.sample.algorithm != "dpm_solver":
         raise UserError(f"--config.sample.algorithm={config.sample.algorithm}: the only algorithm is dpm_solver")
     file = network_file(options, config)
@@ -114,7 +114,7 @@ def begin(record: Record, overwrite: bool) -> bool:
 
 
 def note(file: str | None, line: str, world: World) -> None:
-    """Print a line, and append it to the log file if there is one."""
+    """Print a line, and append it to the log file, if any."""
     if world.main:
         print(line, flush=True)
         if file:

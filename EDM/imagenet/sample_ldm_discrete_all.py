@@ -3,7 +3,7 @@
     python sample_ldm_discrete_all.py --config=configs/accelerate_b4_subset1_2img_k_128_huge.py \\
         --output_path=log/sample_log
 
-As sample_ldm_all.py in all else.
+Otherwise as sample_ldm_all.py.
 """
 from __future__ import annotations
 

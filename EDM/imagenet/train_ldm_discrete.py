@@ -3,7 +3,7 @@
     python train_ldm_discrete.py --config=configs/accelerate_b4_subset1_2img_k_128_huge.py
     torchrun --standalone --nproc_per_node=8 train_ldm_discrete.py --config=...
 
-As train_ldm.py in all else.
+Otherwise as train_ldm.py.
 """
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _linear(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
 
 
 def orders(calls: int) -> list[int]:
-    """Return the orders of the steps that take so many network calls in all: threes, then what is left."""
+    """Return the orders of the steps whose sum is `calls`: threes, then the rest."""
     if calls < 1:
         raise UserError(f"--config.sample.sample_steps={calls}: expected at least 1 network call")
     threes = calls // 3

@@ -1,4 +1,4 @@
-"""What transformers on image patches share: U-ViT (EDM/latent/uvit.py) and DiT (DDAE/DiT/network.py)."""
+"""The layers shared by transformers on image patches: U-ViT (EDM/latent/uvit.py) and DiT (DDAE/DiT/network.py)."""
 from __future__ import annotations
 
 import contextlib

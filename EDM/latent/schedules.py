@@ -27,7 +27,7 @@ def wide(values: Tensor, like: Tensor) -> Tensor:
 class ContinuousSchedule:
     """beta(t) = beta_min + (beta_max - beta_min) t. Functions of t take and return floating tensors [N].
 
-    pred: what the network's output is, noise_pred or x0_pred.
+    pred: meaning of the network's output, noise_pred or x0_pred.
     """
 
     name, time_scale = "continuous", 999.0
@@ -66,14 +66,14 @@ class ContinuousSchedule:
         return self.time_scale * t
 
     def noise_prediction(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Return the noise that the network's output at (x, t) stands for."""
+        """Return the noise predicted by the network's output at (x, t)."""
         if self.pred == "noise_pred":
             return output
         ratio, deviation = self.noise_to_signal(t), self.variance(t).sqrt()
         return x / wide(deviation, x) - output * wide(ratio.rsqrt(), x)
 
     def x0_prediction(self, noise: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Return the image that a prediction of the noise in x stands for."""
+        """Return the image that follows from a prediction of the noise in x."""
         return x / wide(self.alpha_bar(t).sqrt(), x) - wide(self.noise_to_signal(t).sqrt(), x) * noise
 
     def score(self, noise: Tensor, t: Tensor) -> Tensor:

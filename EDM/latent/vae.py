@@ -37,7 +37,7 @@ def sample(moments: Tensor, noise: Tensor, scale: float = SCALE) -> Tensor:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Return images in [-1, 1] as images in [0, 1]; what lies outside is clipped."""
+    """Return images in [-1, 1] as images in [0, 1], clipped."""
     return (0.5 * (images + 1)).clamp(0, 1)
 
 
@@ -123,7 +123,7 @@ def autoencoder() -> type:
 
 
 def load_vae(name: str, flag: str = "--vae") -> nn.Module:
-    """Return an AutoencoderKL in eval mode; UserError if it cannot be had.
+    """Return an AutoencoderKL in eval mode; UserError if it cannot be loaded.
 
     name: a file of weights with CompVis' names (of the VAE alone or in a whole Stable Diffusion checkpoint) or those of
     diffusers, a folder that diffusers wrote, or a name on the Hugging Face hub.

@@ -6,7 +6,7 @@
     classifier  a checkpoint of a TorchSSL run, for data that neither network knows; its distances compare with those
                 of the same checkpoint only
 
-What a file holds tells which of them it is for. Files are read as tensors and plain values only.
+The content of a file decides its kind. Files are read as tensors and plain values only.
 """
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Detector:
 def load_detector(name: str, device: torch.device, download: bool = False, world: World | None = None) -> Detector:
     """Return the detector `name`: "inception", "dinov2" or a file of weights for any of the three kinds.
 
-    download: whether Inception's weights may be fetched where they are not found. Raises UserError for a file that is
-    missing, damaged, hostile or something else.
+    download: whether missing weights of Inception may be fetched. Raises UserError for a missing, damaged, hostile or
+    other file.
     """
     file = _find(name, download, world or World())
     content = _read(file)
@@ -92,7 +92,7 @@ def load_detector(name: str, device: torch.device, download: bool = False, world
 # ---------------------------------------------------------------- files
 
 def asset_folders() -> list[Path]:
-    """Return where weights are looked for: $FEWLABEL_ASSETS, ./assets, the project's assets/, torch.hub's folder."""
+    """Return the search path of weights: $FEWLABEL_ASSETS, ./assets, the project's assets/, torch.hub's folder."""
     named = os.environ.get("FEWLABEL_ASSETS")
     return [*([Path(named)] if named else []), Path("assets"), Path(__file__).parents[2] / "assets",
             Path(torch.hub.get_dir()) / "checkpoints"]

@@ -35,7 +35,7 @@ MAX_BYTES = 1 << 36  # of one array: features of 8 million images
 
 @dataclass(frozen=True)
 class Extraction:
-    """What a pass leaves. The moments are those of all ranks; what is kept lies on the CPU of rank 0 alone.
+    """The result of a pass. The moments are those of all ranks; rank 0 alone keeps the arrays, on its CPU.
 
     features: float32 [N, F], logits: float32 [N, classes], labels: int64 [N], in the order of the images, or None.
     classes: names in label order, or (). size: height and width of the images.
@@ -71,7 +71,7 @@ def extract(source: Source, detector: Detector, batch: int, world: World, *, kee
     counter = Progress(f"features of {detector.name}", len(source), "images", shown=world.main)
     for turn, (images, labels) in enumerate(source.batches(parts[world.rank::world.size])):
         size = tuple(images.shape[2:]) if len(images) else size
-        # One memory layout, whatever the source: another one is another kernel, which rounds differently.
+        # One memory layout for all sources: another layout uses another kernel, which rounds differently.
         features, logits = _detect(detector, images.to(device).contiguous())
         if not features.isfinite().all():
             raise UserError(f"{detector.name} gave features that are not finite numbers: check --detector")
@@ -96,7 +96,7 @@ def _detect(detector: Detector, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _of_all_ranks(rows: Tensor, sizes: Sequence[int], world: World) -> Tensor:
-    """Return the rows of all ranks, of which rank r has sizes[r], one rank after another."""
+    """Return the rows of all ranks, one rank after another; rank r has sizes[r]."""
     if world.size == 1:
         return rows
     padded = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(sizes) - len(rows)))
@@ -217,7 +217,7 @@ def score(names: Sequence[str], generated: Extraction, reference: Reference, det
     """Return the values of the metrics `names` in this order, under their names in result files.
 
     names: fid, kid, prdc, isc, and of each class cwfid, cwprdc. settings: kid_subsets, kid_subset_size, pr_k, dc_k,
-    isc_splits, where they are needed.
+    isc_splits, as far as needed.
     """
     values: dict[str, Any] = {}
     device, distance = generated.moments.sums.device, "fid" if detector.kind == "inception" else f"fd_{detector.kind}"

@@ -1,8 +1,8 @@
 """Classifiers of clean images that judge generated ones: their networks, their training, their features.
 
-Two are trained in an evaluation: the *judge* on real images with their clean labels, which then says what generated
-images show; and that of the classification accuracy score on generated images, which is tested on real ones (Ravuri
-and Vinyals, NeurIPS 2019, arXiv 1905.10887).
+An evaluation trains two: the *judge* on real images with clean labels, which then classifies generated images; and the
+classifier of the classification accuracy score on generated images, which is tested on real ones (Ravuri and Vinyals,
+NeurIPS 2019, arXiv 1905.10887).
 """
 from __future__ import annotations
 

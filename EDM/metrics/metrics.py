@@ -29,7 +29,7 @@ SUBSET_SEED = 2020           # which images form the subsets of KID and the spli
 # ---------------------------------------------------------------- Fréchet distance
 
 class Moments:
-    """Running mean and covariance of features: float64 sums, whatever the number of images."""
+    """Running mean and covariance of features: float64 sums, in constant memory."""
 
     def __init__(self, num_features: int, device: str | torch.device = "cpu") -> None:
         # One row and column more than features: a constant 1 beside them makes the sum and the count part of the
@@ -67,8 +67,8 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
 
     mu: float64 [F]; sigma: float64 [F, F], symmetric and positive semi-definite, of any rank. The root's trace is the
     sum of the roots of the eigenvalues of sigma1 sigma2, which are those of the symmetric A^T sigma2 A where
-    sigma1 = A A^T. So no matrix root is formed, and covariances of fewer images than features are nothing special:
-    A has as many columns as sigma1 has eigenvalues that are more than rounding.
+    sigma1 = A A^T. So no matrix root is formed, and fewer images than features are no special case: A has
+    as many columns as sigma1 has eigenvalues above rounding.
     """
     _check_finite(mu1, sigma1, mu2, sigma2)
     values, vectors = torch.linalg.eigh(sigma1)
@@ -81,8 +81,8 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
 def frechet_distance_of_features(features1: Tensor, features2: Tensor) -> float:
     """Return the Fréchet distance between the Gaussians fitted to features [N1, F] and [N2, F], N1 and N2 from 2 on.
 
-    Where there are fewer images than features the trace comes from the N1 x N2 products of centred features, whose
-    singular values are those roots: exact, and fast for the few images of one class.
+    With fewer images than features, the trace comes from the N1 x N2 products of centred features, whose singular
+    values are those roots: exact, and fast for the few images of one class.
     """
     _check_finite(features1, features2)
     for features in (features1, features2):

@@ -1,4 +1,4 @@
-"""What a network was trained to be asked for: which classes, or which lists of numbers, and how often each occurred."""
+"""The labels that a network was trained on: classes or lists of numbers, with their frequencies."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ class Conditions:
 
 
 def describe_labels(labels: np.ndarray, label_dim: int, classes: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what a snapshot keeps of the labels it was trained on, int64 [N] or float32 [N, label_dim]; {} without.
+    """Return a snapshot's record of its training labels, int64 [N] or float32 [N, label_dim]; {} without labels.
 
     Of more than MOST_VECTORS different lists of numbers, evenly spaced ones in sorted order are kept.
     """
@@ -69,7 +69,7 @@ def describe_labels(labels: np.ndarray, label_dim: int, classes: Sequence[str] =
 
 
 def read_conditions(described: Mapping[str, Any], label_dim: int) -> Conditions:
-    """Return what a snapshot says of its labels; those of the published code and older ones say nothing."""
+    """Return a snapshot's record of its labels; published and older snapshots have none."""
     counts, names, vectors = (described.get(key) for key in ("label_counts", "class_names", "label_vectors"))
     is_list = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
     if not label_dim or not is_list or not 0 < sum(counts) < 1 << 31:

@@ -1,4 +1,4 @@
-"""Where generated images go: folders of PNGs that know what they hold, archives, contact sheets."""
+"""Files of generated images: folders of PNGs with their settings, archives, contact sheets."""
 from __future__ import annotations
 
 import json
@@ -43,15 +43,15 @@ def plan_samples(folder: Path, seeds: Sequence[int], class_index: int | None, su
 
 
 def class_folder(class_index: int, label_dim: int) -> str:
-    """Return the folder name of a class: plain up to 10 classes, zero-padded beyond, so that names sort by class."""
+    """Return the folder name of a class: plain up to 10 classes, zero-padded beyond, to sort by class."""
     return f"{class_index:0{len(str(label_dim - 1))}d}"
 
 
 def prepare_folder(folder: Path, settings: Mapping[str, Any], images: Sequence[Path], overwrite: bool) -> None:
     """Make `folder` the place of images with these settings, recorded in its generate.json.
 
-    Images that are there already may stay when the record says that they have the same settings. Otherwise raises
-    UserError, or with `overwrite` deletes those among `images`.
+    Existing images of the same settings stay. Others raise UserError, or with `overwrite` those among `images` are
+    deleted.
     """
     settings = json.loads(json.dumps(settings))
     old = read_record(folder / RECORD)
@@ -101,7 +101,7 @@ def _short(value: Any) -> str:
 
 
 def work_folder(archive: Path) -> Path:
-    """Return where the images of an archive are kept until all are there."""
+    """Return the folder of an archive's images until it is complete."""
     return archive.with_name(archive.name + ".parts")
 
 

@@ -7,8 +7,8 @@ Every sampler is a plain function of a denoiser `model(x, sigma)`:
 `x` is [n, C, H, W] in the dtype of the state, `sigma` a scalar tensor of the same dtype and device, and the result the
 denoised image D(x; sigma) in any floating dtype. `latents` are unit Gaussian noise of the shape of the images; the
 result has their shape, in [-1, 1] up to overshoot. The state is float64 unless `dtype` says otherwise (Apple GPUs have
-no float64). Noise levels and step sizes are computed on the host before the first step, so that nothing in the loop
-waits for the device.
+no float64). Noise levels and step sizes are computed on the host before the first step: nothing in the loop waits
+for the device.
 
 Arguments that all samplers share:
     num_steps    number of noise levels N above zero; 1 is a single Euler step from the largest level.

@@ -23,7 +23,7 @@ from shared.training.precision import default_precision
 from shared.training.randomness import SeedGenerators
 
 # On a CPU, results differ in the last bit between batches of a few images (other matrix kernels) but not from here on,
-# so smaller batches are filled up. Then an image is the same bytes whatever the batch and the number of processes.
+# so smaller batches are filled up. Then an image is the same bytes for any batch and any number of processes.
 SMALLEST_CPU_BATCH = 16
 SAMPLERS = ("edm", "ablation", "dpmpp-2m", "deis-2", "deis-3")
 STOCHASTIC = ("edm", "ablation")
@@ -68,7 +68,7 @@ class SeedSampler:
         self.affine_weight = affine_weight
         self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
         self.state_dtype = torch.float64
-        # Tried on a single number, so that settings that cannot work are reported before anything is made.
+        # Tried on a single number: impossible settings are reported before the work.
         self._run(lambda x, sigma: x, torch.zeros(1, 1, 1, 1, device=self.device), lambda step: torch.zeros(()))
 
     @torch.inference_mode()
@@ -209,8 +209,8 @@ def load_sampler(flags: SimpleNamespace, world: World) -> tuple[SeedSampler, dic
 
 
 def chosen_classes(flags: SimpleNamespace, label_dim: int, trained: Conditions) -> list[int | None]:
-    """Return the classes to generate; [None] where each seed draws its own. Raises UserError for those not there, in
-    the network or in what it was trained on; `all` leaves out the latter and says so."""
+    """Return the classes to generate; [None] if each seed draws its own. Raises UserError for classes that the network
+    lacks or never saw; `all` leaves out the latter with a warning."""
     name = "class" if flags.classes is None else "classes"
     if flags.class_index is None and flags.classes is None:
         return [None]
@@ -234,5 +234,6 @@ def chosen_classes(flags: SimpleNamespace, label_dim: int, trained: Conditions) 
         raise UserError(f"--{name}: {flags.network} was trained without an image of class {said}; it knows "
                         f"{', '.join(map(str, trained.present[:20]))}")
     if absent:
-        warnings.warn(f"--classes=all: left out class {said}, of which {flags.network} saw no image", stacklevel=2)
+        warnings.warn(f"--classes=all: left out class {said}; {flags.network} was trained without images of it",
+                      stacklevel=2)
     return [index for index in classes if index not in absent]

@@ -49,7 +49,7 @@ def log_matrix(transition: np.ndarray, device: torch.device | str) -> torch.Tens
 # ---------------------------------------------------------------------------------------------------- the classifier
 
 class ClassifierLoss:
-    """Forward-corrected cross entropy -log (Tᵀ c(x_t))_ỹ, so that c becomes a classifier of the clean classes (Patrini
+    """Forward-corrected cross entropy -log (Tᵀ c(x_t))_ỹ, which trains c as a classifier of the clean classes (Patrini
     et al., CVPR 2017). Returns float32 [N]."""
 
     def __init__(self, levels: DenoisingLoss, transition: np.ndarray, device: torch.device | str = "cpu") -> None:
@@ -111,8 +111,8 @@ class TDSMLoss:
         self.statistics: dict[str, torch.Tensor] = {}
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Return [count, 1, 1, 1], from which noise levels follow; with label dropout [count, 2, 1, 1], of which the
-        second is uniform in [0, 1)."""
+        """Return [count, 1, 1, 1], from which noise levels follow; with label dropout [count, 2, 1, 1], the second
+        uniform in [0, 1)."""
         level = self.levels.draw(count, generator)
         if not self.label_dropout:
             return level

@@ -1,4 +1,4 @@
-"""What is known about the wrong labels of a training set: by flags, its dataset.json, its name, or a classifier."""
+"""The label noise of a training set, by flags, its dataset.json, its name, or a classifier."""
 from __future__ import annotations
 
 import dataclasses
@@ -31,8 +31,8 @@ SAME = 1e-5  # largest difference of two matrices that count as one
 class Noise:
     """Label noise of a training set.
 
-    noise_type: one of transition.NOISE_TYPES or "file". noise_rate: 0 where it has none. dataset: a key of
-    transition.CLASSES or None. matrix: float64 [K, K]; None where it is to be learned. origin: who says so.
+    noise_type: one of transition.NOISE_TYPES or "file". noise_rate: 0 if it has none. dataset: a key of
+    transition.CLASSES or None. matrix: float64 [K, K]; None if it is learned. origin: source of this knowledge.
     """
 
     noise_type: str
@@ -43,12 +43,12 @@ class Noise:
     origin: str
 
     def settings(self) -> dict[str, Any]:
-        """Return what the published option dictionary records of it."""
+        """Return its entries in the published option dictionary."""
         return dict(num_classes=self.num_classes, noise_type=self.noise_type, noise_rate=self.noise_rate,
                     dataset=self.dataset)
 
     def record(self) -> dict[str, Any]:
-        """Return what a snapshot keeps of it: the settings and the matrix."""
+        """Return its record in a snapshot: the settings and the matrix."""
         return {**self.settings(), **({} if self.matrix is None else {"transition_matrix": self.matrix.tolist()})}
 
     def __str__(self) -> str:
@@ -155,7 +155,7 @@ def with_clean_labels(images: ImageSet, path: str) -> ImageSet:
 # --------------------------------------------------------------------------------------------------- its label noise
 
 def noise_of_flags(flags: SimpleNamespace, num_classes: int) -> Noise | None:
-    """Return the noise that the flags say; None where they say nothing. Raises UserError for contradictions."""
+    """Return the noise of the flags; None without. Raises UserError for contradictions."""
     kind, noise_type = kind_of(flags), flags.noise_type
     if flags.transition is not None:
         if noise_type not in (None, "file") or flags.noise_rate is not None:
@@ -198,7 +198,7 @@ def noise_of_data(flags: SimpleNamespace, num_classes: int) -> Noise:
 
 
 def noise_of_classifier(snapshot: Snapshot, num_classes: int) -> Noise | None:
-    """Return the noise that a classifier was trained for; None where its snapshot does not say."""
+    """Return the noise that a classifier was trained for; None if its snapshot does not say."""
     said, origin = snapshot.loss_kwargs, "as the classifier says"
     if "transition_matrix" in snapshot.state_dict:
         matrix = volmin_transition(snapshot.state_dict["transition_matrix"].double()).numpy()
@@ -217,7 +217,7 @@ def noise_of_classifier(snapshot: Snapshot, num_classes: int) -> Noise | None:
 def agreed_noise(flags: SimpleNamespace, num_classes: int, classifier: Snapshot | None) -> Noise:
     """Return the noise that a denoiser is trained for: the classifier's, with which the flags must agree.
 
-    Raises UserError where they do not, and for noise without a classifier.
+    Raises UserError if they do not, and for noise without a classifier.
     """
     asked = noise_of_flags(flags, num_classes)
     if classifier is None:

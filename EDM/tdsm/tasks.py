@@ -1,5 +1,5 @@
-"""What train_noise.py and train_classifier.py train ("Label-Noise Robust Diffusion Models", Na et al., ICLR 2024), and
-the accuracy of a classifier at every noise level.
+"""The methods of train_noise.py and train_classifier.py ("Label-Noise Robust Diffusion Models", Na et al., ICLR 2024),
+and the accuracy of a classifier at every noise level.
 """
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class NoisyClassification(Denoising):
     def __init__(self, options: Mapping[str, Any], dataset: TrainingSet, world: World, label_noise: Noise, data: str,
                  test: TrainingSet | None) -> None:
         super().__init__(options, dataset, world)
-        # The statistics of the global batch, so that ranks agree on the network and need not wait for one another's.
+        # The statistics of the global batch: ranks agree on the network.
         self.net = sync_batchnorm(self.net, world).to(memory_format=torch.channels_last)
         self.data, self.learned, self.values_per_image = data, label_noise.matrix is None, 1
         if self.learned:

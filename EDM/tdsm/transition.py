@@ -277,11 +277,11 @@ class LabelNoise:
 
 def plan_noise(noise_type: str | None, noise_rate: float | None, transition_file: str | None, dataset: str | None,
                seed: int | None, source: str, dest: str) -> LabelNoise | None:
-    """Return the noise that the flags ask for; None where they ask for none.
+    """Return the noise of the flags; None without.
 
-    The data set is what --dataset says, else what the archive is, else what occurs in the base name of `dest` or
-    `source`. Raises UserError for flags that contradict each other, a rate outside [0, 1), an unfit matrix, and
-    "asym" without a data set that defines it.
+    The data set is that of --dataset, else of the archive, else of the base name of `dest` or `source`. Raises
+    UserError for contradicting flags, a rate outside [0, 1), an unfit matrix, and "asym" without a data set that
+    defines it.
     """
     if noise_type is None and transition_file is None:
         given = {"--noise_rate": noise_rate, "--seed": seed, "--dataset": dataset}

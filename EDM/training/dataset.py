@@ -77,7 +77,7 @@ class TrainingSet:
         return self.raw_labels.dtype == np.int64
 
     def describe_labels(self) -> dict[str, Any]:
-        """Return what snapshots record of the labels of the items: names and counts, or the vectors that occur."""
+        """Return the record of the labels for snapshots: names and counts, or the vectors that occur."""
         named = self.classes if len(self.classes) == self.label_dim else ()
         return describe_labels(self.raw_labels[self.indices], self.label_dim, named)
 
@@ -125,7 +125,7 @@ def open_training_set(path: str | os.PathLike, use_labels: bool = False, max_siz
                           stacklevel=2)
     indices = np.arange(len(images))
     if max_size is not None and max_size < len(images):
-        # The published order of draws, so that a subset holds the same images everywhere.
+        # The published order of draws: a subset holds the same images everywhere.
         np.random.RandomState(seed % (1 << 31)).shuffle(indices)
         indices = np.sort(indices[:max_size])
     flipped = np.zeros(len(indices), bool)
@@ -155,8 +155,8 @@ class InfiniteOrder:
     """The published data order, one endless sequence of indices into a training set.
 
     The items are shuffled once, then read cyclically; after each reading the item changes places with one read fewer
-    than `window` x size positions before, so that passes differ. The sequence is a function of (size, seed) alone:
-    position n is image n of the run whatever the number of processes, of which rank r takes those with n mod W = r.
+    than `window` x size positions before, so passes differ. The sequence is a function of (size, seed) alone: position
+    n is image n of the run for any number of processes W; rank r takes those with n mod W = r.
 
     size: number of items; seed: of NumPy's legacy generator; window: fraction of the set, 0 repeats one permutation.
     """
@@ -254,7 +254,7 @@ class Batches:
         if self.device.type != "cuda" or images.nbytes > DEVICE_FRACTION * torch.cuda.mem_get_info(self.device)[0]:
             return None
         resident = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
-        for start in range(0, len(images), 4096):  # in pieces, so that the host never holds the whole set
+        for start in range(0, len(images), 4096):  # in pieces: the host never holds the whole set
             resident[start:start + 4096] = torch.from_numpy(np.array(images[start:start + 4096]))
         return resident
 

@@ -56,7 +56,7 @@ def check(flags: SimpleNamespace) -> None:
 def foresee_denoiser(flags: SimpleNamespace, dataset: TrainingSet, options: Mapping[str, Any], processes: int) -> int:
     """Return the bytes that the training of a denoiser writes at least; UserError for what would end it at its start.
 
-    options: the option dictionary for `dataset`, of which only the size and the number of classes count.
+    options: the option dictionary for `dataset`; only its size and number of classes count.
     """
     part, _ = batch_rounds(flags.batch, flags.batch_gpu, processes)
     with torch.device("meta"):
@@ -64,7 +64,7 @@ def foresee_denoiser(flags: SimpleNamespace, dataset: TrainingSet, options: Mapp
         network_table(net, part)
     schedule = TickSchedule(flags.batch, options["total_kimg"], flags.tick, flags.snap, flags.dump)
     ticks = 1 + options["total_kimg"] // flags.tick
-    # A snapshot is the average; a state and a checkpoint, of which there are two, hold network, average and moments.
+    # A snapshot holds the average; the state and the two checkpoints hold network, average and moments.
     copies = 2 + ticks // schedule.snapshot_ticks + 4 * (2 + ticks // schedule.state_dump_ticks)
     return copies * sum(4 * value.numel() for value in net.parameters())
 

@@ -1,7 +1,7 @@
 """Training losses of the three parameterisations: weighted squared error of the denoised image (table 1 of "Elucidating
 the Design Space of Diffusion-Based Generative Models", Karras et al., arXiv 2206.00364).
 
-The random numbers of a loss are arguments, so that they can be drawn for the global batch and shared out.
+The random numbers of a loss are arguments: they are drawn for the global batch and shared out.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DenoisingLoss:
 
 
 class EDMLoss(DenoisingLoss):
-    """Noise levels from a log-normal distribution, weighted so that all of them start with the same loss."""
+    """Noise levels from a log-normal distribution, weighted to start with equal losses."""
 
     def __init__(self, P_mean: float = -1.2, P_std: float = 1.2, sigma_data: float = 0.5) -> None:
         self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data

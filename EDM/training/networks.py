@@ -2,10 +2,11 @@
 2206.00364): the U-Nets SongUNet, which is DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), and DhariwalUNet, which is
 ADM (Dhariwal and Nichol, arXiv 2105.05233), and the preconditioned denoisers around them.
 
-Class names, constructor arguments and parameter names are those of the published networks, so that published weights
-load. A U-Net is called as net(x, noise_labels, class_labels, augment_labels): x [N, in_channels, R, R], noise_labels
-[N] or [1], class_labels one-hot [N, label_dim] or None, augment_labels [N, augment_dim] or None; it returns
-[N, out_channels, R, R]. How a denoiser is called: see `Precond`.
+Class names, constructor arguments and parameter names are those of the published networks, whose weights load. A U-Net
+is called as net(x, noise_labels, class_labels, augment_labels): x [N, in_channels, R, R], noise_labels [N] or [1],
+class_labels one-hot [N, label_dim] or None, augment_labels [N, augment_dim] or None; it returns
+[N, out_channels, R, R].
+ How a denoiser is called: see `Precond`.
 """
 from __future__ import annotations
 
@@ -181,7 +182,7 @@ class DhariwalUNet(torch.nn.Module):
 
         if any(model_channels * mult < 64 and img_resolution >> level in attn_resolutions
                for level, mult in enumerate(channel_mult)):
-            warnings.warn("blocks of fewer than 64 channels have no attention, whatever attn_resolutions says",
+            warnings.warn("blocks of fewer than 64 channels have no attention, even at attn_resolutions",
                           stacklevel=2)
 
         def heads(channels: int, res: int) -> int:

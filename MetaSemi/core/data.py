@@ -1,8 +1,8 @@
-"""Which images have labels, and which come in which step: the published choices for the same seed, batch by batch.
+"""The labelled images and the batches of a run: the published choices for the same seed, batch by batch.
 
 Both follow from Python's own generator and `random.shuffle`, whose numbers are the same in every version 3: one
 permutation splits the training set, then the labelled positions are shuffled again and again to the end of the run,
-and behind them the unlabelled ones.
+then the unlabelled ones.
 """
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Stream:
             self.begin, self.array, self.done = stop, np.array(self.values, np.int32), self.done + 1
 
     def skip_all(self) -> None:
-        """Draw all that the whole stream takes from its generator, so that the next stream can begin."""
+        """Take all draws of this stream from its generator; the next stream begins there."""
         for _ in range(self.epochs - self.done):
             shuffle(self.values, self.rng.getrandbits)
         self.done, self.array = self.epochs, np.empty(0, np.int32)
@@ -120,7 +120,7 @@ def streams(labeled: np.ndarray, unlabeled: np.ndarray | None, length: int,
     first = Stream(labeled, length, own)
     if unlabeled is None:
         return first, None
-    # The unlabelled stream begins where the generator is behind the labelled one.
+    # The unlabelled stream begins where the labelled one leaves the generator.
     Stream(labeled, length, rng).skip_all()
     return first, Stream(unlabeled, length, rng)
 

@@ -1,4 +1,4 @@
-"""Images as they are to be stored in records: decoded to be sure of them, cropped, resized, encoded again.
+"""The images of records: decoded as a check, cropped, resized, encoded again.
 
 All of it on the CPU with Pillow, in the processes of `packing`.
 """
@@ -19,7 +19,7 @@ AS_IT_IS = ("L", "RGB", "LA", "RGBA")  # modes that --color -1 keeps
 
 
 def payloads(paths: Sequence[str], options: SimpleNamespace) -> list[bytes | UserError]:
-    """Return for each path below the root the bytes of its image as they are to be stored, or why there are none."""
+    """Return for each path below the root the bytes to store, or the reason for none."""
     return [payload(os.path.join(options.root, path), options) for path in paths]
 
 
@@ -39,7 +39,7 @@ def payload(path: str, options: SimpleNamespace) -> bytes | UserError:
 
 
 def transform(image: Image.Image, options: SimpleNamespace) -> Image.Image:
-    """Return the image as it is to be stored: gray or RGB, its central square, its shorter side resized."""
+    """Return the image to store: gray or RGB, its central square, its shorter side resized."""
     if options.color >= 0:
         image = image.convert("RGB" if options.color else "L")
     elif image.mode not in ("L", "RGB") and options.encoding == ".jpg":

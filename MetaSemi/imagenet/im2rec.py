@@ -35,7 +35,7 @@ FLAGS = {
     "making a list": (
         Option("--list", Flag, False, "write .lst files and stop"),
         Option("--exts", default=(".jpeg", ".jpg", ".png"), many=True, metavar="EXT", help="endings of image files"),
-        Option("--chunks", Int(1), 1, "cut the list into so many"),
+        Option("--chunks", Int(1), 1, "number of parts of the list"),
         Option("--train-ratio", Float(0, 1), 1.0, "fraction of each list for _train.lst"),
         Option("--test-ratio", Float(0, 1), 0.0, "fraction for _test.lst; the rest is _val.lst"),
         Option("--recursive", Flag, False, "go into sub-folders; each is a class"),
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 # ------------------------------------------------------------------------------------------------------------- lists
 
 def write_lists(options: SimpleNamespace) -> None:
-    """Write the .lst files and print the label of every folder; UserError where there is no image."""
+    """Write the .lst files and print the label of every folder; UserError without images."""
     exts = set(options.exts)
     found = list(progress(walk(options.root, exts) if options.recursive else flat(options.root, exts), "listing",
                           unit="images"))
@@ -185,7 +185,7 @@ def parts(lines: Sequence[str], chunks: int, train: float, test: float) -> Itera
 def find_lists(prefix: str) -> list[Path]:
     """Return the lists that --list writes for this prefix: PREFIX.lst and its chunks and parts.
 
-    Where there are none and the prefix is a folder: all lists in it. UserError where there are none at all.
+    Without one, if the prefix is a folder: all lists in it. UserError if there is no list.
     """
     own = re.compile(re.escape(os.path.basename(prefix)) + r"(_\d+)?(_train|_val|_test)?\.lst")
     parent = Path(prefix).parent

@@ -64,9 +64,9 @@ class Block(NamedTuple):
 
 
 def read_list(path: Path) -> list[Entry]:
-    """Return the entries of a list file. A line that is none is reported and left out, as published.
+    """Return the entries of a list file. Malformed lines are reported and left out, as published.
 
-    Raises UserError for a file that holds none at all.
+    Raises UserError for a file without entries.
     """
     entries: list[Entry] = []
     for line_number, line in read_lines(path, "a list: id, label and path between tabs"):
@@ -122,7 +122,7 @@ def pack(path: Path, options: SimpleNamespace) -> None:
 
 
 def class_names(entries: Sequence[Entry], known: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the names of the classes in label order, as the folders of the entries say; () if they say nothing.
+    """Return the names of the classes in label order, by the folders of the entries; () if unknown.
 
     known: names in label order, which also has classes without an image.
     """
@@ -140,7 +140,7 @@ def class_names(entries: Sequence[Entry], known: Sequence[str] = ()) -> tuple[st
 
 
 def key(path: Path, options: SimpleNamespace) -> str:
-    """Return what a stopped packing must agree on to be continued."""
+    """Return the values that must agree for a stopped packing to continue."""
     names = ("root", "pass_through", "resize", "center_crop", "quality", "color", "encoding", "pack_label", "verify",
              "skip_bad")
     settings = json.dumps([getattr(options, name) for name in names])
@@ -170,7 +170,7 @@ def encoded(chunks: Iterator[list[Entry]], output: Output, options: SimpleNamesp
 
 
 def join(entries: Sequence[Entry], images: Sequence[BytesLike | UserError], options: SimpleNamespace) -> Block:
-    """Return the block of these entries. images: what each is to hold, or why there is nothing."""
+    """Return the block of these entries. images: the content of each, or the reason for none."""
     data, index, bad = bytearray(), [], []
     for entry, image in zip(entries, images, strict=True):
         try:
@@ -354,7 +354,7 @@ class Output:
         self.noted = time.monotonic()
 
     def suspend(self) -> None:
-        """Leave everything so that the same command continues."""
+        """Keep the unfinished files, from which the same command continues."""
         self._write_note()
         for file in (*self.files, self.held):
             file.close()

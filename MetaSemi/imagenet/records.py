@@ -2,7 +2,7 @@
 
 A record is cut into parts wherever its content holds the magic word at a multiple of four bytes; a part is the magic
 word, a word with how the part continues (3 bits) and its length (29 bits), and the data. Zeros fill the record up to a
-multiple of four bytes. The content is a header, float labels where there are several, and the payload.
+multiple of four bytes. The content is a header, float labels if there are several, and the payload.
 """
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MAGIC = struct.pack("<I", MAGIC_NUMBER)
 WHOLE, FIRST, MIDDLE, LAST = range(4)   # how a part continues
 MAX_CONTENT = 1 << 29
 PART = struct.Struct("<4sI")
-HEADER = struct.Struct("<IfQQ")         # number of labels behind the header (0: the one in it), label, id, second id
+HEADER = struct.Struct("<IfQQ")         # number of labels after the header (0: the one in it), label, id, second id
 CHECKED_AT_START = 2_000                # records whose heads are looked at when a file is opened
 BytesLike = bytes | bytearray | memoryview
 
 
 def record_head(number: int, labels: Sequence[float], length: int, scalar: bool) -> bytes:
-    """Return what stands before a payload of `length` bytes in a record of one part.
+    """Return the head before a payload of `length` bytes in a record of one part.
 
     number: the record's id. labels: as many as wanted; `scalar`: keep only the first, inside the header. Raises
     ValueError for more than 2^29 - 1 bytes of content.
@@ -95,8 +95,8 @@ class RecordFile:
 
     Opening checks that the two belong together (in large files: the ends, and 2,000 records between them); reading
     checks each record. skip_bad: leave records out that opening finds damaged; `skipped` says which.
-    Raises UserError naming file and record: files missing or empty, an index that is none or of another file, records
-    cut short. Reading is safe from several threads and processes at once.
+    Raises UserError naming file and record: files missing or empty, a wrong index, records cut short. Reading is safe
+    from several threads and processes at once.
 
     classes: names in label order, of `<path>.synset.txt`; () without that file.
     """
@@ -155,7 +155,7 @@ class RecordFile:
         return record.payload, label
 
     def match_classes(self, classes: Sequence[str]) -> None:
-        """Let labels be numbers of the same names in `classes`; UserError for a class that is none of them."""
+        """Let labels be numbers of the same names in `classes`; UserError for other classes."""
         own = np.arange(len(self.classes))
         matched = match_labels(own, self.classes, classes, synset_file(self.path))
         self.renumbered = None if np.array_equal(own, matched) else matched
@@ -248,7 +248,8 @@ def read_synset(path: Path) -> tuple[str, ...]:
 
 
 def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and byte offsets, int64 [N] each, of an index file, by offset; UserError for a file that is none."""
+    """Return ids and byte offsets, int64 [N] each, of an index file, by offset; UserError."""
+
     content = path.read_bytes()
     lines = sum(1 for line in content.splitlines() if line.strip())
     if not lines:

@@ -27,7 +27,7 @@ from shared.training.randomness import numpy_rng
 LABELED, UNLABELED, VALIDATION = "train_label", "train_unlabel", "val"
 VALIDATION_BATCH = 50
 PREFIX = "module."  # before the names in published checkpoints
-# These also classify from their middle; here they are built without, so that their output is logits and nothing else.
+# These have auxiliary classifiers; built without them, their output is the logits alone.
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
 ARCH = Option("-a --arch", Choice(*CLASSIFIERS), "resnet18", "a classifier of torchvision")

@@ -94,7 +94,7 @@ def split(files: Mapping[str, Iterable[str]], seed: int = 0, per_class: int = 12
 
 
 def read_lists(folder: Path, train: Path) -> dict[str, list[str]] | None:
-    """Return part -> names as the list files have them, None where there are no such files; UserError.
+    """Return part -> names in the list files, None without such files; UserError.
 
     A line is the name of a file, which may hold blanks, or such a name and further columns.
     """

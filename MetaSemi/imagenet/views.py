@@ -92,7 +92,7 @@ def resize(pixels: np.ndarray, height: int, width: int, scale: float | None = No
     """Resize uint8 [H, W, 3] by a triangular filter that widens when the image shrinks; the edge goes on outside.
 
     So does DALI, with the same result within one grey level; Pillow alone cuts the filter off at the edge. scale: input
-    pixels per output pixel on both axes, about the centre (default: so that the whole image is taken).
+    pixels per output pixel on both axes, about the centre (default: those of the whole image).
     """
     sizes = pixels.shape[:2]
     scales = [have / want if scale is None else scale for have, want in zip(sizes, (height, width), strict=True)]

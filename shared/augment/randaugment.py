@@ -304,8 +304,8 @@ def _apply_compiled(images: Tensor, operations: np.ndarray, magnitudes: np.ndarr
 def apply_on_canvas(images: Tensor, sizes: np.ndarray, operations: np.ndarray, magnitudes: np.ndarray) -> Tensor:
     """Do as `apply` for images of different `sizes` [N, 2], the upper left parts of uint8 [N, C, H, W], together.
 
-    What lies outside of them is of no account. For a GPU: a CPU takes less time one by one. Not compiled, which would
-    be done anew for other sizes.
+    Pixels outside are ignored. For GPUs; a CPU is faster one by one. Not compiled, since every set of sizes would
+    compile anew.
     """
     heights, widths = sizes.T
     area = Area.of(heights, widths, images.device)

@@ -54,7 +54,7 @@ class WeakPolicy:
 
 
 class Draws:
-    """Parameters of N augmentations; `draws[part]` are those of some of them."""
+    """Parameters of N augmentations; `draws[part]` selects some of them."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))

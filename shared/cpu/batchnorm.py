@@ -55,7 +55,7 @@ def update_running(layer: nn.modules.batchnorm._BatchNorm, mean: Tensor, varianc
     """Move the running statistics of a layer towards those of a batch of `count` values a channel."""
     layer.num_batches_tracked.add_(1)
     momentum = layer.momentum
-    if momentum is None:  # the mean of all batches; a tensor, so that a GPU is not waited for
+    if momentum is None:  # the mean of all batches; a tensor, to avoid a wait for the GPU
         momentum = 1 / layer.num_batches_tracked.to(layer.running_mean.dtype)
     layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), momentum)
     layer.running_var.lerp_((variance * (count / (count - 1))).to(layer.running_var.dtype), momentum)

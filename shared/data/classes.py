@@ -35,7 +35,7 @@ class ImageFiles:
     """The image files under a folder or in a ZIP, sorted by name as text, with the labels that a list gives them.
 
     labels: name -> label as listed by dataset.json or a CSV; {} without one. classes: names that the list gives the
-    classes, in label order; () if none. notes: what was left out, and what the list names in vain. label_file: the
+    classes, in label order; () if none. notes: files left out, and listed names without a file. label_file: the
     list, for messages.
     """
 
@@ -59,7 +59,7 @@ class ImageFiles:
         return read_members(self.path, self.members)
 
     def warn(self) -> None:
-        """Say what was left out."""
+        """Print the warnings about the files."""
         for note in self.notes:
             warnings.warn(f"{self.path}: {note}", stacklevel=2)
 

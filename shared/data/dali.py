@@ -1,6 +1,6 @@
-"""The one door to NVIDIA DALI: photographs decoded, cropped, resized and normalised, on the GPU if there is one.
+"""NVIDIA DALI: photographs decoded, cropped, resized and normalised, on the GPU if available.
 
-Which photographs and which crops is decided outside, step by step, so nothing has to be saved to continue a run.
+The caller chooses photographs and crops step by step, so a run continues without any saved state of the loader.
 """
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _inputs(photographs: Photographs, view: View, request: Callable[[int], Reque
     def read() -> Iterator[tuple[list[Photograph], Inputs]]:
         for step in steps:
             wanted = request(step)
-            # What is cut short is found before DALI meets it, whose threads do not survive that.
+            # Truncated files are found first, since DALI's threads do not survive them.
             encoded, batch = map(list, zip(*(photographs.get(int(position), for_dali)
                                              for position in wanted.positions), strict=True))
             payloads = [np.frombuffer(one, np.uint8) for one in encoded]
@@ -133,7 +133,7 @@ def _why_bad(payload: bytes, name: str) -> str:
 
 
 class Decoder:
-    """Decodes lists of image files, on the GPU if there is one. device: where the images are wanted."""
+    """Decodes lists of image files, on the GPU if available. device: of the returned images."""
 
     def __init__(self, device: torch.device, threads: int = 4) -> None:
         self.device, self.threads = device, threads

@@ -35,7 +35,7 @@ SPLITS = {"digits": ("train", "test"), "cifar10": ("train", "test"), "cifar100":
 NAMES = tuple(SPLITS)
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 TEN_DIGITS = tuple(map(str, range(10)))
-# What folders, archives and arrays of an own set may be called, the first that is there.
+# Names of the folders, archives and arrays of a user's set; the first existing one counts.
 SPELLINGS = {"test": ("test", "val", "valid", "validation"), "unlabeled": ("unlabeled", "unlabelled")}
 ENDINGS = ("", ".zip", ".npz")
 STL10_SIDE = 96

@@ -1,9 +1,9 @@
 """ImageSet: the images every reader returns, every trainer takes and every writer writes; and how one is decoded.
 
-One policy for every image, whoever reads it: the EXIF orientation is applied; what is transparent lies on white;
-palettes become the colours they mean, bilevel becomes gray; gray of 16 bits is scaled to 8; CMYK, YCbCr and LAB become
-RGB; of an animation the first frame is taken. Images of more than MAX_PIXELS are refused, and larger ones than
-PLAIN_PIXELS that are packed as only plain colour can be; FEWLABEL_MAX_PIXELS raises both limits.
+One policy for every image: the EXIF orientation is applied; transparency lies on white; palettes become colours,
+bilevel becomes gray; gray of 16 bits is scaled to 8; CMYK, YCbCr and LAB become RGB; an animation is its first frame.
+Images of more than MAX_PIXELS are refused, and images of more than PLAIN_PIXELS that are packed as only plain colour
+can be; FEWLABEL_MAX_PIXELS raises both limits.
 """
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def shape_text(images: ImageSet) -> str:
 
 
 def iterate(images: ImageSet, chunk: int = CHUNK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (images, labels) a chunk at a time, so that a memory-mapped set is never copied whole."""
+    """Yield (images, labels) in chunks; a memory-mapped set is never copied whole."""
     for start in range(0, len(images), chunk):
         yield images.images[start:start + chunk], images.labels[start:start + chunk]
 
@@ -264,7 +264,7 @@ def read_images(path: str | Path, *, resolution: int | None = None, channels: in
       is not listed, or listed without a label, has the label -1, and a warning says how many;
     - a folder or ZIP with class sub-folders (shared/data/classes.py): the files in each, by class, folder, file name;
     - a folder or ZIP of images without either: labels -1;
-    - an npz (shared/data/formats.py), of which `part` "train/" or "test/" takes the arrays of that split.
+    - an npz (shared/data/formats.py); `part` "train/" or "test/" selects the arrays of that split.
 
     `resolution`: the images must be squares of this side. `channels`: 1 or 3; default 1 if every image is gray, else 3.
     `num_classes`: labels must lie below it. `classes`: names that another set has in label order, matched by name.

@@ -28,7 +28,8 @@ Decoded = TypeVar("Decoded")
 
 
 class View(Protocol):
-    """What becomes of a decoded photograph: uint8 [size, size, 3]. side: of the shorter side before a central crop."""
+    """A resized and cropped photograph, uint8 [size, size, 3]. side: of the shorter side before a central crop."""
+
 
     size: int
     side: int | None
@@ -230,8 +231,7 @@ def list_photographs(folder: Path, classes: Sequence[str] | None = None) -> Phot
 
 
 def list_unlabeled(folder: Path, classes: Sequence[str] = ()) -> PhotographSet:
-    """Return all photographs below a folder, whatever its sub-folders are called, as of unknown class; UserError
-    without any."""
+    """Return all photographs below a folder, at any depth, as of unknown class; UserError if there are none."""
     names = find_images(folder).names
     if not names:
         raise UserError(f"{folder}: no images in it")

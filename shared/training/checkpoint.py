@@ -95,7 +95,7 @@ def weights_in(content: Mapping[str, Any], name: str, source: str | os.PathLike)
 
 
 def check_finite(state: Mapping[str, Any], source: str | os.PathLike) -> None:
-    """Raise UserError for weights that are not finite, of which no number must come."""
+    """Raise UserError for weights that are not finite."""
     for name, tensor in state.items():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{source}: {name} holds numbers that are not finite; take an earlier or another file")

@@ -35,7 +35,7 @@ class Log:
     image_batch       images per step, to show images per second
     tensorboard       whether to write scalars to `outdir/tensorboard`, or the name of the folder in `outdir`
     stats_name        file name of the numbers in `outdir`, one JSON object a line
-    desc              what the bar says is going on
+    desc              title of the bar
     """
 
     def __init__(self, outdir: str | os.PathLike, world: World, *, every: int | None = 100,
@@ -110,7 +110,7 @@ class Log:
             self.check()
 
     def _fetch(self) -> None:
-        """Add what was summed on a GPU; waits for it."""
+        """Add the sums on a GPU; waits for it."""
         for name, value in self._on_gpu.take().items():
             self._sums[name] = self._sums[name] + value
 
@@ -185,7 +185,7 @@ def tensorboard_writer(folder: Path, step: int) -> Any:
     """Return a writer of scalars into `folder` for a run that has done `step` steps; None, with a warning, where
     tensorboardX is not installed."""
     try:
-        from tensorboardX import SummaryWriter  # the one thing here that training does without
+        from tensorboardX import SummaryWriter  # optional
     except ModuleNotFoundError:
         warnings.warn("tensorboardX is not installed, so there are no TensorBoard files", stacklevel=2)
         return None

@@ -273,7 +273,7 @@ MISTAKES = {
     "no images": (["--images=nowhere", "--ref=real.npz"], "nowhere: no such file or folder"),
     "neither": (["--ref=real.npz"], "give either --images or --network"),
     "both": (["--images=made", "--network=network.pkl", "--ref=real.npz"], "give either --images or --network"),
-    "steps of images": (["--images=made", "--ref=real.npz", "--steps=5"], "--steps says how --network makes images"),
+    "steps of images": (["--images=made", "--ref=real.npz", "--steps=5"], "--steps belongs to --network"),
     "seed of a network": (["--network=network.pkl", "--ref=real.npz", "--seed=5"], "--seed chooses among --images"),
     "unknown metric": (["--images=made", "--ref=real.npz", "--metrics=fid,kidd"], 'unknown metric "kidd".*mean "kid"'),
     "large subsets": (["--images=made", "--ref=real.npz", "--num=37", "--metrics=kid"], "--kid-subset-size: expected"),

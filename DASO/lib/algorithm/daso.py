@@ -19,7 +19,7 @@ from DASO.lib.losses import adjusted, cross_entropy
 from shared.distributed import all_sum, gather
 from shared.training.checkpoint import Stateful
 
-EPSILON = 1e-8  # of a cosine, so that a prototype of zeros resembles nothing
+EPSILON = 1e-8  # of a cosine: a prototype of zeros resembles nothing
 
 
 class DASO(Algorithm):
@@ -104,7 +104,7 @@ class Semantics(Stateful):
 
 
 class Blender(Stateful):
-    """How much of the semantic pseudo-label goes into which class's pseudo-labels.
+    """The fraction of the semantic pseudo-label in the pseudo-labels of each class.
 
     histogram: float32 [K], the distribution of the pseudo-labels between the last two updates (zeros before the first
     one). counts: float32 [K], since the last one.
@@ -155,7 +155,7 @@ class FeatureQueue(Stateful):
         self.features = torch.zeros(num_classes, self.largest, feature_size, device=device)
         self.pushed = torch.zeros(num_classes, dtype=torch.int64, device=device)
         self.prototypes = torch.zeros(num_classes, feature_size, device=device)
-        # One row behind the rings takes what is not kept, so that shapes do not depend on the data.
+        # One row after the rings takes the dropped features: shapes do not depend on the data.
         self._discard = num_classes * self.largest
 
     @property

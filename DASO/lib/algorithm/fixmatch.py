@@ -18,9 +18,9 @@ from DASO.lib.losses import adjusted, cross_entropy
 from shared.distributed import mean
 from shared.training.checkpoint import Stateful
 
-WINDOW = 128  # batches behind the mean prediction of the distribution alignment, the current one included
+WINDOW = 128  # batches in the mean prediction of the distribution alignment, the current one included
 EPSILON = 1e-6
-EPOCH, EPOCHS = 500, 500  # of ABC's schedule, as published, whatever the length of the run
+EPOCH, EPOCHS = 500, 500  # of ABC's schedule, as published, for any length of the run
 
 
 class FixMatch(Algorithm):
@@ -108,7 +108,7 @@ class BalancedHead:
         self.inverse = (counts[-1] / counts).clamp(max=1)  # the last class is taken to be the rarest
 
     def keep_probability(self, it: int) -> Tensor:
-        """Return with which probability an unlabelled image of each class is kept at iteration `it`, [K]."""
+        """Return the probability to keep an unlabelled image of each class at iteration `it`, [K]."""
         fraction = it // EPOCH / EPOCHS
         if self.cfg.ALGORITHM.ABC.SCHEDULE == "max_iter":
             fraction = it / self.cfg.SOLVER.MAX_ITER

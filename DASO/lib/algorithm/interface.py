@@ -1,4 +1,4 @@
-"""What a learner is: the views it wants, its losses on a batch and its state; hooks for the rarer ones."""
+"""The interface of a learner: its views, its losses on a batch and its state; hooks for special learners."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from shared.training.run import Run
 
 @dataclass
 class Step:
-    """What a learner returns for a batch.
+    """The results of a learner on a batch.
 
     losses: name -> loss [], in published order; their sum is descended. logits: float [B_l, K] of the labelled images,
     for the training accuracy. pseudo_labels: kind ("main", "linear", "semantic") -> int64 [B_u], -1 for none. mask:
@@ -91,7 +91,7 @@ class Draws:
 
 
 class Training(Protocol):
-    """What the hooks of a learner may use of the trainer; valid: the held-out images."""
+    """The trainer as the hooks of a learner see it; valid: the held-out images."""
 
     folder: Path
     run: Run

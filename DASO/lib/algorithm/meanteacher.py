@@ -36,7 +36,7 @@ class MeanTeacher(Algorithm):
 
     @torch.no_grad()
     def teach(self, batch: Batch, images: Tensor, it: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the target probabilities [B_u, K] of images, and the pseudo-labels behind them."""
+        """Return the target probabilities [B_u, K] of images, and their pseudo-labels."""
         if self.semantics is None:
             return self.teacher(images).softmax(1), {}
         labelled, features = self.teacher.encoder(torch.cat([batch.labelled, images])).split(batch.sizes[:2])

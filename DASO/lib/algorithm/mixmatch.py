@@ -34,7 +34,7 @@ class MixMatch(Algorithm):
 
     @torch.no_grad()
     def guess(self, batch: Batch, it: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the guessed probabilities [B_u, K] of the unlabelled images, and the pseudo-labels behind them."""
+        """Return the guessed probabilities [B_u, K] of the unlabelled images, and their pseudo-labels."""
         if self.semantics is not None:
             self.semantics.push(self.teacher.encoder(batch.labelled), batch.labels)
         features = [self.model.encoder(view) for view in batch.views]

@@ -104,7 +104,7 @@ class ReMixMatchDASO(ReMixMatch):
     def __init__(self, cfg: Config, setting: Setting) -> None:
         super().__init__(cfg, setting)
         self.alignment = make_alignment(cfg, setting, setting.prior)
-        self.semantics = Semantics(cfg, setting, by_class=True)  # whatever WITH_DIST_AWARE says, as published
+        self.semantics = Semantics(cfg, setting, by_class=True)  # with or without WITH_DIST_AWARE, as published
 
     def losses(self, batch: Batch, it: int, draws: Draws) -> Step:
         with torch.no_grad():

@@ -84,8 +84,8 @@ class SimPro(Algorithm):
     """Labels and unlabelled class distribution by expectation and maximisation.
 
     Du et al., "SimPro: A Simple Probabilistic Framework Towards Realistic Long-Tailed Semi-Supervised Learning", ICML
-    2024 (arXiv 2402.13505). The network models p(x | y) up to a factor of x; what is known of p(y) is added to its
-    logits: the unlabelled distribution when it labels, that of all training images when it learns, none when it is
+    2024 (arXiv 2402.13505). The network models p(x | y) up to a factor of x; log p(y) is added to its
+    logits: of the unlabelled images when it labels, of all training images when it learns, none when it is
     evaluated. State: `shares` [K], the estimated unlabelled distribution.
     """
 

@@ -49,9 +49,9 @@ class USADTM(Algorithm):
 
 
 def match(features: Tensor, prototypes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return the class int64 [n] whose prototype has the most similar direction, and 1 where it is to be trusted [n].
+    """Return the class int64 [n] whose prototype has the most similar direction, and 1 for trusted ones [n].
 
-    It is where the similarity (cosine) reaches `threshold` and that prototype is also the nearest one.
+    Trusted: the similarity (cosine) reaches `threshold` and that prototype is also the nearest one.
     """
     features = features.to(prototypes.dtype)
     similarity, label = F.cosine_similarity(features[:, None], prototypes[None], dim=2).max(1)

@@ -1,4 +1,4 @@
-"""The batch of an iteration: which images, which views. A function of (seed, iteration), on any number of ranks."""
+"""The images and views of an iteration: a function of (seed, iteration), on any number of ranks."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -101,7 +101,7 @@ class Batches:
         return Batch(labelled, labels, views, index, self.unlabelled.labels[index])
 
     def _take_labelled(self, chosen: np.ndarray) -> Tensor:
-        """Return images of the labelled set, uint8 [n, C, H, W]; positions behind the initial ones are additions."""
+        """Return images of the labelled set, uint8 [n, C, H, W]; positions after the initial ones are additions."""
         added = chosen >= len(self.labelled)
         images = self.labelled.take(np.where(added, 0, chosen))
         if added.any():

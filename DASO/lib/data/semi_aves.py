@@ -1,7 +1,7 @@
 """Semi-Aves (Su and Maji, FGVC7 2020): birds of 200 species, with unlabelled images of these and of 800 others.
 
 The files are those of the data set's own release: `l_train.txt`, `val.txt`, `u_train_in.txt`, `u_train_out.txt` and
-`test.txt`, one `path/to/image.jpg label` a line (the label may be missing where it is unknown), and the photographs
+`test.txt`, one `path/to/image.jpg label` a line (an unknown label may be missing), and the photographs
 below the same folder. `l_train_val.txt`, if there is no `l_train.txt`, is taken for the labelled images.
 """
 from __future__ import annotations

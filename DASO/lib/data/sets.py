@@ -148,7 +148,7 @@ def own_counts(cfg: Config, key: str, pool: ImageSet) -> np.ndarray | None:
 
 
 def without_labels(images: ImageSet, pool: ImageSet) -> ImageSet:
-    """Return unlabelled images of their own, whose folders say nothing of the classes of `pool`."""
+    """Return the separate unlabelled images, whose folders are not classes of `pool`."""
     return ImageSet(images.images, np.full(len(images), -1, np.int64), pool.classes, images.name)
 
 

@@ -65,7 +65,7 @@ def build_model(cfg: Config, in_channels: int = 3) -> SemiModel:
 
 
 def build_encoder(cfg: Config, in_channels: int) -> nn.Module:
-    """Return the encoder of MODEL.NAME, with the weights of MODEL.PRETRAINED where they are given."""
+    """Return the encoder of MODEL.NAME, with the weights of MODEL.PRETRAINED, if given."""
     if is_timm(cfg.MODEL.NAME):
         encoder = TimmNetwork(cfg.MODEL.NAME.removeprefix(TIMM), 0, in_channels, (cfg.DATASET.RESOLUTION,) * 2)
         if cfg.MODEL.PRETRAINED:

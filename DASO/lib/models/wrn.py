@@ -15,7 +15,7 @@ SLOPE = 0.1  # of the leaky rectifiers
 class Block(nn.Module):
     """A pre-activation residual block (Zagoruyko and Komodakis, BMVC 2016): identity + layer.
 
-    first: the block behind the first convolution, whose batch norm and activation serve both branches.
+    first: the block after the first convolution, whose batch norm and activation serve both branches.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, first: bool = False) -> None:

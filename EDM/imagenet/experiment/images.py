@@ -1,9 +1,9 @@
-"""The images of the ImageNet commands: which there are, which have a label, and what their pseudo-labels are.
+"""The images of the ImageNet commands, the labelled ones among them, and their pseudo-labels.
 
     {image_path}/train/<class>/    all training images; classes are numbered by the sorted folders
-    {image_path}/val/<class>/      those that the classifiers are tested on; `test` will do, and so will a flat `val`
+    {image_path}/val/<class>/      test images; also as `test/<class>/`, or as a flat `val`
                                    beside LOC_val_solution.csv, as ImageNet is downloaded
-    {image_path}/unlabeled/        further training images without a class, if there are any
+    {image_path}/unlabeled/        further training images without a class (optional)
 
 An image is known by its path below {image_path}: its base name may occur in two folders.
 """

@@ -1,4 +1,4 @@
-"""Where the ImageNet commands put their files: the published names, relative to the folder where they are typed."""
+"""The files of the ImageNet commands: published names, relative to the working folder."""
 from __future__ import annotations
 
 from pathlib import Path
