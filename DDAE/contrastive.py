@@ -36,10 +36,10 @@ from shared.training.progress import progress
 BATCH = 128     # per process
 FLAGS = (
     *COMMON, GPUS,
-    Option("--epoch_interval", Int(1), 400, "checkpoints of every so many epochs and the last"),
+    Option("--epoch_interval", Int(1), 400, "measure a checkpoint at this interval, and the last one", unit="epochs"),
     Option("--epochs", IntList(-1), None, "these checkpoints instead", metavar="N,N,..."),
-    Option("--images", Int(2), None, "use the first N training images  [all]", metavar="N"),
-    Option("--outdir", Text, None, "results  [{save_dir}/contrastive]", metavar="DIR"),
+    Option("--images", Int(2), None, "use the first N training images", default_help="all", metavar="N"),
+    Option("--outdir", Text, None, "folder of the results", default_help="{save_dir}/contrastive", metavar="DIR"),
 )
 
 
@@ -55,7 +55,7 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
 def uniformity(x: Tensor, t: float = 2.0) -> Tensor:
     """Return log mean exp(-t ||x_i - x_j||^2) over all pairs i < j. x: [..., N, D], N >= 2 -> [...].
 
-    Squared distances come from one Gram matrix: the work is a matrix product on whatever device x is on.
+    Squared distances come from one Gram matrix: the work is a matrix product on the device of x.
     """
     count = x.shape[-2]
     square = x.square().sum(-1)
@@ -138,7 +138,7 @@ def measure(encoder: Encoder, images: ImageSet, level: int, size: int, seed: int
 
 
 def read_results(out: Path) -> dict[str, Any]:
-    """Return what result.json has by epoch; {} without one."""
+    """Return the entries of result.json by epoch; {} without one."""
     try:
         return json.loads((out / "result.json").read_text(encoding="utf-8"))["epochs"]
     except (OSError, ValueError, KeyError, TypeError):

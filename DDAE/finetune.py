@@ -33,8 +33,8 @@ from shared.training.run import Run
 
 FLAGS = (
     *ENCODER,
-    Option("--block", Text, None, "last block  [the config's linear.blockname]", metavar="NAME"),
-    Option("--time", Int(0), None, "noise level  [linear.timestep]"),
+    Option("--block", Text, None, "last block in use", default_help="the config's linear.blockname", metavar="NAME"),
+    Option("--time", Int(0), None, "noise level", default_help="linear.timestep"),
     Option("--no_noise", Flag, False, "the network is told the level, but no noise is added"),
     Option("--encoder", Choice("trained", "untrained"), "trained", "start from the checkpoint, or from fresh weights"),
     Option("--epochs", Int(1), 100, "of fine-tuning"),
@@ -46,7 +46,7 @@ FLAGS = (
     Option("--randaugment", Flag, False, "two operations of RandAugment and a cutout"),
     Option("--mixup", Float(0), 0.0, "mix images and labels, Beta(ALPHA, ALPHA); 0: do not", metavar="ALPHA"),
     Option("--eval_every", Int(1), 10, "epochs between two tests"),
-    Option("--outdir", Text, None, "results  [{save_dir}/finetune/...]", metavar="DIR"),
+    Option("--outdir", Text, None, "folder of the results", default_help="{save_dir}/finetune/...", metavar="DIR"),
 )
 
 
@@ -75,7 +75,7 @@ def main() -> None:
 class Classifier(nn.Module):
     """(images [N, C, H, W] in [0, 1], standard normal noise of that shape) -> logits [N, classes].
 
-    The encoder's network becomes `body` and is trained; what lies behind the block does not run and stays frozen.
+    The encoder's network becomes `body` and is trained; later blocks do not run and stay frozen.
     noisy: whether noise of the level is added, or the image is only scaled as at that level.
     """
 

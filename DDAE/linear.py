@@ -48,13 +48,13 @@ FLAGS = (
     Option("--grid", Flag, False, "all blocks; levels 1, 11, 21 (DDPM) or 3, 4, 5 (EDM)"),
     Option("--times", IntList(0), None, "noise levels, in place of the usual ones", metavar="N,N,..."),
     Option("--blocks", Text, None, "blocks, in place of the usual ones", metavar="NAME,..."),
-    Option("--copies", Int(0), 0, "train on the features of so many augmented and noised copies of the training set, "
+    Option("--copies", Int(0), 0, "augmented and noised copies of the training set to train on, whose features are "
            "computed once and kept on disk; 0: fresh ones in every epoch, as published"),
-    Option("--test_draws", Int(1), 1, "average the logits of so many noise draws per test image"),
+    Option("--test_draws", Int(1), 1, "draws of the noise per test image, whose logits are averaged"),
     Option("--encoder", Choice("trained", "untrained", PIXELS), "trained", "compare with fresh weights, or with the "
            "pixels themselves"),
-    Option("--outdir", Text, None, "results  [{save_dir}/linear/...]", metavar="DIR"),
-    Option("--steps", Int(1), None, "end after so many steps, without a test, to see how long they take"),
+    Option("--outdir", Text, None, "folder of the results", default_help="{save_dir}/linear/...", metavar="DIR"),
+    Option("--steps", Int(1), None, "end after this number of steps, without a test, to measure their time"),
 )
 
 

@@ -1,4 +1,4 @@
-"""A noise-conditional WideResNet, trained from scratch on noisy images: what DDAE features are compared with.
+"""A noise-conditional WideResNet, trained from scratch on noisy images, to compare with DDAE features.
 
     python noisy_classifier_WRN.py --mode DDPM       # variance preserving noise, as DDPM's
     python noisy_classifier_WRN.py --mode EDM        # variance exploding noise, as EDM's
@@ -49,10 +49,10 @@ FLAGS = (
     Option("--warm_epoch", Int(0), 5, "epochs over which the rate rises"),
     Option("--dataset", Text, "cifar", "cifar, cifar100, tiny, digits, or images by path"),
     Option("--no_flip", Flag, False, "do not mirror training images"),
-    Option("--pad", Int(0), 4, "crop from images padded by so many black pixels", unit="pixels"),
+    Option("--pad", Int(0), 4, "black margin of an image before it is cropped", unit="pixels"),
     Option("--blocks_per_group", Int(1), 4, "residual blocks, depth is 6 B + 4"),
     Option("--channel_multiplier", Int(1), 10, "width"),
-    Option("--save_dir", Text, None, "results  [./output_WRN_{mode}]", metavar="DIR"),
+    Option("--save_dir", Text, None, "folder of the results", default_help="./output_WRN_{mode}", metavar="DIR"),
     Option("--overwrite", Flag, False, "move another run in that folder aside and start anew (without it: an error)"),
 )
 

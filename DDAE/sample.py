@@ -32,7 +32,7 @@ SAMPLER = (
     *COMMON, *FAST,
     Option("--epoch", Int(-1), -1, "checkpoint; -1: the last epoch of the config"),
     Option("--mode", Choice("DDPM", "DDIM"), "DDIM", "sampler; ignored for EDM"),
-    Option("--steps", Int(1), None, "sampler steps; ignored for --mode DDPM  [100; EDM 18]"),
+    Option("--steps", Int(1), None, "sampler steps; ignored for --mode DDPM", default_help="100; EDM 18"),
     Option("--eta", Float(0), 0.0, "stochasticity"),
     Option("--no_clip", Flag, False, "do not clip predicted images to [-1, 1]"),
     Option("--exact_end", Flag, False, "DDIM with the schedule of training, which ends free of noise; the published "
@@ -44,7 +44,7 @@ FLAGS = (
     Option("--batches", Int(1), 125, "number of images in 400s"),
     Option("--images", Int(1), None, "number of images, in place of --batches"),
     Option("--npz", Flag, False, "also write all images into one .npz beside the folder"),
-    Option("--overwrite", Flag, False, "make images anew that are there already"),
+    Option("--overwrite", Flag, False, "replace existing images"),
 )
 
 
@@ -89,7 +89,7 @@ def make_images(options: SimpleNamespace, held: ExitStack) -> None:
     with PngWriter() as writer:
         for part in own:
             missing = [not png_path(folder, number).exists() for number in part]
-            if any(missing):  # made as a whole, so that a repeated command computes the very same batch
+            if any(missing):  # made as a whole: a repeated command computes the same batch
                 images = to_uint8(sampler.images(part, rows)).expand(-1, 3, -1, -1).cpu().numpy()  # gray ones as RGB
                 writer.save((png_path(folder, number), image)
                             for number, image, new in zip(part, images, missing, strict=True) if new)
@@ -105,7 +105,7 @@ def make_images(options: SimpleNamespace, held: ExitStack) -> None:
 
 
 def make_sampler(config: Config, options: SimpleNamespace, world: World) -> tuple[ImageSampler, int, dict[str, Any]]:
-    """Return the sampler of the flags, the epoch, and all that the images depend on."""
+    """Return the sampler of the flags, the epoch, and the settings of the images."""
     kind, extra = config.model_type, {"clip": not options.no_clip}
     if kind == "DDPM":
         extra["exact_end"] = options.exact_end

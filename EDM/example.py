@@ -39,7 +39,7 @@ FLAGS = (
     Option("--outdir", default=".", metavar="DIR", help="where to save the PNGs"),
     Option("--seed", Int(0), 0, "random seed"),
     Option("--steps", Int(1), None, "sampling steps", default_help="by the preset"),
-    Option("--device", metavar="NAME", help="cpu, cuda or cuda:N", default_help="a GPU if there is one"),
+    Option("--device", metavar="NAME", help="cpu, cuda or cuda:N", default_help="a GPU if available"),
 )
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--network: two networks of one preset would be drawn into the same file; give one at a time, "
                         "each with an --outdir of its own")
     for network in plans:
-        local_file(network)  # what is missing is said before hours of sampling
+        local_file(network)  # a missing file is reported before hours of sampling
     folder, world = make_dir(flags.outdir), start(flags.device)
     for network, name in plans.items():
         settings = PRESETS[name] | ({} if flags.steps is None else {"num_steps": flags.steps})

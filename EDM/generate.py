@@ -56,7 +56,7 @@ SAMPLING = (
     Option("--compile", Flag, False, "compile the network: slow to start, then faster"),
 )
 BATCH = Option("--batch", COUNT, 64, "largest batch of a process", unit="images")
-DEVICE = Option("--device", metavar="NAME", help="cpu, cuda or cuda:N", default_help="a GPU if there is one")
+DEVICE = Option("--device", metavar="NAME", help="cpu, cuda or cuda:N", default_help="a GPU if available")
 FLAGS = {
     "main options": (
         Option("--network", required=True, metavar="PATH|URL", help="network snapshot"),
@@ -115,8 +115,8 @@ def check(flags: SimpleNamespace) -> None:
 
 
 def foresee(flags: SimpleNamespace, images: ImageSet, processes: int) -> int:
-    """Return the bytes of generated images like `images`, one of every class a seed; UserError for flags that
-    contradict each other, or name a network that is not there."""
+    """Return the bytes of generated images like `images`, one of every class a seed; UserError for contradicting
+    flags and missing networks."""
     check(flags)
     for name, path in (("--guide-network", flags.guide_network), ("--network_2", flags.network_2)):
         if path is not None and "://" not in path and not os.path.isfile(path):
@@ -174,7 +174,7 @@ def make_images(flags: SimpleNamespace, held: ExitStack) -> None:
     with PngWriter() as writer:
         for batch in own:
             missing = [not sample.path.exists() for sample in batch]
-            if any(missing):  # made as a whole, so that a repeated command computes the very same batch
+            if any(missing):  # made as a whole: a repeated command computes the same batch
                 images = sampler.images([s.seed for s in batch], [s.class_index for s in batch], rows).cpu().numpy()
                 writer.save((s.path, image) for s, image, new in zip(batch, images, missing, strict=True) if new)
             counter.advance(len(batch))

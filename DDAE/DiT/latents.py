@@ -51,7 +51,7 @@ class Latents:
 
 
 def read_latents(folder: Path, split: str, most: int | None = None) -> Latents:
-    """Return the copies that a split has, at most so many. Raises UserError for missing, unequal or damaged files."""
+    """Return the copies of a split, at most `most`. Raises UserError for missing, unequal or damaged files."""
     found = sorted((int(match[1]), path) for path in folder.glob(f"{split}_code_*.npy")
                    if (match := re.fullmatch(rf"{split}_code_(\d+)\.npy", path.name)))
     labels = folder / f"{split}_label.npy"

@@ -5,7 +5,7 @@
     python linear.py --name layer-12,layer-13,layer-14 --time 81,121,161     # nine probes in one run
 
 The latents come from vae_preprocessing.py, the weights from pretrained_models/DiT-XL-2-256x256.pt. A feature is the
-mean over tokens of one block's output for a noised latent without class; the blocks behind it do not run.
+mean over tokens of one block's output for a noised latent without class; later blocks do not run.
 The same command again continues.
 """
 from __future__ import annotations
@@ -42,9 +42,9 @@ FLAGS = (
     Option("--batch_size", Int(1), 128, unit="images per process"),
     Option("--lr", Float(0, open=True), 1e-3, "for one process; multiplied by their number"),
     Option("--epoch", Int(1), 30, "epochs of training"),
-    Option("--time", IntList(high=STEPS - 1), None, "noise level 0..999, or several: 81,121  [121; tiny: 81]"),
+    Option("--time", IntList(high=STEPS - 1), None, "noise level, or several: 81,121", default_help="121; tiny: 81"),
     Option("--name", Text, "layer-13", "block from layer-0 on, or several: layer-9,layer-13"),
-    Option("--num_copies", Int(1), None, "use only so many augmented copies  [all]"),
+    Option("--num_copies", Int(1), None, "augmented copies to use", default_help="all"),
     Option("--ckpt", Text, "pretrained_models/DiT-XL-2-256x256.pt", "weights: a state dict, or a dict with the entry "
            "ema", metavar="FILE"),
     Option("--model", Text, "DiT-XL/2", "DiT-{XL,L,B,S}/{2,4,8}"),

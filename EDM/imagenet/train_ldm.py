@@ -29,7 +29,7 @@ from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, 
 from shared.training.precision import compiles, default_precision
 
 MACHINE = (
-    Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if there is one", metavar="NAME"),
+    Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if available", metavar="NAME"),
     Option("--precision", Choice("fp32", "bf16"), None, "arithmetic of networks",
            default_help="bf16 on a GPU that has it, else fp32"),
     Option("--strict", Flag, False, "the published arithmetic: fp32, attention included, and no fused operation"),
@@ -46,10 +46,10 @@ FLAGS = {
                default_help="pretrained/datasets/...", metavar="DIR"),
         Option("--transition", Text, None, "transition matrix p(pseudo-label | class), .json or .npy; each visit of a "
                "latent then draws its class from p(class | pseudo-label)", metavar="FILE"),
-        Option("--repa", Text, None, "draw inner tokens to the patch tokens of this encoder, see predict.py --encoder "
-               "(REPA), to train in fewer steps", metavar="ENCODER"),
-        Option("--repa_weight", Float(0), 0.5, "of this alignment in the loss"),
-        Option("--repa_block", Int(0), None, "block whose tokens are drawn", default_help="7, or the middle one"),
+        Option("--repa", Text, None, "align inner tokens with the patch tokens of this encoder (REPA), to train in "
+               "fewer steps; as suggest_labels.py --encoder", metavar="ENCODER"),
+        Option("--repa_weight", Float(0), 0.5, "weight of this alignment in the loss"),
+        Option("--repa_block", Int(0), None, "block whose tokens are aligned", default_help="7, or the middle one"),
         Option("--overwrite", Flag, False, "move another run in --workdir aside and start anew (without it: an error)"),
         Option("--compile", Bool, None, "compile the blocks: slow to start, then faster",
                default_help="on a GPU, unless --strict"),
@@ -68,7 +68,7 @@ def main(doc: str = __doc__, schedule_of: Callable[[Config], Schedule] = lambda 
     layout, schedule = Layout(config), schedule_of(config)
     workdir = Path(options.workdir or layout.workdir)
 
-    # What it needs, checked before it starts.
+    # Inputs, checked before the training.
     latents = read_latents(Path(options.dataset_path or config.dataset.path or layout.latents), config.z_shape)
     coder = load_coder(config.autoencoder.pretrained_path, config.z_shape, config.resolution,
                        "--config.autoencoder.pretrained_path").to(world.device)

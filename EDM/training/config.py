@@ -1,5 +1,5 @@
-"""The flags that the training scripts share, and what makes a training run this run: the option dictionary in its
-folder, the folder's name, its inputs."""
+"""The flags that the training scripts share, and the identity of a run: the option dictionary in its folder, the
+folder's name, its inputs."""
 from __future__ import annotations
 
 import json
@@ -18,7 +18,7 @@ RESULT_FILE = "result.json"
 INPUTS = "inputs"  # key of OPTIONS_FILE: name of a flag -> fingerprint of the content it names
 # Paths of inputs, whose content counts instead.
 PATHS = ("dataset_kwargs.path", "resume_pkl", "resume_state_dump", "eval_data")
-# How a run is carried out, as opposed to what it computes: may differ between the parts of an interrupted run.
+# Settings that do not change the numbers: they may differ between the parts of an interrupted run.
 FREE_KEYS = ("run_dir", "data_loader_kwargs", "batch_gpu", "cudnn_benchmark", "compile", "cls", "pairs_gpu")
 FREE_IN_RUN = tuple({key.split(".")[0] for key in (*FREE_KEYS, *PATHS)})  # the launcher has compared what they hold
 
@@ -104,7 +104,7 @@ def write_options(folder: str | os.PathLike, options: Mapping[str, Any], inputs:
 
 def differences(former: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, str],
                 ignore_seed: bool) -> list[str]:
-    """Return, as "key: old there, new here", what makes a run of `options` and `inputs` another than `former`."""
+    """Return the differences of `options` and `inputs` from `former`, as "key: old there, new here"."""
     # Older versions recorded no fingerprints: then the paths count.
     ignored = {*FREE_KEYS, *(PATHS if INPUTS in former else (INPUTS,)), *(("seed",) if ignore_seed else ())}
 
@@ -208,7 +208,7 @@ RUNNING = (
            "arithmetic of the network", default_help="bf16 on a GPU that has it, else fp32; --fp16 overrules"),
     Option("--strict", Flag, False, "the published arithmetic: fp32 and no fast path"),
     Option("--compile", Bool, None, "compile the network", default_help="on a GPU, unless --strict"),
-    Option("--device", metavar="NAME", help="cpu, cuda or cuda:N", default_help="a GPU if there is one"),
+    Option("--device", metavar="NAME", help="cpu, cuda or cuda:N", default_help="a GPU if available"),
     Option("--checkpoint-seconds", POSITIVE, 600.0, "time between two checkpoints", unit="s"),
 )
 
