@@ -29,9 +29,10 @@ from shared.training.run import Run
 
 FLAGS = (
     *ENCODER,
-    Option("--block", Text, None, "block  [the config's linear.blockname]", metavar="NAME"),
+    Option("--block", Text, None, "block of the features", default_help="linear.blockname", metavar="NAME"),
     COMPARE,
-    Option("--outdir", Text, None, "results  [{save_dir}/noisy_classifier/...]", metavar="DIR"),
+    Option("--outdir", Text, None, "folder of the results", metavar="DIR",
+           default_help="{save_dir}/noisy_classifier/..."),
 )
 
 
