@@ -33,9 +33,9 @@ from shared.training.record import Record
 
 FLAGS = (
     Option("--run", required=True, help="folder of a finished run of main.py", metavar="DIR"),
-    Option("--dest", help="where to write", default_help="the run's folder", metavar="DIR"),
+    Option("--dest", help="folder of the labels", default_help="the run's folder", metavar="DIR"),
     Option("--per_class", Int(0), 0, "also write this number of real images of every class", unit="images"),
-    Option("--overwrite", Flag, False, "replace labels that another classifier gave"),
+    Option("--overwrite", Flag, False, "replace labels of another classifier"),
 )
 
 

@@ -20,7 +20,7 @@ FLAGS = (
     Option("runs", many=True, required=True, help="a run's folder, which holds summary.json", metavar="RUN"),
     Option("--out", default="pseudo_labels.png", help="the figure", metavar="PNG"),
     Option("--kind", Choice("main", "linear", "semantic"), "main",
-           "which of DASO's pseudo-labels; main: those that are learned"),
+           "kind of DASO's pseudo-labels; main: the learned ones"),
 )
 
 

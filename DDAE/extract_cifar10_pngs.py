@@ -21,9 +21,9 @@ from shared.training.progress import progress
 
 EACH = 5000  # images of a class in the published set
 FLAGS = (
-    Option("--data_dir", Text, "./data", "where CIFAR-10 is", metavar="DIR"),
+    Option("--data_dir", Text, "./data", "folder of CIFAR-10", metavar="DIR"),
     Option("--dest", Text, None, "folder of the PNG files", default_help="cifar10-pngs in --data_dir", metavar="DIR"),
-    Option("--download", Flag, False, "fetch CIFAR-10 if it is not there"),
+    Option("--download", Flag, False, "fetch CIFAR-10 if it is missing"),
 )
 
 

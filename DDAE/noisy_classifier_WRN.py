@@ -43,8 +43,8 @@ BETAS, STEPS = (1e-4, 0.02), 1000
 FLAGS = (
     *MACHINE, *DATA, GPUS, COMPARE,
     Option("--mode", Choice("DDPM", "EDM"), "DDPM", "VP or VE noise"),
-    Option("--batch_size", Int(1), 128, unit="images per process"),
-    Option("--lr", Float(0, open=True), 0.1, "whatever the number of processes"),
+    Option("--batch_size", Int(1), 128, "batch of the training", unit="images per process"),
+    Option("--lr", Float(0, open=True), 0.1, "learning rate, for any number of processes"),
     Option("--epoch", Int(1), 200, "epochs of training"),
     Option("--warm_epoch", Int(0), 5, "epochs over which the rate rises"),
     Option("--dataset", Text, "cifar", "cifar, cifar100, tiny, digits, or images by path"),

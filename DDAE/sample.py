@@ -37,11 +37,11 @@ SAMPLER = (
     Option("--no_clip", Flag, False, "do not clip predicted images to [-1, 1]"),
     Option("--exact_end", Flag, False, "DDIM with the schedule of training, which ends free of noise; the published "
            "one leaves about 1 %"),
-    Option("--batch", Int(1), 100, "most images of a process at once", unit="images"),
+    Option("--batch", Int(1), 100, "largest batch of a process", unit="images"),
 )
 FLAGS = (
     *SAMPLER,
-    Option("--batches", Int(1), 125, "number of images in 400s"),
+    Option("--batches", Int(1), 125, "number of batches of 400 images"),
     Option("--images", Int(1), None, "number of images, in place of --batches"),
     Option("--npz", Flag, False, "also write all images into one .npz beside the folder"),
     Option("--overwrite", Flag, False, "replace existing images"),

@@ -25,7 +25,7 @@ FLAGS = (
     *COMMON, GPUS, *FAST,
     Option("--constant_ema", Flag, False, "use the config's ema from the start, without the published warm-up"),
     Option("--steps", Int(1), None, "end after this number of steps, with a checkpoint of the epoch reached"),
-    Option("--checkpoint_seconds", Float(0, open=True), 600.0, "time between two checkpoints to continue from"),
+    Option("--checkpoint_seconds", Float(0, open=True), 600.0, "time between two checkpoints", unit="s"),
     Option("--overwrite", Flag, False, "move another run in save_dir aside and start anew (without it: an error)"),
     Option("--log_every", Int(1), 50, "steps between two lines of the log"),
 )

@@ -56,7 +56,7 @@ INCEPTION_SIDE = 32  # smaller images give a network for photographs little info
 
 FLAGS = {
     "images": (
-        Option("--outdir", required=True, metavar="DIR", help="where to write result.json, evaluation.md, pictures"),
+        Option("--outdir", required=True, metavar="DIR", help="folder of result.json, evaluation.md and pictures"),
         Option("--data", required=True, metavar="PATH|NAME", help="real training images with labels, or a data set's "
                "name; of a set with label noise the clean labels are taken"),
         Option("--test", metavar="PATH|NAME", help="real test images", default_help="the test split of a named --data"),
@@ -78,9 +78,9 @@ FLAGS = {
     "classifiers": (
         Option("--classifier", Choice(*CLASSIFIERS), None, "network of the judge and of the classification accuracy "
                "score", default_help="resnet50; cnn for gray images, small below 32x32"),
-        Option("--classifier-steps", COUNT, None, "their training steps", default_help="by the network"),
+        Option("--classifier-steps", COUNT, None, "training steps of these classifiers", default_help="by the network"),
         Option("--weights", metavar="FILE", help="torchvision weights of resnet50_pretrained"),
-        Option("--flip", Bool, None, "mirror half of their images", default_help="where images have colour"),
+        Option("--flip", Bool, None, "mirror half of their training images", default_help="if images have colour"),
         Option("--judge-dir", metavar="DIR", help="folder of the judge, to share it", default_help="OUTDIR/judge"),
     ),
     "running": (

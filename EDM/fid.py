@@ -67,7 +67,7 @@ CALC_FLAGS = {
     "metrics": (
         Option("--metrics", METRICS, ["fid"], METRICS.help),
         Option("--kid-subsets", COUNT, 100, "subsets of the kernel distance"),
-        Option("--kid-subset-size", Int(2), 1000, "images of each"),
+        Option("--kid-subset-size", Int(2), 1000, "images of a subset"),
         Option("--pr-k", COUNT, 3, "neighbours of precision and recall"),
         Option("--dc-k", COUNT, 5, "neighbours of density and coverage"),
         Option("--isc-splits", COUNT, 10, "splits of the inception score"),
@@ -78,7 +78,7 @@ CALC_FLAGS = {
 }
 REF_FLAGS = (
     Option("--data", required=True, metavar="PATH|ZIP|NPZ", help="reference images"),
-    Option("--dest", required=True, metavar="NPZ", help="where to write the statistics"),
+    Option("--dest", required=True, metavar="NPZ", help="file of the statistics, an .npz"),
     Option("--features", Flag, False, "also keep every feature and class: for kid, prdc and cwfid"),
     Option("--overwrite", Flag, False, "replace statistics of other images or of another detector"),
     *FEATURES,

@@ -30,7 +30,7 @@ from shared.data.images import ImageSet
 FLAGS = {
     "main options": config.main_options(
         Choice("ddpmpp", "ncsnpp", "adm"), ["vp", "ve", "edm", "edm_tv", "edm_vm"],
-        "must be 1: labels are what is learned"),
+        "must be 1, since the labels are learned"),
     "hyperparameters": config.HYPERPARAMETERS,
     "performance": config.PERFORMANCE,
     "files": config.FILES,

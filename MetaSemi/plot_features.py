@@ -46,7 +46,7 @@ FLAGS = {
     "beyond the published flags": (
         Option("--embed-all", Flag, False, "embed all images and choose afterwards, as published; otherwise the chosen "
                "ones alone, which is much faster"),
-        Option("--seed", Int(0, 2**32 - 1), 0, "of the choice and the embedding"),
+        Option("--seed", Int(0, 2**32 - 1), 0, "seed of the choice and the embedding"),
         Option("--download", Flag, False, "fetch missing files of the data set"),
     ),
 }

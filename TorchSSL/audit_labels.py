@@ -61,7 +61,7 @@ FLAGS = {
         Option("--batch_size", Int(1), 64, "images in a batch"),
         Option("--lr", Float(0), 0.03, "learning rate at the start of the cosine"),
         Option("--weak_flip", Bool, False, "also mirror the images of a training"),
-        Option("--seed", Int(0, 2 ** 32 - 1), 1, "of folds, weights and draws"),
+        Option("--seed", Int(0, 2 ** 32 - 1), 1, "seed of folds, weights and draws"),
     ),
     "second opinion": (
         Option("--diffusion", Text, None, "class-conditional snapshot of EDM, trained on the same labels",

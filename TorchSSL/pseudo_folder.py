@@ -28,7 +28,7 @@ FLAGS = (
     Option("--labels", Text, required=True, help="the pseudo_label.npy of get_labels.py"),
     Option("--dest", Text, required=True, help="folder for real_all/ and real_balanced/"),
     Option("--per_class", Int(1), 1001, "images of every class in real_balanced"),
-    Option("--seed", Int(0), 1, "of the draw"),
+    Option("--seed", Int(0), 1, "seed of the draw"),
     Option("--overwrite", Flag, False, "replace folders of other images or pseudo-labels"),
 )
 

@@ -22,7 +22,7 @@ DIT = (
     *MACHINE,
     Option("--dataset", Text, "cifar", "cifar, tiny, or images by name or path"),
     Option("--codes", Text, "latent_codes", "folder of the latents", metavar="DIR"),
-    Option("--seed", Int(), 0),
+    Option("--seed", Int(), 0, "seed of all random numbers"),
 )
 
 

@@ -39,8 +39,8 @@ STEPS = 1000
 LEVEL = {"tiny": 81}        # 121 for all others
 FLAGS = (
     *DIT,
-    Option("--batch_size", Int(1), 128, unit="images per process"),
-    Option("--lr", Float(0, open=True), 1e-3, "for one process; multiplied by their number"),
+    Option("--batch_size", Int(1), 128, "batch of the training", unit="images per process"),
+    Option("--lr", Float(0, open=True), 1e-3, "learning rate of one process; multiplied by their number"),
     Option("--epoch", Int(1), 30, "epochs of training"),
     Option("--time", IntList(high=STEPS - 1), None, "noise level, or several: 81,121", default_help="121; tiny: 81"),
     Option("--name", Text, "layer-13", "block from layer-0 on, or several: layer-9,layer-13"),
@@ -48,7 +48,7 @@ FLAGS = (
     Option("--ckpt", Text, "pretrained_models/DiT-XL-2-256x256.pt", "weights: a state dict, or a dict with the entry "
            "ema", metavar="FILE"),
     Option("--model", Text, "DiT-XL/2", "DiT-{XL,L,B,S}/{2,4,8}"),
-    Option("--outdir", Text, "linear_probe", "results, one folder a data set", metavar="DIR"),
+    Option("--outdir", Text, "linear_probe", "folder of the results, with a sub-folder per data set", metavar="DIR"),
 )
 
 

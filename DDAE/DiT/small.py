@@ -32,7 +32,7 @@ FLAGS = (
     Option("--dataset", Text, "digits", "data set whose latents are measured: a name or a path"),
     Option("--data_dir", Text, "../data", "folder of the data sets", metavar="DIR"),
     Option("--resolution", Int(16), 32, "side of the enlarged images, a multiple of 16", unit="pixels"),
-    Option("--seed", Int(), 0),
+    Option("--seed", Int(), 0, "seed of the weights"),
 )
 
 

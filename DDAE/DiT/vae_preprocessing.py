@@ -42,10 +42,10 @@ DEBUG_IMAGES = 16       # of each copy's first images are shown beside their rec
 FLAGS = (
     *DIT,
     Option("--num_copies", Int(1), 10, "augmented copies of the training set"),
-    Option("--batch_size", Int(1), 32, "at a time", unit="images per process"),
+    Option("--batch_size", Int(1), 32, "batch of the VAE", unit="images per process"),
     Option("--vae", Text, PUBLISHED_VAE, "file of weights, folder of a diffusers AutoencoderKL, or its name on the "
            "Hugging Face hub", metavar="FILE|DIR|NAME"),
-    Option("--resolution", Int(1), 256, "images are enlarged to this side", unit="pixels"),
+    Option("--resolution", Int(1), 256, "side of the enlarged images", unit="pixels"),
     Option("--data_dir", Text, "../data", "folder of the data sets", metavar="DIR"),
     Option("--overwrite", Flag, False, "replace latents of other images, another VAE or other settings"),
 )

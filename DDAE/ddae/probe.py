@@ -33,8 +33,8 @@ PIXELS = "pixels"
 ENCODER = (
     *COMMON, GPUS,
     Option("--epoch", Int(-1), -1, "checkpoint model_{epoch}.pth; -1: the last"),
-    Option("--network", Text, None, "a network-snapshot-*.pkl of EDM/train.py in place of a checkpoint of the config; "
-           "--config then says how", metavar="SNAPSHOT"),
+    Option("--network", Text, None, "a network-snapshot-*.pkl of EDM/train.py in place of a checkpoint; --config then "
+           "has the settings of the probe", metavar="SNAPSHOT"),
 )
 
 

@@ -39,7 +39,7 @@ FLAGS = (
     Option("--labels", Int(0), 0, "labelled images of every class, drawn at random; 0: all that lie in train/<class>/"),
     Option("--encoder", Text, None, "frozen encoder: a file or folder of MSN, or timm:NAME[@FILE|@pretrained]",
            default_help="DEST/msn/encoder.pth.tar, see train_msn.py"),
-    Option("--seed", Int(0), 1, "of the labelled images and the diffusion model"),
+    Option("--seed", Int(0), 1, "seed of the labelled images and the diffusion model"),
     Option("--overwrite", Flag, False, "replace files made from other images or with another seed"),
 )
 DROPPED = ("config_name", "hparams")  # the reader adds them again

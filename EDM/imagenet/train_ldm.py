@@ -53,7 +53,7 @@ FLAGS = {
         Option("--overwrite", Flag, False, "move another run in --workdir aside and start anew (without it: an error)"),
         Option("--compile", Bool, None, "compile the blocks: slow to start, then faster",
                default_help="on a GPU, unless --strict"),
-        Option("--checkpoint_minutes", Float(0, open=True), 10.0, "time between two checkpoints"),
+        Option("--checkpoint_minutes", Float(0, open=True), 10.0, "time between two checkpoints", unit="minutes"),
     ),
     "FID": SCORES,
     "machine": MACHINE,

@@ -187,7 +187,7 @@ FILES = (
     Option("--dump", COUNT, 500, "interval of training states", unit="ticks"),
     Option("--seed", Int(0, 2**32 - 1), None, "random seed", default_help="random"),
     Option("--transfer", metavar="PKL|URL", help="start from the weights of a snapshot"),
-    Option("--resume", metavar="PT", help="go on from a former run's training-state-*.pt"),
+    Option("--resume", metavar="PT", help="continue from a training-state-*.pt"),
     Option("--resume_sub", hidden=True),  # published, and without effect there too
     Option("-n --dry-run", Flag, False, "print the options and exit"),
 )
@@ -199,7 +199,7 @@ LABEL_NOISE = (
     Option("--transition", metavar="FILE",
            help="transition matrix as .npy or .json, row = clean class (--noise_type=file)"),
     Option("--dataset", Choice("mnist", "cifar10", "cifar100", "digits"), None,
-           "which set --data is", default_help="by its name"),
+           "data set of --data", default_help="by its name"),
 )
 
 # Beyond the published command line.

@@ -29,7 +29,7 @@ from shared.training.progress import progress
 SHUFFLE_SEED = 100
 FLAGS = {
     "files": (
-        Option("prefix", required=True, help="of the .lst, .rec and .idx files"),
+        Option("prefix", required=True, help="path of the .lst, .rec and .idx files, without ending"),
         Option("root", required=True, help="folder that holds the images"),
     ),
     "making a list": (
@@ -50,10 +50,10 @@ FLAGS = {
         Option("--quality", Int(1, 100), 95, "JPEG quality 1-100, or PNG compression 1-9"),
         Option("--num-thread", Int(1), None, "workers", default_help="one a core"),
         Option("--color", Int(-1, 1), 1, "1 colour, 0 gray, -1 as it is"),
-        Option("--encoding", Choice(".jpg", ".png"), ".jpg", "format of the records"),
+        Option("--encoding", Choice(".jpg", ".png"), ".jpg", "format of the stored images"),
         Option("--pack-label", Flag, False, "store all labels of a list with several"),
-        Option("--verify", Flag, False, "with --pass-through: decode every image, to be sure"),
-        Option("--skip-bad", Flag, False, "leave out what cannot be read, and count it"),
+        Option("--verify", Flag, False, "with --pass-through: decode every image, as a check"),
+        Option("--skip-bad", Flag, False, "leave out unreadable images, and count them"),
     ),
 }
 

@@ -23,8 +23,8 @@ NETWORK = (
     Option("--widen_factor", Int(0), 2, "its width"),
     Option("--leaky_slope", Float(0), 0.1, "slope of its LeakyReLU"),
     Option("--dropout", Float(0, 1), 0.0, "dropout rate inside its blocks"),
-    Option("--bn_momentum", Float(0, 1), None, "weight of a new batch in its batch-norm statistics (default: the "
-           "network's own, 0.001 in wide residual networks)"),
+    Option("--bn_momentum", Float(0, 1), None, "weight of a new batch in its batch-norm statistics",
+           default_help="the network's own, 0.001 in wide residual networks"),
 )
 COMMON = {
     "output": (
@@ -43,7 +43,7 @@ COMMON = {
         Option("--num_train_iter", Int(1), 2 ** 20, "length of the training", unit="iterations"),
         Option("--num_eval_iter", Int(1), 5000, "distance of evaluations (at most 1000 in the last fifth)",
                unit="iterations"),
-        Option("--seed", Int(0, 2 ** 32 - 1), 1, "of the labelled split, the initial weights and all draws"),
+        Option("--seed", Int(0, 2 ** 32 - 1), 1, "seed of the labelled split, the initial weights and all draws"),
     ),
     "data": (
         Option("--data_dir", Text, "./data", "folder of the data sets"),

@@ -28,8 +28,9 @@ from shared.training.progress import duration
 
 FLAGS = (
     Option("runs", required=True, many=True, metavar="RUN", help="output folder of a run, table or run_all.sh"),
-    Option("--out", default="report.html", metavar="FILE", help="the page"),
-    Option("--title", help="its title", default_help="the names of the folders"),
+    Option("--out", default="report.html", metavar="FILE", help="file of the page"),
+    Option("--title", help="title of the page"
+, default_help="the names of the folders"),
 )
 CONTENT_FILES, CURVE_FILES = ("table.json", "report.json", "result.json"), ("stats.jsonl", "metrics.json")
 DEEPEST = 5  # folders below RUN that are searched

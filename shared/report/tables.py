@@ -300,23 +300,23 @@ def submit(tasks: Sequence[Task], words: Sequence[str], options: SimpleNamespace
 # ---------------------------------------------------------------- command line
 
 FLAGS = (
-    Option("table", help="which one; without it they are listed"),
-    Option("--scale", Choice("paper", "tiny"), "paper", "tiny: the digits and short runs, to try everything out"),
+    Option("table", help="name of the table; without it the names are listed"),
+    Option("--scale", Choice("paper", "tiny"), "paper", "tiny: short runs on the digits, to try the commands"),
     Option("--out", metavar="DIR", help="folder of the runs", default_help="./tables/<paper>"),
-    Option("--data-dir", default="data", metavar="DIR", help="the data sets"),
-    Option("--seeds", Int(1), None, "how many, fewer or more", default_help="the paper's"),
-    Option("--only", default="", metavar="TEXT,...", help="rows or columns that contain one of these"),
+    Option("--data-dir", default="data", metavar="DIR", help="folder of the data sets"),
+    Option("--seeds", Int(1), None, "number of seeds", default_help="the paper's"),
+    Option("--only", default="", metavar="TEXT,...", help="rows and columns whose name contains one of these words"),
     Option("--list", Flag, False, "only list the runs"),
-    Option("--aggregate", Flag, False, "run nothing; write the table of what there is"),
+    Option("--aggregate", Flag, False, "run nothing; write the table of the finished runs"),
     Option("--jobs", Int(1), 1, "runs at a time, without --gpus"),
-    Option("--gpus", default="", metavar="0,1,...", help="one run at a time on each of these"),
+    Option("--gpus", default="", metavar="0,1,...", help="GPUs by number; each has one run at a time"),
     Option("--slurm", metavar="PARTITION", help="every run as a SLURM job (submitit)"),
-    Option("--slurm-hours", Float(0, 1e6, open="low"), 48.0, "time limit of a SLURM job"),
+    Option("--slurm-hours", Float(0, 1e6, open="low"), 48.0, "time limit of a SLURM job", unit="hours"),
     Option("--slurm-gpus", Int(0), 1, "GPUs of a SLURM job"),
     Option("--slurm-args", default="", metavar='"KEY=VALUE ..."',
            help='further options of sbatch, for instance "account=us cpus-per-task=8"'),
-    Option("--slurm-restarts", Int(0), 20, "how often a job that the time limit ends goes on"),
-    Option("--run", metavar="JOB/seed_S", help="only this run; what a SLURM job calls"),
+    Option("--slurm-restarts", Int(0), 20, "restarts of a job that its time limit has ended"),
+    Option("--run", metavar="JOB/seed_S", help="only this run, as a SLURM job does"),
 )
 Tables = Mapping[str, Callable[[str, SimpleNamespace], Table]]
 
