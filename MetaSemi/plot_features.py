@@ -150,6 +150,11 @@ def draw(panels: Sequence[tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
         colours = np.array(COLOURS)[classes % len(COLOURS)]
         axes.scatter(places[:, 0], places[:, 1], s=10, c=colours, linewidths=0)
         axes.set_title(title)
+    if max(classes.max() for _, classes in panels) < len(COLOURS):
+        for number in np.unique(panels[0][1]):
+            figure.axes[0].scatter([], [], s=30, c=COLOURS[number], label=number)
+        figure.axes[0].legend(title="class", loc="best", ncols=2)
+
     axes = figure.add_subplot(1, 4, 4)
     for which, name, colour in ((1, "unlabelled", "blue"), (2, "test", "grey"), (0, "labelled", "red")):
         axes.scatter(*panels[which][0].T, s=10, c=colour, linewidths=0, label=name)

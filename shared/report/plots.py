@@ -98,6 +98,7 @@ def curves(panels: Mapping[str, Panel], path: str | os.PathLike) -> None:
         if panel.log_x:
             axes.set_xscale("log")
         elif all(value == int(value) for value in steps):
+            axes.margins(x=0.05 if len(set(steps)) > 1 else 20)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
         if len(panel.lines) > len(COLOURS):
             axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -204,7 +205,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], pa
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(textwrap.fill(title, round(10 * figure.get_figwidth())), fontsize=10)
     figure.tight_layout()
     _save(figure, path)
 
