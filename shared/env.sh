@@ -26,7 +26,8 @@ fewlabel_make_venv() (
     stamp=$fewlabel_root$'\n'$(cat "$fewlabel_root/requirements.txt")  # a .venv that was moved does not work
     exec 8>> "$venv.lock" && "$fewlabel_python" -c 'import fcntl; fcntl.flock(8, fcntl.LOCK_EX)' || exit
     [[ ! -x $venv/bin/python || $(cat "$venv/complete.txt" 2> /dev/null) != "$stamp" ]] || exit 0
-    echo "Installing the packages of requirements.txt into $venv (once; about 6 GB with CUDA)" >&2
+    echo "Installing the packages of requirements.txt into $venv (once, a few minutes; about 6 GB with CUDA)
+" >&2
     "$fewlabel_python" -m venv --clear "$venv" >&2 &&
         "$venv/bin/python" -m pip install --quiet -r "$fewlabel_root/requirements.txt" >&2 &&
         echo "$fewlabel_root" > "$(echo "$venv"/lib/python3*)/site-packages/fewlabel.pth" &&

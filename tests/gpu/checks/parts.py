@@ -7,7 +7,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Part:
     """module: in this folder; it has a function of the part's name. seconds: the budget. needs: packages beyond
-    PyTorch, torchvision, NumPy, SciPy, scikit-learn, Pillow, tqdm, PyYAML, click, matplotlib and timm.
+    PyTorch, torchvision, NumPy, SciPy, scikit-learn, Pillow, tqdm, PyYAML, matplotlib and timm.
 
     null: what the null GPU cannot show of it.
     """
