@@ -25,7 +25,7 @@ from shared.training.checkpoint import keep_layout
 from shared.training.ema import EMA
 from shared.training.files import atomic, make_dir
 from shared.training.log import Log
-from shared.training.precision import autocast, computed_on
+from shared.training.precision import autocast, compiles, computed_on
 from shared.training.randomness import set_dropout_keys, torch_rng
 from shared.training.run import Run
 
@@ -33,27 +33,30 @@ PREVIEW_EPOCHS = 100   # between two previews and checkpoints
 PREVIEW_COLUMNS = 10
 MAX_NORM = 1.0         # of the gradient
 EMA_POWER = 2 / 3
-# What may change between two starts of a run.
+# Settings that may change between two starts of a run.
 FREE_KEYS = ("n_epoch", "n_sample", "save_model", "save_dir", "linear", "classes")
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of a step for n images: levels [n], noise [n, C, H, W], parameters of the augmentation or None."""
+    """Random numbers of a step for n images: levels [n], noise [n, C, H, W], parameters [n, ...] of the augmentation
+    and its margins of the global batch, or None."""
 
     level: Tensor
     noise: Tensor
     augment: Tensor | None = None
+    margins: Tensor | None = None
 
 
 def draw(diffusion: DDPM | EDM, batch: Batch, seed: int, step: int) -> Draws:
     """Draw for the whole global batch and return this process's part: results do not depend on their number."""
     device = batch.images.device
     level = diffusion.draw(batch.count, torch_rng(seed, step, "level", device))[batch.part]
-    parameters = None
+    parameters = margins = None
     if diffusion.augment is not None:
-        parameters = diffusion.augment.draw(batch.count, torch_rng(seed, step, "augmentation", device))[batch.part]
-    return Draws(level, batch.noise(seed, step, "noise"), parameters)
+        parameters = diffusion.augment.draw(batch.count, torch_rng(seed, step, "augmentation", device))
+        parameters, margins = parameters[batch.part], diffusion.augment.margins(parameters, *batch.images.shape[2:])
+    return Draws(level, batch.noise(seed, step, "noise"), parameters, margins)
 
 
 def learning_rate(config: Config, epoch: int, gpus: int) -> float:
@@ -79,10 +82,10 @@ def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
           gpus: int = 1,                      # processes that batch_size and lrate are multiplied by
           precision: str = "fp32",            # fp32, bf16 or fp16
           strict: bool = False,               # the published arithmetic
-          compile: bool = False,              # the network
+          compile: bool | None = False,       # the network; None: on a GPU, unless strict
           seed: int = 1337,
           constant_ema: bool = False,         # no warm-up of the average
-          steps: int | None = None,           # end after so many; None: after the config's epochs
+          steps: int | None = None,           # number of steps; None: the config's epochs
           checkpoint_seconds: float = 600.0,  # between two checkpoints to continue from
           log_every: int = 50,                # steps between two lines of the log
           inputs: Mapping[str, str] | None = None,  # fingerprint of the data set
@@ -90,7 +93,7 @@ def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
           ) -> None:
     """Train `net` (with its initial weights) as the config says, and leave the published files in config.save_dir.
 
-    Continues from the folder's checkpoint.pt if there is one, else from the config's load_epoch.
+    Continues from the folder's checkpoint.pt, if any, else from the config's load_epoch.
     """
     # Network, average, optimizer.
     folder, device = Path(config.save_dir), world.device
@@ -120,8 +123,10 @@ def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
             run.step = (config.load_epoch + 1) * batches.per_epoch
             run.state["first_update"] = load_epoch(config, net, ema, optimizer, log) - run.step
     model = distributed.data_parallel(net, world)
-    if compile:
-        net.compile()
+    if compiles(compile, device, strict):
+        net.compile(dynamic=False)  # the last part of an epoch may have another size
+        if diffusion.augment is not None:
+            diffusion.augment.compile()
 
     def save_epoch() -> None:
         if config.save_model:
@@ -147,11 +152,11 @@ def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
             set_dropout_keys(net, seed, step, range(batch.part.start + here.start, batch.part.start + here.stop))
             images, labels = 2 * batch.images[here] - 1, None
             if diffusion.augment is not None and draws.augment is not None:
-                images, labels = diffusion.augment.apply(images, draws.augment[here])
+                images, labels = diffusion.augment.apply(images, draws.augment[here], draws.margins)
             # Gradients travel between processes in the last pass only.
             waits = here.stop < count and model is not net
             with model.no_sync() if waits else contextlib.nullcontext():
-                with autocast(device, precision):
+                with autocast(device, precision, net):
                     mean = diffusion.loss(model, images, draws.level[here], draws.noise[here], labels)
                 # They are averaged over processes, whose parts of the batch may differ in size.
                 part = mean * ((here.stop - here.start) * world.size / batch.count)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-from shared.training.precision import to_device
+from shared.training.precision import constants, to_device
 
 # Low-pass filter of the sym6 wavelet (Daubechies, "Ten Lectures on Wavelets"), 12 taps.
 SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
@@ -64,6 +63,11 @@ class AugmentPipe:
         self.hue_max = hue_max
         self.label_dim = len(self._labels({name: torch.zeros(1) for name in COLUMNS}, 1, 1))
 
+    def compile(self) -> None:
+        """Compile everything but the draws."""
+        for name in ("parameters", "margins", "apply"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+
     # ------------------------------------------------------------------------------------------------------- numbers
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -103,10 +107,17 @@ class AugmentPipe:
 
     # -------------------------------------------------------------------------------------------------------- images
 
-    def apply(self, images: torch.Tensor, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def margins(self, parameters: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Return `margins` of a batch with these parameters [N, 16], from `draw`."""
+        values = dict(zip(COLUMNS, parameters.unbind(1), strict=True))
+        return margins(self._geometry(values, height, width), height, width)
+
+    def apply(self, images: torch.Tensor, parameters: torch.Tensor, margins: torch.Tensor | None = None
+              ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the transformed images and the labels [N, label_dim] that describe the transformations.
 
-        images [N, C, H, W] in any range (H = W with rotate_int, C = 1 or 3 with colours); parameters from `draw`.
+        images [N, C, H, W] in any range (H = W with rotate_int, C = 1 or 3 with colours); parameters from `draw`;
+        margins of the batch that the images belong to (None: they are all of it).
         Raises ValueError for images that a transformation is not defined for.
         """
         height, width = images.shape[2:]
@@ -128,7 +139,7 @@ class AugmentPipe:
         if "translate_int" in used:
             images = shift(images, *self._whole_pixels(values, height, width))
         if used.intersection(GEOMETRY):
-            images = warp(images, self._geometry(values, height, width))
+            images = warp(images, self._geometry(values, height, width), margins)
         if used.intersection(COLOUR):
             images = recolour(images, self._colour(values))
         labels = self._labels(values, height, width)
@@ -193,14 +204,29 @@ def shift(images: torch.Tensor, tx: torch.Tensor, ty: torch.Tensor) -> torch.Ten
     return images.flatten(2).gather(2, index).unflatten(2, (height, width))
 
 
-def warp(images: torch.Tensor, geometry: torch.Tensor) -> torch.Tensor:
+def margins(geometry: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return [2, 2], rows (left, top) and (right, bottom): by how many mirrored pixels images are continued.
+
+    That is as far as the corners of any image of the batch reach under its `geometry` [N, 3, 3], and the filter beyond
+    them; at most once the image. So an image's border depends on its batch, as published.
+    """
+    corners, beyond, most = _corners(height, width, geometry.device)
+    places = geometry[:, :2] @ corners
+    reach = torch.stack([-places, places]).amax(dim=(1, 3))
+    return (reach + beyond).clamp(min=0).minimum(most).ceil()
+
+
+def warp(images: torch.Tensor, geometry: torch.Tensor, batch_margins: torch.Tensor | None = None) -> torch.Tensor:
     """Transform each image [N, C, H, W] by its `geometry` [N, 3, 3] without aliasing.
 
-    Images are continued by mirroring (once on each side), doubled in size by the wavelet filter, sampled bilinearly
-    and halved in size by the same filter. The filters are linear maps of rows and of columns: one matrix each.
+    Images are continued by mirroring as far as `batch_margins` (None: `margins` of these images), doubled in size by
+    the wavelet filter, sampled bilinearly and halved in size by the same filter. The filters are linear maps of rows
+    and of columns: one matrix each.
     """
     height, width = images.shape[2:]
-    up_rows, up_columns = (_doubling(size, images.device) for size in (height, width))
+    if batch_margins is None:
+        batch_margins = margins(geometry, height, width)
+    up_columns, up_rows = _doubling(width, batch_margins[:, 0]), _doubling(height, batch_margins[:, 1])
     down_rows, down_columns = (_halving(size, images.device) for size in (height, width))
     doubled = up_rows @ images.float() @ up_columns.T
     # From pixels of the image to pixels of the doubled one, whose grid is shifted by half a pixel; then to [-1, 1].
@@ -249,12 +275,13 @@ def _per_image(values: torch.Tensor) -> torch.Tensor:
 
 
 def _mirror(index: torch.Tensor, size: int) -> torch.Tensor:
-    """Return where positions outside 0..size-1 fall when the image is mirrored at its outermost pixels."""
+    """Return the positions inside 0..size-1 of others, with the image mirrored at its outermost pixels."""
+
     period = max(2 * size - 2, 1)
     return (size - 1) - ((size - 1) - index.remainder(period)).abs()
 
 
-@lru_cache(maxsize=16)
+@constants
 def _colour_axes(device: torch.device) -> list[torch.Tensor]:
     """Return what colours are turned with: the identity [4, 4]; the projection [4, 4] on the gray axis, around which
     hues turn; the cross product [4, 4] with that axis; the vector [4] of the constant."""
@@ -264,7 +291,7 @@ def _colour_axes(device: torch.device) -> list[torch.Tensor]:
     return [to_device(axis, device) for axis in axes]
 
 
-@lru_cache(maxsize=16)
+@constants
 def _grid_maps(doubled_height: int, doubled_width: int, height: int, width: int, device: torch.device
                ) -> list[torch.Tensor]:
     """Return the matrices [3, 3] around a geometry in `warp`: from pixels to those of the doubled image, and back in
@@ -276,18 +303,38 @@ def _grid_maps(doubled_height: int, doubled_width: int, height: int, width: int,
     return [to_device(each, device) for each in maps]
 
 
-@lru_cache(maxsize=16)
-def _doubling(size: int, device: torch.device) -> torch.Tensor:
-    """Return [2(3·size - 2), size]: continue a line by size - 1 mirrored pixels on each side and double its length."""
-    line = _mirror(torch.arange(-(size - 1), 2 * size - 1), size)
-    columns = F.one_hot(line, size).T.double()[:, None]  # what becomes of each single pixel
-    spaced = columns.new_zeros(size, 1, 2 * len(line) - 1)
-    spaced[:, :, ::2] = columns
+@constants
+def _corners(height: int, width: int, device: torch.device) -> list[torch.Tensor]:
+    """Return, in pixels from an image's centre: its corners [3, 4], how far the filter and how far a mirror image
+    reach beyond them ([2] each, in x and y)."""
+    x, y = (width - 1) / 2, (height - 1) / 2
+    corners = torch.tensor([[-x, x, x, -x], [-y, -y, y, y], [1, 1, 1, 1]])
+    beyond, most = torch.tensor([MARGIN - x, MARGIN - y]), torch.tensor([width - 1.0, height - 1])
+    return [to_device(each, device) for each in (corners, beyond, most)]
+
+
+def _doubling(size: int, margin: torch.Tensor) -> torch.Tensor:
+    """Return [2(3·size - 2), size]: continue a line by mirroring and double its length; 0 beyond `margin` [2]."""
+    place, mirrored, doubled = _whole_doubling(size, margin.device)
+    before, after = margin
+    kept = (place >= -before) & (place < size + after)
+    return torch.where(kept.repeat_interleave(2)[:, None] & kept, doubled, 0) @ mirrored
+
+
+@constants
+def _whole_doubling(size: int, device: torch.device) -> list[torch.Tensor]:
+    """Return the places [L] of a line's pixels continued by size - 1 on each side, L = 3·size - 2; the matrix [L, size]
+    that continues it by mirroring; the matrix [2L, L] that doubles its length."""
+    place = torch.arange(-(size - 1), 2 * size - 1)
+    pixels = torch.eye(len(place), dtype=torch.float64)[:, None]  # what becomes of each single pixel
+    spaced = pixels.new_zeros(len(place), 1, 2 * len(place) - 1)
+    spaced[:, :, ::2] = pixels
     taps = torch.tensor(SYM6, dtype=torch.float64).flip(0)[None, None]
-    return F.conv1d(spaced, taps, padding=MARGIN)[:, 0].T.float().to(device)
+    doubled = F.conv1d(spaced, taps, padding=MARGIN)[:, 0].T
+    return [to_device(each, device) for each in (place, F.one_hot(_mirror(place, size), size).float(), doubled.float())]
 
 
-@lru_cache(maxsize=16)
+@constants
 def _halving(size: int, device: torch.device) -> torch.Tensor:
     """Return [size, 2(size + MARGIN)]: halve a line's length and cut off half the margin on each side."""
     pixels = torch.eye(2 * (size + MARGIN), dtype=torch.float64)[:, None]

@@ -22,14 +22,14 @@ from EDM.training.networks import PRECONDITIONERS, use_channels_last
 from EDM.training.snapshots import load_training_state, load_weights, read_snapshot, save_snapshot
 from EDM.training.stats import Moments, TickClock, TickSchedule, module_table, stats_line, status_line
 from shared import distributed
-from shared.cli import UserError, less_memory
+from shared.cli import UserError, is_out_of_memory, less_memory
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World
 from shared.training.checkpoint import keep_layout
 from shared.training.ema import EMA, half_life_beta, power_law_beta
 from shared.training.files import atomic
 from shared.training.log import Log
-from shared.training.precision import compiles, computed_on, default_precision, to_device
+from shared.training.precision import autocast, compiles, computed_on, default_precision, to_device
 from shared.training.randomness import set_dropout_keys, torch_rng
 from shared.training.run import Run
 
@@ -37,7 +37,7 @@ LATEST = "network-snapshot-latest.pkl"
 
 
 class Denoising:
-    """What the loop trains: here a denoiser. Other methods derive from it and change what differs.
+    """The method that the loop trains: here a denoiser; other methods derive from it.
 
     options: the published option dictionary. net: the network on its device, with its initial weights. loss_fn: see
     EDM/training/loss.py; its optional `statistics` (name -> scalar of the last call) are logged. values_per_image:
@@ -46,7 +46,7 @@ class Denoising:
 
     networks: Mapping[str, Callable[..., torch.nn.Module]] = PRECONDITIONERS
     ema_buffers = "keep"
-    same_shapes = True  # of all that goes through the network, so that it is compiled once
+    same_shapes = True  # of every forward: the network is compiled once
 
     def __init__(self, options: Mapping[str, Any], dataset: TrainingSet, world: World) -> None:
         self.options, self.loss_kwargs = options, {}
@@ -94,7 +94,7 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
                   compiled: bool | None = None, checkpoint_seconds: float = 600.0) -> None:
     """Train as the published option dictionary says, and leave the published files in options["run_dir"].
 
-    Continues from the folder's checkpoint, if there is one. inputs: see Run. precision: fp32, bf16, fp16 or None (see
+    Continues from the folder's checkpoint, if any. inputs: see Run. precision: fp32, bf16, fp16 or None (see
     `choose_precision`). strict: the published arithmetic, without fused or compiled operations. compiled: see
     `compiles`. checkpoint_seconds: time between two checkpoints.
     """
@@ -131,6 +131,8 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
     model = distributed.data_parallel(net, world)
     if compiles(compiled, device, strict or not method.same_shapes):
         net.model.compile()
+        if augment is not None:
+            augment.compile()
     batches = Batches(dataset, order, batch_size, world)
     trained_on = {**options["dataset_kwargs"], **dataset.describe_labels()}
     log.print(f"Training for {total_kimg} kimg from {schedule.nimg(run.step) / 1000:.1f}: {precision} on "
@@ -201,9 +203,9 @@ def network_table(net: torch.nn.Module, part: int) -> str:
     """Return the table of modules for `part` images; UserError for a network that does not fit its images."""
     try:
         return module_table(net, part)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ZeroDivisionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"no network of --arch with these --cbase and --cres for images of {net.img_resolution} x "
                         f"{net.img_resolution}: {' '.join(str(error).split())[:200]}") from None
 
@@ -215,28 +217,30 @@ class Draws:
     """The random numbers of one process in one step, for its n images.
 
     level: [n, 1, 1, 1], from which the loss makes noise levels. noise: [n, C, R, R], standard normal.
-    augment: parameters of the augmentation, or None. dropout: (seed, nimg), from which the masks follow; None for
-    masks from torch's own generator.
+    augment: parameters of the augmentation, or None; margins: of the global batch (None: of each round).
+    dropout: (seed, nimg), from which the masks follow; None for masks from torch's own generator.
     """
 
     level: torch.Tensor
     noise: torch.Tensor
-    augment: Any = None
+    augment: torch.Tensor | None = None
+    margins: torch.Tensor | None = None
     dropout: tuple[int, int] | None = None
 
 
 def draw(loss_fn: Any, augment: AugmentPipe | None, seed: int, nimg: int, batch_size: int, batch: Batch) -> Draws:
-    """Draw for the global batch that starts at image number `nimg`, and return what belongs to the images of `batch`.
-    So the numbers do not depend on how many processes share it."""
+    """Draw for the global batch that starts at image number `nimg`, and return the part of the images of `batch`: the
+    numbers do not depend on the number of processes."""
     device = batch.images.device
     mine = to_device(batch.places, device)
     level = loss_fn.draw(batch_size, torch_rng(seed, nimg, "noise level", device))
     noise = torch.randn([batch_size, *batch.images.shape[1:]], generator=torch_rng(seed, nimg, "noise", device),
                         device=device)
-    augmentation = None
+    parameters = margins = None
     if augment is not None:
-        augmentation = augment.draw(batch_size, torch_rng(seed, nimg, "augmentation", device))[mine]
-    return Draws(level[mine], noise[mine], augmentation, (seed, nimg))
+        parameters = augment.draw(batch_size, torch_rng(seed, nimg, "augmentation", device))
+        parameters, margins = parameters[mine], augment.margins(parameters, *batch.images.shape[2:])
+    return Draws(level[mine], noise[mine], parameters, margins, (seed, nimg))
 
 
 def forward_backward(model: torch.nn.Module, loss_fn: Any, augment: AugmentPipe | None, batch: Batch, draws: Draws,
@@ -261,11 +265,12 @@ def forward_backward(model: torch.nn.Module, loss_fn: Any, augment: AugmentPipe 
             set_dropout_keys(net, *draws.dropout, batch.places[here])
         images, augment_labels = batch.images[here], None
         if augment is not None:
-            images, augment_labels = augment.apply(images, draws.augment[here])
+            images, augment_labels = augment.apply(images, draws.augment[here], draws.margins)
         # Gradients travel between processes in the last round only.
         waits = start + part < count and model is not net
         with model.no_sync() if waits else contextlib.nullcontext():
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            # A network in fp16 casts by itself.
+            with autocast(images.device, "bf16" if precision == "bf16" else "fp32", net):
                 loss = loss_fn(model, images, batch.labels[here], augment_labels, draws.level[here], draws.noise[here])
             loss.sum().mul(loss_scaling / count).backward()
         with torch.no_grad():
@@ -321,7 +326,7 @@ def learning_rate(nimg: int, base: float, rampup_kimg: float, total_kimg: int, d
 
 
 def choose_precision(asked: str | None, device: torch.device, strict: bool) -> str:
-    """Return fp32, bf16 or fp16: what was asked for, else bf16 on a GPU that has it and fp32 elsewhere."""
+    """Return fp32, bf16 or fp16: as asked, else bf16 on a GPU that has it and fp32 elsewhere."""
     if asked == "fp16" and device.type != "cuda":
         return "fp32"  # as published: fp16 is for GPUs
     return asked or default_precision(device, strict)
@@ -387,7 +392,7 @@ def _copy_weights(source: str, net: torch.nn.Module, ema: EMA, say: Callable[[st
 
 def save_state(path: Path, net: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, order: InfiniteOrder,
                nimg: int) -> None:
-    """Write all that `load_start` needs in order to go on exactly from image number `nimg`."""
+    """Write the state from which `load_start` continues exactly at image number `nimg`."""
     with atomic(path) as file:
         torch.save({"net": dict(net.state_dict()), "optimizer_state": optimizer.state_dict(),
                     "ema": dict(ema.state_dict()), "order": order.state_dict(), "nimg": nimg}, file)

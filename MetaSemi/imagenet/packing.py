@@ -95,7 +95,7 @@ def pack(path: Path, options: SimpleNamespace) -> None:
     options: those of im2rec.py.
     """
     entries = read_list(path)
-    output = Output(path, key(path, options))
+    output = Output(path, key(path, options), [os.path.join(options.root, entry.path) for entry in entries])
     start = output.entries_done
     if start:
         print(f"continuing {path.with_suffix('.rec')} at record {start} of {len(entries)}")
@@ -286,13 +286,14 @@ def read_record(entry: Entry, root: int, buffer: bytearray, at: int, scalar: boo
 class Output:
     """The record file and its index on their way. `entries_done`: entries of the list that need not be done again.
 
-    size: of the record file, as far as it is counted; threads may have written more.
+    images: the file of each entry. size: of the record file, as far as it is counted; threads may have written more.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, images: Sequence[str]) -> None:
         self.final = path.with_suffix(".rec"), path.with_suffix(".idx")
         self.parts = tuple(file.with_name(f".{file.name}.part") for file in self.final)
-        self.note, self.key = path.with_name(f".{path.stem}.part.json"), key
+        self.note, self.key, self.images = path.with_name(f".{path.stem}.part.json"), key, images
+        self.seen, self.seen_count = hashlib.sha256(), 0  # the state of the images done
         try:
             self.held = hold(self.parts[0])
         except BlockingIOError:
@@ -314,8 +315,23 @@ class Output:
             return 0, 0, 0, 0
         if state["key"] != self.key or sizes[0] < state["size"] or sizes[1] < state["index_size"]:
             return 0, 0, 0, 0
+        if self._state_of_images(state["entries"]) != state.get("images"):
+            print(f"images have changed since {self.final[0]} was begun: it is begun anew", flush=True)
+            self.seen, self.seen_count = hashlib.sha256(), 0
+            return 0, 0, 0, 0
         self.index_size = state["index_size"]
         return state["entries"], state["records"], state["size"], state["skipped"]
+
+    def _state_of_images(self, count: int) -> str:
+        """Return a digest of size, time and inode of the first `count` images, no fewer than at the last call."""
+        for image in self.images[self.seen_count:count]:
+            try:
+                state = os.stat(image)
+                self.seen.update(f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}\n".encode())
+            except OSError:  # left out as a bad one
+                self.seen.update(b"absent\n")
+        self.seen_count = count
+        return self.seen.hexdigest()
 
     def write(self, block: Block, start: int) -> None:
         """Write a block to its place in the record file; from any thread."""
@@ -350,7 +366,8 @@ class Output:
             os.fsync(file.fileno())
         with atomic(self.note, "w") as file:
             json.dump({"key": self.key, "entries": self.entries_done, "records": self.records, "size": self.size,
-                       "index_size": self.index_size, "skipped": self.skipped}, file)
+                       "index_size": self.index_size, "skipped": self.skipped,
+                       "images": self._state_of_images(self.entries_done)}, file)
         self.noted = time.monotonic()
 
     def suspend(self) -> None:

@@ -9,6 +9,7 @@ every machine. The same command continues where an earlier one was stopped.
 """
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import math
 import os
@@ -159,7 +160,7 @@ def fill(target: Path, names: Sequence[str], train: Path, copy: bool) -> None:
         if not source.is_file():
             raise UserError(f"{LISTS[target.name]}: line {number} names {name}, which is not in {train}")
         if copy:
-            if place.is_symlink() or not place.exists() or place.stat().st_size != source.stat().st_size:
+            if place.is_symlink() or not place.exists() or not filecmp.cmp(source, place, shallow=False):
                 with open(source, "rb") as image, atomic(place) as file:
                     shutil.copyfileobj(image, file)
         elif not place.exists():

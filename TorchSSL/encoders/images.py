@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -10,13 +9,13 @@ import numpy as np
 from PIL import Image
 
 from shared.cli import UserError, nearest
-from shared.data.classes import ImageFiles, classes_by_folder, find_images, in_class_order, listed_labels
+from shared.data.classes import ImageFiles, find_images, in_order
 from shared.data.datasets import NAMES, load_dataset, own_part
 from shared.data.formats import layout_of
 from shared.data.images import ImageSet, UnequalSizes, open_image, read_images
 from shared.data.photographs import PhotographSet, list_imagenet
 from shared.data.safe import Member, load_array, read_members
-from shared.training.fingerprint import fingerprint_arrays
+from shared.training.fingerprint import fingerprint, fingerprint_arrays, fingerprint_files
 from TorchSSL.core.data import load_pools
 from TorchSSL.encoders.features import read_features
 
@@ -56,13 +55,12 @@ class Images:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of images, names and labels; files count by their names and sizes."""
+        """Digest of images, names, labels and classes."""
         if self.files is None:
             return fingerprint_arrays(self.array, self.labels, self.classes)
         root = self.files.path
-        sizes = [member.crc if member.offset >= 0 else (root / member.name).stat().st_size
-                 for member in self.files.members]
-        return fingerprint_arrays(self.names, np.array(sizes), self.labels, self.classes)
+        content = fingerprint_files(root, self.names) if root.is_dir() else fingerprint(root)
+        return fingerprint_arrays([content], self.names, self.labels, self.classes)
 
     def as_set(self) -> ImageSet | PhotographSet:
         """Return them as a set: decoded if they are small and of one size, else as photographs; UserError."""
@@ -125,15 +123,8 @@ def own_images(dataset: str, split: str) -> Images:
     files.warn()
     if not files.members:
         raise UserError(f"{part} holds no images")
-    listed, names = listed_labels(files), [name.removeprefix(prefix) for name in files.names]
-    labels, classes = np.full(len(files), -1), ()
-    if listed is not None and not isinstance(listed[0], list):
-        labels = np.array([-1 if label is None else label for label in listed], np.int64)
-        classes = files.classes or tuple(map(str, range(labels.max() + 1)))
-    elif listed is None and (by_folder := classes_by_folder(names, part)) is not None:
-        order = in_class_order(by_folder.labels, names)
-        files = replace(files, members=tuple(files.members[position] for position in order))
-        labels, classes = by_folder.labels[order], by_folder.names
+    files, found = in_order(files, prefix)
+    labels, classes = (np.full(len(files), -1), ()) if found is None else found
     return Images(part, labels, classes, files=files)
 
 

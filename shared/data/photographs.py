@@ -5,10 +5,7 @@ in for it, the same at every pass, and `bad` counts it.
 """
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ from PIL import Image
 from shared.cli import UserError
 from shared.data.classes import FolderClasses, class_folders, find_images, labels_of, match_labels
 from shared.data.images import EXIF_ORIENTATION, open_image
+from shared.training.fingerprint import fingerprint_arrays, fingerprint_files
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB, unit scale
 TRAIN_SIDE, EVAL_SIDE = 256, 224  # of a training image before its crop; of one that is evaluated, and of the crop
@@ -175,15 +173,8 @@ class PhotographSet:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of classes, labels, names and file sizes: to read all photographs would take too long."""
-        digest = hashlib.blake2b(json.dumps(self.classes).encode(), digest_size=16)
-        digest.update(self.labels.tobytes())
-        for name, file in zip(self.names, self.files.tolist(), strict=True):
-            try:
-                digest.update(f"{name} {os.stat(file).st_size}\n".encode())
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-        return digest.hexdigest()
+        """A digest of photographs, names, labels and classes; UserError for a photograph that cannot be read."""
+        return fingerprint_arrays([fingerprint_files(self.root, self.names)], self.labels, self.classes)
 
     @property
     def num_classes(self) -> int:
@@ -218,7 +209,7 @@ def list_photographs(folder: Path, classes: Sequence[str] | None = None) -> Phot
     """
     files = find_images(folder)
     files.warn()
-    found = labels_of(files, folder)
+    found = labels_of(files)
     if found is None:
         what = "no images in it" if not files.members else "its images lie in no class folders, so their classes are " \
             "unknown: sort them into folders, or list them in labels.csv (file,label)"
@@ -250,4 +241,4 @@ def list_imagenet(data_dir: str | Path, split: str) -> PhotographSet:
     if other := sorted(set(found.classes) ^ set(known)):
         raise UserError(f"{folder}: the class {other[0]} is in only one of train and val; classes are numbered by the "
                         "order of their folders, so both must have the same")
-    return PhotographSet(found.files, found.labels, found.classes, "imagenet")
+    return PhotographSet(found.files, found.labels, found.classes, "imagenet", found.root)

@@ -60,6 +60,12 @@ def fingerprint(*paths: str | os.PathLike) -> str:
     return digests[0] if len(digests) == 1 else _combine(digests)
 
 
+def fingerprint_files(folder: str | os.PathLike, names: Sequence[str]) -> str:
+    """Return 32 hexadecimal digits for the names and contents of these files below a folder, in this order; UserError
+    for one that cannot be read."""
+    return _remembered(Path(folder), f"files {_combine(names)}", _digest_files, names)
+
+
 def fingerprint_arrays(*parts: np.ndarray | Sequence[str] | None) -> str:
     """Return 32 hexadecimal digits for arrays and lists of names; those of arrays that map a file are remembered."""
     return _combine([_fingerprint_part(part) for part in parts])
@@ -93,10 +99,14 @@ def _combine(parts: Sequence[str]) -> str:
 Files = Sequence[tuple[str, os.stat_result]]  # name below the folder ("" for a single file) and state
 
 
-def _remembered(path: Path, kind: str, compute: Callable[[Path, Files], str]) -> str:
-    """Return the digest of this kind of the file or folder `path`, from the memory or computed now."""
+def _remembered(path: Path, kind: str, compute: Callable[[Path, Files], str],
+                names: Sequence[str] | None = None) -> str:
+    """Return the digest of this kind of the file or folder `path`, from the memory or computed now.
+
+    names: only these files below the folder.
+    """
     try:
-        files = _files_below(path)
+        files = _files_below(path) if names is None else [(name, os.stat(path / name)) for name in names]
         state = _combine([f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
                           for name, stat in files])
         memory = cache_folder() / ".digests" / f"{_combine([kind, os.path.abspath(path)])}.txt"

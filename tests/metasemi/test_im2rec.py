@@ -170,6 +170,21 @@ def test_killed_and_continued(tree: Path, prefix: Path, capfd: pytest.CaptureFix
     assert re.search(r"continuing .*all.rec at record 12 of 24", capfd.readouterr().out)
 
 
+def test_an_image_changed_meanwhile_is_packed_as_it_is(tree: Path, prefix: Path, capfd: pytest.CaptureFixture) -> None:
+    root = prefix.parent / "copy"
+    shutil.copytree(tree / "train", root)
+    process = clean_process(_killed_packing, prefix, root, 3)
+    process.start()
+    process.join(60)
+    first = root / prefix.with_suffix(".lst").read_text().splitlines()[0].split("\t")[-1]
+    changed = bytearray(first.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    first.write_bytes(changed)
+    call(im2rec, prefix, root, "--pass-through", "--pack-label", "--recursive")
+    assert "images have changed since" in capfd.readouterr().out
+    assert bytes(changed) in prefix.with_suffix(".rec").read_bytes()
+
+
 def test_other_settings_are_not_continued(tree: Path, prefix: Path) -> None:
     process = clean_process(_killed_packing, prefix, tree / "train", 3)
     process.start()

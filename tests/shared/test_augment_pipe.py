@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from EDM.training.augment import COLUMNS, AugmentPipe, rotation, scaling, translation, warp
+from EDM.training.augment import COLUMNS, AugmentPipe, margins, rotation, scaling, translation, warp
 
 EVERYTHING = dict.fromkeys(("xflip", "yflip", "rotate_int", "translate_int", "scale", "rotate_frac", "aniso",
                             "translate_frac", "brightness", "contrast", "lumaflip", "hue", "saturation"), 1.0)
@@ -54,8 +54,20 @@ def test_same_generator_same_draws_and_parts_of_a_batch_are_parts():
     drawn = pipe.draw(8, generator(3))
     assert torch.equal(drawn, pipe.draw(8, generator(3)))
     whole, labels = pipe.apply(images(8), drawn)
-    part, part_labels = pipe.apply(images(8)[2:5], drawn[2:5])
+    part, part_labels = pipe.apply(images(8)[2:5], drawn[2:5], pipe.margins(drawn, 16, 16))
     assert torch.allclose(part, whole[2:5], atol=1e-6) and torch.equal(part_labels, labels[2:5])
+
+
+def test_images_are_continued_as_far_as_their_batch_reaches():
+    """Beyond the margin is nothing, so a batch's border pixels depend on its own images only up to that margin."""
+    still = torch.eye(3).expand(2, 3, 3)
+    assert margins(still, 16, 24).tolist() == [[6, 6], [6, 6]]
+    moved = torch.stack([torch.eye(3), translation(torch.tensor(2.5), torch.tensor(-100.0))])
+    assert margins(moved, 16, 24).tolist() == [[6, 15], [9, 6]]  # at most once the image
+    given = images(2, size=16)
+    shrunk = scaling(*torch.full([2, 2], 4.0))
+    assert torch.equal(warp(given, shrunk), warp(given, shrunk, torch.full([2, 2], 15.0)))
+    assert (warp(given, shrunk, torch.full([2, 2], 2.0))[:, :, 0] == 0).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])

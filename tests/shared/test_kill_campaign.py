@@ -24,10 +24,14 @@ import numpy as np
 import pytest
 import torch
 
+from DDAE.ddae.data import load_images
+from DDAE.DiT.small import write_small
+from EDM import train_classifier
 from shared.data.datasets import load_dataset
 from shared.data.writers import write_folder
 from shared.training.checkpoint import read_checkpoint
 from tests.ddae import tiny as ddae
+from tests.edm import training_runs as edm
 from tests.edm.scored_images import write_classifier, write_images, write_network
 from tests.metasemi import photographs
 from tests.shared.clean import script_process
@@ -78,9 +82,43 @@ def scored(folder: Path) -> None:
     write_images(folder / "real", 400, seed=0)
 
 
+def noisy_set(folder: Path) -> None:
+    edm.write_set(folder / "set.zip")
+
+
+def judged_set(folder: Path) -> None:
+    noisy_set(folder)
+    train_classifier.main([f"--data={folder}/set.zip", f"--outdir={folder}/judge", *NOISY, "--classifier=cnn",
+                           "--duration=0.0001"])
+
+
+def images_and_vae(folder: Path) -> None:
+    own_digits(folder)
+    write_small(folder, load_images(str(folder / "mine"), "train", "."), 16, 0)
+
+
+def photograph_records(folder: Path) -> None:
+    photographs.pack(photographs.make_tree(folder))
+
+
+NOISY = ["--cond=1", "--noise_type=sym", "--noise_rate=0.4", "--cbase=8", "--batch=16", "--tick=1", "--seed=3",
+         "--device=cpu", "--nosubdir"]
+SHORT_NOISY = [*NOISY, "--data=set.zip", "--outdir=run", f"--duration={16 * STEPS / 1e6}", "--checkpoint-seconds=1e-6"]
 NETWORK = ["--network=net.pkl", "--steps=6", "--seeds=0-39", "--classes=all", "--device=cpu", "--batch=20"]
 PROGRAMS = {
     **{f"{name} trainer": trainer(name) for name in TRAINERS},
+    "train_classifier.py": Program("EDM/train_classifier.py", lambda _: [*SHORT_NOISY, "--classifier=cnn"],
+                                   ("run/checkpoint.pt",), noisy_set),
+    "train_noise.py": Program("EDM/train_noise.py", lambda _: [
+        *SHORT_NOISY, "--cres=1,1", "--num-blocks=1", "--attn-resolutions=4",
+        "--cls=judge/network-snapshot-latest.pkl"], ("run/checkpoint.pt",), judged_set),
+    "train_imagenet.py": Program("MetaSemi/train_imagenet.py", lambda _: [
+        *photographs.TINY, "--data=.", "--save-path=run", "--epochs=6"], ("run/checkpoint.pth",), photograph_records),
+    "train_meta_imagenet.py": Program("MetaSemi/train_meta_imagenet.py", lambda _: [
+        *photographs.TINY, "--data=.", "--save-path=run"], ("run/checkpoint.pth",), photograph_records),
+    "vae_preprocessing.py": Program("DDAE/DiT/vae_preprocessing.py", lambda _: [
+        "--dataset=mine", "--vae=vae", "--resolution=16", "--num_copies=4", "--batch_size=5", "--device=cpu"],
+        ("latent_codes/mine/*.npy",), images_and_vae),
     "generate.py into a folder": Program("EDM/generate.py", lambda _: [*NETWORK, "--outdir=made", "--grid=grid.png"],
                                          ("made/**/*.png", "grid.png"), diffusion_model),
     "generate.py into a ZIP": Program("EDM/generate.py", lambda _: [*NETWORK, "--outdir=made.zip"], ("made.zip",),

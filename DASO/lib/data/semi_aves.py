@@ -17,7 +17,7 @@ from shared.data.cache import Allocate, Stored, cached
 from shared.data.images import ImageSet, open_image, to_chw
 from shared.data.listing import read_lines
 from shared.parallel import ordered_map
-from shared.training.fingerprint import fingerprint
+from shared.training.fingerprint import fingerprint, fingerprint_files
 from shared.training.progress import Progress
 
 LISTS = {"labelled": ("l_train.txt", "l_train_val.txt"), "valid": ("val.txt",), "in": ("u_train_in.txt",),
@@ -74,8 +74,7 @@ def _read_list(root: Path, name: str, side: int) -> ImageSet:
                 progress.advance(len(images))
         return Stored(array, labels)
 
-    states = [(state.st_size, state.st_mtime_ns) for state in ((root / path).stat() for path in paths)]
-    key = ["semi_aves", side, fingerprint(file), states]
+    key = ["semi_aves", side, fingerprint(file), fingerprint_files(root, paths)]
     stored = cached(f"semi_aves_{file.stem}", key, read)
     return ImageSet(stored.images, stored.labels, (), f"semi_aves {file.stem}")
 
