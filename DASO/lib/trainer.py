@@ -1,7 +1,6 @@
 """The training loop of all learners, in reading order. A learner is its losses and its state (algorithm/)."""
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 import warnings
@@ -40,18 +39,18 @@ from shared.training.checkpoint import previous_path, read_checkpoint, weights_i
 from shared.training.files import atomic
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.log import Log
-from shared.training.precision import autocast, computed_on, default_precision, set_arithmetic
+from shared.training.precision import autocast, compiles, computed_on, default_precision, set_arithmetic
 from shared.training.run import Run
 
 CHECKPOINT, BEST, FINAL = "checkpoint.pth.tar", "model_best.pth.tar", "model_final.pth.tar"
-# Keys that may change between two parts of a run: where it runs and what it reports, and paths known by their content.
+# Keys that may change between two parts of a run: device, reports, and paths, which count by their content.
 FREE_KEYS = ("GPU_ID", "DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.DOWNLOAD", "OUTPUT_DIR", "RESUME", "EVAL_BATCH",
              "TENSORBOARD", "SAVE_SECONDS", "PERIODS.CHECKPOINT", "COMPILE", "CUDNN_BENCHMARK", "CUDNN_DETERMINISTIC",
              "DATASET.AUG_PATH", "ALGORITHM.CRT.TARGET_DIR", "ALGORITHM.DARP.EST", "MODEL.PRETRAINED")
 
 
 def device_of(cfg: Config) -> str | None:
-    """Return the device that GPU_ID means: for 0 the CPU where there is no GPU, this process's own under torchrun."""
+    """Return the device of GPU_ID: 0 is the CPU without a GPU; under torchrun each process has its own GPU."""
     if cfg.GPU_ID < 0 or cfg.GPU_ID == 0 and not torch.cuda.is_available():
         return "cpu"
     return None if int(os.environ.get("WORLD_SIZE", 1)) > 1 else f"cuda:{cfg.GPU_ID}"
@@ -89,6 +88,9 @@ def train(cfg: Config, folder: Path, world: World, overwrite: bool = False) -> N
         log.print(describe(trainer))
 
     # Training.
+    if compiles(cfg.COMPILE, world.device, cfg.STRICT):
+        for net in filter(None, (trainer.model, trainer.algorithm.teacher)):
+            net.encoder.compile(dynamic=False)
     ended = time.perf_counter()
     for it in run.steps(cfg.SOLVER.MAX_ITER):
         started = time.perf_counter()
@@ -165,8 +167,6 @@ class Trainer:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.parameters, cfg)
         self.scheduler = Scheduler(self.optimizer, cfg, self.algorithm.period)
-        if cfg.COMPILE:
-            self.model.encoder.compile(dynamic=False)
 
     def new_model(self, seed: int) -> SemiModel:
         """Return an untrained network, the same for the same seed on all ranks."""
@@ -187,7 +187,7 @@ class Trainer:
 
     def step(self, batch: Batch, it: int, draws: Draws) -> tuple[Step, dict[str, Tensor | float]]:
         """Do one iteration on a batch; return what the learner returned, and what to log under its published name."""
-        with self.autocast():
+        with autocast(self.world.device, self.precision, self.model, self.algorithm.teacher):
             found = self.algorithm.losses(batch, it, draws)
             total = torch.stack([loss.float() for loss in found.losses.values()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
@@ -217,14 +217,11 @@ class Trainer:
         self.statistics.add(distributed.gather(batch.labels, self.world), truth,
                             dict(zip(found.pseudo_labels, pseudo_labels, strict=True)))
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return autocast(self.world.device, self.precision)
-
     @less_memory("EVAL_BATCH")
     def predict(self, pool: ViewedPool) -> Tensor:
         """Return the evaluated network's float32 logits [N, K] of all images in order, in eval mode."""
         averaged = self.ema is not None and self.algorithm.evaluates_average
-        with self.autocast():
+        with autocast(self.world.device, self.precision):
             return predict(self.ema.module if averaged else self.model, pool, self.cfg.EVAL_BATCH, self.world)
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -240,7 +237,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def parts(self) -> dict[str, Any]:
-        """Return what a checkpoint holds, under the published names first."""
+        """Return the content of a checkpoint, the published names first."""
         kept = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler,
                 "algorithm": self.algorithm, "batches": self.batches, "statistics": self.statistics}
         return kept if self.ema is None else {**kept, "ema_model": self.ema}
@@ -253,7 +250,7 @@ class Trainer:
         return {"meta": meta, **self.images_seen(), **({"ema_model": None} if self.ema is None else {})}
 
     def images_seen(self) -> dict[str, Any]:
-        """Return what a checkpoint records of its encoder and of the images that its classifier takes."""
+        """Return a checkpoint's record of its encoder and of the form of its images."""
         look, data = self.data.look, self.data
         sizes = {"size": (look.side, look.side), "resize": "square"}
         if look.policy.crop is not None:  # photographs were made squares of the stored side, whose middle is seen
@@ -262,7 +259,8 @@ class Trainer:
                 **sizes}
 
     def inputs(self) -> dict[str, Any]:
-        """Return what the run computes from, by key; see Run."""
+        """Return the inputs of the run by key; see Run."""
+
         data, darp, encoder = self.data, getattr(self.algorithm, "darp", None), self.cfg.ALGORITHM.CRT.TARGET_DIR
         sets = [data.real_labelled, data.unlabelled, data.valid, data.test]
         arrays = [array for part in sets if part is not None for array in (part.images, part.labels, part.classes)]
@@ -294,7 +292,7 @@ class Trainer:
     def load_foreign(self, path: Path) -> None:
         """Start a run from RESUME: all of a checkpoint of ours, or weights, optimiser and iteration of a published one.
 
-        What published files lack (queues, estimates, histories) starts empty.
+        Queues, estimates and histories, which published files lack, start empty.
         """
         content = self.load_weights(path)
         if "algorithm" in content:

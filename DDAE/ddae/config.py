@@ -58,7 +58,7 @@ KEYS = (
     Option("linear.timestep", Int(0), None, "noise level of the features"),
     Option("linear.blockname", Text, None, "decoder block of the features"),
     Option("linear.flip", Bool, True, "mirror half of the training images"),
-    Option("linear.pad", Int(0), 4, "crop from images padded by so many black pixels", unit="pixels"),
+    Option("linear.pad", Int(0), 4, "black margin of an image before it is cropped", unit="pixels"),
 )
 DIFFUSION_KEYS = {
     "DDPM": (
@@ -183,12 +183,13 @@ MACHINE = (
     # Launchers pass one or the other spelling, or only environment variables, which are what counts.
     Option("--local_rank --local-rank", Int(), -1, hidden=True),
     Option("--use_amp", Flag, False, "mixed precision: bf16 if the device has it, else fp16"),
-    Option("--precision", Choice("fp32", "bf16", "fp16"), None, "of the network; overrules --use_amp  [fp32]"),
-    Option("--device", Text, None, "cpu, cuda or cuda:N  [a GPU if there is one]", metavar="NAME"),
+    Option("--precision", Choice("fp32", "bf16", "fp16"), None, "arithmetic of the network; overrules --use_amp",
+           default_help="fp32"),
+    Option("--device", Text, None, "cpu, cuda or cuda:N", metavar="NAME", default_help="a GPU if available"),
 )
 DATA = (
     Option("--data_dir", Text, "./data", "folder of the data sets", metavar="DIR"),
-    Option("--seed", Int(), 1337, "of every random number"),
+    Option("--seed", Int(), 1337, "seed of all random numbers"),
 )
 COMMON = (
     Option("--config", Text, required=True, help="configuration, for instance config/DDPM_ddpm.yaml", metavar="YAML"),
@@ -196,16 +197,17 @@ COMMON = (
            "instance --set n_epoch=10 --set linear.timestep=21"),
     *MACHINE, *DATA,
 )
-GPUS = Option("--gpus", Int(1), None, "processes that batch_size and lrate are meant for  [as many as there are]")
+GPUS = Option("--gpus", Int(1), None, "processes that batch_size and lrate are meant for", default_help="all processes")
 FAST = (
-    Option("--compile", Flag, False, "compile the network: slow to start, then faster"),
+    Option("--compile", Flag, None, "compile the network: slow to start, then faster",
+           default_help="train.py: on a GPU, unless --strict"),
     Option("--strict", Flag, False, "the published arithmetic: fp32 and no fast path"),
 )
 
 
 def choose_precision(options: SimpleNamespace, device: torch.device) -> str:
-    """Return fp32, bf16 or fp16: what --precision says, else what --use_amp means on this device. UserError where the
-    device has none such, or --strict says otherwise."""
+    """Return fp32, bf16 or fp16: that of --precision, else of --use_amp on this device. UserError if the device lacks
+    it or --strict contradicts it."""
     strict = getattr(options, "strict", False)
     if strict and (options.use_amp or options.compile or options.precision not in (None, "fp32")):
         raise UserError("--strict means fp32 and no compilation; leave out --use_amp, --precision and --compile")

@@ -29,8 +29,8 @@ class UNet(nn.Module):
     from the highest down. is_attn: whether the blocks of a resolution have attention. attn_channels_per_head: None is
     one head over all channels. n_blocks: residual blocks per resolution on the way down, one more on the way up.
     use_res_for_updown: resample by residual blocks (DDPM++) instead of convolutions. augment_dim: length of the
-    augmentation labels, 0 for none. self_condition: name of the decoder block whose pooled output conditions all blocks
-    behind it (DDAE++; see `condition`), None for the published network.
+    augmentation labels, 0 for none. self_condition: name of the decoder block whose pooled output conditions all later
+    blocks (DDAE++; see `condition`), None for the published network.
 
     Its decoder blocks are called out_1, out_2, ... in computing order (`block_names`); up-samplers have no name.
     Raises UserError for arguments that do not make a network.
@@ -155,8 +155,8 @@ class SemanticCondition(nn.Module):
     """A decoder block's output [N, channels, H, W] -> what is added to the embedding of the blocks behind, [N, E].
 
     Self-conditioning of DDAE++ (arXiv 2505.10999): the block's globally pooled feature, which carries most of the
-    semantics, is routed around the rest of the decoder. Here: mean over pixels, layer norm, two layers, of which the
-    last starts at zero, so that training begins with the published network.
+    semantics, is routed around the rest of the decoder. Here: mean over pixels, layer norm, two layers; the last one
+    starts at zero, so training begins with the published network.
     """
 
     def __init__(self, channels: int, emb_channels: int) -> None:
@@ -189,6 +189,8 @@ def store_bf16_weights(net: UNet) -> None:
 
 class GroupNorm(nn.Module):
     """Normalisation over `groups` groups of channels, eps 1e-5. Raises UserError if they do not divide evenly."""
+
+    casts_weights = True  # to the dtype of its input
 
     def __init__(self, groups: int, channels: int) -> None:
         super().__init__()

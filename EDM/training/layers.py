@@ -51,6 +51,8 @@ DEFAULT_INIT = Init()
 class Linear(torch.nn.Module):
     """y = x Wᵀ + b for x [..., in_features]."""
 
+    casts_weights = True
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, init: Init = DEFAULT_INIT) -> None:
         super().__init__()
         self.weight, self.bias = init.parameters((out_features, in_features), bias)
@@ -65,6 +67,8 @@ class Conv2d(torch.nn.Module):
     `kernel` 0 resamples only and has no parameters. With `fused_resample` a down-sampling convolution is computed
     first and filtered afterwards, which treats the border differently. x [N, in_channels, H, W].
     """
+
+    casts_weights = True
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True, up: bool = False,
                  down: bool = False, resample_filter: Sequence[float] = (1, 1), fused_resample: bool = False,
@@ -135,6 +139,8 @@ def _filter(convolve: Callable[..., torch.Tensor], x: torch.Tensor, taps: torch.
 
 class GroupNorm(torch.nn.Module):
     """Normalisation over groups of at least 4 channels, at most 32 groups."""
+
+    casts_weights = True
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()

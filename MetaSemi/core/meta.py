@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared import distributed
 from shared.distributed import World
+from shared.training.precision import cast_weights
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class PseudoLabels:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computed, detached, on the device.
+    """The results of a step, detached, on the device.
 
     loss []: the total that was descended. label_loss []: cross-entropy of pass 1 with mix-up, of pass 5 without.
     unlabel_loss []: unweighted. label_logits [n, C]: of the same pass as label_loss. unlabel_logits [m, C]: pass 6.
@@ -105,7 +106,7 @@ def meta_step(net: nn.Module, optimizer: torch.optim.Optimizer, labeled: Tensor,
     pseudo = pseudo_labels(net, labeled, labels, unlabeled, rate, meta, world)
     net.train()
     optimizer.zero_grad(set_to_none=True)
-    # Each loss goes backward by itself, so that one pass's activations live at a time; gradients add up.
+    # Each loss goes backward by itself: only one pass's activations are in memory; gradients add up.
     mixed: tuple[Tensor | None, ...] = (None, None, None)
     if lam is None:
         label_logits = forward(net, labeled, meta.autocast)
@@ -208,7 +209,8 @@ def exact_meta_gradient(net: nn.Module, named: dict[str, Tensor], gradient: Sequ
         return logits.softmax(1), logits
 
     values = {name: value.detach() for name, value in named.items()}
-    with precision(images, None), plain_attention():
+    # Forward-mode differentiation cannot be compiled.
+    with precision(images, None), plain_attention(), torch.compiler.set_stance("force_eager"):
         _, tangent, logits = jvp(predict, (values,), (dict(zip(named, gradient, strict=True)),), has_aux=True)
     return logits, 2 * tangent
 
@@ -260,12 +262,12 @@ def squared_distance(logits: Tensor, targets: Tensor) -> Tensor:
 
 def forward(net: nn.Module, images: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return the logits, in fp32 at least, of a pass in the mode that `net` is in."""
-    with precision(images, dtype):
+    with precision(images, dtype), cast_weights(dtype, net):
         return wide(net(images))
 
 
 def precision(images: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Return a context that computes in `dtype`, or without autocast, whatever the caller's context says.
+    """Return a context that computes in `dtype`, or without autocast, in any context of the caller.
 
     Nothing cast is remembered: it would outlive the parameters' change, and save nothing within one pass.
     """
@@ -289,7 +291,7 @@ def descend(net: nn.Module, optimizer: torch.optim.Optimizer, rate: float, world
     """Take one optimiser step with learning rate `rate` down the gradients, averaged over ranks."""
     if world.size > 1:
         gradients = [value.grad for value in net.parameters() if value.grad is not None]
-        # Copied back, so that each keeps the memory layout of its parameter, which fused optimizers rely on.
+        # Copied back: each keeps the memory layout of its parameter, on which fused optimizers rely.
         torch._foreach_copy_(gradients, averaged(gradients, world))
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -299,7 +301,7 @@ def descend(net: nn.Module, optimizer: torch.optim.Optimizer, rate: float, world
 # ---------------------------------------------------------------- schedules
 
 def learning_rate(step: int, lr: float, warmup: int, gamma: float, milestones: Sequence[int]) -> float:
-    """Return the rate of `step` >= 0: rising from 0 to `lr` over `warmup` steps, then times `gamma` behind a milestone.
+    """Return the rate of `step` >= 0: rising from 0 to `lr` over `warmup` steps, then times `gamma` after a milestone.
 
     The step that equals a milestone still has the rate before it.
     """

@@ -16,21 +16,20 @@ from shared.distributed import World
 from shared.training.randomness import torch_rng
 
 # ---------------------------------------------------------------- random numbers inside networks
-# A function of (seed, step): drawn for the global batch, of which each rank takes its images.
+# A function of (seed, step): drawn for the global batch; each rank takes its part.
 
 class Noise:
-    """A source of uniform numbers in [0, 1); without a generator torch's own is used, for this rank alone."""
+    """A source of uniform numbers in [0, 1): `generator`, or torch's own without one and in compiled networks."""
 
     def __init__(self, generator: torch.Generator | None = None, world: World | None = None) -> None:
         self.generator, self.world = generator, world or World()
 
     def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return float32 numbers of `shape`, images first, on the device of `like`."""
-        if self.generator is None:
-            return torch.rand(shape, device=like.device)
         count = shape[0] * self.world.size
-        drawn = torch.rand((count, *shape[1:]), generator=self.generator, device=self.generator.device)
-        return drawn[self.world.slice(count)].to(like.device, non_blocking=True)
+        generator = None if torch.compiler.is_compiling() else self.generator  # which would break the graph
+        drawn = torch.rand((count, *shape[1:]), generator=generator, device=like.device)
+        return drawn[self.world.slice(count)]
 
 
 class Noisy(nn.Module):
@@ -59,8 +58,12 @@ class ChannelDropout(Noisy):
 
 
 def set_noise(net: nn.Module, seed: int, step: int, world: World) -> None:
-    """Choose what `net` draws in the passes of `step`; they must come in the same order each time."""
+    """Fix the draws of `net` in the passes of `step`, which come in the same order each time.
+
+    Also seeds torch's generators: with the rank for networks without Noisy layers, such as torchvision's with dropout.
+    """
     layers = [layer for layer in net.modules() if isinstance(layer, Noisy)]
+    torch.manual_seed((seed * 1_000_003 + step) * 4096 + (0 if layers else world.rank) & (1 << 63) - 1)
     if layers:
         noise = Noise(torch_rng(seed, step, "network noise", world.device), world)
         for layer in layers:
@@ -89,7 +92,7 @@ class ConvLarge(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(128, num_classes), *([nn.BatchNorm1d(num_classes)] if top_bn else []))
 
     def features(self, x: Tensor) -> Tensor:
-        """Return what the classifier sees, [N, 128]."""
+        """Return the input of the classifier, [N, 128]."""
         x = self.maxpool(self.block3(self.block2(self.block1(x))))
         x = self.maxpool(self.block6(self.block5(self.block4(x))))
         x = self.block9(self.block8(self.block7(x)))
@@ -121,7 +124,7 @@ class SmallNet(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(4 * width, num_classes))
 
     def features(self, x: Tensor) -> Tensor:
-        """Return what the classifier sees, [N, 4 * width]."""
+        """Return the input of the classifier, [N, 4 * width]."""
         return F.adaptive_avg_pool2d(self.block4(self.block3(self.block2(self.block1(x)))), 1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,6 +159,12 @@ class Gate(torch.autograd.Function):
         return torch.lerp(b, a, ctx.saved_tensors[0].to(a.dtype))
 
 
+def gate(a: Tensor, b: Tensor, forward_gate: Tensor, backward_gate: Tensor) -> Tensor:
+    """Return what `Gate` does, from operations that a compiler takes."""
+    mixed = torch.lerp(b, a, backward_gate.to(a.dtype))
+    return torch.lerp(b, a, forward_gate.to(a.dtype)).detach() + (mixed - mixed.detach())
+
+
 class ShakeShakeBlock(Noisy):
     """A residual block with two branches, mixed per image by a random gate (Gastaldi 2017).
 
@@ -179,7 +188,8 @@ class ShakeShakeBlock(Noisy):
         a = self.bn_a2(self.conv_a2(F.relu(self.bn_a1(self.conv_a1(start)), inplace=True)))
         b = self.bn_b2(self.conv_b2(F.relu(self.bn_b1(self.conv_b1(start)), inplace=True)))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return shortcut + Gate.apply(a, b, *self.gates(a))
+        mix = gate if torch.compiler.is_compiling() else Gate.apply
+        return shortcut + mix(a, b, *self.gates(a))
 
     def gates(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gates [N, 1, 1, 1] of branch a in the forward and in the backward pass."""
@@ -228,7 +238,7 @@ class ResNet32x32(nn.Module):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / outgoing))
 
     def features(self, x: Tensor) -> Tensor:
-        """Return what `fc` sees, [N, 4 * channels]."""
+        """Return the input of `fc`, [N, 4 * channels]."""
         return F.avg_pool2d(self.layer3(self.layer2(self.layer1(self.conv1(x)))), 8).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -236,7 +246,7 @@ class ResNet32x32(nn.Module):
 
 
 def stage(block: Any, inplanes: int, planes: int, count: int, stride: int, downsample: str) -> nn.Sequential:
-    """Return `count` blocks, the first of which changes channels and resolution."""
+    """Return `count` blocks; the first changes channels and resolution."""
     shortcut: nn.Module | None = None
     if stride != 1 and downsample == "shift_conv":
         shortcut = ShiftConvDownsample(inplanes, planes)

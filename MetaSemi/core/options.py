@@ -17,10 +17,11 @@ NOT_NEGATIVE, FRACTION = Float(0), Float(0, 1)
 # What may differ between a command and the run that it continues: nothing here changes the numbers (`batch_size` of
 # ImageNet: that of all processes counts; decoders differ by a grey level at most).
 NOT_THE_METHOD = frozenset({"data_path", "download", "num_workers", "resume", "print_freq", "save_path", "gpu",
-                            "overwrite", "start_step", "given"})
+                            "overwrite", "start_step", "compile", "given"})
 NOT_THE_METHOD_OF_IMAGENET = frozenset({
     "data", "workers", "batch_size", "print_freq", "resume", "start_epoch", "save_path", "local_rank", "dali_cpu",
-    "gamma", "decoder", "device", "evaluate", "skip_bad", "iterations", "overwrite", "save_seconds", "given"})
+    "gamma", "decoder", "device", "evaluate", "skip_bad", "iterations", "overwrite", "save_seconds", "compile",
+    "given"})
 
 ALPHA = Option("--alpha", POSITIVE, 1.0, "mix-up coefficients are drawn from Beta(alpha, alpha)")
 EPSILON = Option("--epsilon", POSITIVE, 1e-2, "L2 norm of the perturbation of the weights")
@@ -45,7 +46,7 @@ OPTIMISATION = (
     Option("--batch-size", COUNT, 128, "labelled images in a batch of all processes, and as many unlabelled ones"),
     Option("--lr", NOT_NEGATIVE, 0.1, "highest learning rate, and meta-rate of train_meta.py"),
     Option("--warmup", WHOLE, 4000, "steps over which the learning rate, and the weight of the unlabelled loss, rise"),
-    Option("--gamma", NOT_NEGATIVE, 0.1, "factor on the learning rate behind each milestone"),
+    Option("--gamma", NOT_NEGATIVE, 0.1, "factor on the learning rate after each milestone"),
     Option("--milestones", IntTuple(0), (300000, 350000), "steps of these decays"),
     Option("--weight-decay", NOT_NEGATIVE, 1e-4, "on all parameters"),
     Option("--momentum", FRACTION, 0.9, "of SGD"),
@@ -53,7 +54,7 @@ OPTIMISATION = (
 RUNNING = (
     Option("--num-workers", WHOLE, 4, "accepted; images are prepared on the device, in whole batches"),
     RESUME,
-    Option("--seed", WHOLE, 1234, "of the labelled split, weights and all draws"),
+    Option("--seed", WHOLE, 1234, "seed of the labelled split, weights and all draws"),
     Option("--print-freq", COUNT, 100, "steps between lines of the log"),
     Option("--test-freq", COUNT, 400, "steps between evaluations, each followed by a checkpoint"),
     Option("--save-path", default="./results/tmp", metavar="DIR", help="folder of the run"),
@@ -74,9 +75,9 @@ IMAGENET_OPTIMISATION = (
            "unlabelled ones"),
     Option("--epochs", COUNT, 600, "passes over the labelled images; train_meta_imagenet.py: the unlabelled ones"),
     Option("--start-epoch", WHOLE, 0, "first epoch of a new run"),
-    Option("--lr --learning-rate", NOT_NEGATIVE, 0.1, "highest learning rate, whatever the batch size"),
+    Option("--lr --learning-rate", NOT_NEGATIVE, 0.1, "highest learning rate, for any batch size"),
     Option("--warmup", WHOLE, 5, "epochs over which the learning rate rises; then half a cosine"),
-    Option("--gamma", NOT_NEGATIVE, 0.1, "accepted; the schedule has no use for it"),
+    Option("--gamma", NOT_NEGATIVE, 0.1, "accepted; the schedule does not use it"),
     Option("--momentum", FRACTION, 0.9, "of SGD"),
     Option("--wd --weight-decay", NOT_NEGATIVE, 1e-4, "on all parameters", key="weight_decay"),
 )
@@ -85,13 +86,13 @@ IMAGENET_RUNNING = (
     Option("--save-path", default="results/tmp", metavar="DIR", help="folder of the run"),
     Option("--print-freq", COUNT, 50, "iterations between lines of the log"),
     Option("--local_rank --local-rank", WHOLE, None, "given by torch.distributed.launch"),
-    Option("--dali-cpu", Flag, False, "decode on the CPU although there is a GPU"),
+    Option("--dali-cpu", Flag, False, "decode on the CPU in place of the GPU"),
 )
 
 # ---------------------------------------------------------------- beyond the published flags
 
 META = (
-    Option("--meta-grad", Choice("finite", "exact"), "finite", "finite difference, or exactly by forward-mode "
+    Option("--meta-grad", Choice("finite", "exact"), "finite", "by a finite difference, or exactly by forward-mode "
            "differentiation"),
     Option("--local-meta", Flag, False, "with several processes: each takes the gradient of its own labelled images "
            "(default: of the whole batch)"),
@@ -100,27 +101,26 @@ META = (
 ARITHMETIC = (
     Option("--precision", Choice("auto", "fp32", "bf16"), "auto", "auto: bf16 on GPUs that have it, else fp32"),
     Option("--strict", Flag, False, "the paper's arithmetic: fp32 without TF32, deterministic kernels, nothing fused"),
+    Option("--compile", Flag, None, "torch.compile the network", default_help="on a GPU, unless --strict"),
 )
-OVERWRITE = Option("--overwrite", Flag, False, "start anew where the folder holds a run with other settings (without "
-                   "it: an error)")
+OVERWRITE = Option("--overwrite", Flag, False, "start anew in a folder of another run (without it: an error)")
 OURS = (
     *ARITHMETIC,
-    Option("--compile", Flag, False, "torch.compile the network"),
     Option("--download", Flag, False, "fetch missing files of the data set"),
     OVERWRITE,
 )
 IMAGENET_OURS = (
-    Option("--seed", WHOLE, 12, "of the weights and all draws"),
+    Option("--seed", WHOLE, 12, "seed of the weights and all draws"),
     Option("--evaluate", Flag, False, "measure the network of --resume, or of the run in --save-path, on the "
            "validation images and stop"),
     Option("--skip-bad", Flag, False, "leave out records that cannot be read, and count them"),
-    Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "auto: NVIDIA DALI where it is installed"),
-    Option("--iterations", COUNT, None, "stop after so many iterations, for a trial; the schedule stays that of "
+    Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "auto: NVIDIA DALI if installed"),
+    Option("--iterations", COUNT, None, "stop after this number of iterations, for a trial; the schedule stays that of "
            "--epochs"),
     Option("--save-seconds", NOT_NEGATIVE, 600.0, "time between two checkpoints, one of which follows every epoch",
            unit="s"),
     *ARITHMETIC,
-    Option("--device", metavar="NAME", help="cpu, cuda or cuda:1", default_help="the GPUs where there are any"),
+    Option("--device", metavar="NAME", help="cpu, cuda or cuda:1", default_help="all GPUs, if any"),
     OVERWRITE,
 )
 
@@ -168,7 +168,7 @@ def read_imagenet_options(script: str, doc: str, flags: Mapping[str, Sequence[Op
                           argv: Sequence[str] | None) -> SimpleNamespace:
     """Return the options of train_meta_imagenet.py or train_imagenet.py, with `method`; see `read_options`."""
     options = parse(doc, flags, argv)
-    # A launcher of former times says it by the flag alone.
+    # Older launchers pass the flag alone.
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     if options.imsize < options.imcrop:

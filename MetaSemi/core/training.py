@@ -27,7 +27,7 @@ from shared.distributed import World, sync_batchnorm
 from shared.training.checkpoint import keep_layout, load_newest, read_checkpoint
 from shared.training.files import atomic
 from shared.training.log import Log, tensorboard_writer
-from shared.training.precision import computed_on, default_precision, dtype_of, set_arithmetic, to_device
+from shared.training.precision import compiles, computed_on, default_precision, dtype_of, set_arithmetic, to_device
 from shared.training.randomness import numpy_rng
 from shared.training.run import Run
 
@@ -70,15 +70,15 @@ class Source:
     inputs: Mapping[str, str] = MappingProxyType({})  # fingerprints of the images, by the flag that names them
 
     def stored(self, net: nn.Module) -> Any:
-        """Return what a checkpoint keeps of the network: an object with state_dict and load_state_dict."""
+        """Return the network's part of a checkpoint: an object with state_dict and load_state_dict."""
         return net
 
     def config(self) -> dict[str, Any]:
-        """Return what must agree, besides the options, for a run to be continued."""
+        """Return the values besides the options that must agree for a run to be continued."""
         return {}
 
     def images_seen(self) -> dict[str, Any]:
-        """Return what a checkpoint records of the images that its classifier takes."""
+        """Return the form of the classifier's images, for checkpoints."""
         return {}
 
     def check(self, folder: Path) -> None:
@@ -136,7 +136,7 @@ class Training:
                              source.best_entry: self.best, "meters": self.meters},
                        resume=resume, restart=options.overwrite, save_every=source.length,
                        save_seconds=getattr(options, "save_seconds", 600.0), extra=self.extra)
-        # The command line's settings and this run's kernels and memory order, whatever the checkpoint was made with.
+        # The command line's settings and this run's kernels and memory order overrule those of the checkpoint.
         for group in self.optimizer.param_groups:
             group |= {"momentum": options.momentum, "weight_decay": options.weight_decay, "fused": not options.strict}
         keep_layout(self.optimizer)
@@ -153,13 +153,13 @@ class Training:
             source.opened(folder)
         parameters = sum(value.numel() for value in self.net.parameters())
         self.say(f"{self.net}\n{self.optimizer}", f"{type(self.net).__name__}, {parameters:,} parameters")
-        if getattr(options, "compile", False):
+        if compiles(options.compile, world.device, options.strict):
             self.net.compile()
 
     def resume_from(self, folder: Path, config: Mapping[str, Any]) -> str:
         """Return "auto" to continue what the folder holds, or the checkpoint of --resume, any whose network fits.
 
-        The same command given again continues behind what it has reached since.
+        The same command given again continues its own progress.
         """
         newest = load_newest(folder / CHECKPOINT)
         if self.options.resume is None:
@@ -192,9 +192,7 @@ class Training:
         self.batch_time, self.data_time, self.timed = 0.0, 0.0, 0
         last = time.perf_counter()
         for step in self.run.steps(total):
-            # What the network draws depends on the step; dropout of torchvision's networks on the rank, too.
             set_noise(self.net, self.options.seed, step, self.world)
-            torch.manual_seed((self.options.seed * 1_000_003 + step) * 4096 + self.world.rank & (1 << 63) - 1)
             batch = next(stream)
             self.rate = self.source.rate(step)
             self.data_time += time.perf_counter() - last

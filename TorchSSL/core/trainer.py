@@ -46,10 +46,10 @@ from TorchSSL.core.evaluation import (
     confusion_matrix,
     confusion_text,
     keep_confident,
-    make_network,
     metrics,
     predict,
 )
+from TorchSSL.core.networks import make_network
 from TorchSSL.core.options import method_config, paths_in, relaunch
 from TorchSSL.core.run_folder import LATEST, load_foreign, open_folder, resume_from, write_best, write_result
 
@@ -215,7 +215,7 @@ class Trainer:
         self.scaler.update()
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return autocast(self.world.device, self.precision)
+        return autocast(self.world.device, self.precision, self.net)
 
     def parts(self) -> dict[str, Any]:
         """Return the content of a checkpoint, the published names first."""

@@ -1,4 +1,4 @@
-"""What computes: the device and what goes there, the number format of a network, the kernels it allows, its name.
+"""Device, precision and kernels: transfers to the device, autocast, determinism, hardware names.
 
 fp32 is the default on CPUs, bf16 on GPUs that have it in hardware (older ones emulate it, more slowly than fp32).
 """
@@ -9,13 +9,17 @@ import os
 import platform
 import shutil
 import subprocess
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils._triton import has_triton
+
+CASTING_DEVICES = ("cuda",)  # see `cast_weights`
 
 
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -53,21 +57,90 @@ def can_compile() -> bool:
 
 
 def compiles(asked: bool | None, device: torch.device, strict: bool) -> bool:
-    """Return whether to compile a network: as asked, else on a GPU where that can be done, unless `strict`."""
-    return device.type == "cuda" and not strict and can_compile() if asked is None else asked
+    """Return whether to compile a network: as asked, else on a GPU with the compilers for it, unless `strict`.
+
+    Unasked, what the compiler fails on runs uncompiled, with a warning.
+    """
+    if asked is not None:
+        return asked
+    chosen = device.type == "cuda" and not strict and can_compile()
+    if chosen:
+        torch._dynamo.config.suppress_errors = True
+    return chosen
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Return the context in which a network computes in `precision`; for fp32 it does nothing."""
+def constants(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember what `function` of sizes and a device returns; compiled code holds these tensors as constants."""
+    remembered = lru_cache(maxsize=16)(function)
+
+    @wraps(function)
+    def table(*arguments: Any) -> Any:
+        return remembered(*arguments)
+
+    table._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
+    return table
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str, *nets: nn.Module | None) -> Iterator[None]:
+    """Compute in `precision` within; for fp32 this does nothing.
+
+    nets: see `cast_weights`.
+    """
     dtype = dtype_of(precision)
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    if dtype is None:
+        yield
+        return
+    with torch.autocast(device.type, dtype), cast_weights(dtype, *nets):
+        yield
+
+
+@contextlib.contextmanager
+def cast_weights(dtype: torch.dtype | None, *nets: nn.Module | None) -> Iterator[None]:
+    """Replace within the weights of networks on a GPU by copies in `dtype`: one call, where autocast casts one by one.
+
+    Gradients reach the parameters by one call, too. Which layers: convolutions, linear layers and those with an
+    attribute `casts_weights`. dtype None does nothing.
+    """
+    layers = [layer for net in nets if net is not None and dtype is not None for layer in net.modules()
+              if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) or hasattr(layer, "casts_weights")]
+    found = [(layer._parameters, name, value) for layer in layers for name, value in layer._parameters.items()
+             if value is not None and value.dtype == torch.float32 and value.device.type in CASTING_DEVICES]
+    copies = _Cast.apply(dtype, *(value for _, _, value in found)) if found else ()
+    for (layer, name, _), copy in zip(found, copies, strict=True):
+        layer[name] = copy
+    try:
+        yield
+    finally:
+        for layer, name, value in found:
+            layer[name] = value
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors in another dtype, and their gradients back, by one call each way."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(_converted(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        wide = iter(_converted([gradient for gradient in gradients if gradient is not None], torch.float32))
+        return None, *(None if gradient is None else next(wide) for gradient in gradients)
+
+
+def _converted(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 def set_arithmetic(strict: bool, tf32: bool = True, benchmark: bool = True, deterministic: bool = False) -> None:
     """Choose the kernels of this process: the fastest, found by trying (`benchmark`), or `deterministic` ones.
 
     tf32: whether convolutions of fp32 numbers may round them to 10 bits of mantissa, as PyTorch allows on GPUs.
-    strict: deterministic and full fp32, whatever the others say.
+    strict: deterministic and full fp32; overrules the others.
     """
     torch.backends.cudnn.benchmark = benchmark and not strict
     torch.backends.cudnn.deterministic = deterministic or strict

@@ -27,27 +27,28 @@ class Program:
     args: Callable[[Path, int], list[str]]
     slow: bool = False
     waits: int = 0
+    compiled: bool = False
 
 
 def torchssl(name: str, *flags: str, slow: bool = True, compiled: bool = False) -> Program:
     config = ROOT / "TorchSSL" / "config" / name / f"{name}_digits_40_0.yaml"
     return Program(f"TorchSSL/{name}.py", lambda folder, steps: [
         f"--c={config}", f"--num_train_iter={steps}", "--num_eval_iter=1000", "--num_save_iter=1000",
-        f"--compile={compiled}", f"--save_dir={folder}", *flags], slow)
+        f"--compile={compiled}", f"--save_dir={folder}", *flags], slow, compiled=compiled)
 
 
-def train_edm(*flags: str, slow: bool = True) -> Program:
+def train_edm(*flags: str, slow: bool = True, compiled: bool = False) -> Program:
     def args(folder: Path, steps: int) -> list[str]:
         edm.write_set(folder / "tiny.zip")
-        return [*EDM, f"--duration={16 * steps / 1e6}", "--compile=False", *flags]
-    return Program("EDM/train.py", args, slow)
+        return [*EDM, f"--duration={16 * steps / 1e6}", f"--compile={compiled}", *flags]
+    return Program("EDM/train.py", args, slow, compiled=compiled)
 
 
-def train_ddae(slow: bool = True, **changes: object) -> Program:
+def train_ddae(*flags: str, slow: bool = True, compiled: bool = False, **changes: object) -> Program:
     def args(folder: Path, steps: int) -> list[str]:
         ddae.write_config(folder, n_epoch=steps, n_sample=2, **changes)
-        return ["--config=tiny.yaml", f"--steps={steps}"]
-    return Program("DDAE/train.py", args, slow)
+        return ["--config=tiny.yaml", f"--steps={steps}", f"--compile={compiled}", *flags]
+    return Program("DDAE/train.py", args, slow, compiled=compiled)
 
 
 def evaluate_ddae(script: str, *flags: str) -> Program:
@@ -74,20 +75,22 @@ def train_ldm(script: str, config: str, slow: bool = True, compiled: bool = Fals
         seldom = (f"--config.train.{key}_interval=1000" for key in ("log", "eval", "save"))
         return [config, *latent_runs.TINY, *seldom, f"--config.train.n_steps={steps}", "--config.nnet.depth=4",
                 "--dataset_path=latents", "--workdir=run", f"--compile={compiled}"]
-    return Program(f"EDM/imagenet/{script}.py", args, slow)
+    return Program(f"EDM/imagenet/{script}.py", args, slow, compiled=compiled)
 
 
-def daso(name: str, slow: bool = True) -> Program:
+def daso(name: str, slow: bool = True, compiled: bool = False) -> Program:
     config = ROOT / "DASO" / "configs" / "digits" / f"{name}.yaml"
     return Program("DASO/main.py", lambda folder, steps: [
         "--config-file", str(config), "SOLVER.MAX_ITER", str(steps), "PERIODS.LOG", "1000", "PERIODS.EVAL", "1000",
-        "PERIODS.CHECKPOINT", "1000", "OUTPUT_DIR", str(folder / "out")], slow)
+        "PERIODS.CHECKPOINT", "1000", "OUTPUT_DIR", str(folder / "out"), "COMPILE", str(compiled)],
+                   slow, compiled=compiled)
 
 
-def metasemi(script: str, *flags: str, slow: bool = True) -> Program:
+def metasemi(script: str, *flags: str, slow: bool = True, compiled: bool = False) -> Program:
     return Program(f"MetaSemi/{script}.py", lambda folder, steps: [
         "--dataset=digits", "-a=small", "--num-label=20", "--batch-size=8", f"--total-steps={steps}", "--warmup=2",
-        "--milestones=[4, 5]", "--test-freq=1000", "--print-freq=1000", "--save-path=run", "--gpu", *flags], slow)
+        "--milestones=[4, 5]", "--test-freq=1000", "--print-freq=1000", "--save-path=run", "--gpu",
+        f"--compile={compiled}", *flags], slow, compiled=compiled)
 
 
 def with_wait(program: Program) -> Program:
@@ -107,11 +110,14 @@ PROGRAMS = {
     "edm": train_edm("--augment=0.12", slow=False),
     "edm in rounds": train_edm("--augment=0.12", "--batch-gpu=4"),
     "edm, ncsnpp": train_edm("--arch=ncsnpp"),
+    "edm, compiled": train_edm("--augment=0.12", compiled=True),
     "latent diffusion": train_ldm("train_ldm", latent_runs.LARGE, slow=False),
     "latent diffusion, discrete": train_ldm("train_ldm_discrete", latent_runs.HUGE),
     "latent diffusion, compiled": train_ldm("train_ldm", latent_runs.LARGE, compiled=True),
     "ddae": train_ddae(slow=False),
     "ddae, ddpm": train_ddae(**ddae.DDPM),
+    "ddae, mixed precision": train_ddae("--use_amp", **ddae.DDPM),
+    "ddae, compiled": train_ddae("--use_amp", compiled=True, **ddae.DDPM),
     "linear": evaluate_ddae("linear", "--steps={steps}"),
     "noisy classifier": evaluate_ddae("noisy_classifier_DDAE"),
     "noisy classifier, WRN": evaluate_ddae("noisy_classifier_WRN", "--dataset=digits", "--batch_size=20", "--epoch=1",
@@ -125,6 +131,8 @@ PROGRAMS = {
                  "--noise_type=clean", "--augment=0", waits=1),
     "daso": daso("fixmatch_daso", slow=False),
     "daso, remixmatch": daso("remixmatch_daso"),
+    "daso, remixmatch, compiled": daso("remixmatch_daso", compiled=True),
     "metasemi": metasemi("train_meta", "--mix-up", slow=False),
+    "metasemi, compiled": metasemi("train_meta", "--mix-up", compiled=True),
     "metasemi baseline": metasemi("train_baseline"),
 }

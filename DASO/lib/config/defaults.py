@@ -58,7 +58,7 @@ def long_tail(name: str, labeled: int, labeled_factor: int, unlabeled: int, unla
                "unlabelled"))
 
 
-# The published keys. Some were never read; they are kept so that published files load.
+# The published keys. Some were never read; they are kept for published files.
 PUBLISHED = (
     Option("MISC.LOG_CLASSWISE", Bool, True, "log accuracies by class at evaluations"),
     Option("MODEL.NAME", EncoderName("WRN", "ResNet34"), "WRN", "encoder; or timm:NAME, any network of timm"),
@@ -128,7 +128,7 @@ PUBLISHED = (
     Option("ALGORITHM.DARP_ESTIM.THRESH_COND", ABOVE_ZERO, 100, "largest condition number of the confusion matrix"),
     Option("DATASET.BUILDER", Choice("build_cifar10_dataset", "build_cifar100_dataset", "build_stl10_dataset",
                                      "build_digits_dataset", "build_semi_aves_dataset"), "build_cifar10_dataset",
-           "builder that belongs to DATASET.NAME, if that is none of one's own"),
+           "builder that belongs to a published DATASET.NAME"),
     Option("DATASET.NAME", NameOrPath(*DATASETS), "cifar10", "data set, or the path of own images with train/ and "
            "test/"),
     Option("DATASET.ROOT", Text, "./data", "folder of the data sets"),
@@ -171,7 +171,7 @@ PUBLISHED = (
     Option("OUTPUT_DIR", Text, "outputs", "folder of the runs"),
     Option("RESUME", Text, "", "checkpoint to start from"),
     Option("EVAL_ON_TEST_SET", Bool, True, "evaluate on the test set as well"),
-    Option("GPU_ID", Int(-1), 0, "-1: the CPU, as 0 where there is no GPU"),
+    Option("GPU_ID", Int(-1), 0, "-1: the CPU; so is 0 without a GPU"),
     Option("MEMO", Text, "", "end of the run folder's name"),
     Option("SEED", Int(-1, 2 ** 32 - 1), -1, "of all draws; -1: drawn itself"),
     Option("CUDNN_DETERMINISTIC", Bool, True, "deterministic algorithms of cuDNN"),
@@ -205,7 +205,7 @@ ADDED = (
            "unlabelled images: of known species, of others, or both"),
     Option("PRECISION", Choice("auto", "fp32", "bf16"), "auto", "auto: bf16 on a GPU that has it"),
     Option("STRICT", Bool, False, "the paper's arithmetic: fp32, plain kernels"),
-    Option("COMPILE", Bool, False, "torch.compile the encoder"),
+    Option("COMPILE", Bool, None, "torch.compile the encoder", default_help="on a GPU, unless STRICT"),
     Option("EVAL_BATCH", COUNT, 512, "batch size of evaluations", unit="images"),
     Option("TENSORBOARD", Bool, True, "write TensorBoard scalars"),
     Option("SAVE_SECONDS", NONNEGATIVE, 600.0, "between checkpoints; 0: by PERIODS.CHECKPOINT alone", unit="seconds"),
