@@ -101,7 +101,7 @@ def run_text(content: Content) -> str:
 def over_seeds(reports: Sequence[Content]) -> dict[str, Any]:
     """Return means, deviations and paired differences of several seeds, overall, by class and by group."""
     def numbers(name: str) -> dict[str, list[float | None]]:
-        """Return what is measured -> one value a seed."""
+        """Return quantity -> one value a seed."""
         found = {"all": [report["accuracy"].get(name, {}).get("last") for report in reports]}
         for group in GROUPS:
             found[group] = [report["groups"].get(name, {}).get(group) for report in reports]

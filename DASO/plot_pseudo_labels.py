@@ -55,7 +55,7 @@ def read_run(folder: Path, kind: str) -> dict[str, list[float]]:
 
 
 def as_numbers(values: Sequence[Any]) -> list[float]:
-    """Return values by class with NaN, which leaves a gap, for what is unknown (None or negative)."""
+    """Return values by class with NaN, which leaves a gap, for unknown ones (None or negative)."""
     return [float("nan") if value is None or value < 0 else value for value in values]
 
 

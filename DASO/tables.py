@@ -1,7 +1,7 @@
-"""The tables of DASO: the runs behind each cell, and what is printed.
+"""The tables of DASO: the runs of each cell and the printed numbers.
 
     python -m DASO.tables                                  # names of the tables
-    python -m DASO.tables cifar10-lt --only DASO --list    # the runs of one, and what is done
+    python -m DASO.tables cifar10-lt --only DASO --list    # the runs of a table and their state
     python -m DASO.tables digits --jobs 2                  # all learners on the long-tailed digits, rare classes apart
     python -m DASO.tables cifar10-lt --scale tiny          # those of the table on the digits, in minutes
 
@@ -23,7 +23,7 @@ PROTOCOLS = {"median of last 20": "median_of_last_20", "last": "last", "best on 
              "best on test": "best_on_test"}
 LOGIT_ADJUSTMENT, ABC = ("ALGORITHM.LOGIT_ADJUST.APPLY", "True"), ("ALGORITHM.ABC.APPLY", "True")
 DARP = ("ALGORITHM.DARP.APPLY", "True")
-# What a row adds where the unlabelled images have another class distribution.
+# Added keys of a row with another class distribution of the unlabelled images.
 MISMATCHED = {"FixMatch + DASO": ("ALGORITHM.DASO.DIST_TEMP", "0.3"),
               "FixMatch + DARP": ("ALGORITHM.DARP.EST", str(HERE / "darp_estim"))}
 # Row -> configuration file and the keys it adds. LA: logit adjustment.

@@ -1,4 +1,4 @@
-"""The tables of DDAE: the runs behind each cell, and what is printed.
+"""The tables of DDAE: the runs of each cell and the printed numbers.
 
     python -m DDAE.tables                                 # names of the tables
     python -m DDAE.tables cifar10 --only EDM_ddpmpp       # one row at the length of the paper

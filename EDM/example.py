@@ -23,7 +23,7 @@ from shared.training.progress import Progress
 
 SIDE = 8  # images in a row and in a column
 
-# What the published images of each data set were sampled with.
+# The published sampler settings of each data set.
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": dict(num_steps=18),
     "ffhq": dict(num_steps=40),
@@ -83,7 +83,7 @@ def draw_grid(network: str, name: str, folder: Path, seed: int, device: torch.de
     latents = torch.randn(shape, generator=random, device=device)
     labels = None
     if net.label_dim:
-        trained = read_conditions(net.dataset_kwargs, net.label_dim)  # only what occurred, in its proportion
+        trained = read_conditions(net.dataset_kwargs, net.label_dim)  # classes as often as in the training set
         drawn = torch.randint(trained.draws_from, shape[:1], generator=random, device=device)
         labels = trained.inputs(trained.chosen(drawn), device)
 

@@ -1,4 +1,4 @@
-"""The tables of EDM and TDSM: the runs behind each cell, and what is printed.
+"""The tables of EDM and TDSM: the runs of each cell and the printed numbers.
 
     python -m EDM.tables                                  # names of the tables
     python -m EDM.tables tdsm-cifar10 --list              # the runs of one of them

@@ -107,7 +107,7 @@ def check_noise(flags: SimpleNamespace) -> None:
         raise UserError("--vm-schedule belongs to --precond=edm_vm")
 
 
-# What the networks of train.py are for classifiers ("Label-Noise Robust Diffusion Models", Na et al., ICLR 2024).
+# The classifiers' networks by --arch of train.py ("Label-Noise Robust Diffusion Models", Na et al., ICLR 2024).
 NETWORKS: dict[str, dict[str, Any]] = {
     "ddpmpp": dict(model_type="ClassifierSong", embedding_type="positional", decoder_type="standard"),
     "ncsnpp": dict(model_type="ClassifierSong", embedding_type="fourier", channel_mult_noise=2),

@@ -1,7 +1,7 @@
-"""The tables of MetaSemi: the runs behind each cell, and what is printed.
+"""The tables of MetaSemi: the runs of each cell and the printed numbers.
 
     python -m MetaSemi.tables                              # names of the tables
-    python -m MetaSemi.tables cifar10 --list               # the runs of one, and what is done
+    python -m MetaSemi.tables cifar10 --list               # the runs of a table and their state
     python -m MetaSemi.tables ablation --scale tiny        # on the digits with 20 and 40 labels, minutes
 
 How they are run, aggregated and written: shared/report/tables.py.

@@ -63,7 +63,7 @@ class FlexMatch(Algorithm):
         mask = (confidence >= thresholds[label]).float()
         target = label if self.options.hard_label else (weak / self.options.T).softmax(1)
         unsupervised = consistency(strong, target, mask)
-        # The fixed threshold decides what counts as learned.
+        # Only labels above the fixed threshold count as learned.
         self.status.remember(batch.index, label, confidence >= self.options.p_cutoff)
 
         total = supervised + self.options.ulb_loss_ratio * unsupervised

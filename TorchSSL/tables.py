@@ -1,4 +1,5 @@
-"""The tables of TorchSSL and DPT: the runs behind each cell, and what is printed.
+"""The tables of TorchSSL and DPT: the runs of each cell and the printed numbers.
+
 
     python -m TorchSSL.tables                             # names of the tables
     python -m TorchSSL.tables cifar10 --list              # its runs and their state
@@ -182,7 +183,8 @@ def dpt_table(scale: str, options: SimpleNamespace) -> Table:
                  "Error in %; FID (of the digits: Fréchet distance in the features of a judge)", cells,
                  tuple(PROTOCOLS), seeds=(1, 2, 3),
                  note="FID: images of stage 2, which is trained with the pseudo-labels, against the training images; "
-                      "what the paper has for it is not at hand.")
+                      "the paper's number is not at hand.")
+
 
 
 TABLES: Tables = {

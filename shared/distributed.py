@@ -180,7 +180,7 @@ def broadcast_value(value: Any, world: World) -> Any:
 
 
 def on_main(action: Callable[[], Result], world: World) -> Result:
-    """Return what `action` returns on rank 0 to every rank; its UserError ends all ranks and is reported once."""
+    """Return rank 0's result of `action` to every rank; its UserError ends all ranks and is reported once."""
     result, error = None, None
     if world.main:
         try:

@@ -19,7 +19,7 @@ TIMM = "timm:"
 ROTATION_HEAD = "rot_classifier"
 # Entries of a checkpoint that hold a network, in the order of preference: averages first.
 WEIGHT_ENTRIES = ("ema_model", "eval_model", "ema", "model", "train_model", "state_dict", "net")
-# What timm and its hub raise for a network that cannot be built or weights that cannot be fetched.
+# Errors of timm and its hub for impossible networks and unavailable weights.
 TIMM_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError, OSError, ImportError)
 
 
@@ -194,7 +194,7 @@ def normalisation_of(net: TimmNetwork, in_channels: int) -> tuple[tuple[float, .
 
 
 def read_weights(path: str) -> dict:
-    """Return what a .safetensors file or a torch.save file holds; UserError, naming --pretrained."""
+    """Return the content of a .safetensors or torch.save file; UserError, naming --pretrained."""
     if not Path(path).is_file():
         raise UserError(f"--pretrained: there is no file {path}; give one, or timm:NAME")
     if Path(path).suffix != ".safetensors":

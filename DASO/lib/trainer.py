@@ -186,7 +186,7 @@ class Trainer:
         self.scheduler.load_state_dict({"last_epoch": 0})
 
     def step(self, batch: Batch, it: int, draws: Draws) -> tuple[Step, dict[str, Tensor | float]]:
-        """Do one iteration on a batch; return what the learner returned, and what to log under its published name."""
+        """Do one iteration on a batch; return the learner's output, and the published log entries."""
         with autocast(self.world.device, self.precision, self.model, self.algorithm.teacher):
             found = self.algorithm.losses(batch, it, draws)
             total = torch.stack([loss.float() for loss in found.losses.values()]).sum()

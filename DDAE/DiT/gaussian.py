@@ -59,7 +59,7 @@ def _strided(count: int, base_steps: int) -> list[int]:
 class SpacedDiffusion:
     """Schedule, loss and samplers. All tables are float64 arrays by index of the kept steps.
 
-    timestep_map: int64, the base step of each index, which is what the network is told.
+    timestep_map: int64, the base step of each index, the network's time input.
     """
 
     def __init__(self, respacing: str = "", base_steps: int = BASE_STEPS) -> None:

@@ -101,7 +101,7 @@ def begin(record: Record, sets: dict[str, ImageSet], wanted: list[tuple[str, int
 
 def encode_copy(vae: nn.Module, images: ImageSet, folder: Path, split: str, copy: int, options: SimpleNamespace,
                 world: World) -> None:
-    """Write <split>_code_<copy>.npy, each process its part of the images; what is there already stays."""
+    """Write <split>_code_<copy>.npy, each process its part of the images; existing rows stay."""
     path = code_path(folder, split, copy)
     if path.exists():
         if world.main:

@@ -27,7 +27,7 @@ from shared.training.checkpoint import check_finite, read_checkpoint
 from shared.training.files import atomic
 
 ONLINE, AVERAGED = "module.nn_model.", "ema_model.nn_model."
-# What the names of a network's tensors may begin with in a published file, longest first.
+# Prefixes of a network's tensors in published files, longest first.
 PREFIXES = {"MODEL": (ONLINE, "nn_model.", "module."),
             "EMA": ("ema_model.module.nn_model.", AVERAGED, "ema_model.")}
 NETWORK_KEYS = ("model_type", "net_type", "network", "diffusion")  # must agree between a checkpoint and its config

@@ -152,7 +152,7 @@ def check_names(names: Sequence[str], known: Collection[str], source: str = "") 
 
 
 class SemanticCondition(nn.Module):
-    """A decoder block's output [N, channels, H, W] -> what is added to the embedding of the blocks behind, [N, E].
+    """A decoder block's output [N, channels, H, W] -> addition to the embedding of later blocks, [N, E].
 
     Self-conditioning of DDAE++ (arXiv 2505.10999): the block's globally pooled feature, which carries most of the
     semantics, is routed around the rest of the decoder. Here: mean over pixels, layer norm, two layers; the last one

@@ -136,7 +136,7 @@ def draw_labels(labels: np.ndarray, draws: np.ndarray, posterior: np.ndarray) ->
 class LatentBatches:
     """One process's part of each step's batch, read ahead in a thread.
 
-    Every epoch visits all rows in a new order; what does not fill a batch is left out. p_uncond: share of labels that
+    Every epoch visits all rows in a new order; an incomplete last batch is left out. p_uncond: share of labels that
     become none_label. posterior: p(class | pseudo-label) by which a class is drawn at each visit, float64 [K, K]; None:
     the pseudo-label. images: further arrays of rows, such as the photographs behind them. last: the last step. Raises
     UserError for a batch larger than the set.

@@ -124,7 +124,7 @@ Schedule = ContinuousSchedule | DiscreteSchedule
 
 
 def losses(schedule: Schedule, model: Model, x0: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-    """Return the mean squared error of what the network predicts, noise or image, for each image: float32 [N].
+    """Return the mean squared error of the predicted noise or image, for each image: float32 [N].
 
     times: of `schedule.draw`.
     """

@@ -48,7 +48,7 @@ Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 class Detector:
     """A feature extractor: uint8 [n, channels, H, W] on `device` -> (features float32 [n, F], class logits or None).
 
-    kind: inception, dinov2 or classifier. resize: what it does to images first. sha256: that of the file of weights.
+    kind: inception, dinov2 or classifier. resize: of its input. sha256: that of the file of weights.
     """
 
     kind: str

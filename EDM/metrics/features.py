@@ -195,7 +195,7 @@ NEED_FEATURES = {"kid", "prdc", "cwfid", "cwprdc"}
 
 
 class MetricNames:
-    """Type of an option: comma-separated names of metrics. known: name -> what it is."""
+    """Type of an option: comma-separated names of metrics. known: name -> meaning."""
 
     metavar, range = "LIST", ""
 

@@ -139,7 +139,7 @@ def confusion(labels: np.ndarray, found: np.ndarray, classes: int) -> np.ndarray
 
 
 def as_detector(net: torch.nn.Module, kind: str, images: ImageSet, folder: Path, device: torch.device) -> Detector:
-    """Return the judge as a detector: its features are what enters its last layer."""
+    """Return the judge as a detector: its features are the input of its last layer."""
     last = [module for module in net.modules() if isinstance(module, torch.nn.Linear)][-1]
     seen: list[Tensor] = []
     last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))

@@ -43,7 +43,7 @@ class Moments:
         self.sums.addmm_(extended.T, extended)
 
     def over_ranks(self, world: World) -> Moments:
-        """Return the moments of what all ranks have added."""
+        """Return the moments over all ranks."""
         total = Moments(len(self.sums) - 1, self.sums.device)
         total.sums = all_sum(self.sums, world)
         return total

@@ -323,7 +323,7 @@ def _denoise(model: Model, x: Tensor, sigma: float) -> Tensor:
 
 
 def _clip(sigma_min: float, sigma_max: float, limits: tuple[float, float]) -> tuple[float, float]:
-    """Clip the range of noise levels to what the network knows; raise UserError when nothing is left of it."""
+    """Clip the range of noise levels to that of the network; UserError if it is empty."""
     low, high = max(sigma_min, float(limits[0])), min(sigma_max, float(limits[1]))
     if not 0 < low <= high:
         raise UserError(f"no noise levels left: --sigma_min={sigma_min:g} and --sigma_max={sigma_max:g} within the "

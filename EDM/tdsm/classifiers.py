@@ -259,7 +259,7 @@ def volmin_transition(raw: torch.Tensor) -> torch.Tensor:
 
 
 def class_logits(output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Return the logits of what a classifier returned, with or without a transition matrix."""
+    """Return the logits in a classifier's output, with or without a transition matrix."""
     return output[0] if isinstance(output, tuple) else output
 
 

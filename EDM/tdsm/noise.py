@@ -109,7 +109,7 @@ def kind_of(flags: SimpleNamespace) -> str | None:
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:
-    """Return what dataset.json of a ZIP or folder holds beside the labels; {} without one. Raises UserError."""
+    """Return the entries of a dataset.json besides the labels; {} without one. Raises UserError."""
     path = Path(path)
     return _read_record(path, path.stat().st_mtime_ns) if path.exists() else {}
 

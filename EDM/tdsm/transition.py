@@ -28,7 +28,7 @@ CIFAR100_TARGETS = (
     65, 53, 56, 57, 62, 72, 59, 83, 90, 96, 71, 9, 70, 64, 66, 74, 75, 73, 76, 81, 82, 23, 95, 91, 80,
     34, 12, 79, 93, 99, 36, 85, 92, 0, 94, 89, 87, 22, 97, 41, 8, 1, 54, 27, 5, 4, 47, 3, 2, 26)
 DIGIT_TARGETS = {2: 7, 3: 8, 5: 6, 6: 5}
-# What the classes of "asymmetric" noise turn into; classes left out keep their label. The digits are those of MNIST.
+# The targets of "asymmetric" noise by class; other classes keep their label. The digits are those of MNIST.
 ASYM_TARGETS: dict[str, dict[int, int]] = {
     "mnist": DIGIT_TARGETS,
     "cifar100": dict(enumerate(CIFAR100_TARGETS)),
@@ -243,7 +243,7 @@ class LabelNoise:
         return noisy
 
     def __call__(self, labels: list[tuple[str, Any]]) -> tuple[list[tuple[str, int]], dict[str, Any]]:
-        """Return (name, noisy label) for (name, clean label), and what dataset.json keeps besides; print a summary."""
+        """Return (name, noisy label) for (name, clean label), and further entries of dataset.json; print a summary."""
         if any(not isinstance(label, int) for _, label in labels):
             raise UserError("label noise needs a class number for every image; the source has images without, or "
                             "labels them by lists of numbers")

@@ -283,8 +283,8 @@ def _mirror(index: torch.Tensor, size: int) -> torch.Tensor:
 
 @constants
 def _colour_axes(device: torch.device) -> list[torch.Tensor]:
-    """Return what colours are turned with: the identity [4, 4]; the projection [4, 4] on the gray axis, around which
-    hues turn; the cross product [4, 4] with that axis; the vector [4] of the constant."""
+    """Return the matrices of colour rotations: the identity [4, 4]; the projection [4, 4] on the gray axis, the axis of
+    hues; the cross product [4, 4] with it; the vector [4] of the constant."""
     gray = torch.tensor([1.0, 1.0, 1.0, 0.0]) / math.sqrt(3)
     turn = torch.tensor([[0.0, -1, 1, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 0, 0]]) / math.sqrt(3)
     axes = torch.eye(4), torch.outer(gray, gray), turn, torch.tensor([0.0, 0.0, 0.0, 1.0])

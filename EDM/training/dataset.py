@@ -97,7 +97,7 @@ def open_training_set(path: str | os.PathLike, use_labels: bool = False, max_siz
     xflip: append a mirrored copy of every kept image, which doubles the length.
 
     The label width is the largest class that occurs plus one, unless the set names its classes (sub-folders, npz).
-    Raises UserError for what cannot be read, images that are not square or not `resolution`, and missing labels.
+    Raises UserError for unreadable files, images that are not square or not `resolution`, and missing labels.
     """
     path = os.fspath(path)
     if not os.path.exists(path) and path.lower().endswith((".zip", ".npz")):

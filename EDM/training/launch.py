@@ -54,7 +54,7 @@ def check(flags: SimpleNamespace) -> None:
 
 
 def foresee_denoiser(flags: SimpleNamespace, dataset: TrainingSet, options: Mapping[str, Any], processes: int) -> int:
-    """Return the bytes that the training of a denoiser writes at least; UserError for what would end it at its start.
+    """Return the bytes that the training of a denoiser writes at least; UserError for an error at its start.
 
     options: the option dictionary for `dataset`; only its size and number of classes count.
     """
@@ -70,7 +70,7 @@ def foresee_denoiser(flags: SimpleNamespace, dataset: TrainingSet, options: Mapp
 
 
 def join(flags: SimpleNamespace, plan: Callable[[], Plan]) -> tuple[World, Plan]:
-    """Join the other processes, and return this one's world and what `plan` returns.
+    """Join the other processes, and return this one's world and the result of `plan`.
 
     The main process plans first, and the others wait for it: they find its decoded images in the cache. A UserError of
     it is reported once. With --dry-run each process is alone.

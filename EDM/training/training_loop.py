@@ -118,7 +118,7 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
     ema = EMA(net, buffers=method.ema_buffers)
     optimizer = make_optimizer(options, net, strict)
 
-    # Continue, or start from what --transfer or --resume names.
+    # Continue, or start from --transfer or --resume.
     order, losses = InfiniteOrder(len(dataset), seed), Moments(device)
     log = Log(folder, world, every=None)  # lines come at ticks
     run = Run(folder, options, dict(net=net, ema=ema, optimizer=optimizer, order=order, losses=losses), world, log=log,
@@ -345,7 +345,7 @@ def make_optimizer(options: Mapping[str, Any], net: torch.nn.Module, strict: boo
 
 def load_start(options: Mapping[str, Any], net: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer,
                order: InfiniteOrder, say: Callable[[str], Any] = print) -> int:
-    """Load what --transfer or --resume name, if anything, and return the number of images seen so far.
+    """Load the file of --transfer or --resume, if any, and return the number of images seen so far.
 
     --transfer: weights of the snapshot into the network and its average, by name; counting starts from 0.
     --resume: a training state. One of ours holds the exact count, the average and the data order; one of the published

@@ -127,7 +127,7 @@ IMAGENET_OURS = (
 
 def read_options(script: str, doc: str, flags: Mapping[str, Sequence[Option]],
                  argv: Sequence[str] | None) -> SimpleNamespace:
-    """Return the options of train_meta.py or train_baseline.py; raise UserError for what does not fit.
+    """Return the options of train_meta.py or train_baseline.py; raise UserError for contradictions.
 
     The result also has `num_classes`, and `method`: the options that decide the numbers, as plain values.
     """

@@ -1,4 +1,4 @@
-"""What the four training scripts share: network, run folder, log, evaluation. The method is theirs, the images come
+"""The shared part of the four training scripts: network, run folder, log, evaluation. The images come
 from a source: data sets in memory (data.py) or photographs in record files (imagenet/source.py).
 """
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Source:
         """Raise UserError if the run in `folder` has other images; nothing is written yet."""
 
     def opened(self, folder: Path) -> None:
-        """Write what belongs to the images into the folder of the run (rank 0)."""
+        """Write the files about the images into the folder of the run (rank 0)."""
 
 
 class Training:
@@ -107,7 +107,7 @@ class Training:
         self.autocast = dtype_of(self.precision)
         set_arithmetic(options.strict)
 
-        # Everything is read and checked before the folder is touched; what is said before goes into its log later.
+        # Everything is read and checked before the folder is touched; earlier messages go into its log later.
         self.run: Run | None = None
         self.unwritten: list[str] = []
         shown = {key: value for key, value in vars(options).items() if key not in ("method", "given")}

@@ -124,7 +124,7 @@ class RecordFile:
             os.close(self.file)
 
     def name(self, position: int) -> str:
-        """Return what messages call a record: its number in the file, from 0, and its id."""
+        """Return the name of a record in messages: its number in the file, from 0, and its id."""
         number = int(self.numbers[position])
         return f"{self.path}: record {number} (id {self.ids[number]})"
 
@@ -227,7 +227,7 @@ class RecordFile:
         length = word & (MAX_CONTENT - 1)
         whole = PART.size + length + (-length % 4)
         if magic != MAGIC or word >> 29 != WHOLE or start + whole != end or end > self.size:
-            self.read(position)  # says what is wrong, or that all is well with a record of several parts
+            self.read(position)  # names the damage, if any; a record of several parts may be whole
 
 
 def synset_file(path: Path) -> Path:

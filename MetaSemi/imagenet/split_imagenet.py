@@ -152,7 +152,7 @@ def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
 
 
 def fill(target: Path, names: Sequence[str], train: Path, copy: bool) -> None:
-    """Link or copy train/<name> to target/<name>; what is there already stays. UserError for a missing image."""
+    """Link or copy train/<name> to target/<name>; existing files stay. UserError for a missing image."""
     for folder in sorted({name.split("/")[0] for name in names}):
         make_dir(target / folder)
     for number, name in enumerate(progress(names, target.name, unit="images"), 1):

@@ -210,7 +210,7 @@ def content(images: ImageSet | PhotographSet) -> tuple[np.ndarray | list[str], n
 
 
 def write_split(data: TrainingData, options: SimpleNamespace, folder: Path) -> None:
-    """Write the labelled indices, what they were drawn from, and the labelled class distribution into `folder`."""
+    """Write the labelled indices, their seed and settings, and the labelled class distribution into `folder`."""
     write_array(folder / INDEX_FILE, data.labeled_index)
     write_json((folder / INDEX_FILE).with_suffix(".json"), split_facts(options, data.num_classes))
     if isinstance(data.labeled, PhotographSet):

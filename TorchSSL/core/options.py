@@ -71,13 +71,13 @@ COMMON = {
         Option("--train_sampler", Choice("RandomSampler"), "RandomSampler", "uniform draws with replacement"),
         Option("--num_workers", Int(0), 1, "imagenet: four times as many threads decode; other batches are made on "
                "the device, without workers"),
-        Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "imagenet: what decodes; auto: NVIDIA DALI "
-               "on GPUs where it is installed"),
+        Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "imagenet: decoder; auto: NVIDIA DALI on GPUs, "
+               "if installed"),
     ),
     "augmentation": (
         Option("--weak_flip", Bool, True, "weak view: mirror half of the images"),
         Option("--weak_pad", Int(0), 4, "weak view: largest shift", unit="pixels"),
-        Option("--weak_pad_mode", Choice("reflect", "zero"), "reflect", "weak view: what comes in from outside"),
+        Option("--weak_pad_mode", Choice("reflect", "zero"), "reflect", "weak view: pixels beyond the edge"),
         Option("--weak_subpixel", Bool, False, "weak view: shift by fractions of a pixel, bilinear"),
         Option("--strong_ops", Int(0), 3, "strong view: RandAugment operations before cutout"),
     ),

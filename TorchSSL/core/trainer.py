@@ -170,7 +170,7 @@ class Trainer:
                 module.register_forward_pre_hook(self.choose_dropout)
 
     def train_step(self, batch: Batch) -> dict[str, Tensor | float]:
-        """Do one iteration on one batch; return what the algorithm logs, and the learning rate after the step."""
+        """Do one iteration on one batch; return the algorithm's log entries and the learning rate after the step."""
         self.begin(self.iteration + self.algorithm.supervised_steps, batch)
         with self.autocast():
             loss, values = self.algorithm.loss(self.forward, batch, self.iteration)

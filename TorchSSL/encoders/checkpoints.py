@@ -35,7 +35,7 @@ JOINED = re.compile(r"(blocks\.\d+)\.attention\.attention\.query\.(weight|bias)"
 def read_msn(path: str | Path, model_name: str | None = None) -> VisionTransformer:
     """Return the encoder in a checkpoint, or in a file or folder of Hugging Face's layout, in evaluation mode.
 
-    model_name: the published name, such as deit_base_p4; None: what the file says, else what its tensors have. Raises
+    model_name: the published name, such as deit_base_p4; None: by the file's own record, else by its tensors. Raises
     UserError for a file of another model, with missing, misshapen or further tensors, or with numbers that are not
     finite.
     """
@@ -90,7 +90,7 @@ def _architecture(state: State) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[State, dict[str, Any]]:
-    """Return tensors by their published names, without the head, and what the file says of its architecture."""
+    """Return tensors by their published names, without the head, and the file's record of its architecture."""
     if path.is_dir():
         found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
         if not found:

@@ -70,7 +70,7 @@ class CentralView:
 class Encoder:
     """A frozen network in evaluation mode, and how it wants to see images.
 
-    name: what messages call it. view: for photographs. mean, std: per channel, on the scale 0..1. width: of a feature.
+    name: in messages. view: for photographs. mean, std: per channel, on the scale 0..1. width: of a feature.
     blocks: MSN: number of last blocks whose class tokens count. mask: MSN: fraction of the patches left out.
     """
 

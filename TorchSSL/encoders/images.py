@@ -23,8 +23,8 @@ from TorchSSL.encoders.features import read_features
 class Images:
     """Images in an array, or in the files of a folder or ZIP.
 
-    path: what they are of. names: of the files, relative to the folder or ZIP, or positions in an array. labels: int64
-    [N], -1 unknown. classes: names in label order.
+    path: of the folder, ZIP or array. names: of the files, relative to the folder or ZIP, or positions in an array.
+    labels: int64 [N], -1 unknown. classes: names in label order.
     """
 
     def __init__(self, path: str | Path, labels: np.ndarray, classes: Sequence[str], array: np.ndarray | None = None,

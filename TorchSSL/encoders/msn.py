@@ -58,7 +58,7 @@ def sinkhorn(assignments: Tensor, rounds: int = 3) -> Tensor:
 
 def loss_terms(anchors: Tensor, wanted: Tensor, prototypes: Tensor, temperature: float = 0.1,
                world: World = ONE) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (cross-entropy with the targets, me-max, entropy), each a scalar; what is minimised is a weighted sum.
+    """Return (cross-entropy with the targets, me-max, entropy), each a scalar; a weighted sum of them is minimised.
 
     anchors: [V * B, D], view by view. wanted: targets [B, K]. me-max is log K less the entropy of the mean assignment
     over all anchors of all ranks: 0 if all prototypes are used equally.

@@ -31,11 +31,11 @@ CUTOUT_COLOUR = (125, 123, 114)
 
 @dataclass(frozen=True)
 class WeakPolicy:
-    """What the weak augmentation does; the defaults are those of CIFAR: flip half of the images, crop with padding 4.
+    """The weak augmentation; the defaults are those of CIFAR: flip half of the images, crop with padding 4.
 
     flip: mirror horizontally with probability 1/2.
     pad: pixels by which the window may reach over each side, so a shift is drawn from -pad..pad.
-    pad_mode: what lies outside: "reflect" (mirrored without repeating the edge pixel) or "zero" (black).
+    pad_mode: pixels outside: "reflect" (mirrored without repeating the edge pixel) or "zero" (black).
     subpixel: shift by any real number of pixels, with bilinear interpolation; needs pad_mode "zero".
     crop: side of the window; None for the size of the image.
     """
@@ -205,7 +205,7 @@ def cutout(images: Tensor, draws: StrongDraws, colour: tuple[int, ...] | None = 
     """Paint a square of one colour (DeVries and Taylor 2017): uint8 [N, C, H, W] -> uint8 [N, C, H, W].
 
     As published, the square's side follows the width alone, its last row and column belong to it, and so at least one
-    pixel is painted. sizes: of images that are the upper left parts of what is given, [N, 2].
+    pixel is painted. sizes: of images in the upper left of larger canvases, [N, 2].
     """
     channels, height, width = images.shape[1:]
     heights, widths = np.full((2, len(images)), [[height], [width]]) if sizes is None else sizes.T

@@ -2,7 +2,7 @@
 several ranks fill row by row: memory-mapped, and continued where a killed run has left them.
 
 The cache is the folder $FEWLABEL_CACHE (default ~/.cache/fewlabel), at most $FEWLABEL_CACHE_GB gigabytes (default 32;
-what was not used for longest goes first). It may be deleted at any time.
+the least recently used entries go first). It may be deleted at any time.
 """
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Build = Callable[[Allocate], Stored]
 
 
 def cached(name: str, key: object, build: Build, source: str | os.PathLike = "") -> Stored:
-    """Return what `build` made for this `key`, from the cache or by calling it now.
+    """Return the result of `build` for this `key`, from the cache or computed now.
 
     `key` is anything JSON can hold. `build` gets a function that allocates the image array on disk. Processes that ask
     for the same key at the same time wait for the first of them. If the cache cannot be written, a warning says so and
@@ -143,7 +143,7 @@ def _load(entry: Path) -> Stored | None:
 
 
 def _shrink(root: Path) -> None:
-    """Remove the entries that were not used for longest until the rest fits, and what killed processes left."""
+    """Remove the least recently used entries until the rest fits, and leftovers of killed processes."""
     given = os.environ.get("FEWLABEL_CACHE_GB") or str(DEFAULT_GB)
     try:
         limit = float(given) * 1e9

@@ -43,7 +43,7 @@ def dali_batches(photographs: Photographs, view: View, request: Callable[[int], 
 
 def _inputs(photographs: Photographs, view: View, request: Callable[[int], Request], steps: range,
             underway: deque[list[Photograph]]) -> Iterator[Inputs]:
-    """Yield what the pipeline takes for each step, read a step ahead; `underway` collects the photographs."""
+    """Yield the pipeline's input for each step, read a step ahead; `underway` collects the photographs."""
     def read() -> Iterator[tuple[list[Photograph], Inputs]]:
         for step in steps:
             wanted = request(step)
@@ -99,7 +99,7 @@ def _to_torch(values: object, dtype: torch.dtype, device: torch.device) -> torch
 
 
 def _find_bad(photographs: Photographs, underway: list[Photograph], error: RuntimeError) -> None:
-    """Mark what DALI cannot decode as bad; UserError naming it, or with DALI's reason if nothing is found."""
+    """Mark undecodable photographs as bad; UserError naming one, or with DALI's reason if none is found."""
     found = False
     for one in underway:
         if one.position not in photographs.bad and (reason := _why_bad(one.payload,

@@ -1,4 +1,4 @@
-"""Which files of a folder or ZIP are images, and what is left out; readers of lists: labels, classes, names."""
+"""The images among the files of a folder or ZIP, and readers of lists: labels, classes, names."""
 from __future__ import annotations
 
 import csv

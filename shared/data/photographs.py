@@ -73,7 +73,7 @@ class Photographs:
         return len(self.files)
 
     def get(self, position: int, decode: Callable[[bytes, str], Decoded]) -> tuple[Decoded, Photograph]:
-        """Return the photograph at a position, and what `decode` makes of content and name, or the next good one.
+        """Return the photograph at a position, or the next good one, and the result of `decode` on content and name.
 
         Raises UserError if none can be used, and at the first bad one without skip_bad.
         """
@@ -149,9 +149,9 @@ def image_size(payload: bytes) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class PhotographSet:
-    """Image files with their classes; what an ImageSet is to images that fit in memory.
+    """Image files with their classes, in place of an ImageSet for images that do not fit in memory.
 
-    files: paths [N]. labels: int64 [N], -1 unknown. classes: names in label order. name: what messages call the set.
+    files: paths [N]. labels: int64 [N], -1 unknown. classes: names in label order. name: of the set in messages.
     root: the folder that `names` are relative to.
     """
 
@@ -194,7 +194,7 @@ class PhotographSet:
                              self.classes, self.name, self.root)
 
     def names_by_class(self) -> dict[str, list[str]]:
-        """Return class -> file names, for a file that says what is labelled."""
+        """Return class -> file names, for a list of the labelled images."""
         found: dict[str, list[str]] = {name: [] for name in self.classes}
         for file, label in zip(self.files.tolist(), self.labels.tolist(), strict=True):
             found[self.classes[label]].append(Path(file).name)

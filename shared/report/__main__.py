@@ -39,13 +39,13 @@ MOST_ROWS = 12  # of single runs beside a table of a paper; more are shown on re
 MOST_LINES = 10  # of a chart; of more, those that differ in the seed alone are averaged
 MOST_POINTS = 400  # of a line; more are not seen
 SEED = re.compile(r"[/_]seed_\d+(?=/|$)|/run(?=/|$)")
-# What a run logs about itself rather than about its method.
+# Logged numbers about the run, not about the method.
 HOUSEKEEPING = ("timestamp", "time", "Timing/", "Resources/", "Progress/", "images_per_second", "train/prefecth_time",
                 "train/run_time", "step", "seconds")
 STEPS = {"Progress/kimg": "thousands of images", "step": "step", "iteration": "iteration"}
 CAPTIONS = {"table": "Measured (dots) and printed (squares), with standard deviations"}
 Curve = tuple[list[float], list[float]]  # steps, values
-Part = dict[str, Any]  # of the page: "kind" and what page.html shows of this kind
+Part = dict[str, Any]  # of the page: "kind" and the entries of page.html for this kind
 
 
 # ---------------------------------------------------------------- what is in the folders
@@ -53,7 +53,7 @@ Part = dict[str, Any]  # of the page: "kind" and what page.html shows of this ki
 
 @dataclass
 class Output:
-    """One folder and what is in it. curves: metric -> (steps, values); xlabel: what the steps are."""
+    """One folder and its content. curves: metric -> (steps, values); xlabel: meaning of the steps."""
     name: str
     folder: Path
     files: dict[str, Any] = field(default_factory=dict)
@@ -145,7 +145,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, fold
 
 
 def parts_of(output: Output) -> list[Part]:
-    """Return what is to be shown of one folder: tables, facts, confusion matrix and pictures."""
+    """Return the section of one folder: tables, facts, confusion matrix and pictures."""
     parts = paper_table(output.files["table.json"]) if "table.json" in output.files else []
     for name in ("report.json", "result.json"):
         content = output.files.get(name, {})
@@ -169,7 +169,7 @@ def parts_of(output: Output) -> list[Part]:
 
 
 def paper_table(content: Mapping[str, Any]) -> list[Part]:
-    """Return a table of a paper: measured, printed, and what stands behind every cell."""
+    """Return a table of a paper: measured, printed, and the runs of every cell."""
     notes = [TINY.replace("`", "")] * (content["scale"] == "tiny") + [content["note"]] * bool(content["note"])
     parts: list[Part] = [{"kind": "aside", "text": note} for note in notes]
     for title, head, rows in grids(content):

@@ -1,4 +1,4 @@
-"""What a table of shared/report/tables.py leaves: its numbers, and table.md, table.csv, table.json and table.png."""
+"""The output of shared/report/tables.py: numbers, and table.md, table.csv, table.json and table.png."""
 from __future__ import annotations
 
 import os

@@ -21,7 +21,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     @classmethod
     def take_over(cls, layer: _BatchNorm) -> GlobalBatchNorm:
-        """Return a layer that shares the parameters and buffers of `layer`, and what timm's layers do after it."""
+        """Return a layer that shares the parameters and buffers of `layer`, and timm's operations after it."""
         ours = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             setattr(ours, name, getattr(layer, name))

@@ -16,11 +16,11 @@ import torch
 from shared.cli import UserError, is_bounded
 from shared.training.files import atomic
 
-# What a pickled number of NumPy is made of, under the names of NumPy 1 and 2.
+# The parts of a pickled number of NumPy, under the names of NumPy 1 and 2.
 NUMPY_NUMBERS = [*((np.float64(0).__reduce__()[0], f"{module}.multiarray.scalar") for module in ("numpy.core",
                                                                                               "numpy._core")),
                  np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1"))]
-# What torch.load raises for a damaged file, besides pickle.UnpicklingError.
+# Errors of torch.load for a damaged file, besides pickle.UnpicklingError.
 READ_ERRORS = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
                OverflowError, MemoryError, struct.error, OSError, zipfile.BadZipFile)
 

@@ -125,7 +125,7 @@ def claim(descriptor: int, wait: bool = True) -> bool:
 
 
 def sweep(folder: str | os.PathLike, pattern: str = "*", below: bool = False) -> None:
-    """Remove what writers that were killed have left in a folder, or `below` it; what a living one holds stays.
+    """Remove leftovers of killed writers in a folder, or `below` it; files of a living one stay.
 
     That is: temporary files of `atomic`, and folders named `.NAME.part-*`, whose final names match `pattern`.
     """
@@ -142,7 +142,7 @@ def sweep(folder: str | os.PathLike, pattern: str = "*", below: bool = False) ->
 
 
 def cache_folder() -> Path:
-    """Return the folder of what can be computed again: $FEWLABEL_CACHE, by default ~/.cache/fewlabel."""
+    """Return the folder of recomputable files: $FEWLABEL_CACHE, by default ~/.cache/fewlabel."""
     return Path(os.environ.get("FEWLABEL_CACHE") or os.path.expanduser("~/.cache/fewlabel"))
 
 

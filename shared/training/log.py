@@ -66,7 +66,7 @@ class Log:
             self._board = tensorboard_writer(self.outdir / folder, step)
 
     def state(self, group: dist.ProcessGroup | None) -> dict[str, Any]:
-        """Return what a checkpoint holds of the log (a collective): its length, and the sums since its last line.
+        """Return the log's part of a checkpoint (a collective): its length, and the sums since its last line.
 
         group: of all ranks, for tensors on the CPU; None for a single rank.
         """

@@ -90,7 +90,7 @@ class Look:
 
     def draw(self, kind: str, n: int, rng: np.random.Generator,
              size: tuple[int, int]) -> tuple[WeakDraws | None, StrongDraws | None]:
-        """Draw what `view` needs for n images of `size`."""
+        """Return the draws of `view` for n images of `size`."""
         if kind == "eval":
             return None, None
         weak_draws = draw_weak(n, rng, size, self.policy)
