@@ -71,8 +71,8 @@ COMMON = {
         Option("--train_sampler", Choice("RandomSampler"), "RandomSampler", "uniform draws with replacement"),
         Option("--num_workers", Int(0), 1, "imagenet: four times as many threads decode; other batches are made on "
                "the device, without workers"),
-        Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "imagenet: decoder; auto: NVIDIA DALI on GPUs, "
-               "if installed"),
+        Option("--decoder", Choice("auto", "dali", "torchvision"), "auto",
+               "imagenet: decoder; auto: NVIDIA DALI on GPUs, if installed"),
     ),
     "augmentation": (
         Option("--weak_flip", Bool, True, "weak view: mirror half of the images"),
