@@ -13,7 +13,7 @@ from PIL import Image
 from EDM.imagenet import train_classifier
 from EDM.imagenet.experiment.config import Config
 from EDM.imagenet.experiment.images import labelled_images, training_images
-from tests.golden.cases import each, facts, fill, number, serves
+from tests.golden.cases import each, facts, fill, number, serves, whole
 from tests.golden.dpt_imagenet_cases import PAPER, bound, cases_of, given, near, tensors
 from TorchSSL.encoders.classifier import Classifier, fit, label_and_probability, objective, prepared, read_classifier
 from TorchSSL.encoders.features import read_features
@@ -97,6 +97,7 @@ def picture(seed: int, c: int, height: int, width: int) -> Image.Image:
 def make_images(case: dict, generated: Path) -> None:
     """Write train, val and generated images below the current folder."""
     seed = case["first_seed"]
+    height, width = (whole(case["files_recipe"], size) for size in (r"\+i, #x\d", r"\+i, \d+x#,"))
     for c, folder in enumerate(case["folders"]):
         for part, i in [("train", i) for i in range(case["train"])] + [("val", i) for i in range(case["val"])]:
             seed += 1
@@ -108,14 +109,14 @@ def make_images(case: dict, generated: Path) -> None:
             image.save(target, "PNG")
         (generated / folder).mkdir(parents=True)
         for i in range(case["generated"]):
-            picture(case["generated_seed"] + 10 * c + i, c, 256, 256).save(generated / folder / f"{i}.png")
+            picture(case["generated_seed"] + 10 * c + i, c, height, width).save(generated / folder / f"{i}.png")
 
 
 @each(PIPELINES)
 def test_pipeline(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written = case["files_written"]
-    file = next(found[1] for name in written if (found := re.fullmatch(r"pretrained/([^/]+\.pth\.tar)", name)))
+    file = next(found[1] for name in written if (found := re.search(r"/val-features-fnames-(.+)", name)))
     tag = next(found[1] for name in written if (found := re.search(r"train-features-fnames-(.+)-accelerate", name)))
     logs = [name for name in written if name.startswith("log")]
     features = next(name for name in written if "aug-" in name and name.endswith("features-label.pth.tar"))
@@ -158,11 +159,11 @@ def test_pipeline(case, tmp_path, monkeypatch):
     order = np.argsort(everything.names)
     predicted = np.load(next(name for name in written if name.endswith("preds.npy")))
     assert np.array_equal(predicted[order], stored["pseudo_labels"])
-    raw = torch.from_numpy(everything.values[order]) @ torch.tensor(stored["stage1_weights"]).T
+    raw = torch.from_numpy(everything.values[order]) @ torch.tensor(stored["stage1_weights"]).float().T
     difference = np.abs(label_and_probability(raw)[1].numpy() - stored["pseudo_probabilities"]).max()
     assert difference <= bound(case["tolerance"]["pseudo_probabilities"])
     for stage, parts in ((1, [labelled]), (3, [generated, labelled])):
-        file = sorted(name for name in written if name.endswith(".pkl"))[0 if stage == 3 else 1]
+        file = next(name for name in written if name.endswith(".pkl") and (f"-aug-{count}" in name) == (stage == 3))
         rows = torch.cat([prepared(torch.from_numpy(part.values)) for part in parts])
         labels = torch.from_numpy(np.concatenate([part.labels for part in parts]))
         ours, theirs = (float(objective(weights.double(), rows, labels, case["lambd"])[0]) for weights in (
