@@ -10,7 +10,6 @@ report.json, it writes mean, standard deviation and differences over these inste
 """
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -27,11 +26,11 @@ from shared.data.datasets import load_dataset
 from shared.data.images import ImageSet, read_images
 from shared.data.pool import Pool
 from shared.distributed import start
+from shared.report.history import read_json, read_lines, seconds_by_step
 from shared.report.plots import Panel, confusion_matrices, curves, image_grid
 from shared.training.files import make_dir, write_json, write_text
+from TorchSSL.core.classifier import open_classifier
 from TorchSSL.core.data import load_pools
-from TorchSSL.core.evaluation import load_classifier
-from TorchSSL.core.options import NETWORK, PREDICTION
 from TorchSSL.core.report_text import CONTROLS, over_seeds, run_markdown, run_summary, seeds_markdown
 
 FLAGS = (
@@ -128,39 +127,6 @@ def minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def read_json(path: Path, required: bool = False) -> dict[str, Any] | None:
-    """Return the content of a JSON file; without one, None, or a UserError if it is `required`."""
-    if not path.is_file():
-        if required:
-            raise UserError(f"{path} does not exist; it is written by report.py for one seed")
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and repeat the step that writes it") from None
-
-
-# ---------------------------------------------------------------- seconds
-
-
-def seconds_by_step(history: Path) -> dict[str, float]:
-    """Return the seconds of each command of run_all.sh, over all its interruptions, until it first was complete.
-
-    A step started anew by another command counts from there.
-    """
-    seconds: dict[str, float] = {}
-    state: dict[str, tuple[str, bool]] = {}
-    for entry in read_lines(history):
-        name, command = entry["name"], entry["command"]
-        known, done = state.get(name, ("", False))
-        if command != known:
-            seconds[name], done = 0.0, False
-        if not done:
-            seconds[name] += entry["seconds"]
-        state[name] = (command, done or entry["status"] == 0)
-    return seconds
-
-
 def group_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
     """Return seconds of the stages, the controls and in total, from those of the steps."""
     total: dict[str, float] = {}
@@ -168,17 +134,6 @@ def group_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
         group = STEPS.get(step) or ("controls" if step.startswith("control") else "other")
         total[group] = total.get(group, 0.0) + value
     return {**{name: round(value, 1) for name, value in total.items()}, "total": round(sum(total.values()), 1)}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines; a line cut short by a crash is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
 
 
 # ---------------------------------------------------------------- generated images
@@ -215,10 +170,9 @@ def generated_images(options: SimpleNamespace, folder: str | None, classes: Sequ
 @torch.no_grad()
 def features(checkpoint: Path, options: SimpleNamespace, images: ImageSet) -> torch.Tensor:
     """Return float64 [n, D] pooled features of evenly spaced images, by the averaged weights of a checkpoint."""
-    prediction = parse("", (*PREDICTION, *NETWORK), [f"--dataset={options.dataset}", f"--load_path={checkpoint}"])
-    classifier = load_classifier(str(checkpoint), prediction, images)
     device = start().device
-    pool, net = Pool(images, classifier.mean, classifier.std, device), classifier.net.to(device)
+    classifier = open_classifier(checkpoint, device, options.dataset)
+    pool, net = Pool(images, classifier.mean, classifier.std, device), classifier.network
     chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), FEATURE_IMAGES)).round().astype(np.int64))
     parts = [net(pool.normalised(chosen[first:first + 256]), return_feature=True)[1]
              for first in range(0, len(chosen), 256)]

@@ -8,7 +8,6 @@ images with their pseudo-labels in place of generated ones. Top-1 and top-5 are 
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from shared import cli
 from shared.cli import Option, UserError, run_main
 from shared.data.images import open_image, to_chw
 from shared.data.photographs import PhotographSet
+from shared.report.history import read_json, seconds_by_step
 from shared.report.plots import image_grid
 from shared.report.table_report import difference, known, markdown_table, mean, std
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_json, write_text
 
 FLAGS = (
     Option(CONFIG.names, CONFIG.type, None, "configuration of the run", metavar="FILE"),
@@ -44,26 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("give either --config of one run, or --seed_report of several")
     out = make_dir(options.out)
     if options.seed_report:
-        runs = [read_facts(Path(folder) / "report.json") for folder in options.seed_report]
+        runs = [read_json(Path(folder) / "report.json", required=True) for folder in options.seed_report]
         content = {"seeds": runs}
         text = over_seeds(runs)
     else:
         content = collect(Path(options.config), out, options.history)
         text = of_one(content)
-    with atomic(out / "report.json", "w") as file:
-        json.dump(content, file, indent=1)
-    with atomic(out / "report.md", "w") as file:
-        file.write(text)
+    write_json(out / "report.json", content)
+    write_text(out / "report.md", text)
     print(f"{text.split(chr(10) * 2 + '![')[0]}\nreport: {out.resolve() / 'report.md'}")
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the step that writes it first") from None
-    except ValueError:
-        raise UserError(f"{path}: damaged; repeat the step that writes it") from None
 
 
 def collect(config_file: Path, out: Path, history: str | None) -> dict[str, Any]:
@@ -72,11 +61,11 @@ def collect(config_file: Path, out: Path, history: str | None) -> dict[str, Any]
     layout = Layout(config)
     control = layout.classifier_stage3.with_name(f"{layout.classifier_stage3.stem}-real.pkl")
     files = {"stage1": layout.classifier, "stage3": layout.classifier_stage3, "control_real": control}
-    found = {name: read_facts(facts_file(path)) for name, path in files.items() if facts_file(path).is_file()}
+    found = {name: facts for name, path in files.items() if (facts := read_json(facts_file(path)))}
     if "stage1" not in found:
         raise UserError(f"{facts_file(layout.classifier)}: no such file; run train_classifier.py "
                         "--func=train_classifier_stage1 first")
-    pseudo = read_facts(facts_file(layout.pseudo_labels)) if facts_file(layout.pseudo_labels).is_file() else {}
+    pseudo = read_json(facts_file(layout.pseudo_labels)) or {}
     pictures = []
     if layout.generated.is_dir():
         draw(generated_images(layout, found["stage1"]["classes"]), training_images(config), out / "generated.png")
@@ -87,7 +76,7 @@ def collect(config_file: Path, out: Path, history: str | None) -> dict[str, Any]
             "labelled_images": found["stage1"]["rows"]["labelled"], "scores": scores,
             "encoder": str(config.get("encoder") or layout.encoder), "steps_of_stage2": config.train.n_steps,
             "pseudo_labels": {key: pseudo.get(key) for key in ("images", "accuracy", "accuracy_by_class", "counts")},
-            "seconds": seconds(Path(history)) if history else {}, "pictures": pictures}
+            "seconds": seconds_by_step(Path(history)) if history else {}, "pictures": pictures}
 
 
 def draw(generated: PhotographSet, training: PhotographSet, path: Path) -> None:
@@ -104,18 +93,6 @@ def draw(generated: PhotographSet, training: PhotographSet, path: Path) -> None:
     image_grid({generated.classes[label]: row(generated, label, SHOWN) for label in labels}, path,
                "Generated images, one class a row; on the right real ones",
                beside={training.classes[label]: row(training, label, 2) for label in labels})
-
-
-def seconds(history: Path) -> dict[str, float]:
-    """Return the seconds that each step took, all its interruptions together."""
-    total: dict[str, float] = {}
-    for line in history.read_text(encoding="utf-8").splitlines() if history.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # cut short by a crash
-            continue
-        total[entry["name"]] = round(total.get(entry["name"], 0.0) + entry["seconds"], 1)
-    return total
 
 
 def percent(value: float | None) -> str:
