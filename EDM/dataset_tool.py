@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
@@ -183,8 +182,6 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
                     labels.append((name, image.label))
         if not labels:
             raise UserError(f"{source}: no image is left: all are smaller than {resolution} or damaged")
-        if source.name in CIFAR:
-            deque(images.items, maxlen=0)  # the checks of an archive are of all its images
         written, further = relabel(labels) if relabel is not None else (labels, {})
         if resolution is not None and transform in RESIZES:
             further = {**further, "resize": RESIZES[transform]}
@@ -253,10 +250,10 @@ class _Checks:
                           "damaged ones", stacklevel=2)
         missing = sum(label is None for _, label in labels)
         if missing == len(labels):
-            warnings.warn(f"{source}: no labels, so --cond=1 cannot train on the result", stacklevel=2)
+            warnings.warn(f"{source}: no labels, so train.py --cond=1 cannot train on the result", stacklevel=2)
         elif missing:
             warnings.warn(f"{source}: {missing} of {len(labels)} images have no label, so all labels are dropped and "
-                          "--cond=1 cannot train on the result", stacklevel=2)
+                          "train.py --cond=1 cannot train on the result", stacklevel=2)
 
 
 # -------------------------------------------------------------------------------------------------------------- images

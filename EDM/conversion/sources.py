@@ -1,4 +1,4 @@
-"""Where dataset_tool.py takes images and labels from: folders, ZIPs, npz, CIFAR and MNIST archives, LMDB, digits."""
+"""The sources of dataset_tool.py: folders, ZIPs, npz, CIFAR and MNIST archives, LMDB, digits."""
 from __future__ import annotations
 
 import os
@@ -18,7 +18,7 @@ from shared.data.safe import Member
 from shared.parallel import one_ahead
 from shared.training.randomness import numpy_rng
 
-DIGITS = "digits"  # scikit-learn's, part of the package: the one data set that is no file
+DIGITS = "digits"  # scikit-learn's; no file
 CIFAR = {layout.archive: layout for layout in (CIFAR10, CIFAR100)}
 CIFAR_TRAIN, CIFAR_TEST = 50_000, 10_000
 MNIST_TRAIN, MNIST_TEST = "train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"
@@ -74,9 +74,11 @@ def open_source(source: Path, test_split: bool, table: Path | None = None, part:
         raise UserError(f"--test-fraction divides a folder, .zip, .npz or {DIGITS}; {source} has test images of its "
                         "own (--eval)")
     if source.name in CIFAR:
-        return Source(CIFAR_TEST if test_split else CIFAR_TRAIN, _from_cifar(source, CIFAR[source.name], test_split))
+        return _from_cifar(source, CIFAR[source.name], test_split)
     if source.name in (MNIST_TRAIN, MNIST_TEST):
         images, numbers = read_mnist(source, mnist_labels(source))
+        if source.name == MNIST_TRAIN:
+            _check_classes(source, numbers, 10)
         return Source(len(images), _from_pixels([(images, numbers)]))
     raise UserError(f"{source}: Unknown archive type; expected a folder, a .zip, an .npz, {', '.join(CIFAR)}, "
                     f"{MNIST_TRAIN} or {MNIST_TEST}")
@@ -135,17 +137,27 @@ def _from_pixels(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[Ite
         yield from zip((None if number < 0 else number for number in numbers.tolist()), np.array(images), strict=True)
 
 
-def _from_cifar(source: Path, layout: Layout, test_split: bool) -> Iterator[Item]:
+def _from_cifar(source: Path, layout: Layout, test_split: bool) -> Source:
     names, expected = (layout.test, CIFAR_TEST) if test_split else (layout.train, CIFAR_TRAIN)
-    counts = np.zeros(layout.num_classes, int)
-    for images, numbers in one_ahead(read_batches(source, layout, names)):
-        yield from _from_pixels([(images, numbers)])
-        counts += np.bincount(numbers, minlength=layout.num_classes)
-    if counts.sum() != expected:
-        warnings.warn(f"{source}: {counts.sum()} images in place of {expected}", stacklevel=2)
-    if absent := np.flatnonzero(counts == 0).tolist():
-        warnings.warn(f"{source}: no image of class {', '.join(map(str, absent))}; without the top class a network's "
-                      "label input is narrower", stacklevel=2)
+    batches = list(one_ahead(read_batches(source, layout, names)))
+    numbers = np.concatenate([labels for _, labels in batches])
+    if len(numbers) != expected:
+        warnings.warn(f"{source}: {len(numbers)} images in place of {expected}", stacklevel=2)
+    if not test_split:
+        _check_classes(source, numbers, layout.num_classes)
+    return Source(len(numbers), _from_pixels(batches))
+
+
+def _check_classes(source: Path, numbers: np.ndarray, num_classes: int) -> None:
+    """Check a training archive, also where --max-images takes a part of it: the label input of a network is as wide as
+    its largest label demands."""
+    absent = np.flatnonzero(np.bincount(numbers, minlength=num_classes) == 0).tolist()
+    text = f"{source}: no image of class {', '.join(map(str, absent))}"
+    if {0, num_classes - 1} & set(absent):
+        raise UserError(f"{text}; expected labels from 0 to {num_classes - 1}. Give its images as a folder or .npz, "
+                        "which may lack classes")
+    if absent:
+        warnings.warn(text, stacklevel=2)
 
 
 def mnist_labels(source: Path) -> Path:

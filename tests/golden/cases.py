@@ -73,14 +73,14 @@ def arrays(paper: str, file: str) -> Stored:
 # ------------------------------------------------------------------------------------------------------------- cases
 
 def cases(paper: str, **fields: Any) -> list[dict[str, Any]]:
-    """Return the cases of the index that have these values in these fields."""
-    return [case for case in index(paper).get("cases", ())
+    """Return the cases of the index that have these values in these fields, as `Stored`."""
+    return [Stored(f"{paper}: {name_of(case)}", case) for case in index(paper).get("cases", ())
             if all(case.get(name) == value for name, value in fields.items())]
 
 
 def name_of(case: dict[str, Any]) -> str:
-    """Return the name of a case, which papers keep in different fields."""
-    return next(case[field] for field in ("case", "id", "name") if field in case)
+    """Return the name of a case, which papers keep in different fields; without one it is its file's."""
+    return next((case[field] for field in ("case", "id", "name", "file") if field in case), "without a name")
 
 
 def keys_of(case: dict[str, Any]) -> dict[str, str]:

@@ -36,7 +36,7 @@ def kind_of(case: Case) -> str:
              "crest": "labelled_counts" in made,
              "network": any(key.startswith(("logits_", "features_")) for key in keys),
              "class counts": all_match(r"\d+_[\d.]+_\d+_(fwd|rev)"),
-             "permutations": all_match(r"\d+_\d+_\d+") and "sampler" in case["what"],
+             "permutations": all_match(r"\d+_\d+_\d+") and "sampler" in case.get("what", ""),
              "relative counts": all_match(r"\d+_[\d.]+_\d+"),
              "weighted draws": all_match(r"s\d+_b[\d.]+_(nosh|sh|probs)"),
              "operations": all_match(r"\w+_L\d+[pm]|_input\d*"),

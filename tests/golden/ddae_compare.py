@@ -21,7 +21,7 @@ tensors = functools.partial(golden.tensors, PAPER)
 
 def kind_of(case: dict[str, Any]) -> str:
     """Return what a case is about, from its constructor and arrays; "" for what no test knows."""
-    keys, made = case["keys"].keys(), case.get("constructor", {})
+    keys, made = case.get("keys", {}).keys(), case.get("constructor", {})
     kinds = {"sampling script": "options" in made,
              "training": "n_epoch" in made,
              "unet": "ch_mults" in made,

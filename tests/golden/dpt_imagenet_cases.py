@@ -16,7 +16,7 @@ ALL = golden.cases(PAPER)
 
 
 def cases_of(*kinds: str) -> list[Case]:
-    return [case for case in ALL if case["kind"] in kinds]
+    return [case for case in ALL if case.get("kind") in kinds]
 
 
 def given(case: Case) -> Stored:

@@ -17,13 +17,13 @@ tensors = functools.partial(golden.tensors, PAPER)
 
 def json_facts(key: str) -> Any:
     """Return what the JSON facts hold under a key, the entries of an object as pairs; nothing where it is absent."""
-    found = [facts(PAPER, case["file"]).get(key, []) for case in cases(kind="json facts")]
+    found = [facts(PAPER, case.get("file", "")).get(key, []) for case in cases(kind="json facts")]
     return [entry for part in found for entry in (part.items() if isinstance(part, dict) else part)]
 
 
 def whole_facts(prefix: str) -> dict[str, Any]:
     """Return the JSON facts whose key begins with `prefix`, whole."""
-    return {key: value for case in cases(kind="json facts") for key, value in facts(PAPER, case["file"]).items()
+    return {key: value for case in cases(kind="json facts") for key, value in facts(PAPER, case.get("file", "")).items()
             if key.startswith(prefix)}
 
 

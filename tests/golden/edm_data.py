@@ -17,7 +17,7 @@ from PIL import Image
 from EDM.dataset_tool import main
 from EDM.training.dataset import open_training_set
 from shared.cli import UserError
-from tests.golden.cases import arrays, facts, number, serves
+from tests.golden.cases import arrays, facts, name_of, number, serves
 from tests.golden.data_sources import write_image_folder, write_source
 from tests.golden.edm_cases import PAPER, cases, flag
 
@@ -28,7 +28,8 @@ Case = dict[str, Any]
 
 def each_fact(found: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case, name", [
-        pytest.param(case, name, id=f"{case['case']}-{name}") for case in found for name in facts(PAPER, case["file"])])
+        pytest.param(case, name, id=f"{name_of(case)}-{name}") for case in found
+        for name in facts(PAPER, case.get("file", ""))])
 
 
 def pixels_of(case: Case) -> ChainMap:

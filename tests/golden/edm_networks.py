@@ -55,9 +55,9 @@ def test_network_output_and_gradients(filled, layout):
 
 def initial_scales() -> list:
     """Return (network, expected scales) of every entry; None where the index has no such network."""
-    known = {case["case"]: case for case in NETWORKS}
+    known = {name_of(case): case for case in NETWORKS}
     return [pytest.param(known.get(name), expected, id=name)
-            for case in INITIALISATIONS for name, expected in facts(PAPER, case["file"]).items()]
+            for case in INITIALISATIONS for name, expected in facts(PAPER, case.get("file", "")).items()]
 
 
 @pytest.mark.parametrize(("network", "expected"), initial_scales())

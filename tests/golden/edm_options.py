@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.golden.cases import arrays, facts, serves
+from tests.golden.cases import arrays, facts, name_of, serves
 from tests.golden.edm_cases import PAPER, cases, flag
 from tests.shared.programs import run
 
 OPTION_CASES, TOOL = cases(kind="command line"), cases(kind="dataset tool")
 SERVES = serves(OPTION_CASES)
-RUNS = [pytest.param(case, name, id=f"{case['case']}-{name}")
-        for case in OPTION_CASES for name in facts(PAPER, case["file"])]
+RUNS = [pytest.param(case, name, id=f"{name_of(case)}-{name}")
+        for case in OPTION_CASES for name in facts(PAPER, case.get("file", ""))]
 
 
 def named_datasets() -> dict[str, str]:

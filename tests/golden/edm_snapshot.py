@@ -11,14 +11,14 @@ import torch
 
 from EDM.training.published import read_pickle
 from EDM.training.snapshots import load_training_state, read_snapshot
-from tests.golden.cases import arrays, each, fill, serves
+from tests.golden.cases import arrays, each, fill, name_of, serves
 from tests.golden.edm_cases import PAPER, cases
 
 SNAPSHOTS = cases(kind="file format")
 SERVES = serves(SNAPSHOTS)
 # (case, key) of every snapshot file: whole files are stored as bytes.
-FILES = [pytest.param(case, name, id=f"{case['case']}-{name}") for case in SNAPSHOTS
-         for name, content in arrays(PAPER, case["file"]).items()
+FILES = [pytest.param(case, name, id=f"{name_of(case)}-{name}") for case in SNAPSHOTS
+         for name, content in arrays(PAPER, case.get("file", "")).items()
          if content.dtype == np.uint8 and content.ndim == 1 and "state" not in name]
 
 

@@ -23,12 +23,12 @@ def section(name: str) -> dict[str, Any]:
 def cases_of(name: str, *fields: str) -> list[Case]:
     """Return the cases of a section that have all these fields, each with its name and the file of its arrays."""
     found, file = section(name).get("cases", {}), section(name).get("file")
-    return [{"file": file, **case, "name": key} for key, case in found.items()
+    return [Stored(f"{PAPER}: {key}", {"file": file, **case, "name": key}) for key, case in found.items()
             if all(field in case for field in fields)]
 
 
 def stored(case: Case) -> Stored:
-    return arrays(PAPER, case["file"])
+    return arrays(PAPER, case["file"] or "")
 
 
 def each_key(keys: Any) -> pytest.MarkDecorator:

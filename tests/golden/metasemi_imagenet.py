@@ -25,7 +25,7 @@ from tests.metasemi import photographs
 from tests.metasemi.events import scalars
 
 SCRIPTS = {"train_meta_imagenet.py": train_meta_imagenet, "train_imagenet.py": train_imagenet}
-TRAININGS = [case for case in cases_of("training") if case["script"] in SCRIPTS]
+TRAININGS = [case for case in cases_of("training") if case.get("script") in SCRIPTS]
 DALI, FACTS = section("dali_val"), section("output_facts")
 TAGS = [name for name in FACTS if name.endswith("_imagenet_scalar_tags")]
 KEYS = [name for name in FACTS if name.startswith("checkpoint_keys") and "imagenet" in name]

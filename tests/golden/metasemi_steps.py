@@ -24,7 +24,7 @@ from tests.golden.cases import each, fill_value
 from tests.golden.metasemi_cases import Case, Tolerances, cases_of, network_of, parts, stored, tensor
 
 SCRIPTS = {"train_meta.py": train_meta, "train_baseline.py": train_baseline}
-TRAININGS = [case for case in cases_of("training") if case["script"] in SCRIPTS]
+TRAININGS = [case for case in cases_of("training") if case.get("script") in SCRIPTS]
 EXACT = [case for case in TRAININGS if "meta_grad_exact" in stored(case)]
 SERVES = {("training", case["name"]) for case in TRAININGS}
 # Arrays that are given, and those that are compared.

@@ -17,7 +17,8 @@ FUNCTIONS = ("abs", "arange", "array", "clip", "concatenate", "cos", "exp", "eye
              "int32", "int64", "linspace", "log", "maximum", "minimum", "ones", "pi", "repeat", "sin", "sqrt", "tile",
              "uint8", "where", "zeros")
 METHODS = ("T", "astype", "beta", "choice", "copy", "cumsum", "flatten", "integers", "max", "mean", "normal",
-           "permutation", "random", "reshape", "shape", "size", "standard_normal", "sum", "transpose", "uniform")
+           "permutation", "randint", "randn", "random", "reshape", "shape", "size", "standard_normal", "sum",
+           "transpose", "uniform")
 OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg,
@@ -116,10 +117,10 @@ def named(name: str, names: dict[str, Any]) -> Any:
 def attribute(value: Any, name: str) -> Any:
     """Return a member of NumPy, or of an array or a generator."""
     if isinstance(value, ModuleType):
-        if name == "default_rng":
-            return np.random.default_rng
+        if name in ("default_rng", "RandomState"):
+            return getattr(np.random, name)
         if value is np and name in (*FUNCTIONS, "random"):
             return getattr(np, name)
-    elif isinstance(value, (np.ndarray, np.generic, np.random.Generator)) and name in METHODS:
+    elif isinstance(value, (np.ndarray, np.generic, np.random.Generator, np.random.RandomState)) and name in METHODS:
         return getattr(value, name)
     raise ValueError(f"a recipe with {name!r} cannot be read")

@@ -19,7 +19,7 @@ ALL = golden.cases(PAPER)
 
 def kind_of(case: dict[str, Any]) -> str:
     """Return what a case is about, from its fields and arrays; "" for what no test knows."""
-    keys = set(case["keys"])
+    keys = set(case.get("keys", ()))
     kinds = {"label flips": {"clean", "noisy"} <= keys,
              "conversion": "flags" in case,
              "folder labels": "files" in case,

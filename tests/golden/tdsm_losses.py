@@ -13,8 +13,8 @@ from EDM.tdsm.classifiers import (
 from EDM.tdsm.loss import ClassifierLoss, TDSMLoss, VolMinLoss
 from EDM.training.loss import EDMLoss, VELoss, VPLoss
 from EDM.training.networks import PRECONDITIONERS
-from tests.golden.cases import Stored, bounds, each, fill, serves
-from tests.golden.tdsm_cases import assert_close, assert_state, cases_of, one_hot, tensors
+from tests.golden.cases import Stored, bounds, each, facts, fill, serves
+from tests.golden.tdsm_cases import PAPER, assert_close, assert_state, cases_of, one_hot, tensors
 from tests.golden.tdsm_transition import matrix_of
 
 CLASSIFIER_LOSSES, DENOISER_LOSSES = cases_of("classifier loss"), cases_of("denoiser loss")
@@ -57,10 +57,11 @@ class Stub(torch.nn.Module):
 
 def classifier_of(case: dict[str, Any], given: Stored, image: dict[str, int]) -> torch.nn.Module:
     """Return the classifier of a case: its stored logits, or a network, which holds the matrix where that is learned
-    and not stored by itself."""
+    and either listed among its tensors or not stored by itself."""
     if case["classifier_kwargs"] is None:
         return Stub(given["cls_logits"])
-    own_matrix = case["noise_type"] == "learn" and not {"raw", "T"} & given.keys()
+    listed = facts(PAPER, f"classifier_{case['case']}_state.json").get("parameters", {})
+    own_matrix = case["noise_type"] == "learn" and ("transition_matrix" in listed or not {"raw", "T"} & given.keys())
     kind = EDMPrecond_classifier_with_transition_matrix if own_matrix else EDMPrecond_classifier
     return fill(kind(**image, **case["classifier_kwargs"])).eval().requires_grad_(False)
 
@@ -105,7 +106,7 @@ def test_tdsm_loss(case):
     assert_state(net, case["state_file"])
 
 
-@each([case for case in DENOISER_LOSSES if case["classifier_kwargs"] is not None])
+@each([case for case in DENOISER_LOSSES if case.get("classifier_kwargs")])
 def test_state_of_the_classifier(case):
     given = tensors(case)
     shape = given["images"].shape

@@ -26,7 +26,7 @@ METHODS = {"freematch": ("freematch", "FreeMatch"), "softmatch": ("softmatch", "
 
 def kind_of(case: dict[str, Any]) -> str:
     """Return what a case is about, from its fields and arrays; "" for what no test knows."""
-    outputs, given = set(case["output_keys"]), case.get("arguments", {})
+    outputs, given = set(case.get("output_keys", ())), case.get("arguments", {})
     drawn = {entry["name"] for entry in case.get("inputs", {}).get("recipe", ())}
     kinds = {"network": "state_dict_file" in case,
              "training": "final_param_l2" in outputs,

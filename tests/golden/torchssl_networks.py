@@ -118,9 +118,14 @@ def test_forward_and_backward(case: dict[str, Any]) -> None:
 
 def network_of(layers: dict[str, dict[str, Any]]) -> torch.nn.Module:
     """Return a freshly initialised network with these layers: its kind follows from their names, width and number of
-    classes from the ranges that are stated for the last one."""
+    classes from the ranges that are stated for the last one, or for the convolution before."""
     classifier, wide = layers["fc"], [re.match(r"block(\d)\.layer\.(\d+)", name) for name in layers]
-    features = round(classifier["weight_uniform_bound_default"] ** -2)
+    if "weight_uniform_bound_default" in classifier:
+        features = round(classifier["weight_uniform_bound_default"] ** -2)
+    else:
+        conv, area = ("conv2", 9) if any(wide) else ("conv3", 1)
+        std = [fact["weight_std_expected"] for name, fact in layers.items() if name.endswith(conv)][-1]
+        features = round(2 / std ** 2 / area)
     classes = round(2 / classifier["weight_std_xavier"] ** 2) - features if "weight_std_xavier" in classifier else 10
     stages = max((int(found[1]) for found in wide if found), default=0)
     if not stages:

@@ -23,7 +23,8 @@ from tests.golden.torchssl_cases import (
     stored_input,
 )
 from TorchSSL.core.algorithm import Batch, Setting
-from TorchSSL.core.evaluation import confusion_text, metrics, strip_prefix
+from TorchSSL.core.evaluation import confusion_text, metrics
+from TorchSSL.core.networks import strip_prefix
 from TorchSSL.core.trainer import Trainer
 
 TRAININGS = cases_of("training")

@@ -118,7 +118,7 @@ class TestLabels:
 
     def test_no_labels_is_said(self, tmp_path: Path) -> None:
         source = self.folder(tmp_path, ["a.png", "b.png"])
-        with pytest.warns(UserWarning, match="no labels, so --cond=1 cannot"):
+        with pytest.warns(UserWarning, match="no labels, so train.py --cond=1 cannot"):
             convert(source, tmp_path / "out.zip")
 
     def test_partial_labels_are_dropped_and_said(self, tmp_path: Path) -> None:
@@ -135,20 +135,21 @@ class TestLabels:
         convert(source, tmp_path / "out.zip")
         assert read_images(tmp_path / "out.zip").vectors.tolist() == [[0.5, 1]]
 
-    def test_the_checks_of_an_archive_are_of_all_its_images(self, tmp_path: Path) -> None:
-        """Also where --max-images takes the first of them."""
-        write_cifar_archive(tmp_path / "cifar-10-python.tar.gz", np.zeros((20, 3072), np.uint8), np.arange(20) % 9)
-        with pytest.warns(UserWarning, match="no image of class 9"):
+    @pytest.mark.parametrize("labels", [np.arange(20) % 9, np.arange(20) % 9 + 1], ids=["no top class", "no class 0"])
+    def test_labels_of_an_archive_span_all_classes(self, labels: np.ndarray, tmp_path: Path) -> None:
+        """Those of all its images, also where --max-images takes the first of them; nothing is written."""
+        write_cifar_archive(tmp_path / "cifar-10-python.tar.gz", np.zeros((20, 3072), np.uint8), labels)
+        with pytest.warns(UserWarning, match="20 images in place of 50000"), \
+                pytest.raises(UserError, match="no image of class [09]; expected labels from 0 to 9"):
             convert(tmp_path / "cifar-10-python.tar.gz", tmp_path / "out.zip", max_images=3)
-        assert len(read_images(tmp_path / "out.zip")) == 3
+        assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-python.tar.gz"]
 
-    def test_missing_classes_of_cifar_are_said(self, tmp_path: Path) -> None:
-        write_cifar_archive(tmp_path / "cifar-10-python.tar.gz", np.zeros((20, 3072), np.uint8), np.arange(20) % 9)
-        with pytest.warns(UserWarning) as said:
+    def test_other_missing_classes_are_said(self, tmp_path: Path) -> None:
+        labels = np.where(np.arange(20) % 10 == 4, 5, np.arange(20) % 10)
+        write_cifar_archive(tmp_path / "cifar-10-python.tar.gz", np.zeros((20, 3072), np.uint8), labels)
+        with pytest.warns(UserWarning, match="no image of class 4"):
             convert(tmp_path / "cifar-10-python.tar.gz", tmp_path / "out.zip")
-        text = " ".join(str(w.message) for w in said)
-        assert "no image of class 9" in text and "20 images in place of 50000" in text
-        assert read_images(tmp_path / "out.zip").labels.tolist() == (np.arange(20) % 9).tolist()
+        assert read_images(tmp_path / "out.zip").labels.tolist() == labels.tolist()
 
 
 def test_palette_and_bilevel_images_are_converted(tmp_path: Path) -> None:
