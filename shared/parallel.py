@@ -28,11 +28,11 @@ def cores() -> int:
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item],
-                workers: int | None = None) -> Iterator[Result]:
-    """Yield function(item) for each item in order, computed in processes: `workers`, or one a core.
+                workers: int | None = None, threads: bool = False) -> Iterator[Result]:
+    """Yield function(item) for each item in order, computed in processes, or threads: `workers`, or one a core.
 
-    `function` must be importable and should take a chunk of work. `items` is read no further ahead than twice the
-    number of processes, so a stream of any length fits. A single item and a single worker stay in this process.
+    For processes `function` must be importable and should take a chunk of work. `items` is read no further ahead than
+    twice the number of workers, so a stream of any length fits. A single item and a single worker stay in this process.
     """
     workers, items = workers or cores(), iter(items)
     head = list(islice(items, 2))
@@ -42,7 +42,8 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item],
         return
     # Forked workers start at once and only touch NumPy and Pillow; elsewhere forking is not safe or not there.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent)
+    pool = ThreadPoolExecutor(workers) if threads else \
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_exit_with_parent)
     try:
         pending = deque(pool.submit(function, item) for item in head)
         for item in items:
@@ -68,7 +69,7 @@ def _exit_with_parent() -> None:
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield the items while a thread already makes the next one, such as what zlib unpacks."""
+    """Yield the items while a thread already makes the next one, for instance unpacks it."""
     end, items = object(), iter(items)
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, end)

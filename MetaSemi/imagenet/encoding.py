@@ -29,6 +29,8 @@ def payload(path: str, options: SimpleNamespace) -> bytes | UserError:
             data = file.read()
     except OSError as error:
         return UserError(f"{path} cannot be read ({error.strerror})")
+    if options.pass_through and not options.verify:
+        return data
     try:
         image = None if options.color >= 0 else load_image(data, path)
         if image is None or image.mode not in AS_IT_IS:

@@ -11,9 +11,7 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,13 +19,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from MetaSemi.imagenet.encoding import payloads
-from MetaSemi.imagenet.records import (
-    BytesLike,
-    encode_record,
-    magic_words,
-    record_head,
-    write_synset,
-)
+from MetaSemi.imagenet.records import encode_record, write_synset
 from shared.cli import UserError
 from shared.data.classes import MAX_CLASSES
 from shared.data.listing import read_class_names, read_lines
@@ -36,8 +28,6 @@ from shared.training.files import atomic, hold
 from shared.training.progress import Progress
 
 CHUNK = 16               # images a worker takes at a time
-MOST_COPYING = 8         # threads that copy, unless --num-thread says otherwise: memory's speed is the limit
-WRITEBACK = 1 << 24      # bytes after which what was written starts on its way to the disk
 SECONDS_BETWEEN_NOTES = 10.0
 
 
@@ -53,12 +43,10 @@ class Entry(NamedTuple):
 class Block(NamedTuple):
     """Neighbouring records, encoded. Unless bad ones are skipped, the first bad one ends it.
 
-    data: memory whose first `size` bytes they are; it is used again once they are written. index: each record's id and
-    where in `data` it begins. bad: entries that could not be packed, and why not.
+    index: each record's id and where in `data` it begins. bad: entries that could not be packed, and why not.
     """
 
-    data: bytearray
-    size: int
+    data: bytes
     index: list[tuple[int, int]]
     bad: list[tuple[Entry, str]]
 
@@ -99,13 +87,11 @@ def pack(path: Path, options: SimpleNamespace) -> None:
     start = output.entries_done
     if start:
         print(f"continuing {path.with_suffix('.rec')} at record {start} of {len(entries)}")
-    chunks = (entries[first:first + CHUNK] for first in range(start, len(entries), CHUNK))
-    written = copied if options.pass_through and not options.verify else encoded
     bar = Progress(path.stem, len(entries), "images", initial=start)
     try:
-        with closing(written(chunks, output, options)) as blocks:
-            for block in blocks:
-                output.count(block, options.skip_bad)
+        with closing(blocks(entries[start:], options)) as made:
+            for block in made:
+                output.add(block, options.skip_bad)
                 bar.advance(len(block.index) + len(block.bad))
     except BaseException:
         output.suspend()
@@ -147,138 +133,37 @@ def key(path: Path, options: SimpleNamespace) -> str:
     return hashlib.sha256(settings.encode() + path.read_bytes()).hexdigest()
 
 
-def only_first(entry: Entry, options: SimpleNamespace) -> bool:
-    """Return whether a record keeps the first label alone."""
-    return not (options.pack_label and len(entry.labels) > 1)
+# ------------------------------------------------------------------------------------------------------------- blocks
+
+def blocks(entries: Sequence[Entry], options: SimpleNamespace) -> Iterator[Block]:
+    """Yield the entries' records in blocks of CHUNK: images are decoded in processes, or merely read in threads."""
+    chunks = [entries[first:first + CHUNK] for first in range(0, len(entries), CHUNK)]
+    paths = ([entry.path for entry in chunk] for chunk in chunks)
+    images = ordered_map(partial(payloads, options=options), paths, options.num_thread or cores(),
+                         threads=options.pass_through and not options.verify)
+    with closing(images):
+        for chunk, found in zip(chunks, images, strict=True):
+            yield join(chunk, found, options)
 
 
-# ------------------------------------------------------------------------------------------------- encoding the images
-
-def encoded(chunks: Iterator[list[Entry]], output: Output, options: SimpleNamespace) -> Iterator[Block]:
-    """Write the chunks of the list, their images decoded in processes, and yield each block that was written."""
-    done: deque[list[Entry]] = deque()
-
-    def paths() -> Iterator[list[str]]:
-        for chunk in chunks:
-            done.append(chunk)
-            yield [entry.path for entry in chunk]
-
-    for images in ordered_map(partial(payloads, options=options), paths(), options.num_thread or cores()):
-        block = join(done.popleft(), images, options)
-        output.write(block, output.size)
-        yield block
-
-
-def join(entries: Sequence[Entry], images: Sequence[BytesLike | UserError], options: SimpleNamespace) -> Block:
+def join(entries: Sequence[Entry], images: Sequence[bytes | UserError], options: SimpleNamespace) -> Block:
     """Return the block of these entries. images: the content of each, or the reason for none."""
-    data, index, bad = bytearray(), [], []
+    pieces, index, bad, size = [], [], [], 0
     for entry, image in zip(entries, images, strict=True):
         try:
             if isinstance(image, UserError):
                 raise image
-            pieces = encode_record(entry.number, entry.labels, image, only_first(entry, options))
+            only_first = not (options.pack_label and len(entry.labels) > 1)
+            record = encode_record(entry.number, entry.labels, image, only_first)
         except (UserError, ValueError, OverflowError) as error:
             bad.append((entry, str(error) if isinstance(error, UserError) else f"{entry.path}: {error}"))
             if options.skip_bad:
                 continue
             break
-        index.append((entry.number, len(data)))
-        data += b"".join(pieces)
-    return Block(data, len(data), index, bad)
-
-
-# -------------------------------------------------------------------------------------------------- copying the images
-
-def copied(chunks: Iterator[list[Entry]], output: Output, options: SimpleNamespace) -> Iterator[Block]:
-    """Write the chunks of the list, their files' bytes unchanged, and yield each block that was written.
-
-    Threads read a chunk each into memory of their own. Where it belongs in the record file is known as soon as the
-    chunk before it has been read, and each thread writes what it has read while the others go on.
-    """
-    workers = options.num_thread or min(cores(), MOST_COPYING)
-    root = os.open(options.root, os.O_RDONLY)
-    memory: list[bytearray] = []
-
-    def work(chunk: list[Entry], begin: Future[int], end: Future[int]) -> Block:
-        buffer = memory.pop() if memory else bytearray()
-        try:
-            block = read(chunk, root, buffer, options)
-            end.set_result(begin.result() + block.size)
-        except BaseException as error:  # those that wait for it must not wait for ever
-            end.set_exception(error)
-            raise
-        output.write(block, begin.result())
-        memory.append(buffer)
-        return block
-
-    pending: deque[Future[Block]] = deque()
-    begin: Future[int] = Future()
-    begin.set_result(output.size)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            for chunk in chunks:
-                end: Future[int] = Future()
-                pending.append(pool.submit(work, chunk, begin, end))
-                begin = end
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-    finally:
-        os.close(root)
-
-
-def read(entries: Sequence[Entry], root: int, buffer: bytearray, options: SimpleNamespace) -> Block:
-    """Return the block of these entries, their files read to where they belong in `buffer`, which grows as it must.
-
-    root: handle of the folder that their paths are relative to.
-    """
-    index, bad, kept = [], [], []
-    at = 0
-    for entry in entries:
-        try:
-            first, end = read_record(entry, root, buffer, at, only_first(entry, options))
-        except (OSError, ValueError, OverflowError) as error:
-            bad.append((entry, f"{os.path.join(options.root, entry.path)} cannot be read ({error.strerror})"
-                        if isinstance(error, OSError) else f"{entry.path}: {error}"))
-            if options.skip_bad:
-                continue
-            break
-        index.append((entry.number, at))
-        kept.append((entry, slice(first, end)))
-        at = end + -end % 4  # all records begin at multiples of four
-    if len(magic_words(memoryview(buffer)[:at])) == len(index):
-        return Block(buffer, at, index, bad)
-    # A payload holds the word that begins records.
-    whole = join([entry for entry, _ in kept], [buffer[part] for _, part in kept], options)
-    return whole._replace(bad=bad)
-
-
-def read_record(entry: Entry, root: int, buffer: bytearray, at: int, scalar: bool) -> tuple[int, int]:
-    """Put a record of one part into `buffer` at `at`, padded; return where in it the file's bytes begin and end.
-
-    Raises OSError, and ValueError or OverflowError for what does not fit into a record.
-    """
-    file = os.open(entry.path, os.O_RDONLY, dir_fd=root)
-    try:
-        size = os.fstat(file).st_size
-        head = record_head(entry.number, entry.labels, size, scalar)
-        first = at + len(head)
-        end = first + size
-        padding = bytes(-end % 4)
-        if end + len(padding) > len(buffer):
-            buffer.extend(bytes(end + len(padding) - len(buffer)))
-        buffer[at:first] = head
-        done = first
-        while done < end:
-            count = os.readv(file, [memoryview(buffer)[done:end]])
-            if not count:
-                raise ValueError("it became shorter while it was read")
-            done += count
-        buffer[end:end + len(padding)] = padding
-    finally:
-        os.close(file)
-    return first, end
+        index.append((entry.number, size))
+        pieces += record
+        size += sum(map(len, record))
+    return Block(b"".join(pieces), index, bad)
 
 
 # ------------------------------------------------------------------------------------------------------------- output
@@ -286,7 +171,7 @@ def read_record(entry: Entry, root: int, buffer: bytearray, at: int, scalar: boo
 class Output:
     """The record file and its index on their way. `entries_done`: entries of the list that need not be done again.
 
-    images: the file of each entry. size: of the record file, as far as it is counted; threads may have written more.
+    images: the file of each entry. size: of the record file.
     """
 
     def __init__(self, path: Path, key: str, images: Sequence[str]) -> None:
@@ -299,8 +184,7 @@ class Output:
         except BlockingIOError:
             raise UserError(f"{self.final[0]} is being written by another process; wait for it") from None
         self.entries_done, self.records, self.size, self.skipped = self._continued()
-        self.files = [open(part, "r+b" if self.entries_done else "w+b", buffering=buffering)
-                      for part, buffering in zip(self.parts, (0, 1 << 20), strict=True)]
+        self.files = [open(part, "r+b" if self.entries_done else "w+b") for part in self.parts]
         for file, size in zip(self.files, (self.size, self.index_size), strict=True):
             file.truncate(size)
             file.seek(size)
@@ -333,21 +217,11 @@ class Output:
         self.seen_count = count
         return self.seen.hexdigest()
 
-    def write(self, block: Block, start: int) -> None:
-        """Write a block to its place in the record file; from any thread."""
-        file, at, end = self.files[0].fileno(), start, start + block.size
-        while at < end:
-            at += os.pwrite(file, memoryview(block.data)[at - start:block.size], at)
-        # It starts on its way to the disk, which otherwise is all left to the end.
-        first, last = start // WRITEBACK * WRITEBACK, end // WRITEBACK * WRITEBACK
-        if first < last and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file, first, last - first, os.POSIX_FADV_DONTNEED)
-
-    def count(self, block: Block, skip_bad: bool) -> None:
-        """Take the next block, already written, into the index; UserError for a bad image unless they are skipped."""
+    def add(self, block: Block, skip_bad: bool) -> None:
+        """Write the next block; UserError for a bad image unless they are skipped."""
         lines = "".join(f"{number}\t{self.size + start}\n" for number, start in block.index)
         self.index_size += self.files[1].write(lines.encode())
-        self.size += block.size
+        self.size += self.files[0].write(block.data)
         self.records += len(block.index)
         self.entries_done += len(block.index)
         for entry, reason in block.bad:

@@ -27,11 +27,10 @@ MAX_CONTENT = 1 << 29
 PART = struct.Struct("<4sI")
 HEADER = struct.Struct("<IfQQ")         # number of labels after the header (0: the one in it), label, id, second id
 CHECKED_AT_START = 2_000                # records whose heads are looked at when a file is opened
-BytesLike = bytes | bytearray | memoryview
 
 
-def record_head(number: int, labels: Sequence[float], length: int, scalar: bool) -> bytes:
-    """Return the head before a payload of `length` bytes in a record of one part.
+def encode_record(number: int, labels: Sequence[float], payload: bytes, scalar: bool) -> list[bytes | memoryview]:
+    """Return the pieces of one record, to be written one after another.
 
     number: the record's id. labels: as many as wanted; `scalar`: keep only the first, inside the header. Raises
     ValueError for more than 2^29 - 1 bytes of content.
@@ -40,41 +39,25 @@ def record_head(number: int, labels: Sequence[float], length: int, scalar: bool)
         head = HEADER.pack(0, labels[0], number, 0)
     else:
         head = HEADER.pack(len(labels), 0.0, number, 0) + struct.pack(f"<{len(labels)}f", *labels)
-    size = len(head) + length
-    if size >= MAX_CONTENT:
-        raise ValueError(f"{length} bytes are too many for a record")
-    return PART.pack(MAGIC, WHOLE << 29 | size) + head
-
-
-def encode_record(number: int, labels: Sequence[float], payload: BytesLike, scalar: bool) -> list[BytesLike]:
-    """Return the pieces of one record, to be written one after another. Arguments and errors: see `record_head`."""
-    start = record_head(number, labels, len(payload), scalar)
-    head = start[PART.size:]
     size = len(head) + len(payload)
-    padding = bytes(-size % 4)
-    if not len(magic_words(head)) and not len(magic_words(payload)):  # nearly always: the payload is not copied
-        return [start, payload, padding]
-    parts = split_content(head + bytes(payload))
+    if size >= MAX_CONTENT:
+        raise ValueError(f"{len(payload)} bytes are too many for a record")
+    parts = split_content(head + payload)
     kinds = [FIRST] + [MIDDLE] * (len(parts) - 2) + [LAST] if len(parts) > 1 else [WHOLE]
-    pieces: list[BytesLike] = []
+    pieces: list[bytes | memoryview] = []
     for kind, part in zip(kinds, parts, strict=True):
         pieces += [PART.pack(MAGIC, kind << 29 | len(part)), part]
-    return [*pieces, padding]
+    return [*pieces, bytes(-size % 4)]
 
 
 def split_content(content: bytes) -> list[memoryview]:
     """Cut content at every magic word that begins at a multiple of four bytes; the words themselves are dropped."""
     view, parts, start = memoryview(content), [], 0
-    for at in magic_words(content):
+    words = np.frombuffer(content, "<u4", count=len(content) // 4)  # much quicker than bytes.find
+    for at in (4 * np.flatnonzero(words == MAGIC_NUMBER)).tolist():
         parts.append(view[start:at])
         start = at + 4
     return [*parts, view[start:]]
-
-
-def magic_words(data: BytesLike) -> list[int]:
-    """Return the multiples of four at which the magic word begins in `data`; the head's length is one of them."""
-    words = np.frombuffer(data, "<u4", count=len(data) // 4)  # much quicker than bytes.find
-    return (4 * np.flatnonzero(words == MAGIC_NUMBER)).tolist()
 
 
 @dataclass(frozen=True)
@@ -165,7 +148,7 @@ class RecordFile:
         positions = np.unique(np.linspace(0, len(self) - 1, min(len(self), CHECKED_AT_START)).astype(int)).tolist()
         return len({self.get(position)[1] for position in positions}) == 1
 
-    def _parts(self, data: bytes, position: int, end: int) -> Iterator[BytesLike]:
+    def _parts(self, data: bytes, position: int, end: int) -> Iterator[bytes]:
         at, kind = 0, FIRST
         while kind in (FIRST, MIDDLE):
             if at + PART.size > len(data):

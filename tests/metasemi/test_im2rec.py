@@ -146,14 +146,14 @@ def test_links_that_lead_back_end(tree: Path, tmp_path: Path) -> None:
 
 def _killed_packing(prefix: Path, root: Path, after: int) -> None:
     packing.SECONDS_BETWEEN_NOTES, packing.CHUNK = 0.0, 4
-    count, blocks = packing.Output.count, iter(range(10 ** 6))
+    add, blocks = packing.Output.add, iter(range(10 ** 6))
 
     def counted(output, *args):
         if next(blocks) == after:
             os.kill(os.getpid(), signal.SIGKILL)
-        count(output, *args)
+        add(output, *args)
 
-    packing.Output.count = counted
+    packing.Output.add = counted
     call(im2rec, prefix, root, "--pass-through", "--pack-label", "--recursive", "--num-thread", "2")
 
 
