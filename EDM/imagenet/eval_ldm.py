@@ -13,18 +13,16 @@ from pathlib import Path
 
 from EDM.imagenet.experiment.config import parse
 from EDM.imagenet.experiment.layout import Layout
-from EDM.imagenet.sample_ldm_all import load_sampler, network_file, note
+from EDM.imagenet.sample_ldm_all import NETWORK, load_sampler, network_file, note
 from EDM.imagenet.train_ldm import MACHINE, SCORES
 from EDM.latent.generation import fid
 from EDM.latent.schedules import ContinuousSchedule, DiscreteSchedule
 from EDM.metrics.detectors import load_detector
 from shared import distributed
-from shared.cli import Flag, Option, Text, UserError, run_main
+from shared.cli import Flag, Option, UserError, run_main
 
 FLAGS = (
-    Option("--output_path", Text, None, "log file", default_help="none", metavar="FILE"),
-    Option("--nnet_path", Text, None, "weights of the averaged network, ours or published",
-           default_help="the last checkpoint of training", metavar="FILE"),
+    *NETWORK,
     Option("--discrete", Flag, False, "the network was trained by train_ldm_discrete.py"),
     *SCORES,
     *MACHINE,

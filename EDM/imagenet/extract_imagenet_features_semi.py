@@ -27,8 +27,8 @@ from shared.training.files import make_dir
 from shared.training.record import Record
 
 FLAGS = (
-    Option("--dtype", Choice("float32", "float16"), "float32", "of the array on disk; float16 halves it"),
-    Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if there is one", metavar="NAME"),
+    Option("--dtype", Choice("float32", "float16"), "float32", "number format of the array on disk; float16 halves it"),
+    Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if available", metavar="NAME"),
     Option("--overwrite", Flag, False, "replace latents of other images, labels or another VAE"),
 )
 
@@ -44,14 +44,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     coder = load_coder(config.autoencoder.pretrained_path, config.z_shape, config.resolution,
                        "--config.autoencoder.pretrained_path")
 
-    record = Record(folder, {"resolution": config.resolution, "dtype": options.dtype}, {
+    mirror = config.dataset.get("mirror", True)
+    record = Record(folder, {"resolution": config.resolution, "dtype": options.dtype, "mirror images": mirror}, {
         "the training images": photographs.fingerprint, "the pseudo-labels": labels,
         "--config.autoencoder.pretrained_path": coder.fingerprint})
     if distributed.on_main(lambda: begin(record, options.overwrite), world):
-        extract(photographs, labels, coder, folder, config.resolution, world, getattr(np, options.dtype))
+        extract(photographs, labels, coder, folder, config.resolution, world, getattr(np, options.dtype), mirror)
         if world.main:
             record.write()
-            print(f"Saved the moments of {len(photographs)} images and their mirror images to \"{folder}\"")
+            print(f"Saved the moments of {len(photographs)} images{' and their mirror images' * mirror} to "
+                  f"\"{folder}\"")
     distributed.stop()
 
 
@@ -79,7 +81,7 @@ def begin(record: Record, overwrite: bool) -> bool:
     """Make the folder the place of these latents; False if all are there already."""
     if record.is_complete(overwrite):
         return False
-    if not record.path.exists():  # whatever lies there belongs to something else
+    if not record.path.exists():  # any files there belong to something else
         for name in (MOMENTS, MOMENTS.replace(".npy", ".part.npy"), LABELS, ABOUT):
             (record.output / name).unlink(missing_ok=True)
     make_dir(record.output)

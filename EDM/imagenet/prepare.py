@@ -28,7 +28,7 @@ from shared.data.datasets import NAMES, load_dataset
 from shared.data.images import ImageSet
 from shared.data.photographs import PhotographSet
 from shared.data.writers import write_folder
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_text
 from shared.training.randomness import numpy_rng
 from shared.training.record import Record
 
@@ -63,11 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = Path(options.encoder)
         config["encoder"] = os.path.abspath(path) if path.exists() else options.encoder
         config["model_name"] = config["fname"] = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.name)
-    with atomic(dest / "config.py", "w") as file:
-        kept = {key: value for key, value in config.items() if key not in DROPPED}
-        text = pformat(kept, width=100, sort_dicts=False).replace("\n", "\n    ")
-        file.write(f'"""Written by prepare.py from {options.config}, for {options.dataset}."""\n\n\n'
-                   f"def get_config() -> dict:\n    return {text}\n")
+    kept = {key: value for key, value in config.items() if key not in DROPPED}
+    text = pformat(kept, width=100, sort_dicts=False).replace("\n", "\n    ")
+    write_text(dest / "config.py", f'"""Written by prepare.py from {options.config}, for {options.dataset}."""\n\n\n'
+                                   f"def get_config() -> dict:\n    return {text}\n")
     print(f"{len(images)} training images of {images.num_classes} classes; configuration: {dest / 'config.py'}")
 
 
@@ -103,8 +102,7 @@ def write_labels(options: SimpleNamespace, images: PhotographSet, file: Path) ->
     if file.exists() and not options.overwrite:
         print(f"kept as it is, for it was written by hand: {file}")
         return
-    with atomic(file, "w") as stream:
-        stream.writelines(f"{images.names[position].removeprefix('train/')}\n" for position in chosen)
+    write_text(file, "".join(f"{images.names[position].removeprefix('train/')}\n" for position in chosen))
     record.write()
 
 

@@ -29,10 +29,13 @@ from shared.training.files import make_dir
 from shared.training.precision import default_precision, set_arithmetic
 from shared.training.record import Record
 
-FLAGS = (
+NETWORK = (
     Option("--output_path", Text, None, "log file", default_help="none", metavar="FILE"),
     Option("--nnet_path", Text, None, "weights of the averaged network, ours or published",
            default_help="the last checkpoint of training", metavar="FILE"),
+)
+FLAGS = (
+    *NETWORK,
     Option("--overwrite", Flag, False, "replace images of another network, VAE or other settings"),
     *MACHINE,
 )

@@ -15,7 +15,6 @@ The same command again does nothing, or continues. torchrun and plain python sta
 """
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,11 +35,11 @@ from EDM.imagenet.experiment.images import (
 )
 from EDM.imagenet.experiment.layout import Layout
 from shared import distributed
-from shared.cli import Choice, Flag, Int, Option, Text, UserError, run_main
+from shared.cli import Choice, Flag, Int, Option, Text, UserError, less_memory, run_main
 from shared.data.photographs import PhotographSet
 from shared.data.safe import load_array
 from shared.distributed import World
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_json
 from shared.training.record import Record
 from TorchSSL.encoders.classifier import Classifier, fit, prepared, read_classifier
 from TorchSSL.encoders.encoder import Encoder, open_encoder
@@ -49,16 +48,16 @@ from TorchSSL.encoders.features import Features, features_of, read_features
 FUNCTIONS = ("train_classifier_stage1", "get_all_features", "get_cluster", "get_aug_features",
              "train_classifier_stage3")
 FLAGS = (
-    Option("--func", Choice(*FUNCTIONS), None, "what to do", required=True),
+    Option("--func", Choice(*FUNCTIONS), None, "step of the experiment, see above", required=True),
     # Beyond the published command line.
     Option("--rows", Choice("generated", "real"), "generated", "stage 3: real is a control, the training images with "
            "their pseudo-labels in place of generated ones"),
     Option("--batch-size", Int(1), 64, "images at a time on each process"),
-    Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "what decodes photographs; auto: DALI on a GPU"),
+    Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "decoder of photographs; auto: DALI on a GPU"),
     Option("--workers", Int(1), None, "threads that decode", default_help="one a core"),
-    Option("--precision", Choice("fp32", "bf16"), "fp32", "of the encoder; bf16 is faster and not what was published"),
-    Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if there is one"),
-    Option("--overwrite", Flag, False, "make anew what was made of something else"),
+    Option("--precision", Choice("fp32", "bf16"), "fp32", "arithmetic of the encoder; bf16 is not as published"),
+    Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if available"),
+    Option("--overwrite", Flag, False, "replace files made from other inputs"),
 )
 
 
@@ -92,6 +91,7 @@ class Job:
         published = config.model_name if config.model_name.startswith("deit_") else None
         return open_encoder(config.get("encoder") or self.layout.encoder, published, config.blocks, config.mask)
 
+    @less_memory("--batch-size")
     def features(self, images: PhotographSet, file: Path) -> Features:
         """Return the features of images, from their file or computed now by all processes."""
         options = self.options
@@ -205,13 +205,12 @@ def train_classifier(job: Job, files: dict[str, Path], parts: Sequence[Features]
 
 
 def facts_file(path: Path) -> Path:
-    """Return where the scores of what lies at `path` are."""
+    """Return the path of the scores of `path`."""
     return path.with_name(f"{path.name}.json")
 
 
 def write_facts(path: Path, facts: dict) -> None:
-    with atomic(facts_file(path), "w") as file:
-        json.dump(facts, file, indent=1)
+    write_json(facts_file(path), facts)
 
 
 if __name__ == "__main__":

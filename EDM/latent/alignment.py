@@ -52,7 +52,8 @@ class Targets:
                  device: torch.device, weight: float = 0.5) -> None:
         self.photographs, self.encoder, self.resolution, self.side = photographs, encoder, resolution, side
         self.weight = weight
-        self.images, self.mirrored = published_rows(len(photographs), batch_of(resolution))
+        mirror = rows != len(photographs)
+        self.images, self.mirrored = published_rows(len(photographs), batch_of(resolution), mirror)
         if rows != len(self.images):
             raise UserError(f"--repa: {rows} latents are not those of {len(photographs)} images in {photographs.root}")
         self.pool = ThreadPoolExecutor(cores())

@@ -1,7 +1,6 @@
 """From photographs to latents: ADM's centre crop, the VAE's moments of each image and its mirror image, one array."""
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from shared.data.images import open_image
 from shared.data.photographs import PhotographSet
 from shared.distributed import World, on_main
 from shared.parallel import cores, one_ahead
-from shared.training.files import atomic
+from shared.training.files import write_array, write_json
 from shared.training.precision import to_device
 
 
@@ -42,11 +41,13 @@ def training_image(image: Image.Image, side: int) -> np.ndarray:
     return pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
 
 
-def published_rows(count: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+def published_rows(count: int, batch: int, mirror: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Return which image each row holds, int64 [2 count], and whether it is the mirror image, bool [2 count].
 
-    Each batch of images is followed by the batch of its mirror images.
+    Each batch of images is followed by the batch of its mirror images. mirror: False: rows are the images alone.
     """
+    if not mirror:
+        return np.arange(count), np.zeros(count, bool)
     starts = range(0, count, batch)
     images = [np.arange(start, min(start + batch, count)) for start in starts]
     return (np.concatenate([np.tile(part, 2) for part in images]),
@@ -83,9 +84,10 @@ def pseudo_labels_of(photographs: PhotographSet, known: Mapping[str, int]) -> np
 
 
 def extract(photographs: PhotographSet, labels: np.ndarray, coder: Coder | SpaceToDepth, folder: Path,
-            resolution: int, world: World, dtype: type = np.float32) -> None:
-    """Write the latents of all photographs, each rank its part; an interrupted call is continued by the next."""
-    images, mirrored = published_rows(len(photographs), batch_of(resolution))
+            resolution: int, world: World, dtype: type = np.float32, mirror: bool = True) -> None:
+    """Write the latents of all photographs and, with `mirror`, of their mirror images, each rank its part; an
+    interrupted call is continued by the next."""
+    images, mirrored = published_rows(len(photographs), batch_of(resolution), mirror)
     side = resolution // coder.factor
     coder.to(world.device)
 
@@ -125,8 +127,6 @@ def read_image(file: str, resolution: int) -> np.ndarray:
 
 def _describe(folder: Path, labels: np.ndarray, classes: Sequence[str], coder: Coder | SpaceToDepth, resolution: int
               ) -> None:
-    with atomic(folder / LABELS) as file:
-        np.save(file, labels)
-    with atomic(folder / ABOUT, "w") as file:
-        json.dump({"classes": list(classes), "scale": coder.scale, "coder": coder.fingerprint,
-                   "resolution": resolution}, file, indent=1)
+    write_array(folder / LABELS, labels)
+    write_json(folder / ABOUT, {"classes": list(classes), "scale": coder.scale, "coder": coder.fingerprint,
+                                "resolution": resolution})

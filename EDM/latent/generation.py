@@ -16,6 +16,7 @@ from EDM.latent.vae import Coder, SpaceToDepth
 from EDM.metrics.detectors import Detector
 from EDM.metrics.features import extract, read_reference
 from EDM.metrics.metrics import frechet_distance
+from shared.cli import less_memory
 from shared.data.writers import PngWriter
 from shared.distributed import World
 from shared.training.files import make_dir
@@ -58,7 +59,7 @@ class Sampler:
         return output
 
     def latents(self, noise: Tensor, labels: Tensor | None, calls: int, scale: float = 0.0) -> Tensor:
-        """Return latents [N, C, s, s] from standard normal noise by so many network calls. scale: of the guidance."""
+        """Return latents [N, C, s, s] from standard normal noise by `calls` network calls. scale: of the guidance."""
         dtype = torch.float32 if self.strict else torch.float64
         model = guided(self.predict, labels, scale, self.net.none_label)
         if isinstance(self.schedule, DiscreteSchedule):
@@ -104,9 +105,10 @@ def chunks(items: Sequence, size: int) -> list[Sequence]:
     return [items[start:start + size] for start in range(0, len(items), size)]
 
 
+@less_memory("--config.sample.mini_batch_size")
 def write_classes(sampler: Sampler, folder: Path, classes: Sequence[str], per_class: int, seed: int, batch: int,
                   calls: int, scale: float, world: World) -> None:
-    """Write folder/<class>/0.png ... of every class, each rank its part; what is there stays.
+    """Write folder/<class>/0.png ... of every class, each rank its part; existing files stay.
 
     An image depends on (seed, class number, its number) alone, up to the rounding of its batch.
     """
@@ -119,7 +121,7 @@ def write_classes(sampler: Sampler, folder: Path, classes: Sequence[str], per_cl
         for part in parts:
             paths = [folder / classes[label] / f"{number}.png" for label, number in part]
             missing = [not path.exists() for path in paths]
-            if any(missing):  # made as a whole, so that a repeated command computes the very same batch
+            if any(missing):  # made as a whole: a repeated command computes the same batch
                 labels, numbers = zip(*part, strict=True)
                 images = sampler.images(seed, [f"class {label}" for label in labels], numbers, np.array(labels), calls,
                                         scale).cpu().numpy()
@@ -152,6 +154,7 @@ class RandomImages:
             yield images, torch.from_numpy(labels)
 
 
+@less_memory("--config.sample.mini_batch_size")
 def fid(sampler: Sampler, count: int, seed: int, calls: int, scale: float, batch: int, detector: Detector,
         statistics: Path, world: World) -> float:
     """Return the Fréchet distance of `count` images, labels drawn uniformly, to the statistics in an npz file."""

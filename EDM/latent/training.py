@@ -20,12 +20,12 @@ from EDM.latent.schedules import Schedule, losses
 from EDM.latent.uvit import UViT, load_uvit
 from EDM.latent.vae import sample
 from shared import distributed
-from shared.cli import Diverged, UserError
+from shared.cli import Diverged, UserError, is_out_of_memory, less_memory
 from shared.distributed import World
 from shared.report.plots import image_grid
 from shared.training.checkpoint import keep_layout, read_checkpoint
 from shared.training.ema import EMA
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, make_dir, write_text
 from shared.training.log import Log
 from shared.training.precision import autocast, set_arithmetic
 from shared.training.randomness import torch_rng
@@ -38,6 +38,7 @@ CHECKPOINT = ("step", "optimizer", "lr_scheduler", "nnet", "nnet_ema")
 FREE = ("train.n_steps", "train.log_interval", "train.eval_interval", "train.save_interval")
 
 
+@less_memory("--config.train.batch_size")
 def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sampler_of: Callable[[UViT], Sampler],
           workdir: Path, world: World, *, precision: str = "fp32", strict: bool = False, compiled: bool = False,
           aligned: Aligned | None = None, targets: Targets | None = None, score: Score | None = None,
@@ -60,7 +61,7 @@ def train(config: Any, net: UViT, schedule: Schedule, batches: LatentBatches, sa
     rates = warm_up(optimizer, config.lr_scheduler)
     mine, shape = world.slice(batch_size), (batch_size, *config.z_shape)
 
-    # Continue, or start, or take over what the published code left.
+    # Continue, start, or take over a run of the published code.
     log = Log(workdir, world, every=None, image_batch=batch_size)
     settings = {**settings_of(config, schedule), "precision": precision, "strict": strict}
     keep = dict(net=net, ema=ema, optimizer=optimizer, lr_scheduler=rates)
@@ -159,7 +160,7 @@ def check_weights(net: UViT, step: int) -> None:
 
 
 def settings_of(config: Any, schedule: Schedule) -> dict[str, Any]:
-    """Return what decides about the numbers of a run, by the names of `--config.KEY`."""
+    """Return the settings that affect a run's numbers, by the names of `--config.KEY`."""
     sections = ("train", "optimizer", "lr_scheduler", "nnet", "dataset")
     values = {f"{section}.{key}": value for section in sections for key, value in config[section].items()
               if f"{section}.{key}" != "dataset.path"}
@@ -201,17 +202,15 @@ def note_score(run: Run, step: int, count: int, value: float, final: bool = Fals
         run.state.pop("final", None)  # of a run that was shorter
     run.log.print(f"step={step} fid{count}={value:.6g}")
     if run.world.main:
-        with atomic(run.outdir / "eval.log", "w") as file:
-            file.write(score_lines(run.state))
+        write_text(run.outdir / "eval.log", score_lines(run.state))
 
 
 def score_lines(state: Mapping[str, Any]) -> str:
     """Return the lines of eval.log: those of saved steps, then that of the best."""
-    lines = [f"step={step} fid{count}={value}\n" for step, (count, value) in state["fids"].items()]
+    scores = [(step, *found) for step, found in state["fids"].items()]
     if "final" in state:
-        step, count, value = state["final"]
-        lines.append(f"step={step} fid{count}={value}\n")
-    return "".join(lines)
+        scores.append(state["final"])
+    return "".join(f"step={step} fid{count}={value}\n" for step, count, value in scores)
 
 
 # ---------------------------------------------------------------- published checkpoints
@@ -247,5 +246,7 @@ def load_published(folder: Path, net: UViT, ema: EMA, optimizer: torch.optim.Opt
         optimizer.load_state_dict(read_checkpoint(folder / "optimizer.pth"))
         rates.load_state_dict(read_checkpoint(folder / "lr_scheduler.pth"))
     except (ValueError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{folder}: its optimizer's state does not fit this network ({error})") from None
     return int(folder.stem)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from EDM.latent.layers import Attention, Mlp, PatchEmbed, sinusoid, unpatchify
 from EDM.training.snapshots import load_weights
-from shared.cli import UserError
+from shared.cli import UserError, is_out_of_memory
 from shared.training.checkpoint import check_finite, read_checkpoint
 
 
@@ -124,8 +124,8 @@ class UViT(nn.Module):
 
 
 def make_uvit(nnet: dict[str, Any], z_shape: tuple[int, ...], seed: int = 0) -> UViT:
-    """Return the network of a configuration's section `nnet`, with initial weights; UserError if there is none such,
-    or it is not made for latents of this shape (C, s, s)."""
+    """Return the network of a configuration's section `nnet`, with initial weights; UserError for an unknown one, or
+    one for latents of another shape than (C, s, s)."""
     if nnet.get("name", "uvit") != "uvit":
         raise UserError(f"--config.nnet.name={nnet['name']}: the only network is uvit")
     if (nnet["in_chans"], nnet["img_size"]) != tuple(z_shape[:2]):
@@ -136,6 +136,8 @@ def make_uvit(nnet: dict[str, Any], z_shape: tuple[int, ...], seed: int = 0) -> 
     try:
         return UViT(**{key: value for key, value in nnet.items() if key != "name"})
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"--config.nnet: no U-ViT can be made of it ({error})") from None
 
 

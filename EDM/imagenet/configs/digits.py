@@ -20,6 +20,7 @@ def get_config() -> dict:
         # The diffusion model of rearranged pixels: 64 tokens of 4x4 pixels each. Their 48 numbers have to fit into a
         # token's width, as noise has no structure that would make it smaller.
         seed=1,
+        pred="x0_pred",
         ema_rate=0.995,
         z_shape=(48, 8, 8),
         autoencoder=dict(pretrained_path="space-to-depth"),
@@ -28,7 +29,7 @@ def get_config() -> dict:
         lr_scheduler=dict(warmup_steps=100),
         nnet=dict(img_size=8, patch_size=1, in_chans=48, embed_dim=96, depth=2, num_heads=4, num_classes=11,
                   use_checkpoint=False, conv=False),
-        dataset=dict(name="digits_features", p_uncond=0.1),
+        dataset=dict(name="digits_features", p_uncond=0.1, mirror=False),
 
         # Generated images, and the classifier that they join.
         sample=dict(sample_steps=15, n_samples=1000, mini_batch_size=50),

@@ -18,7 +18,7 @@ from shared.option_types import Bool, Float, Int
 CONFIG = Option("--config", Text, None, "Python file with get_config(), such as configs/NAME.py; --config.KEY=VALUE "
                 "replaces a value of it, --config.SECTION.KEY=VALUE one of a section", required=True, metavar="FILE")
 # Keys that a configuration may lack, with the value that this means.
-OPTIONAL = {"nnet.conv": True, "nnet.skip": True, "encoder": ""}
+OPTIONAL = {"nnet.conv": True, "nnet.skip": True, "dataset.mirror": True, "encoder": ""}
 
 
 class Config(dict):
@@ -48,7 +48,7 @@ def parse(doc: str, flags: Options, argv: Sequence[str] | None = None) -> tuple[
 
 
 def read_config(path: str | Path) -> Config:
-    """Run a configuration file and return what its get_config() returns; UserError if it cannot be had."""
+    """Run a configuration file and return the result of its get_config(); UserError."""
     if not Path(path).is_file():
         raise UserError(f"--config: there is no file {path}")
     spec = importlib.util.spec_from_file_location("configuration", path)

@@ -22,7 +22,7 @@ from EDM.imagenet.experiment.layout import Layout
 from shared.cli import UserError, nearest
 from shared.data.classes import class_folders
 from shared.data.photographs import PhotographSet, list_photographs, list_unlabeled
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, make_dir, write_array
 
 SOLUTION = "LOC_val_solution.csv"  # comes with the flat `val`: ImageId,PredictionString ("n03995372 85 1 499 272 ...")
 
@@ -119,8 +119,7 @@ def write_pseudo_labels(layout: Layout, images: PhotographSet, labels: np.ndarra
     and beside these the paths, as base names may occur twice."""
     make_dir(layout.cluster)
     _warn_of_empty(labels, images.classes, "no pseudo-label of")
-    with atomic(layout.pseudo_labels) as file:
-        np.save(file, labels)
+    write_array(layout.pseudo_labels, labels)
     for path, value in ((layout.pseudo_labels_tensor, torch.from_numpy(labels)),
                         (layout.pseudo_probabilities, torch.from_numpy(probabilities)),
                         (layout.true_labels, torch.from_numpy(images.labels)),
