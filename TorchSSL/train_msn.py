@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, parse, run_main
+from shared.cli import Bool, Choice, Flag, Float, Int, Option, Text, UserError, less_memory, parse, run_main
 from shared.data.images import ImageSet, UnequalSizes
 from shared.data.photographs import MEAN, STD, PhotographSet, image_size, list_photographs, list_unlabeled
 from shared.data.pool import make_pool
@@ -89,8 +89,8 @@ FLAGS = {
         Option("--precision", Choice("auto", "fp32", "bf16"), "auto", "auto: bf16 on GPUs that have it"),
         Option("--device", Text, None, "cpu, cuda, cuda:N", default_help="a GPU if available"),
         Option("--decoder", Choice("auto", "dali", "torchvision"), "auto", "decoder of photographs"),
-        Option("--workers", Int(1), 4, "a quarter of the decoding threads"),
-        Option("--save_seconds", Float(0, open=True), 600.0, "time between two checkpoints"),
+        Option("--workers", Int(1), 4, "decoding threads, in fours"),
+        Option("--save_seconds", Float(0, open=True), 600.0, "time between two checkpoints", unit="s"),
         Option("--log_every", Int(1), 50, "steps between two lines of the log"),
         Option("--overwrite", Flag, False, "move another run in the folder aside and start anew"),
     ),
@@ -159,6 +159,7 @@ class Student(nn.Module):
         return self.encoder.fc(torch.cat(tokens))
 
 
+@less_memory("--batch_size")
 def train(options: SimpleNamespace, architecture: dict[str, int], images: ImageSet | PhotographSet, content: str,
           world: World) -> None:
     """Train and write OUTDIR/encoder.pth.tar. content: the images' fingerprint."""

@@ -31,7 +31,8 @@ from shared.option_types import (
 )
 
 __all__ = ["Bool", "Choice", "Diverged", "Flag", "Float", "Int", "IntList", "IntTuple", "MachineError", "Option",
-           "Text", "UserError", "is_bounded", "less_memory", "nearest", "parse", "read_value", "read_yaml", "run_main"]
+           "Text", "UserError", "is_bounded", "is_out_of_memory", "less_memory", "nearest", "parse", "read_value",
+           "read_yaml", "run_main"]
 
 # OS errors (disk full, no permission): one line, no traceback.
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -39,7 +40,7 @@ LARGEST_YAML = 1_000_000  # characters
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what was found, what was expected, what to do."""
+    """A mistake that the user can mend. The message is one line: found, expected, remedy."""
 
     status = 2
 
@@ -51,24 +52,25 @@ class Diverged(UserError):
 
 
 class MachineError(UserError):
-    """A disk that is full, or that may not be written to."""
+    """A full or read-only disk."""
 
 
 @contextlib.contextmanager
 def less_memory(remedy: str) -> Iterator[None]:
-    """Turn running out of memory, in this context or decorated function, into a UserError that says what to lower.
+    """Turn running out of memory, in this context or decorated function, into a UserError that names the flag to lower.
 
     remedy: the flag or key as the user writes it, "--batch-gpu".
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"{_what_was_full(error)}; lower {remedy}") from None
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of Python, PyTorch or CUDA's libraries means that memory was used up."""
     # By name, since torch need not be there; the CPU's allocator and CUDA's libraries have no class of their own.
     text = str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
@@ -96,9 +98,9 @@ def run_main(main: Callable[..., Any]) -> NoReturn:
     except UserError as error:
         _fail(str(error), error.status, at_once=isinstance(error, MachineError))
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        _fail(f"{_what_was_full(error)}; end what else uses it, or take a machine with more", 2)
+        _fail(f"{_what_was_full(error)}; end other programs that use it, or take a machine with more", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:  # `| head` has seen enough
@@ -129,10 +131,9 @@ def _fail(message: str, status: int, at_once: bool = False) -> NoReturn:
 
 
 def is_bounded(value: Any, values: int = 4_000_000, containers: int = 100_000, deepest: int = 100) -> bool:
-    """Whether plain containers hold at most so many values and containers, each counted as often as it occurs, and are
-    at most so many levels deep.
+    """Return whether plain containers stay within the limits; a repeated container counts each time.
 
-    A few lines of a file may say "ten times the list above" ten times over, or nest without end.
+    A few lines of YAML can repeat a list exponentially often, or nest without end.
     """
     waiting = [(value, 0)]
     while waiting:
@@ -146,7 +147,7 @@ def is_bounded(value: Any, values: int = 4_000_000, containers: int = 100_000, d
 
 
 def read_yaml(path: str | os.PathLike, flag: str) -> Any:
-    """Return the plain values of a YAML file that `flag` names; UserError if it cannot be read or holds more."""
+    """Return the plain values of a YAML file that `flag` names; UserError if unreadable or too large."""
     try:
         with open(path, encoding="utf-8") as stream:
             text = stream.read(LARGEST_YAML + 1)
@@ -170,7 +171,7 @@ class Option:
     """One flag, positional argument, YAML key or `KEY VALUE` pair.
 
     names: as typed, separated by spaces; a name without dashes is a positional argument. type: Int(1), Text, ....
-    default: what the value is if the option is not given; its own type is not checked. help: one phrase, to which the
+    default: the value if the option is not given; its type is not checked. help: one phrase, to which the
     help text adds `unit`, range and default, or `default_help` in place of a default that depends on something. many: a
     list of values; a flag may be repeated or take several words. key: name of the attribute and of the YAML key; by
     default the first long name.
@@ -207,7 +208,7 @@ class Option:
 
     @property
     def placeholder(self) -> str:
-        """What stands for the value in the help text."""
+        """Placeholder of the value in the help text."""
         word = self.metavar or (self.type.metavar if self.is_flag else self.key.upper())
         return f"{word} ..." if self.many else word
 
@@ -244,8 +245,8 @@ def parse(doc: str, flags: Options, argv: Sequence[str] | None = None, config: s
 def read_value(option: Option, value: Any, source: str) -> Any:
     """Return one value of a YAML file, or the text of a `KEY VALUE` pair, as `option` declares it.
 
-    Everything goes through text, so that YAML's own types never decide: `1e-3` is a string to YAML. None, also as
-    text, is accepted where it is the default. Raises UserError, which starts with `source`, where that is not empty.
+    Everything goes through text, since YAML's own types mislead: `1e-3` is a string to YAML. None, also as text, is
+    accepted if it is the default. Raises UserError, prefixed by `source` unless that is empty.
     """
     if value is None or value == "None":
         if option.default is None:

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import requests
 import torch
 
 from shared.cli import UserError, is_bounded
@@ -60,9 +59,11 @@ def local_file(path: str | os.PathLike) -> Path:
         return cached
     name = re.sub(r"[^A-Za-z0-9._-]", "_", url.split("?")[0].rstrip("/").rsplit("/", 1)[-1])[-100:]
     target = make_dir(folder) / (prefix + name)
+    import requests  # only downloads need it
+
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _fetch(url, target)
+            _fetch(requests.get(url, stream=True, timeout=TIMEOUT_SECONDS), target)
             return target
         except requests.RequestException as error:
             status = 0 if error.response is None else error.response.status_code
@@ -80,13 +81,13 @@ def cache_prefix(url: str) -> str:
     return hashlib.md5(url.encode(), usedforsecurity=False).hexdigest() + "_"
 
 
-def _fetch(url: str, target: Path) -> None:
-    with requests.get(url, stream=True, timeout=TIMEOUT_SECONDS) as response:
+def _fetch(response: Any, target: Path) -> None:
+    with response:
         response.raise_for_status()
         size = int(response.headers.get("content-length") or 0)
         counter = Progress(f"fetching {target.name[33:]}", size or None, unit="B")
         with atomic(target) as file:
-            for chunk in response.iter_content(1 << 20):  # raises where fewer bytes arrive than were announced
+            for chunk in response.iter_content(1 << 20):  # raises if fewer bytes arrive than announced
                 file.write(chunk)
                 counter.advance(len(chunk))
         counter.close()
@@ -95,7 +96,7 @@ def _fetch(url: str, target: Path) -> None:
 # ---------------------------------------------------------------- snapshots and training states
 
 class PublishedNetwork(NamedTuple):
-    """What a pickled network is made of: class name, constructor keywords, tensors by state_dict name."""
+    """A pickled network as data: class name, constructor keywords, tensors by state_dict name."""
 
     class_name: str
     init_kwargs: dict[str, Any]

@@ -31,7 +31,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from EDM.training.networks import PRECONDITIONERS
 from EDM.training.published import Record, describe, is_plain, local_file, read_pickle, read_zip
-from shared.cli import UserError, nearest
+from shared.cli import UserError, is_out_of_memory, nearest
 from shared.training.checkpoint import check_finite
 from shared.training.files import atomic
 
@@ -70,6 +70,8 @@ class Snapshot:
             raise UserError(f"{self.source}: snapshot of another network, its constructor arguments describe a far "
                             f"larger one than its {len(self.state_dict)} tensors") from None
         except (UserError, TypeError, ValueError, RuntimeError, KeyError, IndexError, ArithmeticError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"{self.source}: no {self.class_name} can be made from its constructor arguments "
                             f"({error})") from None
         load_weights(net, self.state_dict, self.source)
@@ -257,7 +259,7 @@ def _digest(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> st
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of its own, float32 where it is a floating-point one, on the CPU."""
+    """Return a copy on the CPU; floating-point tensors become float32."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 

@@ -1,15 +1,16 @@
-"""What a training run tells: the table of its network, status lines, stats.jsonl, and when snapshots are due."""
+"""The reports of a training run: the table of its network, status lines, stats.jsonl, and the times of snapshots."""
 from __future__ import annotations
 
 import math
-import os
+import resource
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 GIB = 2 ** 30
@@ -18,7 +19,7 @@ TABLE_DEPTH = 2  # calls within calls
 
 @dataclass(frozen=True)
 class TickSchedule:
-    """When a run ends, pauses for a tick, and writes its files; all a function of the step.
+    """The steps of a run that end it, have a tick, or write files.
 
     batch: images per step. total_kimg: length of the run. kimg_per_tick: images between ticks. (kimg: thousands of
     images.) snapshot_ticks, state_dump_ticks: ticks between two network snapshots and two training states.
@@ -134,13 +135,21 @@ class TickClock:
         return {"Progress/tick": tick, "Progress/kimg": nimg / 1000,
                 "Timing/total_sec": self.tick_end - self.begin, "Timing/sec_per_tick": seconds,
                 "Timing/sec_per_kimg": seconds / kimg, "Timing/maintenance_sec": self.maintenance,
-                "Resources/cpu_mem_gb": psutil.Process(os.getpid()).memory_info().rss / GIB,
+                "Resources/cpu_mem_gb": resident_memory() / GIB,
                 "Resources/peak_gpu_mem_gb": allocated / GIB, "Resources/peak_gpu_mem_reserved_gb": reserved / GIB}
 
     def resume(self) -> None:
         """Mark the end of the tick's own work (files and lines), which counts as maintenance of the next tick."""
         self.tick_start = time.time()
         self.maintenance = self.tick_start - self.tick_end
+
+
+def resident_memory() -> int:
+    """Return the bytes of memory that this process holds; without Linux's /proc, the most that it has held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def status_line(values: Mapping[str, float]) -> str:
@@ -171,7 +180,7 @@ def module_table(net: torch.nn.Module, batch: int) -> str:
     """Return a table of the modules that a preconditioned network calls, down to calls within calls within the network.
 
     The shapes are those for `batch` images, found with a single one. A parameter is counted in the first row it belongs
-    to, so that the columns add up. Raises RuntimeError or ZeroDivisionError for a network that does not fit its images.
+    to: the columns add up. Raises RuntimeError or ZeroDivisionError for a network that does not fit its images.
     """
     names = {module: name or "<top-level>" for name, module in net.named_modules()}
     rows: list[tuple[str, ...]] = []

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from shared import distributed
-from shared.cli import MACHINE_ERRORS, Diverged, MachineError, UserError
+from shared.cli import MACHINE_ERRORS, Diverged, MachineError, UserError, is_out_of_memory
 from shared.distributed import World
 from shared.training.checkpoint import check_finite, is_readable, load_newest, read_checkpoint, write_checkpoint
 from shared.training.files import lock, move_aside, sweep
@@ -46,7 +46,7 @@ class Run:
     """An output folder with its lock, settings, inputs and checkpoints.
 
     outdir            made if needed, and locked while this object lives; InUse if another process works in it
-    config            plain values; a checkpoint of another config is not continued (see `restart`)
+    config            plain values; a checkpoint of another config is not continued
     keep              name -> object with state_dict / load_state_dict, or a network; equal on all ranks
     world             this process; only rank 0 writes
     inputs            name in messages ("--data") -> path, ImageSet, array or fingerprint; a checkpoint of another
@@ -54,7 +54,6 @@ class Run:
     checkpoint        file name in `outdir`; the one before stays as `<name>.previous`
     resume            "auto": continue what is in the folder; "never": start anew; otherwise a checkpoint file,
                       which is continued whatever its config and inputs
-    restart           start anew, over what is there, in place of a UserError about another config or input
     overwrite         whether --overwrite was given: then such a run is moved aside as `<name>.replaced-1`; None: the
                       program has no such flag
     ignore            config keys that may change between restarts (workers, devices, paths)
@@ -68,7 +67,7 @@ class Run:
 
     def __init__(self, outdir: str | os.PathLike, config: Mapping[str, Any], keep: Mapping[str, Any], world: World, *,
                  log: Log, inputs: Mapping[str, Any] | None = None, checkpoint: str = "checkpoint.pt",
-                 resume: str = "auto", restart: bool = False, overwrite: bool | None = None,
+                 resume: str = "auto", overwrite: bool | None = None,
                  ignore: tuple[str, ...] = (), extra: Callable[[], Mapping[str, Any]] = dict,
                  save_seconds: float | None = 600.0, save_every: int | None = None) -> None:
         self.outdir, self.world, self.keep, self.log = Path(outdir), world, dict(keep), log
@@ -78,11 +77,11 @@ class Run:
         self.resumed_from: Path | None = None
         self._path = self.outdir / checkpoint
         self._newest_is_good = False  # the file at _path may become the previous one at the next save
-        self._without_inputs = False  # continued from a checkpoint that tells nothing of its inputs
+        self._without_inputs = False  # continued from a checkpoint without fingerprints of its inputs
         self._stop_signal: int | None = None
         self.inputs = distributed.on_main(lambda: fingerprints(inputs or {}), world)
         distributed.on_main(self._take_folder, world)
-        stats_bytes = self._load(resume, restart, overwrite)
+        stats_bytes = self._load(resume, overwrite)
         self._host_group = dist.new_group(backend="gloo") if world.size > 1 else None
         own = weakref.ref(self)  # the folder's lock ends with the last reference to the run, so no circle of them
         log.check = lambda: own() and own()._check_finite()
@@ -98,7 +97,7 @@ class Run:
         self._last_save = time.monotonic()
 
     def _take_folder(self) -> None:
-        """Lock the folder, then remove what processes killed in a save have left in it."""
+        """Lock the folder, then remove leftovers of processes that were killed in a save."""
         self._lock = lock(self.outdir)
         sweep(self.outdir, below=True)
 
@@ -110,8 +109,8 @@ class Run:
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
-    def _load(self, resume: str, restart: bool, overwrite: bool | None) -> int:
-        """Load what there is to continue; return the length of the log that belongs to it."""
+    def _load(self, resume: str, overwrite: bool | None) -> int:
+        """Load the checkpoint to continue, if any; return the length of its log."""
         if resume == "never":
             return 0
         if resume != "auto":
@@ -127,8 +126,6 @@ class Run:
             distributed.on_main(lambda: self._move_aside(changed), self.world)
             return 0
         self._newest_is_good = path == self._path
-        if changed and restart:
-            return 0
         if changed:
             remedy = "another output folder" if overwrite is None else ("another output folder, or --overwrite to move "
                                                                        "it aside and start anew")
@@ -138,7 +135,7 @@ class Run:
         return int(saved.get("stats_bytes", 0))
 
     def _changes(self, saved: Mapping[str, Any]) -> str:
-        """Return how the run that wrote a checkpoint differs from this one and what to give instead, or ''."""
+        """Return the differences of a checkpoint's run from this one, with the remedy, or ''."""
         before, ours = saved.get("config", {}), plain(self.config)
         changed = [f"{key} was {before.get(key)!r}, is {ours.get(key)!r}" for key in sorted({*before, *ours})
                    if key not in self.ignore and before.get(key) != ours.get(key)]
@@ -151,7 +148,7 @@ class Run:
         return ""
 
     def restore(self, saved: Mapping[str, Any], path: Path, strict: bool = False) -> None:
-        """Load the content of the checkpoint `path` into the kept objects; what it lacks is an error if `strict`, a
+        """Load the checkpoint `path` into the kept objects; a missing object is an error if `strict`, a missing
         network always."""
         for name, kept in self.keep.items():
             if name not in saved:
@@ -162,9 +159,9 @@ class Run:
             target = distributed.unwrap(kept) if isinstance(kept, torch.nn.Module) else kept
             try:
                 target.load_state_dict(saved[name])
-            except torch.OutOfMemoryError:
-                raise
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+                if is_out_of_memory(error):
+                    raise
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"{path}: its {name} does not fit this run: {reason}") from None
             if (net := network_in(kept)) is not None:
@@ -207,7 +204,7 @@ class Run:
             return
         self.finished = False
         handlers = self._catch_signals()
-        self.log.step = self.step  # whoever continues from elsewhere has set it since
+        self.log.step = self.step  # a caller that continues from elsewhere has set it since
         self.log.start(total)
         try:
             while self.step < total:

@@ -10,9 +10,11 @@ exit status is 0 if no part failed; a part for which no time or no package is th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +29,6 @@ sys.path.insert(0, str(ROOT))  # so that it starts without PYTHONPATH
 
 from tests.gpu.checks.parts import PARTS  # noqa: E402
 
-WORKER = Path(__file__).parent / "checks" / "worker.py"
 START = 15.0  # seconds that a worker may take to import what it needs, beside the budget of its part
 NULL_STRETCH = 4  # a machine without a GPU may have few cores
 
@@ -40,6 +41,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := [name for name in options.parts if name not in PARTS]:
         parser.error(f"there is no part {unknown[0]}: expected {', '.join(PARTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the part, too
     waiting, failed = options.parts or list(PARTS), False
     until = time.monotonic() + options.seconds
     with TemporaryDirectory() as folder:
@@ -93,22 +95,24 @@ def work(names: list[str], folder: Path, until: float, null: bool) -> Iterator[d
                 later = names[names.index(part) + 1:]
                 part = later[0] if later else None
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
         process.wait()
 
 
 def start(names: list[str], folder: Path, null: bool) -> subprocess.Popen:
     """Start a process that does the parts `names` one after the other."""
-    command = [sys.executable, str(WORKER), str(folder), *names]
+    command = [sys.executable, "-m", "tests.gpu.checks.worker", str(folder), *names]
     if null:
         skipped = ["--skip", "MetaSemi.core.training:evaluate=[0, 0, 0]"]
         command = [sys.executable, str(Path(__file__).with_name("nullgpu.py")), "--root", str(ROOT), *skipped,
-                   *command[1:]]
+                   str(Path(__file__).parent / "checks" / "worker.py"), *command[3:]]
     # TF32 would hide what differs between the two devices; a deterministic cuBLAS needs its workspace said.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NVIDIA_TF32_OVERRIDE": "0", "PYTHONUNBUFFERED": "1",
                    "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FEWLABEL_CACHE": str(folder / "cache"),
                    "FEWLABEL_NULL": "1" if null else ""}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment,
+                            start_new_session=True)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from EDM.training import training_loop
 from shared.cli import UserError, less_memory, run_main
+from shared.training.run import Run
 from tests.shared.programs import ROOT, declared_options
 
 FULL = {
@@ -19,7 +22,7 @@ FULL = {
     "the CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
                             "you tried to allocate 4000000000 bytes. Error code 12 (Cannot allocate memory)"),
     "Python": MemoryError("Unable to allocate 7.45 GiB for an array")}
-SCRIPTS = [path for room in ("EDM", "DDAE", "DDAE/DiT", "TorchSSL", "MetaSemi") for path in sorted(
+SCRIPTS = [path for room in ("EDM", "EDM/imagenet", "DDAE", "DDAE/DiT", "TorchSSL", "MetaSemi") for path in sorted(
     (ROOT / room).glob("*.py")) if '@less_memory("--' in path.read_text()]
 
 
@@ -39,6 +42,22 @@ def test_the_innermost_remedy_counts() -> None:
 def test_sizes_are_told() -> None:
     with pytest.raises(UserError, match=r"2\.00 GiB more were needed, it has 79\.10 GiB"), less_memory("--batch"):
         raise FULL["the allocator"]
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+def test_a_network_is_not_to_blame(error: Exception, monkeypatch) -> None:
+    """Memory that is used up while a network is tried or a checkpoint is loaded is no wrong --arch, no wrong file."""
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(training_loop, "module_table", full)
+    with pytest.raises(type(error)) as found:
+        training_loop.network_table(SimpleNamespace(img_resolution=32), 16)
+    assert found.value is error
+    with pytest.raises(type(error)) as found:
+        Run.restore(SimpleNamespace(keep={"optimizer": SimpleNamespace(load_state_dict=full)}), {"optimizer": {}},
+                    Path("checkpoint.pt"))
+    assert found.value is error
 
 
 def test_other_errors_stay() -> None:

@@ -22,7 +22,7 @@ PARTS = {
     "versions": Part("libraries", 10, ""),
     "augmentation": Part("values", 20, "values are not compared"),
     "steps": Part("methods", 75, "values are not compared"),
-    "golden": Part("numbers", 40, "values are not compared", ("pytest",)),
+    "golden": Part("golden", 40, "values are not compared", ("pytest",)),
     "freematch_speed": Part("speed", 70, "no times, no CUDA graphs, nothing compiled"),
     "edm_speed": Part("speed", 95, "no times, no CUDA graphs, nothing compiled"),
     "waits": Part("methods", 40, ""),

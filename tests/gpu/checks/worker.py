@@ -1,6 +1,6 @@
 """Does parts of tests/gpu/check.py in this process, and prints a JSON line for each:
 
-    python worker.py FOLDER PART...
+    python -m tests.gpu.checks.worker FOLDER PART...
 """
 from __future__ import annotations
 
