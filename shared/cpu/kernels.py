@@ -23,6 +23,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))
         scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
         return torch.bmm(scores.softmax(dim=2), v).unflatten(0, (n, heads))
+    if q.is_cuda and q.stride(-1) != 1:  # fused kernels take nothing else
+        q, k, v = (part.contiguous() for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)
 
 
