@@ -33,7 +33,8 @@ from shared.training.files import atomic, check_writable, make_dir
 from shared.training.progress import Progress
 from shared.training.record import Record
 from TorchSSL.audit.gallery import Section, picture, write_page
-from TorchSSL.core.classifier import BLOCK, Classifier, open_classifier
+from TorchSSL.core.algorithm import BLOCK
+from TorchSSL.core.classifier import Classifier, open_classifier
 from TorchSSL.encoders.images import Images, list_images
 
 FLAGS = {
@@ -140,7 +141,7 @@ def prepared(images: Images, blocks: Sequence[int], classifier: Classifier, opti
                 raise UserError(f"{error}; leave such images out with --skip_bad") from None
             warnings.warn(f"{error}; it gets no class", stacklevel=2)
             return None
-        return classifier.prepare(image, f"{images.path}/{images.names[position]}", options.resize)
+        return classifier.prepare(image, f"{images.path}/{images.names[position]}", options.resize, "--resize")
 
     made = list(threads.map(make, positions, images.read(positions)))
     bad = {position for position, pixels in zip(positions, made, strict=True) if pixels is None}

@@ -41,9 +41,10 @@ from shared.training.progress import progress
 from shared.training.randomness import numpy_rng
 from shared.training.record import Record
 from TorchSSL.audit.gallery import Section, picture, write_contact_sheet, write_page
-from TorchSSL.core.classifier import BLOCK, open_classifier
-from TorchSSL.core.evaluation import trained_options
+from TorchSSL.core.algorithm import BLOCK
+from TorchSSL.core.classifier import open_classifier
 from TorchSSL.core.labels import INDEX_FILE
+from TorchSSL.core.networks import trained_options
 from TorchSSL.encoders.encoder import open_encoder
 from TorchSSL.encoders.features import features_of
 from TorchSSL.encoders.images import Images, features_in, training_images, unit_length
@@ -60,7 +61,7 @@ FLAGS = {
     ),
     "choice": (
         Option("--budget", Int(1), 10, "images to label", unit="images"),
-        Option("--strategy", Choice(*BY_FEATURES, *BY_CLASSIFIER), "typical", "how they are chosen"),
+        Option("--strategy", Choice(*BY_FEATURES, *BY_CLASSIFIER), "typical", "how the images are chosen"),
         Option("--features", Text, None, "file of features: .npy or .npz [N, D], or one that an encoder wrote",
                metavar="FILE"),
         Option("--encoder", Text, None, "frozen encoder that makes them: a file, or timm:NAME", metavar="NAME"),
@@ -68,7 +69,7 @@ FLAGS = {
         Option("--neighbours", Int(1), 20, "typical: neighbours in the typicality of an image", unit="images"),
         Option("--delta", Float(0, open="low"), None, "coverage: radius of the balls", default_help="such that 95 % of "
                "them stay within one of --budget clusters"),
-        Option("--seed", Int(0, 2 ** 32 - 1), 1, "of the clusters and draws"),
+        Option("--seed", Int(0, 2 ** 32 - 1), 1, "seed of the clusters and draws"),
     ),
     "output": (
         Option("--save_path", Text, required=True, help="folder for label_these.csv", metavar="DIR"),
@@ -172,11 +173,12 @@ def features(images: Images, options: SimpleNamespace) -> np.ndarray:
         found = unit_length(classified(images, options)[1])
     elif images.array is None or images.array[0].size > MOST_PIXELS:
         raise UserError(f"{options.dataset}: photographs are not compared by their pixels; give --encoder (timm:NAME, "
-                        "or the file of one), --features or --load_path")
+                        "or the file of one) or --features")
     else:
         found = images.array.reshape(len(images), -1).astype(np.float32) / 255
     if not np.isfinite(found).all():
-        raise UserError("the features are not finite; check --features, --encoder or --load_path")
+        source = next(name for name in ("features", "encoder", "load_path") if getattr(options, name) is not None)
+        raise UserError(f"--{source}: the features of {getattr(options, source)} are not finite")
     return found
 
 

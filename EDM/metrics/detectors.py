@@ -67,11 +67,12 @@ class Detector:
         return self.network(images)
 
 
-def load_detector(name: str, device: torch.device, download: bool = False, world: World | None = None) -> Detector:
+def load_detector(name: str, device: torch.device, download: bool | None = None, world: World | None = None
+                  ) -> Detector:
     """Return the detector `name`: "inception", "dinov2" or a file of weights for any of the three kinds.
 
-    download: whether missing weights of Inception may be fetched. Raises UserError for a missing, damaged, hostile or
-    other file.
+    download: whether missing weights of Inception may be fetched; None for a script without --download. Raises
+    UserError for a missing, damaged, hostile or other file.
     """
     file = _find(name, download, world or World())
     content = _read(file)
@@ -98,7 +99,7 @@ def asset_folders() -> list[Path]:
             Path(torch.hub.get_dir()) / "checkpoints"]
 
 
-def _find(name: str, download: bool, world: World) -> Path:
+def _find(name: str, download: bool | None, world: World) -> Path:
     known = {"inception": INCEPTION_FILES, "dinov2": DINOV2_FILES}
     if name not in known:
         if not Path(name).is_file():
@@ -109,7 +110,8 @@ def _find(name: str, download: bool, world: World) -> Path:
     found = _first_of(known[name])
     if found is not None:
         return found
-    how = "give --download to fetch them" if name == "inception" else f"fetch {DINOV2_URL}"
+    how = "give --download to fetch them" if name == "inception" and download is not None else \
+        f"fetch {url_of(name)}"
     raise UserError(f"--detector: no {name} weights here; {how}, or put {known[name][0]} into assets/ or "
                     "$FEWLABEL_ASSETS, or name the file with --detector FILE")
 
@@ -118,14 +120,22 @@ def _first_of(names: tuple[str, ...]) -> Path | None:
     return next((folder / name for folder in asset_folders() for name in names if (folder / name).is_file()), None)
 
 
+def url_of(name: str) -> str:
+    """Return where the weights of "inception" or "dinov2" come from."""
+    if name == "dinov2":
+        return DINOV2_URL
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return URL_INCEPTION_V3
+
+
 def _download(name: str, world: World) -> None:
     """Fetch Inception's weights from where torch-fidelity has them, unless they are here; rank 0 does it for all."""
     if name != "inception":
         raise UserError(f"--download: no checksum of the {name} weights is published; fetch {DINOV2_URL} yourself and "
                         "name the file with --detector FILE")
     if world.main and _first_of(INCEPTION_FILES) is None:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
-
+        url = url_of(name)
         target = make_dir(asset_folders()[0]) / INCEPTION_FILES[0]
         try:
             torch.hub.download_url_to_file(url, str(target), hash_prefix=INCEPTION_HASH)
@@ -140,7 +150,7 @@ def _read(file: Path) -> dict[str, Any]:
         start = stream.read(4)
     if start[:1] == b"\x80" and file.suffix == ".pkl":
         raise UserError(f"--detector: {file} is a detector in the form of a program, which is not run; use the weights "
-                        f"{INCEPTION_FILES[0]} of torch-fidelity (--download)")
+                        f"{INCEPTION_FILES[0]} of torch-fidelity")
     return read_checkpoint(file)
 
 

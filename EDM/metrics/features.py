@@ -156,16 +156,16 @@ def read_reference(path: str, detector: Detector) -> Reference:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (*READ_ERRORS, MemoryError) as error:
-        raise UserError(f"--ref: {path} is cut short or holds more than plain arrays ({error})") from None
+        raise UserError(f"{path} is cut short or holds more than plain arrays ({error})") from None
     if not {"mu", "sigma"} <= arrays.keys():
-        raise UserError(f"--ref: {path} has no arrays mu and sigma (it has {', '.join(arrays) or 'nothing'}); "
+        raise UserError(f"{path} has no arrays mu and sigma (it has {', '.join(arrays) or 'nothing'}); "
                         "make it with: fid.py ref")
     mu, sigma = (np.asarray(arrays[name]) for name in ("mu", "sigma"))
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape or "f" not in mu.dtype.kind + sigma.dtype.kind:
-        raise UserError(f"--ref: {path}: expected mu [F] and sigma [F, F] of floats, got {list(mu.shape)} and "
+        raise UserError(f"{path}: expected mu [F] and sigma [F, F] of floats, got {list(mu.shape)} and "
                         f"{list(sigma.shape)}")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"--ref: {path}: mu or sigma holds numbers that are not finite")
+        raise UserError(f"{path}: mu or sigma holds numbers that are not finite")
     _check_fits(path, arrays, len(mu), detector)
     count = int(arrays["num_images"]) if "num_images" in arrays else None
     features, labels = (torch.from_numpy(arrays[name]) if name in arrays else None for name in ("features", "labels"))
@@ -177,15 +177,15 @@ def read_reference(path: str, detector: Detector) -> Reference:
 def _check_fits(path: str, arrays: dict[str, np.ndarray], width: int, detector: Detector) -> None:
     made_with = str(arrays.get("detector", "another detector"))
     if width != detector.num_features:
-        raise UserError(f"--ref: {path} has {width} features ({made_with}), {detector.name} has "
+        raise UserError(f"{path} has {width} features ({made_with}), {detector.name} has "
                         f"{detector.num_features}; name its detector with --detector")
     if "detector_sha256" in arrays and str(arrays["detector_sha256"]) != detector.sha256:
-        raise UserError(f"--ref: {path} was made with other weights ({made_with}, SHA-256 "
+        raise UserError(f"{path} was made with other weights ({made_with}, SHA-256 "
                         f"{str(arrays['detector_sha256'])[:12]}) than --detector {detector.file} "
                         f"({detector.name}, {detector.sha256[:12]})")
     for name, shape in (("features", (None, width)), ("labels", (None,))):
         if name in arrays and (arrays[name].ndim != len(shape) or arrays[name].shape[1:] != shape[1:]):
-            raise UserError(f"--ref: {path}: its array {name} has the shape {list(arrays[name].shape)}; make "
+            raise UserError(f"{path}: its array {name} has the shape {list(arrays[name].shape)}; make "
                             "the file anew with: fid.py ref")
 
 

@@ -29,7 +29,7 @@ def open_denoiser(path: str, classes: Sequence[str], shape: tuple[int, int, int]
     net = snapshot.build()
     theirs = snapshot.dataset_kwargs.get("classes")
     if not net.label_dim:
-        raise UserError(f"--diffusion: {path} is unconditional; a model trained with class labels (--cond=1) is needed")
+        raise UserError(f"--diffusion: {path} is unconditional; give a model of EDM/train.py --cond=1")
     if (net.img_channels, net.img_resolution, net.img_resolution) != shape:
         raise UserError(f"--diffusion: {path} takes images of {net.img_channels}x{net.img_resolution}x"
                         f"{net.img_resolution}, these are {'x'.join(map(str, shape))}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,18 +36,14 @@ from shared.data.photographs import MEAN, STD
 from shared.data.pool import resize
 from shared.networks import ROTATION_HEAD, TIMM, TimmNetwork, is_timm
 from shared.training.checkpoint import read_checkpoint, weights_in
-from TorchSSL.core.algorithm import classify
+from TorchSSL.core.algorithm import BLOCK, classify
 from TorchSSL.core.data import CONVERTED, NORMALISATION
-from TorchSSL.core.evaluation import (
-    AVERAGED,
-    BLOCK,
-    NETWORK_OPTIONS,
-    TRAINED,
-    USB_HEAD,
-    make_network,
-    strip_prefix,
-)
+from TorchSSL.core.networks import AS_TRAINED, OPTIONS, load_weights, make_network, strip_prefix, trained_options
 
+# The entries of a checkpoint that hold weights: ours and the published ones first, then those of older trainers.
+AVERAGED, TRAINED = ("ema_model", "eval_model"), ("model", "train_model")
+# USB, the successor of TorchSSL, has ImageNet's numbers on CIFAR-10, and its wide networks call `fc` `classifier`.
+USB_HEAD = "classifier."
 EXPORTED = "fewlabel classifier"  # in the header of a file that export.py wrote
 SIGMA = 0.01  # noise level at which a classifier of noisy images sees an image as it is
 
@@ -54,7 +51,7 @@ SIGMA = 0.01  # noise level at which a classifier of noisy images sees an image 
 CIFAR10, CIFAR100 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)), ((0.5071, 0.4865, 0.4409),
                                                                           (0.2673, 0.2564, 0.2762))
 PUBLISHED = {
-    "TorchSSL": NORMALISATION, "USB": {"cifar10": NORMALISATION["imagenet"]},
+    "TorchSSL": NORMALISATION, "USB": {**NORMALISATION, "cifar10": NORMALISATION["imagenet"]},
     "DASO": {"cifar10": CIFAR10, "stl10": CIFAR10, "cifar100": CIFAR100, "digits": NORMALISATION["digits"],
              "semi_aves": NORMALISATION["imagenet"]},
     "MetaSemi": {"cifar10": ((0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
@@ -92,11 +89,11 @@ class Classifier:
     path: Path
     device: torch.device
 
-    def prepare(self, image: Image.Image, name: str, how: str | None = None) -> np.ndarray:
+    def prepare(self, image: Image.Image, name: str, how: str | None = None, flag: str = "") -> np.ndarray:
         """Return uint8 [C, H, W] of a decoded image, resized as in the evaluation of its training; UserError.
 
         how: in place of the recorded resize that of dataset_tool.py: "square" without, or "centre" with
-        --transform=center-crop.
+        --transform=center-crop. flag: the script's own for `how`, if it has one.
         """
         fits = self.size is None or image.size == self.size[::-1]
         if how is None and not fits and (self.resize or "").startswith(CONVERTED):
@@ -109,8 +106,10 @@ class Classifier:
             return to_chw(image, self.channels)
         height, width = self.size
         if how is None or height != width:
+            remedy = f"give {flag} square or {flag} centre" if flag else \
+                f"resize it with dataset_tool.py --resolution={width}x{height}"
             raise UserError(f"{name} is {image.width}x{image.height}, {self.path} classifies images of "
-                            f"{width}x{height}; give --resize square or --resize centre")
+                            f"{width}x{height}; {remedy}")
         if how == "square":
             return resize(torch.from_numpy(to_chw(image, self.channels).copy())[None], width)[0].numpy()
         if how == "centre-edge":
@@ -163,9 +162,10 @@ class LogitsOf(nn.Module):
 
 
 def open_classifier(path: str | Path, device: str | torch.device = "cpu", dataset: str | None = None,
-                    use_train_model: bool = False) -> Classifier:
+                    use_train_model: bool = False, given: Mapping[str, Any] | None = None) -> Classifier:
     """Return the classifier of a file, with its averaged weights, or as trained.
 
+    given: network options of TorchSSL's command line, which overrule those of the file and what its weights tell.
     dataset: for files that do not record how their images were normalised: the benchmark that they were trained on.
     Raises UserError for anything but a classifier, and for weights that are not finite.
     """
@@ -182,7 +182,8 @@ def open_classifier(path: str | Path, device: str | torch.device = "cpu", datase
             raise UserError(f"{path}: holds no classifier; expected a checkpoint of TorchSSL, DASO or MetaSemi, or a "
                             "snapshot of train_classifier.py")
         state = as_counters(strip_prefix(weights_in(content, key, path)))
-        make = (_daso if any(name.startswith("encoder.") for name in state) else
+        content |= {"options": {**trained_options(content), **(given or {})}, "advice": AS_TRAINED if given else ""}
+        make = (_torchssl if content["options"] else _daso if any(name.startswith("encoder.") for name in state) else
                 _metasemi if {"classifier.0.weight", "layer1.0.conv_a1.weight"} & set(state) else _torchssl)
         found = make(content, state, path, dataset)
     return _finished(found, content, path, torch.device(device), dataset)
@@ -219,21 +220,23 @@ def is_snapshot(path: str | Path) -> bool:
 # ---------------------------------------------------------------- one function for each program
 
 def _torchssl(content: Mapping[str, Any], state: dict[str, Tensor], path: Path, dataset: str | None) -> dict[str, Any]:
-    kind = "TorchSSL"
-    options = content.get("options") if isinstance(content.get("options"), Mapping) else {}
-    if USB_HEAD + "weight" in state and not options:
-        kind = "USB"
+    options = {**_network_options(state), "dataset": dataset or "", **content["options"]}
+    is_usb = USB_HEAD + "weight" in state and not options["net_from_name"] and not is_timm(options["net"])
+    if is_usb:
         state = {re.sub(f"^{re.escape(USB_HEAD)}", "fc.", name): value for name, value in state.items()}
-    options = {**_network_options(state), "dataset": dataset or "", **options}
+        if dataset != "cifar10":
+            warnings.warn(f"{path} is a checkpoint of USB; its images of {dataset} are taken to be normalised as "
+                          "TorchSSL does", stacklevel=3)
     if is_timm(options["net"]) and not any(name.startswith("body.") for name in state):  # timm's own names
         state = {name if name.startswith(ROTATION_HEAD) else f"body.{name}": value for name, value in state.items()}
-    classes = len(state["fc.weight"]) if "fc.weight" in state else options.get("num_classes", 0)
+    heads = [value for name, value in state.items() if value.ndim == 2 and not name.startswith(ROTATION_HEAD)]
+    classes = options.get("num_classes") or (len(heads[-1]) if heads else 0)
     net = make_network(options, classes, _channels(state), rotation_head="rot_classifier.weight" in state,
                        size=content.get("size"))
-    _load(net, state, path)
+    load_weights(net, state, path, content["advice"])
     has_more = getattr(net, "rot_classifier", None) is not None
-    return {"net": LogitsOf(net, classify) if has_more else net, "network": net, "kind": kind, "num_classes": classes,
-            "dataset": options["dataset"]}
+    return {"net": LogitsOf(net, classify) if has_more else net, "network": net, "num_classes": classes,
+            "kind": "USB" if is_usb else "TorchSSL", "dataset": options["dataset"]}
 
 
 def _daso(content: Mapping[str, Any], state: dict[str, Tensor], path: Path, dataset: str | None) -> dict[str, Any]:
@@ -248,7 +251,7 @@ def _daso(content: Mapping[str, Any], state: dict[str, Tensor], path: Path, data
     classes = len(state["classifier.classifier.weight"]) if "classifier.classifier.weight" in state else 0
     net = SemiModel(encoder, classes, any(name.startswith("abc_classifier.") for name in state),
                     any(name.startswith("projection.") for name in state))
-    _load(net, state, path)
+    load_weights(net, state, path)
     return {"net": LogitsOf(net, SemiModel.evaluate), "network": net, "kind": "DASO", "num_classes": classes,
             "dataset": content.get("config", {}).get("DATASET.NAME")}
 
@@ -260,7 +263,7 @@ def _metasemi(content: Mapping[str, Any], state: dict[str, Tensor], path: Path, 
         net = ConvLarge(_channels(state), len(state["classifier.0.weight"]), top_bn="classifier.1.weight" in state)
     else:
         net = SmallNet(_channels(state), len(state["classifier.0.weight"]), len(state["block1.0.weight"]))
-    _load(net, state, path)
+    load_weights(net, state, path)
     classes = len(state["fc.weight" if "fc.weight" in state else "classifier.0.weight"])
     return {"net": net, "network": net, "kind": "MetaSemi", "num_classes": classes,
             "dataset": content.get("config", {}).get("dataset")}
@@ -347,20 +350,10 @@ def _channels(state: Mapping[str, Tensor]) -> int:
 
 def _network_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the network options of TorchSSL that follow from the names and shapes of its weights."""
-    options: dict[str, Any] = {**dict.fromkeys(NETWORK_OPTIONS), "net_from_name": False, "leaky_slope": 0.1,
+    options: dict[str, Any] = {**dict.fromkeys(OPTIONS), "net_from_name": False, "leaky_slope": 0.1,
                                "dropout": 0.0, "depth": 28, "widen_factor": 2, "net": "ResNet50"}
     if "block1.layer.0.conv1.weight" in state:
         blocks = {name.split(".")[2] for name in state if name.startswith("block1.layer.")}
         options |= {"net": "WideResNetVar" if "block4.layer.0.conv1.weight" in state else "WideResNet",
                     "depth": 6 * len(blocks) + 4, "widen_factor": len(state["block1.layer.0.conv1.weight"]) // 16}
     return options
-
-
-def _load(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict; UserError that names the first difference."""
-    ours = {name: value.shape for name, value in net.state_dict().items()}
-    theirs = {name: value.shape for name, value in state.items()}
-    if odd := sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)):
-        raise UserError(f"{path}: not the weights of a classifier of this project ({odd[0]} is "
-                        f"{list(theirs.get(odd[0], ()))} there, {list(ours.get(odd[0], ()))} in {type(net).__name__})")
-    net.load_state_dict(dict(state))

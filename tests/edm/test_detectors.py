@@ -145,11 +145,13 @@ class TestClassifier:
 
 
 class TestFiles:
-    @pytest.mark.parametrize(("name", "advice"), [("inception", "give --download"), ("dinov2", "fetch https://")])
-    def test_absent_weights_are_never_fetched_unasked(self, no_weights, monkeypatch, name, advice):
+    @pytest.mark.parametrize(("name", "download", "advice"), [
+        ("inception", False, "give --download"), ("inception", None, "fetch https://"),  # None: there is no such flag
+        ("dinov2", False, "fetch https://")])
+    def test_absent_weights_are_never_fetched_unasked(self, no_weights, monkeypatch, name, download, advice):
         monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("fetched unasked"))
         with pytest.raises(UserError, match=f"no {name} weights here; {advice}"):
-            load_detector(name, CPU)
+            load_detector(name, CPU, download)
 
     def test_download_checks_the_hash(self, no_weights, monkeypatch, inception_file):
         asked = {}
