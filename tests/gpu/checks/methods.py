@@ -88,7 +88,6 @@ def waits(place: Place) -> dict[str, Any]:
     """No step makes the host wait: PyTorch raises where one would. The first may fill caches."""
     @contextlib.contextmanager
     def strictly(run: Run, step: int) -> Iterator[None]:
-        # An evaluation may follow the last step, inside the loop.
         torch.cuda.set_sync_debug_mode("error" if 3 <= step < 5 else "default")
         try:
             yield
@@ -97,7 +96,7 @@ def waits(place: Place) -> dict[str, Any]:
 
     names, waiting = names_of(place), {}
     for name in names:
-        found = run(name, place.folder / name, 7, around=strictly)
+        found = run(name, place.folder / name, 5, around=strictly)
         torch.cuda.set_sync_debug_mode("default")
         if found.status and not PROGRAMS[name].waits:
             waiting[name] = found.errors[-400:]
@@ -152,9 +151,9 @@ def resume(place: Place) -> dict[str, Any]:
     differ = []
     for name in FAMILIES[:3]:
         flags = flags_of(name, STRICT)
-        whole = run(name, place.folder / "whole" / name, 5, flags)
-        part = run(name, place.folder / "part" / name, 5, flags, around=stopped)
-        rest = run(name, place.folder / "part" / name, 5, flags)
+        whole = run(name, place.folder / "whole" / name, 5, flags, whole=True)
+        part = run(name, place.folder / "part" / name, 5, flags, around=stopped, whole=True)
+        rest = run(name, place.folder / "part" / name, 5, flags, whole=True)
         runs = (whole, part, rest)
         assert [one.status for one in runs] == [0, 143, 0], [one.errors[-300:] for one in runs]
         if any(not torch.equal(whole.after[key], rest.after[key]) for key in whole.after):

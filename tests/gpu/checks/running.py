@@ -36,10 +36,11 @@ class Outcome:
 
 
 def run(name: str, folder: Path, steps: int, flags: Sequence[str] = (), *, around: Around | None = None,
-        record: bool = False) -> Outcome:
+        record: bool = False, whole: bool = False) -> Outcome:
     """Run a program for `steps` steps in `folder`, which may hold its earlier run, with further flags.
 
-    around: (run, step) -> the context of that step. record: keep what is logged, which waits for the device.
+    around: (run, step) -> the context of that step. record: keep what is logged, which waits for the device. whole: up
+    to the program's end, which may be some steps later; otherwise it ends after these steps, with status 0.
     """
     program, outcome = PROGRAMS[name], Outcome()
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def run(name: str, folder: Path, steps: int, flags: Sequence[str] = (), *, aroun
     os.chdir(folder)
     errors = io.StringIO()
     try:
-        with watched(outcome, around, record), contextlib.redirect_stderr(errors):
+        with watched(outcome, around, record, None if whole else steps), contextlib.redirect_stderr(errors):
             try:
                 runpy.run_path(sys.argv[0], run_name="__main__")
             except SystemExit as end:
@@ -67,8 +68,8 @@ def run(name: str, folder: Path, steps: int, flags: Sequence[str] = (), *, aroun
 
 
 @contextlib.contextmanager
-def watched(outcome: Outcome, around: Around | None, record: bool) -> Iterator[None]:
-    """Note in `outcome` what runs in this context compute."""
+def watched(outcome: Outcome, around: Around | None, record: bool, last: int | None) -> Iterator[None]:
+    """Note in `outcome` what runs in this context compute; end the program after `last` steps."""
     steps, add = Run.steps, Log.add
 
     def watched_steps(run: Run, total: int) -> Iterator[int]:
@@ -76,6 +77,9 @@ def watched(outcome: Outcome, around: Around | None, record: bool) -> Iterator[N
         for step in steps(run, total):
             with around(run, step) if around is not None else contextlib.nullcontext():
                 yield step
+            if step + 1 == last:
+                outcome.after = weights(run)
+                sys.exit(0)
         outcome.after = weights(run)
 
     def watched_add(log: Log, **values: Any) -> None:
