@@ -100,7 +100,7 @@ prepare() {
     step prepare "$here" "The images, their labels, and the configuration"
     run python "${scripts}prepare.py" "--config=${scripts}configs/$config.py" "--dataset=$dataset" --dest=. \
         "--data_dir=${data_dir:-$(relative "$root/TorchSSL/data" "$work")}" "--labels=$labels" "--seed=$seed" \
-        ${encoder:+"--encoder=$encoder"} "${settings[@]}" "${anew[@]}"
+        "--stages=$stages" ${encoder:+"--encoder=$encoder"} "${settings[@]}" "${anew[@]}"
     [[ -z $encoder && $stages == *1* ]] || return 0
     step encoder "$here" "Pre-train an encoder on the images, without labels"
     run "${launch[@]}" "$(relative "$root/TorchSSL" "$work")/train_msn.py" "--dataset=$images" --outdir=msn "--seed=$seed" \

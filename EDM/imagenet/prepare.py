@@ -23,6 +23,8 @@ from torch.nn import functional as F
 
 from EDM.imagenet.experiment.config import Config, parse
 from EDM.imagenet.experiment.images import training_images, validation_images
+from EDM.latent.uvit import make_uvit
+from EDM.latent.vae import load_coder
 from shared.cli import Flag, Int, Option, Text, UserError, run_main
 from shared.data.datasets import NAMES, load_dataset
 from shared.data.images import ImageSet
@@ -31,6 +33,7 @@ from shared.data.writers import write_folder
 from shared.training.files import make_dir, write_text
 from shared.training.randomness import numpy_rng
 from shared.training.record import Record
+from TorchSSL.encoders.encoder import open_encoder
 
 FLAGS = (
     Option("--dataset", Text, "digits", "a data set by name, or the path of your own images"),
@@ -40,6 +43,7 @@ FLAGS = (
     Option("--encoder", Text, None, "frozen encoder: a file or folder of MSN, or timm:NAME[@FILE|@pretrained]",
            default_help="DEST/msn/encoder.pth.tar, see train_msn.py"),
     Option("--seed", Int(0), 1, "seed of the labelled images and the diffusion model"),
+    Option("--stages", Text, "1,2,3", "planned stages; their encoder, VAE and network are tried first"),
     Option("--overwrite", Flag, False, "replace files made from other images or with another seed"),
 )
 DROPPED = ("config_name", "hparams")  # the reader adds them again
@@ -47,6 +51,7 @@ DROPPED = ("config_name", "hparams")  # the reader adds them again
 
 def main(argv: Sequence[str] | None = None) -> None:
     options, config = parse(__doc__, FLAGS, argv)
+    check_networks(options, config)
     dest = make_dir(options.dest)
     config["image_path"] = os.path.abspath(options.dataset)
     if options.dataset in NAMES:
@@ -68,6 +73,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_text(dest / "config.py", f'"""Written by prepare.py from {options.config}, for {options.dataset}."""\n\n\n'
                                    f"def get_config() -> dict:\n    return {text}\n")
     print(f"{len(images)} training images of {images.num_classes} classes; configuration: {dest / 'config.py'}")
+
+
+def check_networks(options: SimpleNamespace, config: Config) -> None:
+    """Raise UserError for an encoder, VAE or U-ViT that a later step could not open."""
+    if options.encoder is not None:
+        open_encoder(options.encoder)
+    if "2" in options.stages:
+        load_coder(config.autoencoder.pretrained_path, config.z_shape, config.resolution,
+                   "--config.autoencoder.pretrained_path")
+        with torch.device("meta"):
+            make_uvit(config.nnet, config.z_shape)
 
 
 def write_images(options: SimpleNamespace, config: Config) -> None:

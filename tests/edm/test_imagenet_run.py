@@ -24,6 +24,10 @@ SHORT = ["--encoder-args", "--epochs=1 --warmup=0 --model=deit_tiny --img_size=3
          "--config.lr_scheduler.warmup_steps=2", "--images-per-class=2"]
 
 
+NO_VAE = ["--config.autoencoder.pretrained_path=space-to-depth", "--config.z_shape=192,32,32",
+          "--config.nnet.in_chans=192"]
+
+
 def photographs(folder: Path) -> Path:
     """Make train/<class>/, test/<class>/ and unlabeled/ of small photographs."""
     rng = np.random.default_rng(0)
@@ -65,7 +69,7 @@ def test_wrong_options(flags, message):
 def test_a_folder_for_photographs(tmp_path, monkeypatch):
     images = photographs(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
-    flags = [f"--config={CONFIGS}/own.py", f"--dataset={images}", "--dest=run", "--config.train.n_steps=7"]
+    flags = [f"--config={CONFIGS}/own.py", f"--dataset={images}", "--dest=run", "--config.train.n_steps=7", *NO_VAE]
     prepare.main([*flags, "--encoder=timm:test_vit"])
     config = read_config("run/config.py")
     assert (config.image_path, config.nnet.num_classes, config.train.n_steps) == (str(images), 3, 7)
@@ -82,6 +86,19 @@ def test_a_folder_for_photographs(tmp_path, monkeypatch):
     assert Path("run/labels.txt").read_text() == "cat/0.jpg\ndog/0.jpg\n"
     with pytest.raises(UserError, match="--labels: dog has only 3 images in train"):
         prepare.main([*flags, "--labels=4"])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--encoder=timm:absent"], "timm has no model 'absent'"),
+    (["--config.autoencoder.pretrained_path=absent.pth"], "there is no file absent.pth"),
+    ([*NO_VAE, "--config.nnet.num_heads=7"], "heads must divide the width"),
+    (["--config.autoencoder.pretrained_path=space-to-depth"], r"give --config.z_shape=192,32,32"),
+])
+def test_networks_are_tried_before_the_first_stage(tmp_path, flags, message):
+    images = photographs(tmp_path / "photos")
+    with pytest.raises(UserError, match=message):
+        prepare.main([f"--config={CONFIGS}/own.py", f"--dataset={images}", f"--dest={tmp_path}/run", *flags])
+    assert not (tmp_path / "run").exists()
 
 
 def test_report_over_seeds(tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from EDM.imagenet import eval_ldm, extract_imagenet_features_semi, sample_ldm_all, train_ldm, train_ldm_discrete
+from EDM.latent.extraction import published_rows
 from EDM.latent.latents import draw_labels, read_latents
 from EDM.metrics.detectors import load_detector
 from EDM.metrics.features import extract, from_extraction, write_reference
@@ -95,6 +96,11 @@ def test_rows_hold_photographs_and_their_mirror_images(done):
     assert torch.equal(pixels[12:], pixels[:12].flip(3)) and pixels.abs().max() <= 1
     np.testing.assert_array_equal(labels[:12], [(label + number) % 3 for label in range(3) for number in range(4)])
     np.testing.assert_array_equal(labels[12:], labels[:12])
+
+
+def test_rows_without_mirror_images():
+    images, mirrored = published_rows(5, 2, mirror=False)
+    assert images.tolist() == [0, 1, 2, 3, 4] and not mirrored.any()
 
 
 def test_again_is_complete_and_missing_images_are_made_again(place):

@@ -17,8 +17,8 @@ def get_config() -> dict:
         subset_path="labels.txt",
         resolution=32,
 
-        # The diffusion model of rearranged pixels: 64 tokens of 4x4 pixels each. Their 48 numbers have to fit into a
-        # token's width, as noise has no structure that would make it smaller.
+        # The diffusion model of rearranged pixels: 16 tokens of 8x8 pixels each. It predicts the image: the 192 numbers
+        # of a token's noise would not fit into its width, those of a digit do.
         seed=1,
         pred="x0_pred",
         ema_rate=0.995,
@@ -27,7 +27,7 @@ def get_config() -> dict:
         train=dict(n_steps=1500, batch_size=64, log_interval=50, eval_interval=750, save_interval=1500),
         optimizer=dict(lr=0.002, betas=(0.9, 0.99)),
         lr_scheduler=dict(warmup_steps=100),
-        nnet=dict(img_size=8, patch_size=1, in_chans=48, embed_dim=96, depth=2, num_heads=4, num_classes=11,
+        nnet=dict(img_size=8, patch_size=2, in_chans=48, embed_dim=128, depth=4, num_heads=4, num_classes=11,
                   use_checkpoint=False, conv=False),
         dataset=dict(name="digits_features", p_uncond=0.1, mirror=False),
 
