@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from shared.cli import Int, Option
+from shared.cli import Int, Option, read_yaml
 from shared.report.tables import Cell, Job, Printed, Stage, Table, Tables, serve
 
 HERE = Path(__file__).resolve().parent
@@ -75,28 +75,14 @@ def columns(dataset: str, heads: tuple[tuple[int, int], ...], factors: tuple[tup
 
 
 CIFAR10, CIFAR100, STL10 = ((500, 4000), (1500, 3000)), ((50, 400), (150, 300)), ((150, -1), (450, -1))
-# Published table -> its columns, and its rows as "mean std" of each of them.
-PUBLISHED: dict[str, tuple[list[tuple[str, str, tuple[str, ...]]], str]] = {
+# Published table -> its columns.
+COLUMNS = {
     "matched": (columns("cifar10", CIFAR10, ((100, 100), (150, 150)))
-                + columns("cifar100", CIFAR100, ((10, 10), (20, 20))), """
-        Supervised | 47.3 .95 61.9 .41 44.2 .33 58.2 .29 29.6 .57 46.9 .22 25.1 1.14 41.2 .15
-        Supervised + LA | 53.3 .44 70.6 .21 49.5 .40 67.1 .78 30.2 .44 48.7 .89 26.5 1.31 44.1 .42
-        FixMatch | 67.8 1.13 77.5 1.32 62.9 .36 72.4 1.03 45.2 .55 56.5 .06 40.0 .96 50.7 .25
-        FixMatch + DARP | 74.5 .78 77.8 .63 67.2 .32 73.6 .73 49.4 .20 58.1 .44 43.4 .87 52.2 .66
-        FixMatch + CReST+ | 76.3 .86 78.1 .42 67.5 .45 73.7 .34 44.5 .94 57.4 .18 40.1 1.28 52.1 .21
-        FixMatch + DASO | 76.0 .37 79.1 .75 70.1 1.81 75.1 .77 49.8 .24 59.2 .35 43.6 .09 52.9 .42
-        FixMatch + LA | 75.3 2.45 82.0 .36 67.0 2.49 78.0 .91 47.3 .42 58.6 .36 41.4 .93 53.4 .32
-        FixMatch + LA + DASO | 77.9 .88 82.5 .08 70.1 1.68 79.0 2.23 50.7 .51 60.6 .71 44.1 .61 55.1 .72
-        FixMatch + ABC | 78.9 .82 83.8 .36 66.5 .78 80.1 .45 47.5 .18 59.1 .21 41.6 .83 53.7 .55
-        FixMatch + ABC + DASO | 80.1 1.16 83.4 .31 70.6 .80 80.4 .56 50.2 .62 60.0 .32 44.5 .25 55.3 .53"""),
+                + columns("cifar100", CIFAR100, ((10, 10), (20, 20)))),
     "mismatched": (columns("cifar10", CIFAR10, ((100, 1),)) + columns("cifar10", CIFAR10, ((100, 100),), True)
-                   + columns("stl10", STL10, ((10, -1), (20, -1))), """
-        FixMatch | 73.0 3.81 81.5 1.15 62.5 .94 71.8 1.70 56.1 2.32 72.4 .71 47.6 4.87 64.0 2.27
-        FixMatch + DARP | 82.5 .75 84.6 .34 70.1 .22 80.0 .93 66.9 1.66 75.6 .45 59.9 2.17 72.3 .60
-        FixMatch + CReST | 83.2 1.67 87.1 .28 70.7 2.02 80.8 .39 61.7 2.51 71.6 1.17 57.1 3.67 68.6 .88
-        FixMatch + CReST+ | 82.2 1.53 86.4 .42 62.9 1.39 72.9 2.00 61.2 1.27 71.5 .96 56.0 3.19 68.5 1.88
-        FixMatch + DASO | 86.6 .84 88.8 .59 71.0 .95 80.3 .65 70.0 1.19 78.4 .80 65.7 1.78 75.3 .44"""),
+                   + columns("stl10", STL10, ((10, -1), (20, -1)))),
 }
+PRINTED = read_yaml(HERE / "configs" / "printed.yaml", "tables.py")  # rows as "mean, std" of each of these columns
 
 # Table -> title, the published tables that it shows, and of which data sets.
 TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -159,18 +145,15 @@ def digits_table(scale: str, options: SimpleNamespace) -> Table:
 
 def cells_of(published: str, datasets: Sequence[str], scale: str, options: SimpleNamespace) -> list[Cell]:
     """Return the cells of a published table on some data sets; of its learners on the long-tailed digits."""
-    places, text = PUBLISHED[published]
     reverse, cells = published == "mismatched", []
-    for line in text.split("\n")[1:]:
-        row, numbers = line.split("|")
-        row, numbers = row.strip(), [float(number) for number in numbers.split()]
+    for row, numbers in PRINTED[published].items():
         if scale == "tiny":
             # DARP needs an estimate of the other distribution, and there is none for the digits.
             if not (reverse and row == "FixMatch + DARP"):
                 run, column = on_digits(row, options, reverse), "digits" + ", reversed" * reverse
                 cells += [Cell(row, column, run, "accuracy"), Cell(row, f"{column}, rare classes", run, "few")]
             continue
-        for place, (column, dataset, counts) in enumerate(places):
+        for place, (column, dataset, counts) in enumerate(COLUMNS[published]):
             if dataset not in datasets:
                 continue
             keys = (*counts, *(MISMATCHED.get(row, ()) if reverse else ()), "DATASET.ROOT", f"{{data}}/{dataset}")

@@ -37,7 +37,7 @@ from shared.training.randomness import numpy_rng
 from shared.training.record import Record
 from TorchSSL.core.algorithm import classify
 from TorchSSL.core.data import content
-from TorchSSL.core.evaluation import confusion_matrix, open_split, trained_options
+from TorchSSL.core.evaluation import confusion_matrix, open_split
 from TorchSSL.core.labels import (
     INDEX_FILE,
     PSEUDO_LABEL_FILE,
@@ -48,13 +48,14 @@ from TorchSSL.core.labels import (
     read_pseudo_labels,
     rows_of,
 )
+from TorchSSL.core.networks import trained_options
 from TorchSSL.core.options import NETWORK, PREDICTED_BY, PREDICTION
 
 PRIOR = 1.0       # weight of the first estimate's row, in held-out images
 ESTIMATE = (
     Option("--save_path", Text, "./saved_models/fixmatch", "folder of pseudo_label.npy and sampled_label_idx.npy"),
     Option("--dest", Text, "transition.json", "file to write, in --save_path unless it is a path"),
-    Option("--method", Choice("predictions", "held_out"), "predictions", "see above"),
+    Option("--method", Choice("predictions", "held_out"), "predictions", "estimate, see above"),
     Option("--held_out", Int(1), None, "labelled images to hold out in all, a multiple of the classes (held_out)"),
     Option("--held_out_idx", Text, None, "hold out the images named in this .npy file instead of drawn ones"),
     Option("--views", Int(1), 10, "views of every image"),

@@ -36,9 +36,9 @@ from shared.training.files import atomic, make_dir, write_text
 from shared.training.precision import commit
 from shared.training.record import Record
 from TorchSSL.core.classifier import EXPORTED, Classifier, is_snapshot, open_classifier, read_exported
-from TorchSSL.core.evaluation import NETWORK_OPTIONS
+from TorchSSL.core.networks import OPTIONS
 
-# What becomes of images of another size, for the model card.
+# The resize of other images, for the model card.
 MIDDLE = "shorter side, then the middle"
 RESIZES = {"square": "squeezed", "converted square": "squeezed", "centre": MIDDLE, "centre-edge": MIDDLE,
            "converted centre": "the middle square"}
@@ -180,7 +180,7 @@ def save_classifier(classifier: Classifier, about: Mapping[str, Any], path: Path
         return
     content = content_of(Path(options.load_path))
     known = content.get("options") or {}
-    build = {"options": {name: known[name] for name in (*NETWORK_OPTIONS, "dataset", "num_classes") if name in known},
+    build = {"options": {name: known[name] for name in (*OPTIONS, "dataset", "num_classes") if name in known},
              "arch": content.get("arch") or content.get("config", {}).get("arch"),
              "encoder": content.get("encoder"),
              "entry": "state_dict" if "state_dict" in content else "ema_model"}

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+from shared.cli import read_yaml
 from shared.report.tables import Cell, Job, Printed, Stage, Table, Tables, serve
 from TorchSSL.make_configs import CONFIG, LEARNERS
 
@@ -24,60 +25,7 @@ ROOT = HERE.parent
 PROTOCOLS = {"best on test": "best_on_test", "median of last 20": "median_of_last_20", "last": "last",
              "best on validation": "best_on_validation"}
 
-# Rows as "mean std"; "-" where nothing is printed.
-ACCURACY = {
-    "cifar10": ((40, 250, 4000), """
-        fullysupervised 95.38 .05 95.39 .04 95.38 .05
-        pimodel 25.66 1.76 53.76 1.29 86.87 .59
-        pseudolabel 25.39 .26 53.51 2.2 84.92 .19
-        pseudolabel_flex 26.26 1.96 53.86 1.81 85.25 .19
-        meanteacher 29.91 1.6 62.54 3.3 91.9 .21
-        vat 25.34 2.12 58.97 1.79 89.49 .12
-        mixmatch 63.81 6.48 86.37 .59 93.34 .26
-        remixmatch 90.12 1.03 93.7 .05 95.16 .01
-        uda 89.38 3.75 94.84 .06 95.71 .07
-        uda_flex 94.56 .52 94.98 .07 95.76 .06
-        fixmatch 92.53 .28 95.14 .05 95.79 .08
-        flexmatch 95.03 .06 95.02 .09 95.81 .01"""),
-    "cifar100": ((400, 2500, 10000), """
-        fullysupervised 80.7 .09 80.7 .09 80.73 .05
-        pimodel 13.04 .8 41.2 .66 63.35 0
-        pseudolabel 12.55 .85 42.26 .28 63.45 .24
-        pseudolabel_flex 14.28 .46 43.88 .51 64.4 .15
-        meanteacher 18.89 1.44 54.83 1.06 68.25 .23
-        vat 14.8 1.4 53.16 .79 67.86 .19
-        mixmatch 32.41 .66 60.24 .48 72.22 .29
-        remixmatch 57.25 1.05 73.97 .35 79.98 .27
-        uda 53.61 1.59 72.27 .21 77.51 .23
-        uda_flex 54.83 1.88 72.92 .15 78.09 .1
-        fixmatch 53.58 .82 71.97 .16 77.8 .12
-        flexmatch 60.06 1.62 73.51 .2 78.1 .15"""),
-    "stl10": ((40, 250, 1000), """
-        pimodel 25.69 .85 44.87 1.5 67.22 .4
-        pseudolabel 25.32 .99 44.55 2.43 67.36 .71
-        pseudolabel_flex 26.58 2.19 47.94 2.5 67.95 .37
-        meanteacher 28.28 1.45 43.51 2.75 66.1 1.37
-        vat 25.26 .38 43.58 1.97 62.05 1.12
-        mixmatch 45.07 .96 65.48 .32 78.3 .68
-        remixmatch 67.88 6.24 87.51 1.28 93.26 .14
-        uda 62.58 8.44 90.28 1.15 93.36 .17
-        uda_flex 70.47 2.1 90.97 .45 93.9 .25
-        fixmatch 64.03 4.14 90.19 1.04 93.75 .33
-        flexmatch 70.85 4.16 91.77 .39 94.23 .18"""),
-    "svhn": ((40, 250, 1000), """
-        fullysupervised 97.87 .02 97.87 .01 97.86 .01
-        pimodel 32.52 .95 86.7 1.12 92.84 .11
-        pseudolabel 35.39 5.6 84.41 .95 90.6 .32
-        pseudolabel_flex 36.79 3.64 79.58 2.11 87.95 .54
-        meanteacher 63.91 3.98 96.55 .03 96.73 .05
-        vat 25.25 3.38 95.67 .12 95.89 .2
-        mixmatch 69.4 8.39 95.44 .32 96.31 .37
-        remixmatch 75.96 9.13 93.64 .22 94.84 .31
-        uda 94.88 4.27 98.08 .05 98.11 .01
-        uda_flex 96.58 1.51 97.34 .83 97.98 .05
-        fixmatch 96.19 1.18 97.98 .02 98.04 .03
-        flexmatch 91.81 3.2 93.41 2.29 93.28 .3"""),
-}
+ACCURACY = read_yaml(CONFIG / "printed.yaml", "tables.py")  # as printed
 SUPERVISED, ALL_LABELS = "supervised, 40 labels", "fullysupervised"  # one script, without and with the other labels
 DIGITS = "digits"  # the folder of the runs on the digits, which several tables show
 IMAGENET = {"fixmatch": (56.34, 78.20), "flexmatch": (58.15, 80.52)}  # top-1 and top-5 with 100,000 labels
@@ -120,17 +68,17 @@ def digits_table(scale: str, options: SimpleNamespace) -> Table:
 
 def accuracy_table(dataset: str, scale: str, options: SimpleNamespace) -> Table:
     """Return the accuracies of all learners on one data set; on the digits with 40 labels where the scale is tiny."""
-    labels, text = ACCURACY[dataset]
-    cells = []
-    for line in text.split("\n")[1:]:
-        name, *numbers = line.split()
+    labels, cells = ACCURACY[dataset]["labels"], []
+    for name, numbers in ACCURACY[dataset].items():
+        if name == "labels":
+            continue
         if scale == "tiny":
             cells.append(Cell(name, "digits, 40 labels", on_digits(name), "accuracy"))
             continue
         for i, count in enumerate(labels):
             config = CONFIG / name / f"{name}_{dataset}_{count}_0.yaml"
             cells.append(Cell(name, f"{count} labels", learner(name, config), "accuracy",
-                              Printed(float(numbers[2 * i]), float(numbers[2 * i + 1]) or None)))
+                              Printed(numbers[2 * i], numbers[2 * i + 1] or None)))
     return Table(dataset, f"TorchSSL: accuracy on {dataset}", "README of TorchSSL, seeds 0, 1 and 2",
                  "Accuracy in %", tuple(cells), tuple(PROTOCOLS), runs=DIGITS if scale == "tiny" else "")
 

@@ -25,7 +25,8 @@ from shared.training.randomness import numpy_rng
 from shared.training.record import Record
 from TorchSSL.core.algorithm import classify
 from TorchSSL.core.data import channel_statistics
-from TorchSSL.core.evaluation import make_network, predict
+from TorchSSL.core.evaluation import predict
+from TorchSSL.core.networks import make_network
 from TorchSSL.core.trainer import cosine, make_optimizer
 
 EMA_MOMENTUM = 0.99  # of the averaged weights, which judge

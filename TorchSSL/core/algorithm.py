@@ -1,4 +1,4 @@
-"""What a learner is: the views it wants, its loss and its state; the pieces that most losses share, the masked loss of
+"""The interface of a learner: its views, its loss and its state; the pieces that most losses share, the masked loss of
 pseudo-labels and which predictions are good enough among them."""
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from shared import distributed
 from shared.distributed import World
 from shared.networks import train_mode
+from shared.training.checkpoint import Stateful
+
+# Kernels of a CPU round differently for batches of different sizes, and an image's place in the batch may matter too.
+BLOCK = 64  # images that a network gets at a time, always, where predictions must not depend on such things
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Setting:
         return self.world.device
 
 
-class Algorithm:
+class Algorithm(Stateful):
     """A semi-supervised learner; each script holds one.
 
     views: the views of every unlabelled image, in this order: "weak", "medium", "strong", or "rotated" (the first
@@ -65,7 +68,6 @@ class Algorithm:
 
     views: tuple[str, ...] = ()
     labeled_views: tuple[str, ...] = ()
-    state: tuple[str, ...] = ()
     supervised_steps = 0
     rotation_head = False
     teacher: nn.Module
@@ -77,23 +79,21 @@ class Algorithm:
         """Return the loss to descend [] and the numbers to log (tensors on the device)."""
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name) for name in self.state}
-        return {name: part if isinstance(part, Tensor) else part.state_dict() for name, part in parts.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.state:
-            if isinstance(state[name], Tensor):
-                setattr(self, name, state[name].to(self.setting.device))
-            else:
-                getattr(self, name).load_state_dict(state[name])
-
 
 def classify(net: nn.Module, images: Tensor) -> Tensor:
     """Return the class logits [n, C] of images [n, ...], at least fp32 in every precision of the network."""
     logits = net(images)
     logits = logits[0] if isinstance(logits, tuple) else logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def in_blocks(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits [n, C] of images [n, ...], which the network gets BLOCK at a time, the last ones padded."""
+    found = []
+    for block in images.split(BLOCK):
+        padding = block.new_zeros(BLOCK - len(block), *block.shape[1:])
+        found.append(classify(net, torch.cat((block, padding))))
+    return torch.cat(found)[:len(images)]
 
 
 def joint_logits(net: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
@@ -171,13 +171,15 @@ def pseudo_label_metrics(mask: Tensor, label: Tensor, truth: Tensor,
     return values
 
 
-class ClassStatus:
+class ClassStatus(Stateful):
     """Curriculum pseudo-labelling: low thresholds for classes that are learned slowly.
 
     Zhang et al., "FlexMatch", NeurIPS 2021 (arXiv 2110.08263), equations 5 to 9. `label` [images], int64: the last
     confident class of each unlabelled image, -1 for none yet. `beta` [C]: the frequency of each class there, relative
     to the most frequent one; during `warm_up`, images without a class count as one class more.
     """
+
+    state = ("label", "beta")
 
     def __init__(self, setting: Setting, warm_up: bool = True) -> None:
         self.setting, self.warm_up = setting, warm_up
@@ -208,19 +210,15 @@ class ClassStatus:
         extended.scatter_(0, torch.where(kept, index, len(self.label)), label)
         self.label = extended[:-1]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"label": self.label, "beta": self.beta}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.label, self.beta = state["label"].to(self.setting.device), state["beta"].to(self.setting.device)
-
-
-class DistributionAlignment:
+class DistributionAlignment(Stateful):
     """Predictions scaled so that their average has the class fractions of the labelled images.
 
     Berthelot et al., "ReMixMatch", ICLR 2020 (arXiv 1911.09785), section 3.1. `p_model` [C]: moving average of the
     predictions, zeros before the first batch.
     """
+
+    state = ("p_model",)
 
     def __init__(self, setting: Setting, momentum: float = 0.999) -> None:
         self.setting, self.momentum = setting, momentum
@@ -233,9 +231,3 @@ class DistributionAlignment:
         moved = self.momentum * self.p_model + (1 - self.momentum) * mean
         self.p_model = torch.where(self.p_model.sum() > 0, moved, mean)
         return normalised(probabilities * self.p_target / self.p_model.clamp(min=1e-12))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"p_model": self.p_model}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.p_model = state["p_model"].to(self.setting.device)

@@ -1,4 +1,4 @@
-"""A trained classifier: its checkpoint (published, of the original code or ours), its predictions and their metrics.
+"""The predictions of a trained classifier and their metrics.
 
 Metrics are fractions under their published names: `eval/loss` (mean cross-entropy in nats), `eval/top-1-acc`,
 `eval/top-5-acc`, `eval/precision`, `eval/recall` and `eval/F1` (means over the classes that occur), and `eval/AUC`
@@ -7,9 +7,7 @@ Metrics are fractions under their published names: `eval/loss` (mean cross-entro
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,29 +17,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from shared.cli import UserError, less_memory
-from shared.data.classes import match_labels
+from shared.data.classes import has_names, match_labels
 from shared.data.images import ImageSet, with_names
 from shared.data.photographs import PhotographSet
 from shared.data.pool import PhotographPool, Pool, evaluated, make_pool
 from shared.distributed import World, broadcast_value, gather, start
-from shared.training.checkpoint import read_checkpoint, weights_in
-from TorchSSL.core.algorithm import classify
-from TorchSSL.core.data import NORMALISATION, TrainingData, load_pools, load_split
-from TorchSSL.core.networks import build_network, first_stride_for
+from shared.training.checkpoint import read_checkpoint
+from TorchSSL.core.algorithm import BLOCK, classify, in_blocks
+from TorchSSL.core.data import TrainingData, load_pools, load_split
+from TorchSSL.core.networks import OPTIONS, trained_options
 
 # One-vs-one AUC looks at every pair of classes: with more classes than the first number only the last evaluation
 # computes it, with more than the second none (ImageNet has half a million pairs).
 AUC_EVERY_TIME, AUC_AT_ALL = 20, 200
 LOGGED_CLASSES = 100  # larger confusion matrices are not written into the log
-
-# Kernels of a CPU round differently for batches of different sizes, and an image's place in the batch may matter too.
-BLOCK = 64  # images that a network gets at a time, always, where predictions must not depend on such things
-
-# The entries of a checkpoint that hold weights: ours and the published ones first, then those of older trainers.
-AVERAGED, TRAINED = ("ema_model", "eval_model"), ("model", "train_model")
-# USB, the successor of TorchSSL, has ImageNet's numbers on CIFAR-10, and its wide networks call `fc` `classifier`.
-USB_HEAD, USB_NORMALISATION = "classifier.", {"cifar10": NORMALISATION["imagenet"]}
-NETWORK_OPTIONS = ("net", "net_from_name", "depth", "widen_factor", "leaky_slope", "dropout", "bn_momentum")
 
 
 # ---------------------------------------------------------------- predictions and metrics
@@ -65,15 +54,6 @@ def predict(net: nn.Module, pool: Pool | PhotographPool, batch_size: int = 1024,
 def predict_in_blocks(net: nn.Module, pool: Pool | PhotographPool, batch_size: int) -> torch.Tensor:
     """Return float32 logits [N, C] on the CPU as `predict` does; they do not depend on `batch_size`."""
     return predict(lambda images: in_blocks(net, images), pool, -(-batch_size // BLOCK) * BLOCK).cpu()
-
-
-def in_blocks(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Return the logits [n, C] of images [n, ...], which the network gets BLOCK at a time, the last ones padded."""
-    found = []
-    for block in images.split(BLOCK):
-        padding = block.new_zeros(BLOCK - len(block), *block.shape[1:])
-        found.append(classify(net, torch.cat((block, padding))))
-    return torch.cat(found)[:len(images)]
 
 
 def metrics(logits: torch.Tensor, labels: torch.Tensor, auc: bool | None = None) -> dict[str, float]:
@@ -133,91 +113,9 @@ def confusion_text(counts: np.ndarray) -> str:
         return f"confusion matrix:\n{rows}"
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A network in eval mode, and the normalisation of its images (None: the data set's own).
-
-    classes: their names, in the order of the outputs; () if the checkpoint does not say.
-    """
-
-    net: nn.Module
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    classes: tuple[str, ...] = ()
-
-
-def make_network(options: Mapping[str, Any], num_classes: int, in_channels: int, rotation_head: bool = False,
-                 size: tuple[int, int] | None = None) -> nn.Module:
-    """Return the untrained network of the options (keys NETWORK_OPTIONS and `dataset`); UserError.
-
-    size: (H, W) of the images; only networks of timm depend on it.
-    """
-    others = {name: options[name] for name in NETWORK_OPTIONS if name != "net"}
-    return build_network(options["net"], num_classes, first_stride=first_stride_for(options["dataset"]),
-                         rotation_head=rotation_head, in_channels=in_channels, size=size, **others)
-
-
-def load_classifier(path: str, options: SimpleNamespace, images: ImageSet,
-                    use_train_model: bool = False) -> Classifier:
-    """Load the averaged (or the trained) weights of a checkpoint into its network: ours, TorchSSL's, DPT's or USB's.
-
-    options: its network options and number of classes; a checkpoint of ours knows those that the command line does not
-    give. images: the set to classify. Raises UserError for another file, or the weights of another network.
-    """
-    content = read_checkpoint(path)
-    names = TRAINED if use_train_model else AVERAGED
-    key = next((name for name in names if name in content), None)
-    if key is None:
-        raise UserError(f"--load_path: {path} holds no {names[0]} (only {', '.join(map(str, list(content)[:8]))}); "
-                        "expected a checkpoint of a TorchSSL trainer")
-    trained = trained_options(content)
-    chosen = {name: given_or_trained(options, trained, name) for name in NETWORK_OPTIONS}
-    num_classes = given_or_trained(options, {"num_classes": images.num_classes, **trained}, "num_classes")
-    state = strip_prefix(weights_in(content, key, path))
-    mean, std = content.get("mean"), content.get("std")
-    if USB_HEAD + "weight" in state and not chosen["net_from_name"]:
-        state = {name.replace(USB_HEAD, "fc.", 1) if name.startswith(USB_HEAD) else name: value
-                 for name, value in state.items()}
-        mean, std = USB_NORMALISATION.get(options.dataset, (None, None))
-        if mean is None:
-            print(f"warning: {path} is a checkpoint of USB; its images of {options.dataset} are taken to be "
-                  "normalised as TorchSSL does", file=sys.stderr)
-    net = make_network({**chosen, "dataset": options.dataset}, num_classes, images.channels,
-                       rotation_head="rot_classifier.weight" in state, size=tuple(images.size))
-    check_fits(state, net, path)
-    net.load_state_dict(state)
-    return Classifier(net.eval(), mean, std, tuple(map(str, content.get("classes") or ())))
-
-
-def trained_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the options that a checkpoint of ours was trained with; {} for other checkpoints."""
-    options = content.get("options")
-    return options if isinstance(options, Mapping) else {}
-
-
 def given_or_trained(options: SimpleNamespace, trained: Mapping[str, Any], name: str) -> Any:
     """Return an option of the command line, else of the training, else its default."""
     return getattr(options, name) if name in options.given else trained.get(name, getattr(options, name))
-
-
-def strip_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state dict without the `module.` that data-parallel training puts before every name."""
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def check_fits(state: Mapping[str, torch.Tensor], net: nn.Module, path: str) -> None:
-    """Raise UserError, naming the first difference, unless the weights are those of this network."""
-    ours = net.state_dict()
-    different = next((f"{name} is {list(state[name].shape)} there, {list(ours[name].shape)} here" for name in ours
-                      if name in state and state[name].shape != ours[name].shape), None)
-    missing = sorted(set(ours) ^ set(state))
-    if different or missing:
-        reason = different or f"{missing[0]} is only in {'the network' if missing[0] in ours else 'the checkpoint'}"
-        raise UserError(f"{path}: the weights of another network ({reason}); give --net, --depth, --widen_factor, "
-                        "--num_classes and --dataset as in its training")
 
 
 # ---------------------------------------------------------------- what scripts do with a classifier
@@ -231,6 +129,8 @@ def open_split(options: SimpleNamespace, split: str) -> tuple[nn.Module, Pool | 
     Data set and folder are those of the training unless given. Labels are numbers of the classifier's classes, by
     name. Raises UserError.
     """
+    from TorchSSL.core.classifier import open_classifier  # knows the networks of all papers, which no trainer needs
+
     device = start(options.device).device
     trained = trained_options(read_checkpoint(options.load_path))
     options.dataset = given_or_trained(options, trained, "dataset")
@@ -239,16 +139,14 @@ def open_split(options: SimpleNamespace, split: str) -> tuple[nn.Module, Pool | 
         images = load_pools(options.dataset, options.data_dir, options.download)[1]
     else:
         images = load_split(options.dataset, split, options.data_dir, options.download)
-    classifier = load_classifier(options.load_path, options, images, options.use_train_model)
-    if classifier.classes:
+    given = {name: getattr(options, name) for name in (*OPTIONS, "num_classes") if name in options.given}
+    classifier = open_classifier(options.load_path, device, options.dataset, options.use_train_model, given)
+    if classifier.channels != images.channels:
+        raise UserError(f"{options.load_path}: classifies images of {classifier.channels} channel(s), those of "
+                        f"{options.dataset} have {images.channels}")
+    if has_names(classifier.classes):
         images = with_names(images, classifier.classes, options.dataset)
-    mean, std = classifier.mean, classifier.std
-    if mean is None or std is None:
-        if options.dataset not in NORMALISATION:
-            raise UserError(f"--load_path: {options.load_path} does not say how the images of {options.dataset} were "
-                            "normalised; use a checkpoint of this project's trainer")
-        mean, std = NORMALISATION[options.dataset]
-    return classifier.net.to(device), make_pool(images, tuple(mean), tuple(std), device), images
+    return classifier.net, make_pool(images, classifier.mean, classifier.std, device), images
 
 
 def predict_split(options: SimpleNamespace, split: str) -> tuple[torch.Tensor, ImageSet | PhotographSet]:
@@ -265,11 +163,15 @@ def keep_confident(data: TrainingData, options: SimpleNamespace, world: World) -
     """
     if options.aug_filter is None:
         return data
+    from TorchSSL.core.classifier import open_classifier  # as in open_split
+
     extra = data.labeled.subset(slice(data.num_real, None))
-    judge_options = SimpleNamespace(**{**vars(options), "given": set()})  # its own network, not the one to train
-    judge = load_classifier(options.aug_filter, judge_options, extra)
-    pool = make_pool(extra, judge.mean or data.mean, judge.std or data.std, world.device)
-    probabilities = predict(judge.net.to(world.device), pool, options.eval_batch_size).softmax(1)
+    judge = open_classifier(options.aug_filter, world.device, options.dataset)
+    if judge.channels != extra.channels:
+        raise UserError(f"--aug_filter: {options.aug_filter} classifies images of {judge.channels} channel(s), those "
+                        f"of {options.dataset} have {extra.channels}")
+    pool = make_pool(extra, judge.mean, judge.std, world.device)
+    probabilities = predict(judge.net, pool, options.eval_batch_size).softmax(1)
     if probabilities.shape[1] != data.num_classes:
         raise UserError(f"--aug_filter: {options.aug_filter} knows {probabilities.shape[1]} classes, {options.dataset} "
                         f"has {data.num_classes}")

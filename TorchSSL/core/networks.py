@@ -7,7 +7,9 @@ biased convolutions and LeakyReLU. ResNet50: He et al. 2016, with the stride in 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import PurePath
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -255,6 +257,8 @@ def leave_to_data_parallel(net: nn.Module) -> None:
 
 WIDE = {"WideResNet": WideResNet, "WideResNetVar": WideResNetVar}
 NAMES = (*WIDE, "ResNet50")
+OPTIONS = ("net", "net_from_name", "depth", "widen_factor", "leaky_slope", "dropout", "bn_momentum")
+AS_TRAINED = "; give --net, --depth, --widen_factor, --num_classes and --dataset as in its training"
 
 
 def build_network(name: str, num_classes: int, *, net_from_name: bool = False, depth: int = 28, widen_factor: int = 2,
@@ -314,3 +318,35 @@ def first_stride_for(dataset: str) -> int:
     dataset: a name, or a path whose last part counts.
     """
     return 2 if PurePath(dataset).name.lower().startswith("stl") else 1
+
+
+def make_network(options: Mapping[str, Any], num_classes: int, in_channels: int, rotation_head: bool = False,
+                 size: tuple[int, int] | None = None) -> nn.Module:
+    """Return the untrained network of the options (keys OPTIONS and `dataset`); UserError.
+
+    size: (H, W) of the images; only networks of timm depend on it.
+    """
+    others = {name: options[name] for name in OPTIONS if name != "net"}
+    return build_network(options["net"], num_classes, first_stride=first_stride_for(options["dataset"]),
+                         rotation_head=rotation_head, in_channels=in_channels, size=size, **others)
+
+
+def trained_options(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options that a checkpoint of ours was trained with; {} for other checkpoints."""
+    options = content.get("options")
+    return options if isinstance(options, Mapping) else {}
+
+
+def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | PurePath, advice: str = "") -> None:
+    """Load the weights of a checkpoint; UserError, naming the first difference, for those of another network."""
+    ours = {name: value.shape for name, value in net.state_dict().items()}
+    theirs = {name: value.shape for name, value in state.items()}
+    if odd := sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)):
+        raise UserError(f"{path}: the weights of another network ({odd[0]} is {list(theirs.get(odd[0], ()))} there, "
+                        f"{list(ours.get(odd[0], ()))} in {type(net).__name__}){advice}")
+    net.load_state_dict(dict(state))
+
+
+def strip_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without the `module.` that data-parallel training puts before every name."""
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}

@@ -24,7 +24,7 @@ from shared.cli import UserError
 from shared.data.classes import class_folders
 from shared.data.images import ImageSet, UnequalSizes
 from TorchSSL.core.data import load_pools, load_training_data
-from TorchSSL.core.evaluation import make_network
+from TorchSSL.core.networks import make_network
 
 ROOT = Path(__file__).resolve().parents[2]
 GIGABYTE = 1 << 30

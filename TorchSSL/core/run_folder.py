@@ -19,8 +19,8 @@ from shared.training.files import atomic, lock, make_dir, move_aside, write_json
 from shared.training.precision import computed_on
 from shared.training.run import Run, plain
 from TorchSSL.core.data import TrainingData, write_split
-from TorchSSL.core.evaluation import check_fits, strip_prefix
 from TorchSSL.core.labels import INDEX_FILE
+from TorchSSL.core.networks import AS_TRAINED, load_weights, strip_prefix
 
 LATEST, BEST, CONFIG, RESULT = "latest_model.pth", "model_best.pth", "config.json", "result.json"
 
@@ -101,9 +101,7 @@ def load_foreign(run: Run, trainer: Any, options: SimpleNamespace) -> None:
         if missing:
             raise UserError(f"--load_path: {path} is no checkpoint of a trainer: it holds no {sorted(missing)[0]}")
         for name, target in (("model", trainer.net), ("ema_model", trainer.ema)):
-            state = strip_prefix(content[name])
-            check_fits(state, trainer.net, path)
-            target.load_state_dict(state)
+            load_weights(getattr(target, "module", target), strip_prefix(content[name]), path, AS_TRAINED)
         try:
             trainer.optimizer.load_state_dict(content["optimizer"])
         except ValueError as error:

@@ -23,7 +23,8 @@ from shared.cli import UserError
 from shared.data.cache import fill_arrays
 from shared.data.images import ImageSet
 from shared.data.photographs import MEAN, STD, PhotographSet, open_rgb
-from shared.data.pool import choose_decoder
+from shared.data.pool import dali_decoder
+from shared.data.safe import read_file
 from shared.distributed import World
 from shared.parallel import cores, one_ahead
 from shared.training.checkpoint import READ_ERRORS
@@ -150,16 +151,11 @@ def decoded(photographs: PhotographSet, view: CentralView, parts: Sequence[np.nd
             workers: int, decoder: str) -> Iterator[Tensor]:
     """Yield the photographs at each part's positions as an encoder sees them: float32 [n, 3, size, size], normalised by
     ImageNet's mean and std. Each part is decoded while the caller works on the one before."""
-    by_dali = decoder == "dali" or (decoder == "auto" and device.type == "cuda")
-    decode = None
-    if by_dali and choose_decoder(decoder) == "dali":
-        from shared.data.dali import Decoder  # an optional package
-
-        decode = Decoder(device, workers)
+    decode = dali_decoder(decoder, device, workers)
 
     def make(part: np.ndarray) -> Tensor:
         files = photographs.files[part].tolist()
-        payloads = pool.map(_read, files)
+        payloads = pool.map(read_file, files)
         if decode is None:
             seen = pool.map(lambda payload, file: view(open_rgb(payload, file)), payloads, files)
             return torch.from_numpy(np.stack(list(seen)).transpose(0, 3, 1, 2))
@@ -168,10 +164,3 @@ def decoded(photographs: PhotographSet, view: CentralView, parts: Sequence[np.nd
     with ThreadPoolExecutor(workers) as pool:
         for pixels in one_ahead(map(make, parts)):
             yield normalise(to_device(pixels, device), MEAN, STD)
-
-
-def _read(file: str) -> bytes:
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None

@@ -248,20 +248,19 @@ def are_numbers(folders: Collection[str]) -> bool:
     return bool(folders) and all(name.isascii() and name.isdigit() for name in folders)
 
 
-def classes_by_folder(names: Sequence[str], source: str | Path, classes: Sequence[str] | None = None,
-                      loose: bool = False) -> FolderClasses | None:
+def classes_by_folder(names: Sequence[str], source: str | Path, loose: bool = False) -> FolderClasses | None:
     """Return the classes of images by their top-level folders; None if there are no class folders.
 
-    names: paths relative to the root. classes: as in `class_numbers`. loose: images beside the folders are a class of
-    their own, the first, as in the published converter; otherwise they have none. Raises UserError.
+    names: paths relative to the root. loose: images beside the folders are a class of their own, the first, as in the
+    published converter; otherwise they have none. Raises UserError.
     """
     tops = [name.partition("/")[0] if "/" in name else "" for name in names]
     folders = set(tops) if loose else set(tops) - {""}
     if not folders - {""} or all(map(_is_numbered, names)):
         return None
-    numbers = class_numbers(folders, source, classes)
+    numbers = class_numbers(folders, source)
     by_number = {number: folder for folder, number in numbers.items()}
-    found = tuple(classes or (by_number.get(c, str(c)) for c in range(max(by_number) + 1)))
+    found = tuple(by_number.get(c, str(c)) for c in range(max(by_number) + 1))
     return FolderClasses(np.array([numbers.get(top, -1) for top in tops], np.int64), found)
 
 
@@ -309,12 +308,23 @@ def listed_labels(files: ImageFiles) -> Labels | None:
     return labels
 
 
-def labels_of(files: ImageFiles, source: str | Path) -> FolderClasses | None:
+def in_order(files: ImageFiles, prefix: str = "") -> tuple[ImageFiles, FolderClasses | None]:
+    """Return the images as every reader counts them, and their classes: as listed, or class folder after class folder,
+    without those that lie in none. prefix: as in `labels_of`. Raises UserError."""
+    found = labels_of(files, prefix)
+    if found is None or listed_labels(files) is not None:
+        return files, found
+    order = in_class_order(found.labels, [name.removeprefix(prefix) for name in files.names])
+    kept = replace(files, members=tuple(files.members[position] for position in order))
+    return kept, FolderClasses(found.labels[order], found.names)
+
+
+def labels_of(files: ImageFiles, prefix: str = "") -> FolderClasses | None:
     """Return the classes of images by a list of labels, else by class folders; None without either, or for labels that
-    are lists of numbers. Raises UserError."""
+    are lists of numbers. prefix: of all names, before the class folder. Raises UserError."""
     labels = listed_labels(files)
     if labels is None:
-        return classes_by_folder(files.names, source)
+        return classes_by_folder([name.removeprefix(prefix) for name in files.names], files.path)
     if isinstance(labels[0], list):
         return None
     numbers = np.array([-1 if label is None else label for label in labels], np.int64)

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -129,7 +128,7 @@ def _absent(name: str, split: str, data_dir: Path) -> str:
 
 
 def _download(name: str, split: str, data_dir: Path) -> None:
-    """Fetch what a split needs with torchvision, which checks every file."""
+    """Fetch the files of a split with torchvision, which checks each of them."""
     from torchvision import datasets
     from torchvision.datasets.utils import download_and_extract_archive, download_url
 
@@ -175,11 +174,7 @@ def own_classes(path: Path, prefix: str = "") -> tuple[str, ...]:
     """Return the class names of an own set in label order, without decoding an image; () without labels."""
     if path.is_file() and path.suffix.lower() == ".npz":
         return npz_classes(path)
-    files = find_images(path, prefix)
-    short = replace(files, members=tuple(member._replace(name=member.name.removeprefix(prefix))
-                                         for member in files.members),
-                    labels={name.removeprefix(prefix): label for name, label in files.labels.items()})
-    found = labels_of(short, path)
+    found = labels_of(find_images(path, prefix), prefix)
     return () if found is None else found.names
 
 
@@ -206,7 +201,7 @@ def training_classes(path: Path) -> tuple[str, ...]:
 
 
 def own_part(path: Path, split: str) -> tuple[Path, str]:
-    """Return the folder or file of a split of an own set, and what its names begin with inside it; UserError."""
+    """Return the folder or file of a split of a user's set, and the prefix of its names inside; UserError."""
     part, prefix = _part(path, split)
     if part is None:
         raise UserError(_no_split(path, split))
@@ -214,7 +209,7 @@ def own_part(path: Path, split: str) -> tuple[Path, str]:
 
 
 def _part(path: Path, split: str) -> tuple[Path | None, str]:
-    """Return the folder or file of a split, and what its names begin with inside it."""
+    """Return the folder or file of a split, and the prefix of its names inside."""
     names = SPELLINGS.get(split, (split,))
     if path.is_dir():
         there = {name: [path / f"{name}{end}" for end in ENDINGS if (path / f"{name}{end}").exists()]
@@ -239,7 +234,7 @@ def _part(path: Path, split: str) -> tuple[Path | None, str]:
 
 @lru_cache(maxsize=8)
 def _top_folders(path: Path, size: int, changed: int) -> frozenset[str]:
-    """Return the top-level folders of a ZIP; its size and time of change are the key to what is remembered."""
+    """Return the top-level folders of a ZIP; remembered by its size and time of change."""
     return frozenset(member.name.partition("/")[0] for member in zip_members(path) if "/" in member.name)
 
 

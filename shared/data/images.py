@@ -23,11 +23,10 @@ from shared.cli import UserError
 from shared.data.cache import Allocate, Stored, cached
 from shared.data.classes import (
     ImageFiles,
-    classes_by_folder,
     find_images,
     find_table,
     has_names,
-    in_class_order,
+    in_order,
     listed_labels,
     match_labels,
 )
@@ -60,7 +59,7 @@ class ImageSet:
     images: uint8 [N, C, H, W], C = 1 (gray) or 3 (RGB); may be memory-mapped.
     labels: int64 [N]; -1 where the class is unknown.
     classes: names of the classes, in label order; () if no image has a label.
-    name: what messages call the set.
+    name: of the set in messages.
     vectors: float32 [N, D] where dataset.json labels images by lists of numbers in place of classes.
     """
 
@@ -299,34 +298,22 @@ def read_images(path: str | Path, *, resolution: int | None = None, channels: in
 
 
 def _read_files(files: ImageFiles, channels: int | None, part: str, allocate: Allocate) -> Stored:
-    labels = listed_labels(files)
-    if labels is None:
-        return _read_by_folder(files, channels, part, allocate)
-    images, notes = decode(files, channels, allocate), [*files.notes]
-    unknown = np.full(len(files), -1, np.int64)
-    if isinstance(labels[0], list):
-        return Stored(images, unknown, vectors=np.array(labels, np.float32), notes=files.notes)
-    numbers = np.array([-1 if label is None else label for label in labels], np.int64)
-    if missing := [name for name, label in zip(files.names, labels, strict=True) if label is None]:
+    kept, found = in_order(files, part)
+    listed, notes = listed_labels(files), [*files.notes]
+    images = decode(kept, channels, allocate)
+    if found is None:
+        vectors = None if listed is None else np.array(listed, np.float32)
+        return Stored(images, np.full(len(files), -1, np.int64), vectors=vectors, notes=files.notes)
+    if listed is not None and (missing := [name for name, label in zip(files.names, listed, strict=True)
+                                           if label is None]):
         notes.append(f"{len(missing)} of {len(files)} images have no label in {files.label_file} (first: "
                      f"{missing[0]}); they count as unlabelled")
-    classes = files.classes or tuple(str(c) for c in range(numbers.max() + 1))
-    return Stored(images, numbers, classes, notes=tuple(notes))
-
-
-def _read_by_folder(files: ImageFiles, channels: int | None, part: str, allocate: Allocate) -> Stored:
-    names = [name.removeprefix(part) for name in files.names]
-    found = classes_by_folder(names, files.path)
-    if found is None:
-        return Stored(decode(files, channels, allocate), np.full(len(files), -1, np.int64), notes=files.notes)
-    order = in_class_order(found.labels, names)
-    labels, notes = found.labels[order], [*files.notes]
-    if loose := len(files) - len(order):
+    if loose := len(files) - len(kept):
         notes.append(f"{loose} images that lie in no class folder are left out")
-    if empty := sorted(set(range(len(found.names))) - set(labels.tolist())):
+    empty = sorted(set(range(len(found.names))) - set(found.labels.tolist()))
+    if listed is None and empty:
         notes.append(f"no image of class {', '.join(found.names[c] for c in empty[:10])}")
-    kept = replace(files, members=tuple(files.members[i] for i in order))
-    return Stored(decode(kept, channels, allocate), labels, found.names, notes=tuple(notes))
+    return Stored(images, found.labels, found.names, notes=tuple(notes))
 
 
 def decode(files: ImageFiles, channels: int | None, allocate: Allocate) -> np.ndarray:

@@ -8,7 +8,6 @@ import importlib.util
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from shared.data.photographs import (
     View,
     open_rgb,
 )
+from shared.data.safe import read_file
 from shared.parallel import cores, one_ahead
 from shared.training.precision import to_device
 
@@ -59,7 +59,7 @@ class Pool:
         """Return uint8 [n, C, H, W] on the device; nothing waits for it."""
         if self.resident is not None:
             return self.resident[to_device(indices, self.device)]
-        # A copy, so that read-only memory maps stay untouched. Sorted reads would be faster only from spinning disks.
+        # A copy, since memory maps are read-only. Sorted reads would be faster only from spinning disks.
         return to_device(self.host[indices], self.device)
 
     def normalised(self, indices: np.ndarray) -> Tensor:
@@ -74,7 +74,7 @@ def fits(size: int, device: torch.device) -> bool:
 
 def make_pool(images: ImageSet | PhotographSet, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device,
               workers: int = 1, decoder: str = "auto") -> Pool | PhotographPool:
-    """Return what batches of the set are drawn from."""
+    """Return the pool of a set: a Pool or PhotographPool."""
     if isinstance(images, PhotographSet):
         return PhotographPool(images, mean, std, device, workers, decoder)
     return Pool(images, mean, std, device)
@@ -89,11 +89,20 @@ def evaluated(pool: Pool | PhotographPool, parts: Sequence[np.ndarray]) -> Itera
 # --------------------------------------------------------------------------------------------------------- photographs
 
 def choose_decoder(name: str) -> str:
-    """Return "dali" or "torchvision": the one asked for, or for "auto" DALI where it is installed; UserError."""
+    """Return "dali" or "torchvision": "auto" is DALI if installed. Raises UserError."""
     found = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "dali" and not found:
         raise UserError("NVIDIA DALI is not installed: pip install nvidia-dali-cuda130, or decode with torchvision")
     return name if name != "auto" else "dali" if found else "torchvision"
+
+
+def dali_decoder(name: str, device: torch.device, threads: int) -> Callable[..., list[Tensor]] | None:
+    """Return shared.data.dali.Decoder, None for torchvision. "auto": both decode alike on a CPU, DALI is for GPUs."""
+    if choose_decoder(name) != "dali" or name == "auto" and device.type != "cuda":
+        return None
+    from shared.data.dali import Decoder  # an optional package
+
+    return Decoder(device, threads)
 
 
 class PhotographPool:
@@ -110,13 +119,7 @@ class PhotographPool:
         self.photographs, self.mean, self.std, self.device = photographs, mean, std, device
         self.labels = torch.from_numpy(photographs.labels).to(device)
         self.threads = ThreadPoolExecutor(min(4 * max(1, workers), 4 * cores()))
-        # On a CPU both decode alike; DALI is for the decoders of a GPU.
-        by_dali = decoder == "dali" or (decoder == "auto" and device.type == "cuda")
-        self.dali = None
-        if by_dali and choose_decoder(decoder) == "dali":
-            from shared.data.dali import Decoder  # an optional package
-
-            self.dali = Decoder(device, 4 * max(1, workers))
+        self.dali = dali_decoder(decoder, device, 4 * max(1, workers))
         self.last: tuple[np.ndarray, list[Tensor]] = (np.zeros(0, np.int64), [])
 
     def __len__(self) -> int:
@@ -164,17 +167,10 @@ class PhotographPool:
         """Return uint8 [3, H, W] each; those of the last call are kept, since several views follow each other."""
         if not np.array_equal(self.last[0], positions):
             files = self.photographs.files[positions].tolist()
-            payloads = list(self.threads.map(_read, files))
+            payloads = list(self.threads.map(read_file, files))
             decoded = self.dali(payloads, files) if self.dali else list(self.threads.map(_decode, payloads, files))
             self.last = (positions.copy(), decoded)
         return self.last[1]
-
-
-def _read(file: str) -> bytes:
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _decode(payload: bytes, file: str) -> Tensor:
@@ -200,7 +196,7 @@ def canvases(sizes: np.ndarray) -> Iterator[slice]:
 
 
 def _fitted(draws: StrongDraws, sizes: np.ndarray) -> StrongDraws:
-    """Return the draws of n images with the centres of their cutouts moved to where they are in `sizes` [n, 2]."""
+    """Return the draws of n images with the centres of their cutouts scaled to `sizes` [n, 2]."""
     fraction = (TRAIN_SIDE - draws.cutout_centre) / (TRAIN_SIDE - 1)  # 0..1 from the far side back to the first pixel
     sides = sizes[:, ::-1]  # width, height
     return StrongDraws(draws.operations, draws.magnitudes, draws.cutout_fraction, sides + (1 - sides) * fraction)
@@ -213,7 +209,7 @@ def batches(photographs: Photographs, view: View, request: Callable[[int], Reque
     """Yield (float32 [n, 3, size, size] normalised, int64 [n]) on `device` for every step, made ahead of time.
 
     request: step -> which photographs it wants and how to crop them, so a run continues at any step with the same
-    batches. workers: threads that decode. A view without crops gives the label -1 to what stands in for a bad
+    batches. workers: threads that decode. A view without crops gives the label -1 to the stand-in of a bad
     photograph. Raises UserError for photographs that cannot be used.
     """
     if choose_decoder(decoder) == "dali":

@@ -105,7 +105,7 @@ def read_members(path: Path, members: Sequence[Member]) -> Iterator[bytes]:
     """Yield the content of each member of the folder or ZIP at `path`, one at a time, checked by its CRC."""
     if not members or members[0].offset < 0:
         for member in members:
-            yield _read_file(path / member.name)
+            yield read_file(path / member.name)
         return
     with open(path, "rb") as file:
         for member in members:
@@ -116,11 +116,12 @@ def read_members(path: Path, members: Sequence[Member]) -> Iterator[bytes]:
                                 ) from None
 
 
-def _read_file(path: Path) -> bytes:
+def read_file(path: str | os.PathLike) -> bytes:
+    """Return the content of an image file; raise UserError, naming it."""
     try:
-        if path.stat().st_size > MAX_MEMBER_BYTES:
+        if os.path.getsize(path) > MAX_MEMBER_BYTES:
             raise UserError(f"{path}: larger than {MAX_MEMBER_BYTES} bytes, which no image here should be")
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 

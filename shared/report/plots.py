@@ -68,7 +68,7 @@ def image_grid(rows: Mapping[str, np.ndarray], path: str | os.PathLike, title: s
 class Panel:
     """One chart of `curves`. lines: name -> (x, y); values that are not finite leave gaps.
 
-    xlabel, ylabel: what is drawn and its unit. percent: y is a fraction from 0 to 1, drawn from 0 to 100 %. log_x:
+    xlabel, ylabel: quantity and unit. percent: y is a fraction from 0 to 1, drawn from 0 to 100 %. log_x:
     logarithmic x axis.
     """
 
@@ -112,7 +112,7 @@ def confusion_matrices(matrices: Mapping[str, np.ndarray], classes: Sequence[str
                        labels: tuple[str, str] = ("true", "predicted")) -> None:
     """Write confusion matrices side by side: title -> int counts [C, C], row = true class, column = predicted class.
 
-    labels: what is written beside the rows and below the columns.
+    labels: names of the rows and of the columns.
 
     The colour is the fraction of the row (true class); the text in a cell is the count.
     """
@@ -186,7 +186,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], pa
              title: str = "", xlabel: str = "", ylabel: str = "", unit: str = "", form: str = "{:.1f}") -> None:
     """Write a table of numbers [rows, columns] as colours with the number in each cell; not finite: an empty cell.
 
-    unit: what the numbers are, beside the colours.
+    unit: of the numbers, beside the colours.
     """
     values = np.asarray(values, np.float64)
     if values.shape != (len(rows), len(columns)):

@@ -1,6 +1,6 @@
 """A table of a paper as a command: the runs it needs are run or continued, aggregated and compared with print.
 
-    python -m TorchSSL.tables cifar10 --list              # the runs, and what is done
+    python -m TorchSSL.tables cifar10 --list              # the runs and their state
     python -m TorchSSL.tables cifar10 --only fixmatch     # run what is missing, write table.md, .csv, .json and .png
     python -m TorchSSL.tables cifar10 --scale tiny        # the same machinery on the digits, in minutes
 
@@ -53,7 +53,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Job:
-    """What fills one or more cells: its stages run in order, once per seed.
+    """The run of one or more cells: its stages run in order, once per seed.
 
     name        folder of the run
     stages      the commands; each continues what it finds in the folder when it is started again
@@ -138,7 +138,7 @@ class Task:
         return words
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes two runs the same: the commands, without the places of this machine, and the files."""
+        """Return the identity of a run: the commands, without the paths of this machine, and the files."""
         places = {str(self.folder): "{out}", str(self.data_dir): "{data}", str(ROOT): "{root}"}
         commands = {stage.name: self.words(stage) for stage in self.job.stages}
         for place, name in places.items():

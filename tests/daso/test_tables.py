@@ -73,7 +73,9 @@ def test_no_printed_cell_is_left_out() -> None:
              for name in tables.TABLES}
     by_data_set = cells["cifar10-lt"] | cells["cifar100-lt"] | cells["stl10-lt"]
     assert by_data_set == cells["matched"] | cells["mismatched"] and len(by_data_set) == 10 * 8 + 5 * 8
-    assert tables.PUBLISHED["matched"][1].count("|") == 10 and tables.PUBLISHED["mismatched"][1].count("|") == 5
+    assert len(tables.PRINTED["matched"]) == 10 and len(tables.PRINTED["mismatched"]) == 5
+    assert all(len(numbers) == 2 * len(tables.COLUMNS[name]) for name, rows in tables.PRINTED.items()
+               for numbers in rows.values())
 
 
 @pytest.mark.parametrize("name", list(tables.TABLES))

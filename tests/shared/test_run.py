@@ -123,13 +123,11 @@ def test_nan_stops_at_its_step_and_saves_nothing_of_it(tmp_path):
     assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 14
 
 
-def test_other_settings_are_refused_and_restart_starts_anew(whole, tmp_path):
+def test_other_settings_are_refused(tmp_path):
     run(PROGRAM, tmp_path, "--lr", "0.2", "--steps", "8")
     before = (tmp_path / "checkpoint.pt").read_bytes()
     assert "lr was 0.2, is 0.1" in one_line_error(run(PROGRAM, tmp_path, status=2))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    run(PROGRAM, tmp_path, "--restart")
-    assert_same(final(whole), final(tmp_path))
 
 
 def test_overwrite_moves_another_run_aside_and_nothing_else(whole, whole_of_two, tmp_path):
@@ -154,7 +152,7 @@ def test_a_finished_run_says_so(whole):
     assert (whole / "checkpoint.pt").read_bytes() == before
 
 
-def test_another_input_is_named_and_restart_starts_anew(tmp_path):
+def test_another_input_is_named(tmp_path):
     file, folder = tmp_path / "input", tmp_path / "run"
     file.write_text("1")
     run(PROGRAM, folder, "--input", file, "--steps", "8")
@@ -166,7 +164,7 @@ def test_another_input_is_named_and_restart_starts_anew(tmp_path):
     assert "another content of --input" in line
     assert "another content of --input" in one_line_error(run(PROGRAM, folder, status=2))
     assert (folder / "checkpoint.pt").read_bytes() == before
-    run(PROGRAM, folder, "--input", file, "--steps", "8", "--restart")
+    run(PROGRAM, folder, "--input", file, "--steps", "8", "--overwrite")
     assert "complete" in run(PROGRAM, folder, "--input", file, "--steps", "8").stdout
 
 

@@ -19,7 +19,6 @@ FLAGS = (
     Option("--lr", Float(0), 0.1),
     Option("--save-every", Int(1), 7),
     Option("--pause", Float(0), 0.0, unit="s"),
-    Option("--restart", Flag, False),
     Option("--overwrite", Flag, None),
     Option("--input", help="a file that the run depends on"),
 )
@@ -33,7 +32,7 @@ def main() -> None:
     ema = EMA(net)
     model = distributed.data_parallel(net, world)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    run = Run(args.outdir, {"lr": args.lr}, dict(net=net, ema=ema, optimizer=optimizer), world, restart=args.restart,
+    run = Run(args.outdir, {"lr": args.lr}, dict(net=net, ema=ema, optimizer=optimizer), world,
               overwrite=args.overwrite, save_every=args.save_every,
               log=Log(args.outdir, world, every=5, tensorboard=False),
               inputs={"--input": args.input})

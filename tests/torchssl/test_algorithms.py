@@ -28,8 +28,7 @@ from TorchSSL.core.algorithm import (
     pseudo_label_metrics,
 )
 from TorchSSL.core.data import Batches, load_training_data
-from TorchSSL.core.evaluation import make_network
-from TorchSSL.core.networks import WideResNet
+from TorchSSL.core.networks import WideResNet, make_network
 from TorchSSL.core.trainer import Trainer
 from TorchSSL.make_configs import CONFIG, LEARNERS, all_files
 

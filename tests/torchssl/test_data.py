@@ -17,8 +17,9 @@ from tests.golden.cases import facts
 from tests.torchssl import tiny
 from tests.torchssl.test_inputs import make_images
 from TorchSSL import freematch
+from TorchSSL.core.classifier import open_classifier
 from TorchSSL.core.data import Batches, channel_statistics, load_training_data
-from TorchSSL.core.evaluation import keep_confident, load_classifier
+from TorchSSL.core.evaluation import keep_confident
 from TorchSSL.core.labels import CIFAR10_ONE_LABEL_A_CLASS, cifar10_one_label_split, class_balanced_split
 
 
@@ -89,7 +90,7 @@ def test_confident_extra_images_are_kept() -> None:
     make_images(Path("extra"), count=6)
     options, data = data_of("--aug_path=extra", "--aug_filter=saved_models/tiny/model_best.pth")
     extra = data.labeled.subset(slice(20, None))
-    judge = load_classifier(options.aug_filter, options, extra)
+    judge = open_classifier(options.aug_filter)
     with torch.no_grad():
         logits = judge.net(normalise(torch.from_numpy(extra.images), data.mean, data.std))
     confidence = logits.softmax(1)[torch.arange(60), torch.from_numpy(extra.labels)].numpy()

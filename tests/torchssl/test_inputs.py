@@ -17,7 +17,8 @@ from tests.shared.programs import one_line_error, run
 from tests.torchssl import tiny
 from TorchSSL import eval as evaluation_script
 from TorchSSL import freematch, get_labels
-from TorchSSL.core.evaluation import make_network, open_split
+from TorchSSL.core.evaluation import open_split
+from TorchSSL.core.networks import make_network
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +186,7 @@ def checkpoint_hostile(file: Path) -> str:
 
 def checkpoint_of_something_else(file: Path) -> str:
     torch.save({"weights": torch.zeros(3)}, file)
-    return "holds no ema_model"
+    return "holds no classifier"
 
 
 def checkpoint_of_numbers(file: Path) -> str:

@@ -2,16 +2,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 
-from shared.data.datasets import load_dataset
-from shared.data.images import ImageSet
+from shared.cli import UserError
 from TorchSSL import eval as evaluation_script
+from TorchSSL.core.classifier import open_classifier
 from TorchSSL.core.data import NORMALISATION
-from TorchSSL.core.evaluation import load_classifier
 from TorchSSL.core.networks import ResNet50, WideResNet, WideResNetVar
 
 # Flags of eval.py -> network; the golden cases have those of the published depth. USB calls the four stages
@@ -21,11 +20,6 @@ PUBLISHED = {
     "--depth=10 --net=WideResNetVar --dataset=stl10": lambda: WideResNetVar(10, depth=10, first_stride=2),
     "--net=ResNet50": lambda: ResNet50(10),
 }
-
-
-def rgb(dataset: str = "cifar10") -> ImageSet:
-    images = load_dataset("digits", "test")
-    return ImageSet(images.images.repeat(3, 1), images.labels, images.classes, dataset)
 
 
 @pytest.mark.parametrize(("key", "prefix", "head"), [
@@ -42,28 +36,41 @@ def test_foreign_checkpoints(flags: str, key: str, prefix: str, head: str, tmp_p
     torch.save({key: {prefix + name.replace("fc.", head, 1) if name.startswith("fc.") else prefix + name: value
                       for name, value in saved.items()}, "it": 3}, tmp_path / "theirs.pth")
     options = evaluation_script.parse(flags.split())
-    found = load_classifier(str(tmp_path / "theirs.pth"), options, rgb())
-    for name, value in found.net.state_dict().items():
-        assert torch.equal(value, saved[name]), name
-    assert not found.net.training
+    for given in ({}, {name: getattr(options, name) for name in options.given & {"net", "depth"}}):
+        found = open_classifier(tmp_path / "theirs.pth", dataset=options.dataset, given=given)
+        for name, value in found.net.state_dict().items():
+            assert torch.equal(value, saved[name]), name
+        assert not found.net.training
 
 
-def test_normalisation_of_a_usb_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_normalisation_of_a_usb_checkpoint(tmp_path: Path) -> None:
     """ImageNet's numbers on CIFAR-10; elsewhere TorchSSL's are taken, and that is said."""
     state = {name.replace("fc.", "classifier."): value
              for name, value in WideResNet(10, depth=10, widen_factor=1).state_dict().items()}
     torch.save({"ema_model": state}, tmp_path / "theirs.pth")
-    options = evaluation_script.parse(["--depth=10", "--widen_factor=1"])
-    found = load_classifier(str(tmp_path / "theirs.pth"), options, rgb())
-    assert (found.mean, found.std) == NORMALISATION["imagenet"] and not capsys.readouterr().err
-    elsewhere = SimpleNamespace(**{**vars(options), "dataset": "svhn"})
-    assert load_classifier(str(tmp_path / "theirs.pth"), elsewhere, rgb("svhn")).mean is None
-    assert "USB" in capsys.readouterr().err
+    found = open_classifier(tmp_path / "theirs.pth", dataset="cifar10")
+    assert (found.mean, found.std) == NORMALISATION["imagenet"]
+    with pytest.warns(UserWarning, match="USB"):
+        assert open_classifier(tmp_path / "theirs.pth", dataset="svhn").mean == NORMALISATION["svhn"][0]
+
+
+def test_flags_that_contradict_a_checkpoint(tmp_path: Path) -> None:
+    torch.save({"ema_model": WideResNet(10, depth=10, widen_factor=1).state_dict()}, tmp_path / "theirs.pth")
+    with pytest.raises(UserError, match="the weights of another network .*; give --net, --depth"):
+        open_classifier(tmp_path / "theirs.pth", dataset="cifar10", given={"depth": 16})
+
+
+def test_networks_of_torchvision_by_their_flags(tmp_path: Path) -> None:
+    """Also one whose names are like those of another paper's networks."""
+    for name in ("shufflenet_v2_x0_5", "mobilenet_v3_small"):
+        net = torchvision.models.get_model(name, num_classes=3)
+        torch.save({"ema_model": net.state_dict()}, tmp_path / "theirs.pth")
+        found = open_classifier(tmp_path / "theirs.pth", dataset="cifar10", given={"net": name, "net_from_name": True})
+        assert type(found.network) is type(net) and len(found.classes) == 3
 
 
 def test_rotation_head_of_a_checkpoint(tmp_path: Path) -> None:
     """A network that was trained with ReMixMatch evaluates like any other."""
     state = WideResNet(10, depth=10, widen_factor=1, rotation_head=True).state_dict()
     torch.save({"ema_model": state, "mean": (0.5,) * 3, "std": (0.2,) * 3}, tmp_path / "theirs.pth")
-    options = evaluation_script.parse(["--depth=10", "--widen_factor=1"])
-    assert load_classifier(str(tmp_path / "theirs.pth"), options, rgb()).net.rot_classifier is not None
+    assert open_classifier(tmp_path / "theirs.pth").network.rot_classifier is not None
