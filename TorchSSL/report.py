@@ -11,6 +11,7 @@ report.json, it writes mean, standard deviation and differences over these inste
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import Environment, FileSystemLoader
 
 from EDM.metrics.metrics import frechet_distance_of_features
 from shared.cli import Option, UserError, parse, run_main
@@ -28,10 +30,10 @@ from shared.data.pool import Pool
 from shared.distributed import start
 from shared.report.history import read_json, read_lines, seconds_by_step
 from shared.report.plots import Panel, confusion_matrices, curves, image_grid
+from shared.report.table_report import difference, known, mean, std
 from shared.training.files import make_dir, write_json, write_text
 from TorchSSL.core.classifier import open_classifier
 from TorchSSL.core.data import load_pools
-from TorchSSL.core.report_text import CONTROLS, over_seeds, run_markdown, run_summary, seeds_markdown
 
 FLAGS = (
     Option("--out", required=True, metavar="DIR", help="folder for report.json, report.md and the pictures"),
@@ -55,6 +57,21 @@ STEPS = {"classifier": "stage1", "pseudo-labels": "stage1", "pseudo-data set": "
          "diffusion model": "stage2", "generated images": "stage2", "classifier again": "stage3",
          "transition": "stage2_tdsm", "noise classifier": "stage2_tdsm", "diffusion model tdsm": "stage2_tdsm",
          "generated images tdsm": "stage2_tdsm", "classifier again tdsm": "stage3_tdsm"}
+CONTROLS = {"other_seed": "stage 1, another training seed, same labels",
+            "twice": "stage 1, the iterations of stages 1 and 3 together",
+            "real_all": "stage 3 with all pseudo-labelled real images in place of generated ones",
+            "real_balanced": "stage 3 with as many pseudo-labelled real images of every class"}
+TDSM = "stage 3 with images of TDSM, which knows that pseudo-labels err"
+ROWS = {"stage1_accuracy": "stage 1", "stage3_accuracy": "stage 3 (with generated images)",
+        "stage3_tdsm_accuracy": TDSM, "images_right_plain": "generated images that show their class",
+        "images_right_tdsm": "generated images that show their class, TDSM",
+        "pseudo_label_accuracy": "pseudo-labels of the training images",
+        **{f"control_{name}": title for name, title in CONTROLS.items()}}
+SUBTRAHENDS = {"stage3_minus_stage1_accuracy": "stage 1",
+               "stage3_minus_stage1_two_runs": "the mean of two stage-1 runs (the cautious figure)",
+               **{f"stage3_minus_control_{name}": title for name, title in CONTROLS.items()}}
+TDSM_SUBTRAHENDS = {"stage3_tdsm_minus_stage3_accuracy": "stage 3 of plain DPT",
+                    "stage3_tdsm_minus_stage1_accuracy": "stage 1"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = make_dir(options.out)
     if options.seed_report:
         content = over_seeds([read_json(Path(folder) / "report.json", required=True) for folder in options.seed_report])
-        text = summary = seeds_markdown(content)
+        text = summary = markdown(content)
     else:
         content = collect(options, out)
-        text, summary = run_markdown(content), run_summary(content)
+        text, summary = markdown(content), run_summary(content)
     write_json(out / "report.json", content)
     write_text(out / "report.md", text)
     print(f"{summary}\nreport: {out.resolve() / 'report.md'}")
@@ -223,6 +240,87 @@ def series(lines: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float]
     """Return the points of the lines that have both keys."""
     having = [line for line in lines if x in line and y in line]
     return [line[x] for line in having], [line[y] for line in having]
+
+
+# ---------------------------------------------------------------- several seeds
+
+
+def over_seeds(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the aggregate of the report.json contents of single seeds, of one data set and number of labels.
+
+    Accuracies are those of the last iteration. The plain keys (stage1_accuracy, ...) are means over the seeds;
+    differences are paired.
+    """
+    values = {name: [report.get(name) for report in reports] for name in
+              ("stage1_accuracy", "pseudo_label_accuracy", "stage3_accuracy", "stage3_tdsm_accuracy")}
+    for kind in ("plain", "tdsm"):
+        values[f"images_right_{kind}"] = [report.get("tdsm", {}).get("images_of_the_right_class", {}).get(kind)
+                                          for report in reports]
+    for name in dict.fromkeys(name for report in reports for name in report["controls"]):
+        values[f"control_{name}"] = [report["controls"].get(name, {}).get("last") for report in reports]
+    values["stage1_two_runs"] = [
+        (first + second) / 2 if None not in (first, second) else None
+        for first, second in zip(values["stage1_accuracy"], values.get("control_other_seed", []), strict=False)]
+
+    differences = {f"stage3_minus_{name}": difference(values["stage3_accuracy"], found)
+                   for name, found in values.items()
+                   if name in ("stage1_accuracy", "stage1_two_runs") or name.startswith("control_")}
+    differences |= {f"stage3_tdsm_minus_{name}": difference(values["stage3_tdsm_accuracy"], values[name])
+                    for name in ("stage3_accuracy", "stage1_accuracy")}
+    first = reports[0]
+    means = {name: mean(values[name]) for name in ("stage1_accuracy", "pseudo_label_accuracy", "stage3_accuracy",
+                                                   "stage3_tdsm_accuracy")}
+    if means["stage3_tdsm_accuracy"] is None:
+        del means["stage3_tdsm_accuracy"]
+    return {
+        **{key: first[key] for key in ("dataset", "labels", "training_images", "test_images", "iterations")},
+        "seeds": [report["seed"] for report in reports], **means,
+        "pseudo_label_accuracy_by_class": {
+            name: mean([report["pseudo_label_accuracy_by_class"].get(name) for report in reports])
+            for name in first["pseudo_label_accuracy_by_class"]},
+        "seconds": {name: mean([report["seconds"].get(name) for report in reports])
+                    for name in dict.fromkeys(name for report in reports for name in report["seconds"])},
+        "summary": {name: {"mean": mean(found), "standard_deviation": std(found), "seeds": len(known(found)),
+                           "by_seed": found} for name, found in values.items() if known(found)},
+        "differences": {name: found for name, found in differences.items() if found},
+        "hardware": first["hardware"], "versions": first["versions"]}
+
+
+# ---------------------------------------------------------------- text
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def points(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.2f}"
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Return report.md of the content of report.json, of one seed or of several."""
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "core"), trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"percent": percent, "points": points}
+    accuracy, accuracies = content.get("accuracy", {}), {}
+    if accuracy:
+        accuracies = {ROWS["stage1_accuracy"]: accuracy["stage1"], ROWS["stage3_accuracy"]: accuracy["stage3"],
+                      TDSM: accuracy.get("stage3_tdsm"),
+                      **{CONTROLS[name]: values for name, values in content["controls"].items()}}
+    text = pages.get_template("report.md.jinja").render(content, accuracies=accuracies, rows=ROWS, subtrahends=SUBTRAHENDS,
+                                                  tdsm_subtrahends=TDSM_SUBTRAHENDS)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def run_summary(content: Mapping[str, Any]) -> str:
+    """Return the few lines for the console."""
+    gain = "" if content["difference"] is None else f"  ({points(content['difference'])} points)"
+    lines = [f"stage 1, accuracy on the test set   {percent(content['stage1_accuracy'])} %",
+             f"pseudo-labels that are right        {percent(content['pseudo_label_accuracy'])} %",
+             f"stage 3, accuracy on the test set   {percent(content['stage3_accuracy'])} %{gain}"]
+    if "tdsm" in content:
+        lines.append(f"stage 3, the same with TDSM         {percent(content['stage3_tdsm_accuracy'])} %  "
+                     f"({points(content['tdsm']['minus_stage3'])} over plain DPT)")
+    return "\n".join([*lines, f"seconds                             {content['seconds'].get('total', 0):.0f}"])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from PIL import Image
 
 from shared.cli import UserError
 from TorchSSL import report
-from TorchSSL.core.report_text import over_seeds
 
 CLASSES = ["cat", "dog", "newt"]
 
@@ -93,7 +92,7 @@ def test_over_seeds(experiment, monkeypatch):
     figures = [(0.7, 0.8, 0.72), (0.8, 0.85, 0.84), (0.9, 0.88, 0.86)]
     reports = [{**first, "seed": seed, "stage1_accuracy": a, "stage3_accuracy": b,
                 "controls": {"other_seed": {"last": c}}} for seed, (a, b, c) in enumerate(figures)]
-    content = over_seeds(reports)
+    content = report.over_seeds(reports)
     a, b, c = np.array(figures).T
     assert content["stage1_accuracy"] == pytest.approx(a.mean()) and content["seeds"] == [0, 1, 2]
     assert content["summary"]["stage3_accuracy"]["standard_deviation"] == pytest.approx(b.std(ddof=1))
@@ -117,7 +116,7 @@ def test_over_seeds(experiment, monkeypatch):
 
 def test_seeds_with_missing_stages_are_left_out_of_the_differences(experiment, monkeypatch):
     first = make(experiment, monkeypatch)
-    content = over_seeds([first, {**first, "seed": 2, "stage3_accuracy": None}])
+    content = report.over_seeds([first, {**first, "seed": 2, "stage3_accuracy": None}])
     assert content["differences"]["stage3_minus_stage1_accuracy"] == dict(mean=0.125, standard_error=None, positive=1,
                                                                           seeds=1)
     assert content["summary"]["stage3_accuracy"]["by_seed"] == [0.875, None]
@@ -142,7 +141,7 @@ def test_a_second_stage_that_knows_its_noise_is_compared_with_plain_dpt(experime
                   "from 30 further labelled images, which plain DPT did not have", "0.125 from the true ones"):
         assert words in text
     assert "93.75 %  (+6.25 over plain DPT)" in capsys.readouterr().out
-    over = over_seeds([content, {**content, "stage3_tdsm_accuracy": 0.875, "seed": 2}])
+    over = report.over_seeds([content, {**content, "stage3_tdsm_accuracy": 0.875, "seed": 2}])
     assert over["differences"]["stage3_tdsm_minus_stage3_accuracy"]["mean"] == pytest.approx(0.03125)
     assert over["summary"]["images_right_tdsm"]["mean"] == pytest.approx(0.83)
     assert "stage3_minus_stage3_tdsm_accuracy" not in over["differences"]
@@ -151,7 +150,7 @@ def test_a_second_stage_that_knows_its_noise_is_compared_with_plain_dpt(experime
 def test_without_it_the_report_does_not_mention_it(experiment, monkeypatch):
     content = make(experiment, monkeypatch)
     assert "tdsm" not in content and "TDSM" not in (experiment / "out" / "report.md").read_text()
-    assert "stage3_tdsm_accuracy" not in over_seeds([content])
+    assert "stage3_tdsm_accuracy" not in report.over_seeds([content])
 
 
 def test_seconds_add_up_over_interruptions_and_start_anew_with_another_command(tmp_path):
