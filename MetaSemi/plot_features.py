@@ -17,16 +17,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from MetaSemi.core.data import NORMALISATION
+from MetaSemi.core.data import statistics
 from MetaSemi.core.model import ConvLarge, SmallNet, shakeshake26
 from MetaSemi.core.options import COUNT, DATASETS
 from shared import distributed
-from shared.cli import Choice, Flag, Int, Option, UserError, parse, run_main
+from shared.cli import Flag, Int, Option, UserError, parse, run_main
 from shared.data.datasets import load_dataset
-from shared.data.images import ImageSet
+from shared.data.images import ImageSet, with_names
 from shared.data.pool import Pool
+from shared.option_types import NameOrPath
 from shared.training.checkpoint import read_checkpoint, weights_in
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, make_dir, write_array
 from shared.training.progress import progress
 
 # Colours of the classes, in the published order; further classes begin anew.
@@ -35,7 +36,7 @@ COLOURS = ("lightcoral", "darkgreen", "cadetblue", "darkorange", "peru", "cornfl
 BATCH = 100
 FLAGS = {
     "published flags": (
-        Option("--dataset", Choice(*DATASETS), "svhn", "data set of the run"),
+        Option("--dataset", NameOrPath(*DATASETS), "svhn", "data set of the run, or its folder of own images"),
         Option("--data-path", default="./data", metavar="DIR", help="folder of the data sets"),
         Option("--checkpoint-path", required=True, metavar="FILE", help="checkpoint.pth or model_best.pth"),
         Option("--index-path", required=True, metavar="FILE", help="label_indices.txt of the run"),
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     unlabeled = np.setdiff1d(np.arange(len(train)), labeled)
     print(f"# data: {len(train)}, labeled: {len(labeled)}, unlabeled: {len(unlabeled)}", flush=True)
     net = load_network(options.checkpoint_path, train.channels).to(distributed.start().device)
+    names = read_checkpoint(options.checkpoint_path).get("classes", train.classes)
+    train, test = (with_names(part, names, f"--dataset {options.dataset}") for part in (train, test))
 
     rng = np.random.default_rng(options.seed)
     points = [labeled, unlabeled, np.arange(len(test))]
@@ -68,14 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.embed_all:
         points, chosen = [places[kept] for places, kept in zip(points, chosen, strict=True)], [slice(None)] * 3
     sets = [train.subset(points[0]), train.subset(points[1]), test.subset(points[2])]
-    vectors = np.concatenate([features(net, part, options.dataset) for part in sets])
+    mean, std = statistics(options.dataset, train)
+    vectors = np.concatenate([features(net, part, mean, std) for part in sets])
     classes = np.concatenate([part.labels for part in sets])
 
     folder = make_dir(options.save_path)
     aligned = embed(vectors, options.seed)
     for name, content in (("aligned.npy", aligned), ("classes.npy", classes)):
-        with atomic(folder / name) as file:
-            np.save(file, content)
+        write_array(folder / name, content)
     ends = np.cumsum([len(part) for part in sets])[:-1]
     panels = [(places[kept], found[kept]) for places, found, kept in
               zip(np.split(aligned, ends), np.split(classes, ends), chosen, strict=True)]
@@ -121,9 +124,9 @@ def load_network(path: str, channels: int) -> torch.nn.Module:
     return net.eval()
 
 
-def features(net: torch.nn.Module, images: ImageSet, dataset: str) -> np.ndarray:
+def features(net: torch.nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Return the classifier's input for each image, float32 [N, D], in order."""
-    pool = Pool(images, *NORMALISATION[dataset], next(net.parameters()).device)
+    pool = Pool(images, mean, std, next(net.parameters()).device)
     with torch.inference_mode():
         found = [net.features(pool.normalised(np.arange(start, min(start + BATCH, len(pool))))).cpu()
                  for start in progress(range(0, len(pool), BATCH), "features", unit="batches")]

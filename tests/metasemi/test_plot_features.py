@@ -13,6 +13,7 @@ from MetaSemi.core.data import NORMALISATION
 from shared.augment.views import normalise
 from shared.cli import UserError
 from shared.data.datasets import load_dataset
+from shared.data.writers import write_folder
 from tests.metasemi import tiny
 
 
@@ -64,6 +65,24 @@ def test_embedding_of_all(trained: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with torch.no_grad():
         wanted = net.features(normalise(torch.from_numpy(test.images[:5].copy()), *NORMALISATION["digits"]))
     np.testing.assert_allclose(np.load(out / "aligned.npy")[len(train):][:5], wanted[:, :2], rtol=1e-5, atol=1e-6)
+
+
+def test_own_images_by_the_names_of_their_classes(tmp_path: Path) -> None:
+    """The test set lacks a class, and a further set numbers the classes of the checkpoint otherwise."""
+    digits = load_dataset("digits", "train").subset(slice(0, 150))
+    for split, missing in (("train", 10), ("test", 4)):
+        write_folder(digits.subset(np.flatnonzero(digits.labels != missing)), tmp_path / "own" / split)
+        for folder in (tmp_path / "own" / split).iterdir():
+            folder.rename(folder.with_name(f"digit {folder.name}"))
+    tiny.run(tmp_path, "--dataset=own", "--total-steps=4")
+    with pytest.warns(UserWarning, match="no image of class digit 4"):
+        plot(tmp_path / "run", tmp_path / "out", f"--dataset={tmp_path / 'own'}", "--num-point=40")
+    classes = np.load(tmp_path / "out" / "classes.npy")
+    assert set(classes[:20]) == set(range(10)) and 4 not in classes[60:]
+    for split in ("train", "test"):
+        (tmp_path / "own" / split / "digit 0").rename(tmp_path / "own" / split / "zero")
+    with pytest.raises(UserError, match="the class 'zero' is not one of the training set's classes"):
+        plot(tmp_path / "run", tmp_path / "out", f"--dataset={tmp_path / 'own'}")
 
 
 @pytest.mark.parametrize("content, words", [("", "is empty"), ("3\n4\nfive\n", "found 'five'"), ("1\n-2\n", "'-2'"),

@@ -74,7 +74,7 @@ def bad_commands(script: str, command: str) -> Iterator[list[str]]:
     for place, option in enumerate(files[:3]):
         for bad in (BAD_FILES[place], BAD_FILES[(3 + 5 * place + len(script)) % len(BAD_FILES)]):
             yield words(option, f"bad/{bad}")
-    yield [*words(options[0], plausible(options[0])), "--no-such-flag"]
+    yield [*(words(options[0], plausible(options[0])) if options else []), "--no-such-flag"]
 
 
 def is_output(option: Option) -> bool:

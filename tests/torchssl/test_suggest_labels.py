@@ -186,7 +186,7 @@ def test_mistakes_are_one_line(photographs: Path, tmp_path: Path) -> None:
             ([digits, "--features=a", "--encoder=b"], "--features and --encoder: give one of them"),
             ([digits, "--budget=2000"], "--budget 2000: only 1297 images have no label yet"),
             ([own, f"--features={tmp_path}/short.npy"], r"expected floats \[12, D\]"),
-            ([own, f"--features={tmp_path}/nan.npy"], "the features are not finite"),
+            ([own, f"--features={tmp_path}/nan.npy"], "--features: the features of .* are not finite"),
             ([own, f"--features={tmp_path}/two.npz"], "holds a, b; expected `features`"),
             ([own, f"--labeled={tmp_path}/other.csv"], "names x.png, which is not among the images"),
             ([digits, f"--labeled={tmp_path}/nan.npy"], "must hold positions in 0..1296"),
