@@ -59,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_images(options, config)
     images = training_images(config)
     validation_images(config, images.classes)
+    rows = len(images) * (2 if config.dataset.get("mirror", True) else 1)
+    if "2" in options.stages and config.train.batch_size > rows:
+        raise UserError(f"--config.train.batch_size={config.train.batch_size}: {options.dataset} has only {rows} "
+                        "latents; give a smaller batch")
     write_labels(options, images, dest / "labels.txt")
 
     if options.dataset in NAMES:

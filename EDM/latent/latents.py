@@ -15,7 +15,6 @@ import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,18 +31,9 @@ MOMENTS, LABELS, ABOUT = "moments.npy", "labels.npy", "latents.json"
 MAKE = "make it with extract_imagenet_features_semi.py"
 
 
-class Rows(Protocol):
-    """Moments and classes by row number."""
-
-    def __len__(self) -> int: ...
-
-    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return moments [n, 2C, s, s] and classes int64 [n] of these rows."""
-
-
 @dataclass(frozen=True)
 class ArrayRows:
-    """Rows of two arrays, the moments memory-mapped."""
+    """Moments [N, 2C, s, s], memory-mapped, and classes int64 [N] by row number."""
 
     moments: np.ndarray
     labels: np.ndarray
@@ -52,6 +42,7 @@ class ArrayRows:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return moments [n, 2C, s, s] and classes int64 [n] of these rows."""
         return self.moments[rows], self.labels[rows]
 
 
@@ -79,10 +70,10 @@ class PublishedRows:
 
 @dataclass(frozen=True)
 class Latents:
-    """rows: see Rows. classes: names in label order, () if unknown. coder: fingerprint of the VAE, "" if unknown."""
+    """classes: names in label order, () if unknown. coder: fingerprint of the VAE, "" if unknown."""
 
     folder: Path
-    rows: Rows
+    rows: ArrayRows | PublishedRows
     classes: tuple[str, ...] = ()
     scale: float = SCALE
     coder: str = ""

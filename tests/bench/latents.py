@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from EDM.latent.latents import Rows, read_latents
+from EDM.latent.latents import read_latents
 from EDM.latent.schedules import ContinuousSchedule
 from EDM.latent.training import loss_of
 from EDM.latent.uvit import UViT
@@ -98,7 +98,7 @@ def attention(shape: tuple[int, ...], device: torch.device, steps: int) -> dict[
 
 
 def rows_of(folder: Path, shape: tuple[int, ...]) -> Callable[[np.ndarray], object]:
-    rows: Rows = read_latents(folder, shape).rows
+    rows = read_latents(folder, shape).rows
     return rows.take
 
 

@@ -70,6 +70,9 @@ def test_a_folder_for_photographs(tmp_path, monkeypatch):
     images = photographs(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     flags = [f"--config={CONFIGS}/own.py", f"--dataset={images}", "--dest=run", "--config.train.n_steps=7", *NO_VAE]
+    with pytest.raises(UserError, match="--config.train.batch_size=256: .* has only 18 latents; give a smaller batch"):
+        prepare.main(flags)
+    flags.append("--config.train.batch_size=4")
     prepare.main([*flags, "--encoder=timm:test_vit"])
     config = read_config("run/config.py")
     assert (config.image_path, config.nnet.num_classes, config.train.n_steps) == (str(images), 3, 7)
