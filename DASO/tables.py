@@ -9,18 +9,17 @@ How they are run, aggregated and written: shared/report/tables.py. Printed numbe
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 from shared.cli import Int, Option, read_yaml
+from shared.report.history import percent, read_json
 from shared.report.tables import Cell, Job, Printed, Stage, Table, Tables, serve
 
 HERE = Path(__file__).resolve().parent
-# Accuracies of result.json by protocol; the published tables report the median of the last 20 evaluations.
-PROTOCOLS = {"median of last 20": "median_of_last_20", "last": "last", "best on validation": "best_on_validation",
-             "best on test": "best_on_test"}
+# The published tables report the median of the last 20 evaluations.
+BY = ("median of last 20", "last", "best on validation", "best on test")
 LOGIT_ADJUSTMENT, ABC = ("ALGORITHM.LOGIT_ADJUST.APPLY", "True"), ("ALGORITHM.ABC.APPLY", "True")
 DARP = ("ALGORITHM.DARP.APPLY", "True")
 # Added keys of a row with another class distribution of the unlabelled images.
@@ -96,11 +95,8 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 
 def read_accuracy(folder: Path) -> dict[str, dict[str, float]]:
     """Return {"accuracy": by protocol, "few": of the rarest classes} in % from a run's result.json."""
-    file = next((folder / "run").glob("*/result.json"))
-    result = json.loads(file.read_text(encoding="utf-8"))
-    found = {"accuracy": result["accuracy"], **result["groups"]}
-    return {name: {protocol: 100 * values[key] for protocol, key in PROTOCOLS.items() if values.get(key) is not None}
-            for name, values in found.items()}
+    result = read_json(next((folder / "run").glob("*/result.json")))
+    return {name: percent(values) for name, values in {"accuracy": result["accuracy"], **result["groups"]}.items()}
 
 
 def training(file: str, keys: Sequence[str], name: str = "train") -> Stage:
@@ -167,7 +163,7 @@ def table_of(name: str, scale: str, options: SimpleNamespace) -> Table:
     title, published, datasets = TABLES[name]
     cells = [cell for which in published for cell in cells_of(which, datasets, scale, options)]
     return Table(name, f"DASO: {title}", "Oh et al., CVPR 2022, tables 1 and 2 (from memory)", "Accuracy in %",
-                 tuple(sorted(cells, key=lambda cell: list(ROWS).index(cell.row))), tuple(PROTOCOLS),
+                 tuple(sorted(cells, key=lambda cell: list(ROWS).index(cell.row))), BY,
                  runs=DIGITS if scale == "tiny" else PAPER)
 
 

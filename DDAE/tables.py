@@ -10,11 +10,11 @@ shared/report/tables.py.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+from shared.report.history import percent, read_json
 from shared.report.tables import Cell, Job, Printed, Stage, Table, Tables, Values, serve
 
 HERE = Path(__file__).resolve().parent
@@ -53,10 +53,7 @@ def on_config(config: str) -> tuple[str, ...]:
 
 
 def accuracies(path: Path) -> dict[str, float]:
-    """Return the accuracies of a result.json in percent by protocol."""
-    found = json.loads(path.read_text(encoding="utf-8"))["accuracy"]
-    names = {LAST: "last", BEST: "best_on_test"}
-    return {protocol: 100 * found[key] for protocol, key in names.items() if key in found}
+    return percent(read_json(path, required=True)["accuracy"])
 
 
 # ---------------------------------------------------------------- CIFAR-10
@@ -76,7 +73,7 @@ def published_chain(config: str) -> Job:
     def read(folder: Path) -> Values:
         values: dict[str, dict[str, float]] = {}
         for epoch in epochs:
-            fid = json.loads((folder / f"fid_{epoch}.json").read_text(encoding="utf-8"))["fid"]
+            fid = read_json(folder / f"fid_{epoch}.json", required=True)["fid"]
             values[f"FID {epoch}"] = {LAST: fid}
             values[f"acc {epoch}"] = accuracies(folder / f"probe_{epoch}" / "result.json")
         return values

@@ -9,12 +9,12 @@ How they are run, aggregated and written: shared/report/tables.py.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from shared.report.history import read_json
 from shared.report.tables import Cell, Job, Printed, Stage, Table, Tables, serve
 
 HERE = Path(__file__).resolve().parent
@@ -82,7 +82,7 @@ def noisy_job(dataset: str, kind: str, percent: int, method: str) -> Job:
 
 def read_evaluation(folder: Path) -> dict[str, dict[str, float]]:
     """Return the columns from the result.json of evaluate.py."""
-    found = json.loads((folder / "evaluation" / "result.json").read_text(encoding="utf-8"))
+    found = read_json(folder / "evaluation" / "result.json", required=True)
     return {column: {LAST: factor * found[key]} for column, (keys, factor) in COLUMNS.items() for key in keys
             if key in found}
 
@@ -162,8 +162,7 @@ def clean_job(setting: Setting, arch: str) -> Job:
                       f"--json={{out}}/range{number}/result.json", *setting.sampling)
 
     def read(folder: Path) -> dict[str, dict[str, float]]:
-        found = [json.loads((folder / f"range{number}" / "result.json").read_text(encoding="utf-8"))
-                 for number in range(3)]
+        found = [read_json(folder / f"range{number}" / "result.json", required=True) for number in range(3)]
         values = [content["fd_judge" if tiny else "fid"] for content in found]
         return {"FID": {"lowest of three": min(values), "first": values[0]}}
 

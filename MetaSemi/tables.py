@@ -8,17 +8,17 @@ How they are run, aggregated and written: shared/report/tables.py.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 from shared.cli import Choice, Flag, Option
+from shared.report.history import percent, read_json
 from shared.report.tables import Cell, Job, Printed, Stage, Table, Tables, Values, serve
 
 HERE = Path(__file__).resolve().parent
-# Accuracies of result.json by protocol; the published tables report the best one on the test set.
-PROTOCOLS = {"best on test": "best_on_test", "median of last 20": "median_of_last_20", "last": "last"}
+# The published tables report the best accuracy on the test set.
+BY = ("best on test", "median of last 20", "last")
 
 # Data set -> its labels and flags in the README of the original; the seed there is that of our seed 0.
 SETTINGS = {"svhn": (1000, ("--alpha=0.1", "--weight-decay=5e-5"), 7788),
@@ -50,8 +50,8 @@ MORE_FLAGS = (
 
 def read_error(folder: Path) -> Values:
     """Return the error in % by protocol from a run's result.json, and its top-5 error, if any."""
-    accuracy = json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))["accuracy"]
-    values = {"error": {name: 100 - 100 * accuracy[key] for name, key in PROTOCOLS.items()}}
+    accuracy = read_json(folder / "run" / "result.json", required=True)["accuracy"]
+    values = {"error": {protocol: 100 - value for protocol, value in percent(accuracy).items()}}
     if "last_top5" in accuracy:
         values["top-5 error"] = {"last": 100 - 100 * accuracy["last_top5"]}
     return values
@@ -86,7 +86,7 @@ def ablation_table(scale: str, options: SimpleNamespace) -> Table:
                               training(f"all-labels_{dataset}", "train_baseline", flags, seed), "error",
                               Printed(error)))
     return Table("ablation", "MetaSemi and its parts", "Zhang et al., AISTATS 2021, ConvLarge", "Error in %",
-                 tuple(cells), tuple(PROTOCOLS))
+                 tuple(cells), BY)
 
 
 def view(dataset: str, scale: str, options: SimpleNamespace) -> Table:
@@ -107,7 +107,7 @@ def imagenet_table(scale: str, options: SimpleNamespace) -> Table:
     if scale == "tiny":
         tiny = [cell for cell in ablation_table(scale, options).cells if cell.column == "digits, 20 labels"
                 and cell.row in ("labels only", "MetaSemi (both)")]
-        return Table("imagenet", title, source, unit, tuple(tiny), tuple(PROTOCOLS), seeds=(0,), runs="ablation-tiny")
+        return Table("imagenet", title, source, unit, tuple(tiny), BY, seeds=(0,), runs="ablation-tiny")
     count, cells = int(options.processes), []
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}") if count > 1 else ()
     for row, (script, (top1, top5)) in IMAGENET.items():

@@ -31,6 +31,7 @@ from EDM.training.networks import PRECONDITIONERS
 from EDM.training.snapshots import Snapshot, read_snapshot, write_snapshot
 from shared.cli import Choice, Flag, Option, Text, UserError, parse, run_main
 from shared.networks import TimmNetwork
+from shared.report.history import read_json
 from shared.training.checkpoint import read_checkpoint
 from shared.training.files import atomic, make_dir, write_text
 from shared.training.precision import commit
@@ -259,7 +260,8 @@ def difference(network: Exported, other: Callable[..., Tensor]) -> float:
 def model_card(network: Exported, options: SimpleNamespace) -> str:
     """Return a README in Markdown from the metadata, the checkpoint and the result.json beside it."""
     about, path = network.about, Path(options.load_path)
-    result, trained = read_result(path), {} if is_snapshot(path) else content_of(path).get("options") or {}
+    result = read_json(path.with_name("result.json")) or {}
+    trained = {} if is_snapshot(path) else content_of(path).get("options") or {}
     classes = about["classes"] or ()
     rows = {"Network": trained.get("net") or about.get("network") or about["kind"],
             "Images": f"{about['channels']} x {about['size'][0]} x {about['size'][1]}",
@@ -275,15 +277,6 @@ def model_card(network: Exported, options: SimpleNamespace) -> str:
              f"Code: fewlabel, commit {commit()}, MIT licence. The licence of these weights is their owner's choice, "
              "within that of the data.", ""]
     return "\n".join(lines)
-
-
-def read_result(checkpoint: Path) -> dict[str, Any]:
-    """Return the result.json beside a checkpoint; {} without one."""
-    try:
-        found = json.loads((checkpoint.parent / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def labels_line(result: Mapping[str, Any]) -> str | None:

@@ -306,8 +306,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         accuracies = {ROWS["stage1_accuracy"]: accuracy["stage1"], ROWS["stage3_accuracy"]: accuracy["stage3"],
                       TDSM: accuracy.get("stage3_tdsm"),
                       **{CONTROLS[name]: values for name, values in content["controls"].items()}}
-    text = pages.get_template("report.md.jinja").render(content, accuracies=accuracies, rows=ROWS, subtrahends=SUBTRAHENDS,
-                                                  tdsm_subtrahends=TDSM_SUBTRAHENDS)
+    text = pages.get_template("report.md.jinja").render(
+        content, accuracies=accuracies, rows=ROWS, subtrahends=SUBTRAHENDS, tdsm_subtrahends=TDSM_SUBTRAHENDS)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

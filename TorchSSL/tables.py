@@ -10,20 +10,18 @@ How they are run, aggregated and written: shared/report/tables.py.
 """
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 from shared.cli import read_yaml
+from shared.report.history import percent, read_json
 from shared.report.tables import Cell, Job, Printed, Stage, Table, Tables, serve
 from TorchSSL.make_configs import CONFIG, LEARNERS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# Accuracies of result.json by protocol; the published tables report the best one on the test set.
-PROTOCOLS = {"best on test": "best_on_test", "median of last 20": "median_of_last_20", "last": "last",
-             "best on validation": "best_on_validation"}
+# The published tables report the best accuracy on the test set.
+BY = ("best on test", "median of last 20", "last", "best on validation")
 
 ACCURACY = read_yaml(CONFIG / "printed.yaml", "tables.py")  # as printed
 SUPERVISED, ALL_LABELS = "supervised, 40 labels", "fullysupervised"  # one script, without and with the other labels
@@ -32,13 +30,9 @@ IMAGENET = {"fixmatch": (56.34, 78.20), "flexmatch": (58.15, 80.52)}  # top-1 an
 DPT_ERROR = Printed(4.68, 0.17)  # CIFAR-10, 40 labels; the deviation is from memory
 
 
-def percent(accuracy: Mapping[str, float | None]) -> dict[str, float]:
-    return {protocol: 100 * accuracy[key] for protocol, key in PROTOCOLS.items() if accuracy.get(key) is not None}
-
-
 def read_accuracy(folder: Path) -> dict[str, dict[str, float]]:
     """Return {"accuracy": by protocol, "top-5": the last} in % from a run's result.json."""
-    result = json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))
+    result = read_json(folder / "run" / "result.json", required=True)
     return {"accuracy": percent(result["accuracy"]), "top-5": {"last": 100 * result["last"]["eval/top-5-acc"]}}
 
 
@@ -80,7 +74,7 @@ def accuracy_table(dataset: str, scale: str, options: SimpleNamespace) -> Table:
             cells.append(Cell(name, f"{count} labels", learner(name, config), "accuracy",
                               Printed(numbers[2 * i], numbers[2 * i + 1] or None)))
     return Table(dataset, f"TorchSSL: accuracy on {dataset}", "README of TorchSSL, seeds 0, 1 and 2",
-                 "Accuracy in %", tuple(cells), tuple(PROTOCOLS), runs=DIGITS if scale == "tiny" else "")
+                 "Accuracy in %", tuple(cells), BY, runs=DIGITS if scale == "tiny" else "")
 
 
 def imagenet_table(scale: str, options: SimpleNamespace) -> Table:
@@ -91,14 +85,14 @@ def imagenet_table(scale: str, options: SimpleNamespace) -> Table:
         job = on_digits(name) if scale == "tiny" else learner(name, config)
         cells += [Cell(name, "top-1", job, "accuracy", Printed(top1)), Cell(name, "top-5", job, "top-5", Printed(top5))]
     return Table("imagenet", "TorchSSL: ImageNet, 100,000 labels", "README of TorchSSL", "Accuracy in %", tuple(cells),
-                 ("last", *[name for name in PROTOCOLS if name != "last"]), seeds=(0,),
+                 ("last", *[name for name in BY if name != "last"]), seeds=(0,),
                  runs=DIGITS if scale == "tiny" else "")
 
 
 def read_dpt(folder: Path) -> dict[str, dict[str, float]]:
     """Return the error rates in % of both classifiers and of the pseudo-labels, and the FID of stage 2."""
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    distance = json.loads((folder / "fid" / "result.json").read_text(encoding="utf-8"))
+    report = read_json(folder / "report.json", required=True)
+    distance = read_json(folder / "fid" / "result.json", required=True)
     # One set of labels and one diffusion model for all protocols.
     once = {"pseudo-label error": 100 - 100 * report["pseudo_label_accuracy"],
             "FID": distance["fid" if "fid" in distance else "fd_judge"]}
@@ -129,7 +123,7 @@ def dpt_table(scale: str, options: SimpleNamespace) -> Table:
                   {"stage1 error": None, "pseudo-label error": None, "FID": None, "stage3 error": DPT_ERROR}.items())
     return Table("dpt", "DPT: CIFAR-10 with 40 labels", "You et al., NeurIPS 2023 (deviation from memory)",
                  "Error in %; FID (of the digits: Fréchet distance in the features of a judge)", cells,
-                 tuple(PROTOCOLS), seeds=(1, 2, 3),
+                 BY, seeds=(1, 2, 3),
                  note="FID: images of stage 2, which is trained with the pseudo-labels, against the training images; "
                       "the paper's number is not at hand.")
 

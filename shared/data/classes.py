@@ -192,18 +192,13 @@ class FolderClasses(NamedTuple):
     names: tuple[str, ...]
 
 
-def class_numbers(folders: Iterable[str], source: str | Path, classes: Sequence[str] | None = None) -> dict[str, int]:
+def class_numbers(folders: Iterable[str], source: str | Path) -> dict[str, int]:
     """Return folder name -> class number, in class order, for the folders that hold images.
 
     Where all names are integers, each is the class of that number, whatever is missing; other names count in sorted
-    order. `classes`: names in label order that another set fixes. Raises UserError for a name outside `classes`, two
-    folders of one class, and numbers too large to be classes.
+    order. Raises UserError for two folders of one class, and for numbers too large to be classes.
     """
     folders = sorted(set(folders))
-    if classes is not None:
-        if unknown := [name for name in folders if name not in classes]:
-            raise _unknown_class(unknown, classes, source)
-        return {name: classes.index(name) for name in sorted(folders, key=classes.index)}
     if not are_numbers(folders):
         return {name: number for number, name in enumerate(folders)}
     numbers = {name: int(name) for name in sorted(folders, key=int)}

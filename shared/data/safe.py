@@ -160,15 +160,15 @@ def read_tar(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]
                         ) from None
 
 
-def read_gzip(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
-    """Return the content of a file, unpacked if its name ends in .gz; raise UserError beyond `limit` bytes."""
+def read_gzip(path: Path) -> bytes:
+    """Return the content of a file, unpacked if its name ends in .gz; raise UserError beyond MAX_MEMBER_BYTES."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(MAX_MEMBER_BYTES + 1)
     except READ_ERRORS as error:
         raise UserError(f"{path}: cut short or not readable ({error}); get it again") from None
-    if len(data) > limit:
-        raise UserError(f"{path}: refused, it unfolds to more than {limit} bytes")
+    if len(data) > MAX_MEMBER_BYTES:
+        raise UserError(f"{path}: refused, it unfolds to more than {MAX_MEMBER_BYTES} bytes")
     return data
 
 

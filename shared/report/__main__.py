@@ -8,7 +8,6 @@ table (table.json), or a folder that holds some. The file needs no server, no ne
 from __future__ import annotations
 
 import base64
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from shared.cli import Option, UserError, parse, run_main
+from shared.report.history import read_json, read_lines
 from shared.report.plots import svg_chart
 from shared.report.table_report import TINY, about, grids, hardware_text
 from shared.training.files import check_writable, make_dir, write_text
@@ -78,11 +78,8 @@ def search(root: Path, prefix: str) -> list[Output]:
 def read(folder: Path, name: str) -> Output:
     output = Output(name, folder)
     for file in CONTENT_FILES:
-        if (folder / file).is_file():
-            try:
-                output.files[file] = json.loads((folder / file).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{folder / file} is damaged: {error}") from None
+        if (content := read_json(folder / file)) is not None:
+            output.files[file] = content
     for file in CURVE_FILES:
         if (folder / file).is_file():
             read_curves(output, folder / file)
@@ -91,11 +88,7 @@ def read(folder: Path, name: str) -> Output:
 
 def read_curves(output: Output, path: Path) -> None:
     """Add the numbers of a file of JSON lines, each a number or {"mean": number}; a line cut short is left out."""
-    for count, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
+    for count, line in enumerate(read_lines(path)):
         if not isinstance(line, dict):
             return
         values = {key: value["mean"] if isinstance(value, dict) and "mean" in value else value

@@ -2,10 +2,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shared.cli import UserError
+
+# Names of the accuracies in result.json -> what tables call them.
+PROTOCOLS = {"best_on_test": "best on test", "median_of_last_20": "median of last 20", "last": "last",
+             "best_on_validation": "best on validation"}
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any] | None:
@@ -18,6 +23,11 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove it and repeat the step that writes it") from None
+
+
+def percent(accuracy: Mapping[str, Any]) -> dict[str, float]:
+    """Return the accuracies of a result.json in % by protocol, without those that it does not have."""
+    return {name: 100 * accuracy[key] for key, name in PROTOCOLS.items() if accuracy.get(key) is not None}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

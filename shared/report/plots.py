@@ -183,7 +183,7 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float | None] |
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], path: str | os.PathLike, *,
-             title: str = "", xlabel: str = "", ylabel: str = "", unit: str = "", form: str = "{:.1f}") -> None:
+             title: str = "", xlabel: str = "", ylabel: str = "", unit: str = "") -> None:
     """Write a table of numbers [rows, columns] as colours with the number in each cell; not finite: an empty cell.
 
     unit: of the numbers, beside the colours.
@@ -199,7 +199,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], pa
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             dark = value < low + 0.6 * (high - low)
-            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7,
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7,
                       color="white" if dark else "black")
     axes.set_xticks(range(len(columns)), columns, fontsize=8, rotation=90 if max(map(len, columns)) > 6 else 0)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
