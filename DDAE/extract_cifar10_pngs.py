@@ -41,9 +41,8 @@ def main() -> None:
     folder = make_dir(options.dest or Path(options.data_dir) / "cifar10-pngs")
     with PngWriter() as writer:
         for start in progress(range(0, len(images), 500), "writing", unit="x 500 images"):
-            numbers = range(start, min(start + 500, len(images)))
-            writer.save((folder / f"{number:05d}.png", np.array(images.images[number])) for number in numbers
-                        if not (folder / f"{number:05d}.png").exists())
+            writer.save((folder / f"{number:05d}.png", np.array(images.images[number]))
+                        for number in range(start, min(start + 500, len(images))))
     print(f"{len(images)} images in {folder}")
 
 

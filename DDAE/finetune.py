@@ -119,8 +119,8 @@ def fit(net: Classifier, encoder: Encoder, batches: TrainBatches, test: TestItem
         "batch": batches.size, "flip": probe.flip, "pad": probe.pad, "precision": encoder.precision}
     outdir = options.outdir or (Path(encoder.config.save_dir) / "finetune" / f"{encoder.name}_{net.level}_{net.block}")
     log = Log(outdir, world, image_batch=batches.size, desc="fine-tune")
-    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log, restart=True,
-              inputs=inputs, ignore=("weights",))
+    run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log, overwrite=True,
+              inputs=inputs, ignore=("weights",), extra=lambda: {"classes": batches.classes})
     model = distributed.data_parallel(net, world)
     tests = run.state.setdefault("tests", [])
     for step in run.steps(options.epochs * per_epoch):

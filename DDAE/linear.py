@@ -11,7 +11,6 @@ same command again continues.
 """
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +37,8 @@ from DDAE.ddae.probe import (
 from shared import cli, distributed
 from shared.cli import Choice, Flag, Int, IntList, Option, Text, less_memory, run_main
 from shared.report.plots import Panel, curves, heat_map
-from shared.training.files import atomic
+from shared.report.table_report import markdown_table
+from shared.training.files import write_csv, write_text
 from shared.training.log import Log
 from shared.training.progress import progress
 from shared.training.run import Run
@@ -89,8 +89,8 @@ def main() -> None:
     kind = "grid" if options.grid or len(keys) > 1 else f"{levels[0]}_{names[0]}"
     outdir = Path(options.outdir or Path(encoder.config.save_dir) / "linear" / f"{encoder.name}_{kind}")
     log = Log(outdir, world, image_batch=size, desc="linear probe")
-    run = Run(outdir, config, dict(heads=heads, optimizer=optimizer), world, log=log, restart=True, inputs=inputs,
-              ignore=("weights",))
+    run = Run(outdir, config, dict(heads=heads, optimizer=optimizer), world, log=log, overwrite=True, inputs=inputs,
+              ignore=("weights",), extra=lambda: {"classes": batches.classes})
     if not run.finished:
         log.print(f"{encoder.name}: {len(keys)} heads ({', '.join(map(str, levels))} x {', '.join(names)}) on "
                   f"{len(train)} images of {train.name}; {world.size} process(es) on {world.device.type}")
@@ -160,13 +160,10 @@ def write_grid(out: Path, encoder: Encoder, accuracies: dict[str, float], levels
                ) -> None:
     """Write the accuracies over noise levels and blocks as a table, a heat map and curves, in percent."""
     table = [[100 * accuracies[f"{level}/{name}"] for name in names] for level in levels]
-    rows = [["time", *names], *([str(level), *(f"{value:.2f}" for value in row)]
-                                for level, row in zip(levels, table, strict=True))]
-    with atomic(out / "table.csv", "w") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    with atomic(out / "table.md", "w") as file:
-        file.write("\n".join([lines[0], "|---|" + "---|" * len(names), *lines[1:]]) + "\n")
+    head, rows = ["time", *names], [[str(level), *(f"{value:.2f}" for value in row)]
+                                    for level, row in zip(levels, table, strict=True)]
+    write_csv(out / "table.csv", head, rows)
+    write_text(out / "table.md", markdown_table(head, rows) + "\n")
     title = f"{Path(encoder.config.source).stem} {encoder.name}: linear probe"
     heat_map(np.array(table), list(map(str, levels)), list(names), out / "grid.png", title=title,
              xlabel="decoder block", ylabel="noise level (index)", unit="test accuracy, %")

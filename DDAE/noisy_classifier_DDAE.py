@@ -78,8 +78,8 @@ def fit(head: NoiseHead, encoder: Encoder, block: str, batches: TrainBatches, in
               "precision": encoder.precision}
     outdir = options.outdir or Path(encoder.config.save_dir) / "noisy_classifier" / f"{encoder.name}_{block}"
     log = Log(outdir, world, image_batch=batches.size, desc="noisy classifier")
-    run = Run(outdir, config, dict(head=head, optimizer=optimizer), world, log=log, restart=True, inputs=inputs,
-              ignore=("weights",))
+    run = Run(outdir, config, dict(head=head, optimizer=optimizer), world, log=log, overwrite=True, inputs=inputs,
+              ignore=("weights",), extra=lambda: {"classes": batches.classes})
     model = distributed.data_parallel(head, world)
     for step in run.steps(probe.n_epoch * batches.per_epoch):
         optimizer.param_groups[0]["lr"] = cosine_rate(step // batches.per_epoch, lr, probe.n_epoch)

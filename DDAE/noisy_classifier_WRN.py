@@ -112,7 +112,7 @@ def fit(net: WideResNet, diffusion: DDPM | EDM, batches: TrainBatches, precision
     outdir = Path(options.save_dir or f"./output_WRN_{options.mode}")
     log = Log(outdir, world, image_batch=batches.size, desc="WRN")
     run = Run(outdir, config, dict(net=net, optimizer=optimizer, scaler=scaler), world, log=log, inputs=inputs,
-              overwrite=options.overwrite)
+              overwrite=options.overwrite, extra=lambda: {"classes": batches.classes})
     model = distributed.data_parallel(net, world)
     net.train()
     for step in run.steps(options.epoch * batches.per_epoch):

@@ -160,7 +160,7 @@ class TrainBatches:
             raise UserError(f"{len(images)} images in batches of {size} leave {len(images) % size} for the last one, "
                             f"fewer than the {world.size} processes; choose another batch size")
         self.pool, self.world, self.seed = Pool(images, (0.0,), (1.0,), world.device), world, seed
-        self.count, self.size, self.shape = len(images), size, images.size
+        self.count, self.size, self.shape, self.classes = len(images), size, images.size, list(images.classes)
         self.policy = WeakPolicy(flip=flip, pad=pad, pad_mode="zero")
         self._order: tuple[int, np.ndarray] | None = None
 

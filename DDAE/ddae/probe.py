@@ -1,7 +1,6 @@
 """Linear probes: a frozen network whose blocks are features, heads trained on them all at once, and their accuracy."""
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from shared.cpu.allocator import keep_freed_memory
 from shared.data.images import ImageSet
 from shared.distributed import World
 from shared.training.checkpoint import write_checkpoint
-from shared.training.files import atomic
+from shared.training.files import write_json
 from shared.training.fingerprint import fingerprint, fingerprints
 from shared.training.precision import autocast, computed_on, set_arithmetic
 from shared.training.randomness import torch_rng
@@ -253,8 +252,8 @@ def write_probes(run: Run, heads: LinearHeads, accuracies: Mapping[str, float], 
 
 
 def write_result(run: Run, accuracy: Mapping[str, float], **facts: Any) -> None:
-    """Write result.json of an evaluation: accuracies as fractions, `facts`, and the settings."""
-    with atomic(run.outdir / "result.json", "w") as file:
-        json.dump({"accuracy": accuracy, **facts, "seed": run.config["seed"], "iterations": run.step,
-                   "precision": run.config["precision"], "seconds": round(run.seconds, 1),
-                   **computed_on(run.world.device), "config": run.config}, file, indent=1)
+    """Write result.json of an evaluation: accuracies as fractions, `facts`, class names, and the settings."""
+    write_json(run.outdir / "result.json", {
+        "accuracy": accuracy, **facts, **run.extra(), "seed": run.config["seed"], "iterations": run.step,
+        "precision": run.config["precision"], "seconds": round(run.seconds, 1), **computed_on(run.world.device),
+        "config": run.config})

@@ -61,7 +61,9 @@ def test_default_is_the_probe_of_the_config(folder: Path) -> None:
     call_in(folder, linear, "--epoch=1", "--steps=2")  # a trial, which goes on
     assert not (folder / "out" / "linear" / "ep1_4_out_2" / "result.json").exists()
     call_in(folder, linear, "--epoch=1")
-    content = result(folder / "out" / "linear" / "ep1_4_out_2")
+    out = folder / "out" / "linear" / "ep1_4_out_2"
+    content, names = result(out), [str(label) for label in range(10)]
+    assert content["classes"] == read_checkpoint(out / "checkpoint.pt")["classes"] == names
     assert list(content["probes"]) == ["4/out_2"]
     assert content["iterations"] == LINEAR["n_epoch"] * 3
 
@@ -132,6 +134,23 @@ def test_features_half_stored_are_completed(folder: Path, tmp_path: Path) -> Non
     path.unlink()
     call_in(folder, linear, *flags, f"--outdir={tmp_path / 'again'}")
     assert np.allclose(np.load(path), whole, atol=1e-5) and np.array_equal(np.load(path)[10:20], whole[10:20])
+
+
+def test_classes_are_matched_by_name(folder: Path, tmp_path: Path) -> None:
+    """Test images whose file numbers the classes the other way round."""
+    shutil.copytree(folder, tmp_path / "copy")
+    place, renamed = tmp_path / "copy", [f"c{label}" for label in range(10)]
+    for split in ("train", "test"):
+        file = place / "digits.npz.d" / f"{split}.npz"
+        np.savez(file, **{**np.load(file), "classes": renamed})
+    before = probed(place, tmp_path / "before")
+    np.savez(file, **{**np.load(file), "labels": 9 - np.load(file)["labels"], "classes": renamed[::-1]})
+    assert probed(place, tmp_path / "after") == before
+
+
+def probed(place: Path, out: Path) -> dict[str, float]:
+    call_in(place, linear, f"--outdir={out}")
+    return result(out)["probes"]
 
 
 def test_test_draws_are_averaged_and_training_settings_start_anew(folder: Path, tmp_path: Path) -> None:
