@@ -7,16 +7,16 @@ Reads result.json of both runs and stage 1's pseudo_label.json; writes report.js
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from shared.cli import Option, UserError, parse, run_main
+from shared.report.history import read_json
 from shared.report.plots import dots
 from shared.report.table_report import difference, known, markdown_table, mean, std
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_json, write_text
 
 FLAGS = (
     Option("--out", required=True, metavar="DIR", help="folder of the report"),
@@ -35,34 +35,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("expected --stage1 and --stage3, the runs to compare, or --seed_report")
     out = make_dir(options.out)
     if options.seed_report:
-        content = over_seeds([read(Path(folder) / "report.json") for folder in options.seed_report])
+        content = over_seeds([read_json(Path(folder) / "report.json", required=True) for folder in options.seed_report])
         text = seeds_text(content)
     else:
         content = collect(options)
         text = run_text(content)
         draw(content, out / "classes.png")
-    with atomic(out / "report.json", "w") as file:
-        json.dump(content, file, indent=1)
-    with atomic(out / "report.md", "w") as file:
-        file.write(text)
+    write_json(out / "report.json", content)
+    write_text(out / "report.md", text)
     print(f"{text}\nreport: {(out / 'report.md').resolve()}")
-
-
-def read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the run that writes it has not finished")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def collect(options: SimpleNamespace) -> dict[str, Any]:
     """Return accuracies (fractions) of both stages, by class too, and the quality of stage 1's pseudo-labels."""
     stage1 = Path(options.stage1)
-    results = {"stage1": read(stage1 / "result.json")}
-    if options.stage3 is not None and (Path(options.stage3) / "result.json").is_file():
-        results["stage3"] = read(Path(options.stage3) / "result.json")
+    results = {"stage1": read_json(stage1 / "result.json", required=True)}
+    if options.stage3 is not None and (stage3 := read_json(Path(options.stage3) / "result.json")):
+        results["stage3"] = stage3
     for control in map(Path, options.control):  # named after stage 1
-        results[control.name.removeprefix(f"{stage1.name}_")] = read(control / "result.json")
-    first, pseudo = results["stage1"], read(stage1 / "pseudo_label.json")
+        results[control.name.removeprefix(f"{stage1.name}_")] = read_json(control / "result.json", required=True)
+    first, pseudo = results["stage1"], read_json(stage1 / "pseudo_label.json", required=True)
     return {"dataset": first["dataset"], "seed": first["seed"], "classes": pseudo["classes"],
             "labelled": pseudo["labelled_counts"], "pseudo_labels": pseudo,
             "accuracy": {name: result["accuracy"] for name, result in results.items()},

@@ -8,7 +8,6 @@ real_balanced/, N images of every class under these labels: a control for genera
 """
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -28,7 +27,7 @@ from shared.data.classes import class_balanced_draw
 from shared.data.images import ImageSet, read_images
 from shared.data.writers import write_folder, write_npz
 from shared.distributed import start
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_json
 from shared.training.record import Record
 
 FLAGS = (
@@ -68,8 +67,7 @@ def write_labels(trainer: Trainer, dest: Path) -> None:
     labels = np.concatenate([data.real_labelled.labels, pseudo])
     report = describe(pseudo, data.unlabelled.labels, data.num_classes)
     report |= {"images": len(labels), "classes": list(everything.classes), "labelled_counts": data.real_counts.tolist()}
-    with atomic(dest / "pseudo_label.json", "w") as file:
-        json.dump(report, file, indent=1)
+    write_json(dest / "pseudo_label.json", report)
     write_npz(ImageSet(everything.images, labels, everything.classes, everything.name), dest / "pseudo_label.npz")
     agreement = "not known" if report["agreement"] is None else f"{report['agreement']:.4f}"
     print(f"{len(pseudo)} pseudo-labels, a class {report['pseudo_label_counts']}; truth {report['true_label_counts']}; "

@@ -29,7 +29,7 @@ from shared.cli import Int, IntList, Option, Text, run_main
 from shared.data.images import ImageSet
 from shared.distributed import World
 from shared.report.plots import Panel, curves
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_json
 from shared.training.precision import computed_on
 from shared.training.progress import progress
 
@@ -85,8 +85,7 @@ def main() -> None:
             known = {"about": about, **measure(encoder, images, level, size, options.seed, world, f"epoch {epoch}")}
             done[str(epoch)] = known
             if world.main:
-                with atomic(out / "result.json", "w") as file:
-                    json.dump({"epochs": done, **computed_on(world.device)}, file, indent=1)
+                write_json(out / "result.json", {"epochs": done, **computed_on(world.device)})
         results[epoch] = known
     if world.main:
         report(results, out, size)

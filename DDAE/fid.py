@@ -7,7 +7,6 @@ The images are those that sample.py writes with the same flags.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from EDM.metrics.detectors import load_detector
 from EDM.metrics.features import extract, full_precision, read_reference, score
 from shared import cli, distributed
 from shared.cli import Flag, Int, Option, Text, less_memory, run_main
-from shared.training.files import atomic, check_writable, make_dir
+from shared.training.files import check_writable, make_dir, write_json
 
 FLAGS = (
     *SAMPLER,
@@ -61,8 +60,7 @@ def main() -> None:
         facts = {"fid": value, "images": options.images, "reference": options.ref, "detector": detector.name,
                  "sha256": detector.sha256, "sampling": settings}
         make_dir(Path(options.json).absolute().parent)
-        with atomic(options.json, "w") as file:
-            file.write(json.dumps(facts, indent=2) + "\n")
+        write_json(options.json, facts, indent=2)
     print(f"epoch {epoch}, {options.images} images, detector {detector.name}: FID {value:g}")
 
 

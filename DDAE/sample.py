@@ -7,7 +7,6 @@ The same command again makes only what is missing.
 """
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from DDAE.ddae import sampling
 from DDAE.ddae.checkpoints import find_checkpoint, load_model
 from DDAE.ddae.config import COMMON, FAST, Config, choose_precision, read_config
 from DDAE.ddae.sampling import BATCH, ImageSampler, folder_name, png_path, to_uint8
+from EDM.training import snapshots
 from shared import cli, distributed
 from shared.cli import Choice, Flag, Float, Int, Option, UserError, less_memory, run_main
 from shared.data.writers import PngWriter
@@ -114,8 +114,7 @@ def make_sampler(config: Config, options: SimpleNamespace, world: World) -> tupl
 
     def find() -> tuple[Path, int, str]:
         path, epoch = find_checkpoint(config, options.epoch)
-        with open(path, "rb") as file:
-            return path, epoch, hashlib.file_digest(file, "sha256").hexdigest()
+        return path, epoch, snapshots.digest(path)
 
     path, epoch, digest = distributed.on_main(find, world)
     own: list = []  # the main process goes first: it alone reports a file that does not fit

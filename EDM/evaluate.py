@@ -40,7 +40,8 @@ from shared.data.datasets import NAMES, load_dataset
 from shared.data.images import ImageSet, read_images, shape_text, with_classes, with_names
 from shared.distributed import World, start
 from shared.report.plots import confusion_matrices, image_grid
-from shared.training.files import atomic, make_dir
+from shared.report.table_report import markdown_table
+from shared.training.files import make_dir, write_json, write_text
 from shared.training.precision import computed_on
 from shared.training.record import Record
 
@@ -138,10 +139,8 @@ def evaluate(flags: SimpleNamespace) -> dict[str, Any]:
                "seconds": round(time.monotonic() - started, 1), "arithmetic": "fp32", **computed_on(world.device)}
     pictures = draw(content, generated, train, outdir)
     text = markdown(content, pictures)
-    with atomic(outdir / "evaluation.md", "w") as file:
-        file.write(text)
-    with atomic(outdir / "result.json", "w") as file:
-        json.dump(content, file, indent=1)
+    write_text(outdir / "evaluation.md", text)
+    write_json(outdir / "result.json", content)
     record.write()
     print("\n".join(f"{name} {value:.4f}" for name, value in numbers(content).items()))
     print(f"evaluation: {outdir / 'evaluation.md'}", flush=True)
@@ -229,7 +228,7 @@ def needs_judge(flags: SimpleNamespace) -> bool:
 
 def trained(flags: SimpleNamespace, folder: Path, images: ImageSet, world: World, desc: str) -> Any:
     return train_classifier(folder, flags.classifier, images, world, seed=flags.seed, steps=flags.classifier_steps,
-                            flip=flags.flip, weights=flags.weights, restart=flags.overwrite, desc=desc)
+                            flip=flags.flip, weights=flags.weights, overwrite=flags.overwrite, desc=desc)
 
 
 def accuracies(name: str, net: Any, images: ImageSet, world: World) -> tuple[dict[str, Any], list[list[int]]]:
@@ -280,19 +279,18 @@ def title(name: str) -> str:
 
 def markdown(content: dict[str, Any], pictures: list[str]) -> str:
     """Return evaluation.md."""
-    rows = [f"| {title(name)} | {value:.4f} |" for name, value in numbers(content).items()]
+    rows = [[title(name), f"{value:.4f}"] for name, value in numbers(content).items()]
     by_class = {name.removesuffix("_by_class"): value for name, value in content.items() if name.endswith("_by_class")}
-    table = ["| class | " + " | ".join(by_class) + " |", "|---|" + "---|" * len(by_class)]
-    for label, name in enumerate(content["classes"]):
-        table.append(f"| {name} | " + " | ".join(
-            "–" if values[label] is None else f"{values[label]:.3f}" for values in by_class.values()) + " |")
+    classes = [[name, *("–" if values[label] is None else f"{values[label]:.3f}" for values in by_class.values())]
+               for label, name in enumerate(content["classes"])]
     about = (f"{content['images']} generated images ({content['source']}) against {content['real_images']} real ones "
              f"({content['data']}); {content['test_images']} real test images. Features: {content['detector']}. "
              f"Classifiers: {content['classifier']}, {content['classifier_steps']} steps, seed {content['seed']}. "
              f"{content['hardware']}, {content['threads']} thread(s), torch {content['torch']}, fp32, "
              f"{content['seconds']:.0f} s.")
-    return "\n\n".join(["# Evaluation of generated images", about, "\n".join(["| | |", "|---|---|", *rows]),
-                        "\n".join(table), *(f"![{name}]({name})" for name in pictures)]) + "\n"
+    return "\n\n".join(["# Evaluation of generated images", about, markdown_table(["", ""], rows),
+                        markdown_table(["class", *by_class], classes),
+                        *(f"![{name}]({name})" for name in pictures)]) + "\n"
 
 
 def draw(content: dict[str, Any], generated: ImageSet, train: ImageSet, outdir: Path) -> list[str]:

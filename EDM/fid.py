@@ -33,7 +33,7 @@ from EDM.metrics.sources import FileImages, GeneratedImages
 from EDM.training.published import local_file
 from shared.cli import Flag, Int, Option, UserError, less_memory, parse, run_main
 from shared.distributed import World, on_main, start, stop
-from shared.training.files import atomic, check_writable, make_dir
+from shared.training.files import check_writable, make_dir, write_json
 from shared.training.record import Record
 
 METRICS = MetricNames({
@@ -230,8 +230,7 @@ def report(flags: SimpleNamespace, values: dict[str, Any], facts: dict[str, Any]
     print(f"detector: {detector['name']}, SHA-256 {detector['sha256']}, resize {detector['resize']}")
     if flags.json_file:
         make_dir(Path(flags.json_file).absolute().parent)
-        with atomic(flags.json_file, "w") as file:
-            file.write(json.dumps({**values, **facts}, indent=2) + "\n")
+        write_json(flags.json_file, {**values, **facts}, indent=2)
     print_numbers(values)
 
 

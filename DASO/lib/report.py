@@ -5,7 +5,6 @@ and group of classes too; result.json the same in short, for tables.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from DASO.lib.evaluation import grouped
 from shared.training.checkpoint import Stateful
-from shared.training.files import atomic
+from shared.training.files import write_json
 
 # Kind -> (name of its imbalance, of its per-class numbers, of its means).
 NAMES = {"main": ("main_pl", "main_pl", "pl"), "linear": ("linear_pl", "linear_pl", "linear_pl"),
@@ -142,15 +141,14 @@ def console_line(values: Mapping[str, float], iteration: int, total: int, second
 def write_history(folder: Path, state: Mapping[str, Any], counts: np.ndarray) -> None:
     """Write results.json and summary.json from the run's state, as far as it has come. counts: labelled images [K]."""
     courses = state["courses"]
-    with atomic(folder / "results.json", "w") as file:
-        json.dump(state["history"], file, indent=4, sort_keys=True)
+    write_json(folder / "results.json", state["history"], indent=4, sort_keys=True)
     if not courses:
         return
     numbers = {name: values for name, values in courses.items() if name.startswith(("valid/", "test/"))}
     labels = {name: values[-1] for name, values in courses.items() if name.startswith("pseudo_labels/")}
-    with atomic(folder / "summary.json", "w") as file:
-        json.dump({"iteration": courses["iteration"][-1], "labelled_counts": counts.tolist(),
-                   "accuracy": summary(numbers), "pseudo_labels": labels, "courses": courses}, file)
+    write_json(folder / "summary.json", {
+        "iteration": courses["iteration"][-1], "labelled_counts": counts.tolist(), "accuracy": summary(numbers),
+        "pseudo_labels": labels, "courses": courses}, indent=None)
 
 
 def summary(courses: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
@@ -177,8 +175,7 @@ def write_result(folder: Path, state: Mapping[str, Any], facts: Mapping[str, Any
         "pseudo_labels": {name.removeprefix("pseudo_labels/"): values[-1] for name, values in courses.items()
                           if name.startswith("pseudo_labels/")},
         **computed}
-    with atomic(folder / "result.json", "w") as file:
-        json.dump(result, file, indent=1)
+    write_json(folder / "result.json", result)
 
 
 def protocols(courses: Mapping[str, list[Any]], name: str) -> dict[str, Any]:

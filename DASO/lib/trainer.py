@@ -36,7 +36,7 @@ from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World, sync_batchnorm
 from shared.networks import source_of
 from shared.training.checkpoint import previous_path, read_checkpoint, weights_in, write_checkpoint
-from shared.training.files import atomic
+from shared.training.files import write_text
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.log import Log
 from shared.training.precision import autocast, compiles, computed_on, default_precision, set_arithmetic
@@ -79,8 +79,7 @@ def train(cfg: Config, folder: Path, world: World, overwrite: bool = False) -> N
     run.state = {"history": {}, "courses": {}, **run.state}  # accuracies as published, and every number by name
     if run.resumed_from is None:
         if world.main:
-            with atomic(folder / "config.yaml", "w") as file:
-                file.write(dump(cfg))
+            write_text(folder / "config.yaml", dump(cfg))
         if cfg.RESUME:
             trainer.load_foreign(Path(cfg.RESUME))
     is_complete = run.finished and (folder / FINAL).exists()

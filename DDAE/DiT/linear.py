@@ -81,7 +81,7 @@ def main() -> None:
     inputs = distributed.on_main(lambda: fingerprints({"--ckpt": options.ckpt, "--codes": folder}), world)
     outdir = Path(options.outdir) / folder.name
     log = Log(outdir, world, image_batch=size, desc="linear probe")
-    run = Run(outdir, config, dict(heads=heads, optimizer=optimizer), world, log=log, restart=True, inputs=inputs)
+    run = Run(outdir, config, dict(heads=heads, optimizer=optimizer), world, log=log, overwrite=True, inputs=inputs)
     if not run.finished:
         log.print(f"{options.model}: {', '.join(keys)} on {len(train)} latents of {len(train.copies)} copies; "
                   f"{world.size} process(es) on {world.device.type}")

@@ -31,7 +31,7 @@ from shared.data.cache import fill_arrays
 from shared.data.images import ImageSet
 from shared.distributed import World
 from shared.report.plots import image_grid
-from shared.training.files import atomic, make_dir, taken
+from shared.training.files import make_dir, taken, write_array
 from shared.training.fingerprint import fingerprint_arrays
 from shared.training.precision import autocast, to_device
 from shared.training.randomness import numpy_rng
@@ -94,8 +94,7 @@ def begin(record: Record, sets: dict[str, ImageSet], wanted: list[tuple[str, int
     make_dir(folder)
     record.begin()
     for split, images in sets.items():
-        with atomic(folder / f"{split}_label.npy") as file:
-            np.save(file, images.labels.astype(np.int64))
+        write_array(folder / f"{split}_label.npy", images.labels.astype(np.int64))
     return True
 
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from DDAE.ddae.config import Config, make_diffusion, make_network
 from DDAE.ddae.diffusion import DDPM, EDM, FEATURE_STEPS, pool
 from DDAE.ddae.model import UNet, check_names
+from EDM.training import snapshots
 from EDM.training.networks import UNetBlock
-from EDM.training.snapshots import load_network
 from shared.cli import UserError
-from shared.training.checkpoint import check_finite, read_checkpoint
+from shared.training.checkpoint import read_checkpoint
 from shared.training.files import atomic
 
 ONLINE, AVERAGED = "module.nn_model.", "ema_model.nn_model."
@@ -96,18 +96,8 @@ def average_updates(content: Mapping[str, Any]) -> int:
 
 def load_weights(net: nn.Module, content: Mapping[str, Any], entry: str, path: Path) -> None:
     """Load the tensors of the entry MODEL or EMA by name; UserError, and an unchanged `net`, if they do not fit."""
-    own, tensors = net.state_dict(), _plain_names(content.get(entry), entry, path)
-    missing, extra = [n for n in own if n not in tensors], [n for n in tensors if n not in own]
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which this network has not"
-        raise UserError(f"{path}: checkpoint of another network, it {what} ({len(missing)} tensors missing, "
-                        f"{len(extra)} superfluous); give the config that it was trained with")
-    for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            raise UserError(f"{path}: checkpoint of another network, {name} has shape {tuple(tensors[name].shape)}, "
-                            f"expected {tuple(tensor.shape)}; give the config that it was trained with")
-    check_finite(tensors, path)
-    net.load_state_dict(tensors)
+    snapshots.load_weights(net, _plain_names(content.get(entry), entry, path), str(path), what="checkpoint",
+                           advice="; give the config that it was trained with")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, Any], path: Path) -> None:
@@ -225,6 +215,6 @@ def load_snapshot(path: str | os.PathLike, device: str | torch.device = "cpu") -
 
     Raises UserError for a file that is missing, damaged or no snapshot.
     """
-    net = load_network(path, device).eval().requires_grad_(False)
+    net = snapshots.load_network(path, device).eval().requires_grad_(False)
     low, high = max(SIGMA_RANGE[0], float(net.sigma_min)), min(SIGMA_RANGE[1], float(net.sigma_max))
     return SnapshotNet(net), SnapshotDiffusion(sigma_min=low, sigma_max=high)

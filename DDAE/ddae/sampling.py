@@ -17,7 +17,7 @@ from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
 from shared.data.images import ImageSet
 from shared.data.writers import read_pngs, write_npz, write_png
-from shared.training.files import atomic, make_dir, sweep
+from shared.training.files import make_dir, sweep, write_json
 from shared.training.precision import autocast
 from shared.training.randomness import torch_rng
 
@@ -156,8 +156,7 @@ def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     sweep(make_dir(folder / "pngs"), "*.png")
     sweep(folder, "*.png")
     sweep(folder.parent, f"{folder.name}.*")
-    with atomic(record, "w") as file:
-        file.write(json.dumps(settings, indent=2) + "\n")
+    write_json(record, settings, indent=2)
 
 
 def is_complete(folder: Path, count: int, archive: bool) -> bool:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from DDAE.ddae.sampling import write_sheet
 from shared import distributed
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World
-from shared.training.checkpoint import keep_layout
+from shared.training.checkpoint import keep_layout, load_newest
 from shared.training.ema import EMA
-from shared.training.files import atomic, make_dir
+from shared.training.files import make_dir, write_json
 from shared.training.log import Log
 from shared.training.precision import autocast, compiles, computed_on
 from shared.training.randomness import set_dropout_keys, torch_rng
@@ -115,7 +114,7 @@ def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
     settings = dict(gpus=gpus, precision=precision, strict=strict, seed=seed, constant_ema=constant_ema)
     log = Log(folder, world, every=log_every, image_batch=config.batch_size * gpus)
     run = Run(folder, {**config.to_dict(), **settings}, keep, world, log=log, inputs=inputs, ignore=FREE_KEYS,
-              restart=config.load_epoch >= 0, overwrite=overwrite and config.load_epoch < 0,
+              resume="never" if begins_elsewhere(config) else "auto", overwrite=overwrite and config.load_epoch < 0,
               save_seconds=checkpoint_seconds)
     if run.resumed_from is None:
         run.state["first_update"] = 0
@@ -191,9 +190,14 @@ def train(config: Config, net: UNet, batches: TrainBatches, world: World, *,
         content = dict(config=config.source, seed=seed, iterations=run.step, epochs=run.step / batches.per_epoch,
                        gpus=gpus, precision=precision, seconds=round(run.seconds, 1), processes=world.size,
                        **computed_on(device))
-        with atomic(folder / "result.json", "w") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+        write_json(folder / "result.json", content, indent=2)
         log.print(f"Done: {folder}")
+
+
+def begins_elsewhere(config: Config) -> bool:
+    """Return whether the folder holds a run that did not begin at the config's load_epoch, from which this one does."""
+    found = load_newest(Path(config.save_dir) / "checkpoint.pt") if config.load_epoch >= 0 else None
+    return found is not None and found[1].get("config", {}).get("load_epoch") != config.load_epoch
 
 
 def load_epoch(config: Config, net: UNet, ema: EMA, optimizer: torch.optim.Optimizer, log: Log) -> int:

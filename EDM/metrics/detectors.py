@@ -10,7 +10,6 @@ The content of a file decides its kind. Files are read as tensors and plain valu
 """
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import os
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from EDM.training.snapshots import digest
 from shared.cli import UserError
 from shared.distributed import World, barrier
 from shared.training.checkpoint import read_checkpoint
@@ -85,9 +85,7 @@ def load_detector(name: str, device: torch.device, download: bool | None = None,
     else:
         raise UserError(f"--detector: {file} holds neither Inception-v3 nor DINOv2 weights nor a TorchSSL checkpoint "
                         f"(it has {', '.join(map(str, list(content)[:3])) or 'nothing'})")
-    with open(file, "rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return build(content, str(file), sha256, device)
+    return build(content, str(file), digest(file), device)
 
 
 # ---------------------------------------------------------------- files

@@ -6,7 +6,6 @@ NeurIPS 2019, arXiv 1905.10887).
 """
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from EDM.metrics.detectors import Detector
 from EDM.tdsm.classifiers import CAS_class
+from EDM.training.snapshots import digest
 from shared.augment.views import WeakPolicy, draw_weak, weak
 from shared.cli import UserError
 from shared.data.images import ImageSet
@@ -81,13 +81,12 @@ def make_network(kind: str, images: ImageSet, weights: str | None = None) -> tor
 
 
 def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *, seed: int, steps: int | None = None,
-                     flip: bool = False, weights: str | None = None, restart: bool = False, desc: str = "classifier"
+                     flip: bool = False, weights: str | None = None, overwrite: bool = False, desc: str = "classifier"
                      ) -> torch.nn.Module:
     """Train on the labelled `images` in the run folder, or find it done there; return the network in eval mode.
 
     steps: None for the network's own number. flip: mirror half of the images; all are shifted by up to an eighth of
-    their side. restart: begin anew where the folder holds a run with other images or settings; otherwise that raises
-    UserError.
+    their side. overwrite: move a run with other images or settings aside; otherwise that raises UserError.
     """
     recipe = RECIPES[kind]
     steps = steps or recipe.steps
@@ -100,7 +99,7 @@ def train_classifier(folder: Path, kind: str, images: ImageSet, world: World, *,
     config = dict(classifier=kind, steps=steps, seed=seed, flip=flip, images=len(images))
     log = Log(folder, world, every=max(1, min(100, steps // 4)), image_batch=recipe.batch, tensorboard=False, desc=desc)
     run = Run(folder, config, dict(net=net, optimizer=optimizer), world, log=log,
-              inputs={"the images": images, "--weights": weights}, checkpoint=CHECKPOINT, restart=restart,
+              inputs={"the images": images, "--weights": weights}, checkpoint=CHECKPOINT, overwrite=overwrite,
               ignore=("digest",))  # of the images, in the settings of older versions
     policy = WeakPolicy(flip=flip, pad=max(1, images.size[0] // 8), pad_mode="zero")
     mean = std = (0.5,) * images.channels  # scales to [-1, 1]
@@ -149,7 +148,5 @@ def as_detector(net: torch.nn.Module, kind: str, images: ImageSet, folder: Path,
         return seen.pop().float(), logits
 
     file = folder / CHECKPOINT
-    with open(file, "rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return Detector("judge", f"judge {kind}", network, images.channels, last.in_features, last.out_features, "none",
-                    str(file), sha256, device)
+                    str(file), digest(file), device)

@@ -16,7 +16,7 @@ from shared.cli import UserError
 from shared.data.images import ImageSet
 from shared.data.writers import read_pngs, write_npz, write_png, write_zip
 from shared.report.plots import image_grid
-from shared.training.files import atomic, make_dir, sweep
+from shared.training.files import make_dir, sweep, write_json
 
 RECORD = "generate.json"
 ARCHIVES = (".zip", ".npz")
@@ -77,8 +77,7 @@ def prepare_folder(folder: Path, settings: Mapping[str, Any], images: Sequence[P
         sweep(parent, "*.png")
     sweep(folder, RECORD)
     if old != settings:
-        with atomic(folder / RECORD, "w") as file:
-            file.write(json.dumps(settings, indent=2) + "\n")
+        write_json(folder / RECORD, settings, indent=2)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -134,8 +133,7 @@ def pack(archive: Path, samples: Sequence[Sample], labels: Sequence[int], traine
         numbers, vectors = np.full(len(samples), -1), trained.vectors.numpy()[numbers]
     names = trained.names or tuple(map(str, range(trained.label_dim)))
     images = ImageSet(read_pngs([sample.path for sample in samples]), numbers, names, archive.stem, vectors)
-    with atomic(archive_record(archive), "w") as file:
-        file.write(json.dumps(settings, indent=2) + "\n")
+    write_json(archive_record(archive), settings, indent=2)
     (write_zip if archive.suffix == ".zip" else write_npz)(images, archive)
     shutil.rmtree(work_folder(archive))
 

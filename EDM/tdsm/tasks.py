@@ -3,7 +3,6 @@ and the accuracy of a classifier at every noise level.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from EDM.training.training_loop import Denoising
 from shared.cli import UserError
 from shared.distributed import World, sync_batchnorm
 from shared.report.plots import Panel, curves
-from shared.training.files import atomic
+from shared.training.files import write_json
 from shared.training.randomness import numpy_rng, torch_rng
 from shared.training.run import Run
 
@@ -191,8 +190,7 @@ class Accuracy:
     def _write(self, run: Run) -> None:
         history = run.state["accuracy"]
         content = dict(sigma=LEVELS, images=self.what, history=history)
-        with atomic(run.outdir / "accuracy.json", "w") as file:
-            file.write(json.dumps(content, indent=1))
+        write_json(run.outdir / "accuracy.json", content)
         now = f"After {history[-1]['nimg'] / 1000:.3g} thousand images"
         panels = {now: Panel({f"{name} labels": (LEVELS, history[-1][name]) for name in self.labels}, "noise level σ",
                              "accuracy, %", percent=True, log_x=True)}

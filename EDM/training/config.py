@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from shared.cli import Bool, Choice, Flag, Float, Int, IntList, Option, UserError
-from shared.training.files import LOCK, atomic, in_use, lock, move_aside
+from shared.training.files import LOCK, in_use, lock, move_aside, write_json
 
 OPTIONS_FILE = "training_options.json"
 RESULT_FILE = "result.json"
@@ -98,8 +98,7 @@ def read_options(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def write_options(folder: str | os.PathLike, options: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-    with atomic(Path(folder) / OPTIONS_FILE, "w") as file:
-        file.write(json.dumps({**options, INPUTS: inputs}, indent=2))
+    write_json(Path(folder) / OPTIONS_FILE, {**options, INPUTS: inputs}, indent=2)
 
 
 def differences(former: Mapping[str, Any], options: Mapping[str, Any], inputs: Mapping[str, str],

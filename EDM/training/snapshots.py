@@ -107,24 +107,25 @@ def at_most(tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
         hook.remove()
 
 
-def load_weights(net: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str, *,
-                 strict: bool = True) -> None:
+def load_weights(net: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str, *, strict: bool = True,
+                 what: str = "snapshot", advice: str = "") -> None:
     """Copy `tensors` into the parameters and buffers of `net` by name.
 
-    strict: every name has to occur on both sides; otherwise only names that occur on both are copied. Raises UserError
-    for a missing or superfluous name (strict) and for a different shape; `net` is then unchanged.
+    strict: every name has to occur on both sides; otherwise only names that occur on both are copied. Raises UserError,
+    which calls the source `what`, for a missing or superfluous name (strict) and for a different shape; `net` is then
+    unchanged.
     """
     own = net.state_dict()
     missing, extra = [n for n in own if n not in tensors], [n for n in tensors if n not in own]
     if strict and (missing or extra):
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the network has not"
-        raise UserError(f"{source}: snapshot of another network, it {what} "
-                        f"({len(missing)} tensors missing, {len(extra)} superfluous)")
+        first = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the network has not"
+        raise UserError(f"{source}: {what} of another network, it {first} "
+                        f"({len(missing)} tensors missing, {len(extra)} superfluous){advice}")
     shared = [name for name in own if name in tensors]
     for name in shared:
         if own[name].shape != tensors[name].shape:
-            raise UserError(f"{source}: snapshot of another network, {name} has shape {tuple(tensors[name].shape)}, "
-                            f"expected {tuple(own[name].shape)}")
+            raise UserError(f"{source}: {what} of another network, {name} has shape {tuple(tensors[name].shape)}, "
+                            f"expected {tuple(own[name].shape)}{advice}")
     check_finite({name: tensors[name] for name in shared}, source)
     net.load_state_dict({name: tensors[name] for name in shared}, strict=False)
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World
 from shared.training.checkpoint import keep_layout
 from shared.training.ema import EMA, half_life_beta, power_law_beta
-from shared.training.files import atomic
+from shared.training.files import atomic, write_json
 from shared.training.log import Log
 from shared.training.precision import autocast, compiles, computed_on, default_precision, to_device
 from shared.training.randomness import set_dropout_keys, torch_rng
@@ -194,8 +193,7 @@ def training_loop(options: Mapping[str, Any], dataset: TrainingSet, world: World
         result = dict(nimg=schedule.nimg(schedule.steps), seed=seed, snapshot=schedule.snapshot(schedule.steps - 1),
                       seconds=round(run.seconds, 1), precision=precision, processes=world.size, **method.outcome(run),
                       **computed_on(device))
-        with atomic(folder / RESULT_FILE, "w") as file:
-            file.write(json.dumps(result, indent=2))
+        write_json(folder / RESULT_FILE, result, indent=2)
     log.print(f"Done: {folder / LATEST}")
 
 

@@ -27,7 +27,7 @@ from shared.data.datasets import load_dataset
 from shared.data.images import ImageSet, channel_statistics, shape_text
 from shared.data.pool import Pool
 from shared.distributed import World
-from shared.training.files import atomic
+from shared.training.files import write_text
 from shared.training.fingerprint import fingerprints
 from shared.training.precision import to_device
 from shared.training.randomness import numpy_rng
@@ -226,8 +226,7 @@ class SmallImages(Source):
                             "--save-path")
 
     def opened(self, folder: Path) -> None:
-        with atomic(folder / LABELS, "w") as file:
-            file.write(label_text(self.labeled))
+        write_text(folder / LABELS, label_text(self.labeled))
 
     def network(self) -> torch.nn.Module:
         options = self.options

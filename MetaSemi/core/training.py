@@ -25,7 +25,7 @@ from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World, sync_batchnorm
 from shared.training.checkpoint import keep_layout, load_newest, read_checkpoint
-from shared.training.files import atomic
+from shared.training.files import atomic, write_json
 from shared.training.log import Log, tensorboard_writer
 from shared.training.precision import compiles, computed_on, default_precision, dtype_of, set_arithmetic, to_device
 from shared.training.randomness import numpy_rng
@@ -134,7 +134,7 @@ class Training:
         self.run = Run(folder, config, world=world, log=log, checkpoint=CHECKPOINT, inputs=source.inputs,
                        keep={source.network_entry: source.stored(self.net), "optimizer": self.optimizer,
                              source.best_entry: self.best, "meters": self.meters},
-                       resume=resume, restart=options.overwrite, save_every=source.length,
+                       resume=resume, overwrite=options.overwrite, save_every=source.length,
                        save_seconds=getattr(options, "save_seconds", 600.0), extra=self.extra)
         # The command line's settings and this run's kernels and memory order overrule those of the checkpoint.
         for group in self.optimizer.param_groups:
@@ -283,8 +283,7 @@ class Training:
         result = {"script": self.options.method["script"], "seed": self.options.seed, "iterations": self.run.step,
                   **facts, "accuracy": accuracies, "test_loss": state["test_loss"], "seconds": self.run.seconds,
                   "precision": self.precision, "processes": self.world.size, **computed_on(self.world.device)}
-        with atomic(self.run.outdir / RESULT, "w") as file:
-            json.dump(result, file, indent=1)
+        write_json(self.run.outdir / RESULT, result)
         if self.board is not None:
             self.board.flush()
 

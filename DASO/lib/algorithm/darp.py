@@ -1,8 +1,7 @@
 """DARP: pseudo-labels of the whole unlabelled set, refined until their class counts are those expected; DARP_ESTIM.
 
 Kim et al., "Distribution Aligning Refinery of Pseudo-label for Imbalanced Semi-supervised Learning", NeurIPS 2020
-(arXiv 2007.08844). What the original solves class by class on the host is done here for all classes at once, where the
-tables are.
+(arXiv 2007.08844). The original solves class by class on the host; here all classes at once, on the device.
 """
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from shared.cli import UserError
 from shared.data.safe import load_array
 from shared.distributed import gather
 from shared.training.checkpoint import Stateful
-from shared.training.files import atomic
+from shared.training.files import write_array
 from shared.training.precision import to_device
 
 SMALLEST = 1e-6
@@ -29,7 +28,7 @@ ESTIMATE_FILE = "estim.npy"
 
 
 class DARP(Stateful):
-    """The predictions on every unlabelled image and what they are refined to, both [images, K] float32, at first 1/K.
+    """The predictions on every unlabelled image and their refinement, both [images, K] float32, at first 1/K.
 
     target: expected number of images of each class [K]. warm_up: calls that return their input. period: calls between
     two refinements. alpha: of class c the alpha * target[c] most probable images may keep their probability of it.
@@ -48,7 +47,7 @@ class DARP(Stateful):
 
     @torch.no_grad()
     def __call__(self, probabilities: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Store the probabilities [n, K] of the images `index`, int64 [n]; return what they are refined to.
+        """Store the probabilities [n, K] of the images `index`, int64 [n]; return their refinement.
 
         Between the warm-up and the first refinement after it the refined table is still uniform, as published.
         """
@@ -130,7 +129,7 @@ def roots(function: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor)
 # ------------------------------------------------------------------------------------------------ expected class counts
 
 def make_darp(cfg: Config, setting: Setting) -> DARP | None:
-    """Return the refinery if ALGORITHM.DARP.APPLY; UserError where the class counts cannot be known."""
+    """Return the refinery if ALGORITHM.DARP.APPLY; UserError for unknown class counts."""
     darp = cfg.ALGORITHM.DARP
     if not darp.APPLY:
         return None
@@ -139,15 +138,15 @@ def make_darp(cfg: Config, setting: Setting) -> DARP | None:
 
 
 def expected_counts(cfg: Config, setting: Setting) -> torch.Tensor:
-    """Return how many unlabelled images of each class DARP is to find [K], float32; UserError.
+    """Return the expected number of unlabelled images of each class [K], float32; UserError.
 
-    Where both sets are alike it is the long tail of the unlabelled one; otherwise the estimate of a file in the folder
+    If both sets are alike it is the long tail of the unlabelled one; otherwise the estimate of a file in the folder
     ALGORITHM.DARP.EST, named as released, scaled to the number of unlabelled images.
     """
     tail, classes = cfg.long_tail, setting.num_classes
     if tail is None:
-        raise UserError(f"ALGORITHM.DARP.APPLY: nothing says how many images of each class {cfg.DATASET.NAME} has "
-                        "unlabelled; choose a long-tailed data set")
+        raise UserError(f"ALGORITHM.DARP.APPLY: the unlabelled class counts of {cfg.DATASET.NAME} are "
+                        "unknown; choose a long-tailed data set")
     labelled, unlabelled = cfg.DATASET.LABELED_COUNTS, cfg.DATASET.UNLABELED_COUNTS
     if labelled or unlabelled:
         if labelled and unlabelled and np.linalg.matrix_rank(np.array([labelled, unlabelled])) < 2:
@@ -170,7 +169,7 @@ def estimate_name(cfg: Config) -> str:
 def read_estimate(folder: Path, name: str, total: int, classes: int) -> torch.Tensor:
     """Return the class counts [K] that the file `folder`/`name` estimates, rescaled to `total`, float32.
 
-    The file is a plain numpy array of shape [K], whatever its name ends in. UserError.
+    The file is a plain numpy array of shape [K], with any ending. UserError.
     """
     path = folder / name
     if not path.is_file():
@@ -227,7 +226,7 @@ class DARPEstimate(Algorithm):
             self.write(training)
 
     def write(self, training: Training) -> None:
-        """Write the mean estimate, and say where DARP looks for it."""
+        """Write the mean estimate, and print the place where DARP reads it."""
         show = training.run.log.print
         if not self.accepted:
             show("no estimate of the unlabelled class counts was accepted: train longer, or raise "
@@ -235,8 +234,7 @@ class DARPEstimate(Algorithm):
             return
         estimate, path = (self.total / self.accepted).cpu().numpy(), training.folder / ESTIMATE_FILE
         if self.setting.world.main:
-            with atomic(path) as file:
-                np.save(file, estimate)
+            write_array(path, estimate)
         show(f"estimated unlabelled class counts: {np.round(estimate, 1).tolist()}")
         if self.cfg.long_tail is not None:
             show(f"for DARP: copy {path} to {self.cfg.ALGORITHM.DARP.EST}/{estimate_name(self.cfg)}")
