@@ -21,9 +21,8 @@ from types import SimpleNamespace
 from MetaSemi.imagenet.packing import pack
 from shared.cli import Choice, Flag, Float, Int, Option, UserError, parse, run_main
 from shared.data.classes import class_numbers
-from shared.data.listing import is_hidden, read_class_names
-from shared.data.listing import walk as find_names
-from shared.training.files import atomic
+from shared.data.listing import is_hidden, read_class_names, walk
+from shared.training.files import write_text
 from shared.training.progress import progress
 
 SHUFFLE_SEED = 100
@@ -82,14 +81,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write_lists(options: SimpleNamespace) -> None:
     """Write the .lst files and print the label of every folder; UserError without images."""
-    exts = set(options.exts)
-    found = list(progress(walk(options.root, exts) if options.recursive else flat(options.root, exts), "listing",
-                          unit="images"))
+    every = sorted((name for name in progress(walk(Path(options.root)), "listing", unit="files")
+                    if options.recursive or "/" not in name), key=published_order)
+    found = [name for name in every if os.path.splitext(name)[1].lower() in options.exts and not is_hidden(name)]
     if not found:
         deeper = "" if options.recursive else "; give --recursive to look into its sub-folders"
         raise UserError(f"{options.root}: no file ends with {' or '.join(options.exts)}{deeper}")
     folders = dict.fromkeys(os.path.dirname(path) for path in found) if options.recursive else {"": 0}
-    say_left_out(options, exts, len(found))
+    if others := sorted(set(every) - set(found)):
+        print(f"left out {len(others)} files that are hidden or end with none of {' '.join(options.exts)} (first: "
+              f"{others[0]}); name further endings with --exts")
     check_folders(folders, options, len(found))
     labels = numbered(folders, options)
     if options.recursive:
@@ -99,18 +100,7 @@ def write_lists(options: SimpleNamespace) -> None:
     if not options.no_shuffle:
         random.Random(SHUFFLE_SEED).shuffle(lines)
     for suffix, part in parts(lines, options.chunks, options.train_ratio, options.test_ratio):
-        with atomic(f"{options.prefix}{suffix}.lst", "w") as file:
-            file.writelines(part)
-
-
-def say_left_out(options: SimpleNamespace, exts: set[str], count: int) -> None:
-    """Say how many files are no images by their endings, or lie in hidden folders."""
-    seen = find_names(options.root) if options.recursive else [
-        entry.name for entry in os.scandir(options.root) if entry.is_file()]
-    others = [name for name in seen if is_hidden(name) or os.path.splitext(name)[1].lower() not in exts]
-    if others and count:
-        print(f"left out {len(others)} files that are hidden or end with none of {' '.join(options.exts)} (first: "
-              f"{min(others)}); name further endings with --exts")
+        write_text(f"{options.prefix}{suffix}.lst", "".join(part))
 
 
 def check_folders(folders: dict[str, int], options: SimpleNamespace, count: int) -> None:
@@ -125,28 +115,10 @@ def check_folders(folders: dict[str, int], options: SimpleNamespace, count: int)
         print("warning: every image has the label 0; with --recursive each sub-folder is a class", file=sys.stderr)
 
 
-def walk(root: str, exts: set[str], folder: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Yield paths of images relative to `root`: a folder's files by name, then its sub-folders; links are followed."""
-    try:
-        place = os.stat(os.path.join(root, folder))
-        entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{os.path.join(root, folder)}: cannot be read ({error.strerror})") from None
-    here = (place.st_dev, place.st_ino)
-    if here in above:  # a link that leads back up
-        return
-    for entry in entries:
-        if os.path.splitext(entry.name)[1].lower() in exts and entry.is_file() and not is_hidden(entry.name):
-            yield os.path.join(folder, entry.name)
-    for entry in entries:
-        if entry.is_dir() and not is_hidden(entry.name):
-            yield from walk(root, exts, os.path.join(folder, entry.name), (*above, here))
-
-
-def flat(root: str, exts: set[str]) -> list[str]:
-    """Return the names of the images directly in `root`, sorted."""
-    return sorted(entry.name for entry in os.scandir(root)
-                  if os.path.splitext(entry.name)[1].lower() in exts and entry.is_file() and not is_hidden(entry.name))
+def published_order(name: str) -> list[tuple[bool, str]]:
+    """Return the sort key of a path: a folder's files by name, then its sub-folders."""
+    *folders, file = name.split("/")
+    return [*((True, folder) for folder in folders), (False, file)]
 
 
 def numbered(folders: dict[str, int], options: SimpleNamespace) -> dict[str, int]:

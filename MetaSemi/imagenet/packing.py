@@ -24,7 +24,7 @@ from shared.cli import UserError
 from shared.data.classes import MAX_CLASSES
 from shared.data.listing import read_class_names, read_lines
 from shared.parallel import cores, ordered_map
-from shared.training.files import atomic, hold
+from shared.training.files import hold, write_json
 from shared.training.progress import Progress
 
 CHUNK = 16               # images a worker takes at a time
@@ -238,10 +238,10 @@ class Output:
         for file in self.files:
             file.flush()
             os.fsync(file.fileno())
-        with atomic(self.note, "w") as file:
-            json.dump({"key": self.key, "entries": self.entries_done, "records": self.records, "size": self.size,
-                       "index_size": self.index_size, "skipped": self.skipped,
-                       "images": self._state_of_images(self.entries_done)}, file)
+        write_json(self.note, {
+            "key": self.key, "entries": self.entries_done, "records": self.records, "size": self.size,
+            "index_size": self.index_size, "skipped": self.skipped,
+            "images": self._state_of_images(self.entries_done)})
         self.noted = time.monotonic()
 
     def suspend(self) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from shared.cli import UserError
 from shared.data.classes import match_labels
 from shared.data.listing import read_lines
-from shared.training.files import atomic
+from shared.training.files import write_text
 
 MAGIC_NUMBER = 0xCED7230A
 MAGIC = struct.pack("<I", MAGIC_NUMBER)
@@ -220,8 +220,7 @@ def synset_file(path: Path) -> Path:
 
 def write_synset(path: Path, names: Sequence[str]) -> None:
     """Write the names of the classes beside a list or record file, one a line in label order."""
-    with atomic(synset_file(path), "w") as file:
-        file.writelines(f"{name}\n" for name in names)
+    write_text(synset_file(path), "".join(f"{name}\n" for name in names))
 
 
 def read_synset(path: Path) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from shared.cli import Flag, Float, Int, Option, UserError, parse, run_main
 from shared.data.classes import class_folders
 from shared.data.listing import is_hidden, is_image, read_lines, walk
-from shared.training.files import atomic, make_dir
+from shared.training.files import atomic, make_dir, write_text
 from shared.training.progress import progress
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -147,8 +147,7 @@ def check(lists: Mapping[str, Sequence[str]], data: Path) -> None:
 def write_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> None:
     make_dir(folder)
     for part, name in LISTS.items():
-        with atomic(folder / name, "w") as file:
-            file.writelines(f"{line}\n" for line in lists[part])
+        write_text(folder / name, "".join(f"{line}\n" for line in lists[part]))
 
 
 def fill(target: Path, names: Sequence[str], train: Path, copy: bool) -> None:
