@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import heapq
 import os
 import re
 import warnings
@@ -93,8 +92,8 @@ def check_places(options: SimpleNamespace) -> None:
     for flag, place in (("--out", options.out), ("--html", options.html), ("--sort-into", options.sort_into)):
         if place is not None and folder.is_dir() and Path(place).resolve().is_relative_to(folder):
             raise UserError(f"{flag} {place} lies inside --images {options.images}; choose a place outside it")
-        if place is not None and flag != "--sort-into":
-            check_writable(place, flag)
+        if place is not None:
+            check_writable(place, flag, is_folder=flag == "--sort-into")
 
 
 # ---------------------------------------------------------------- predictions
@@ -193,36 +192,23 @@ def write_html(images: Images, options: SimpleNamespace) -> None:
     record = Record(options.html, {"thumbnails": options.thumbnails}, {"predictions": options.out})
     if record.is_complete(options.overwrite):
         return
-    best: dict[str, list[tuple[float, int]]] = {}
-    worst: dict[str, list[tuple[float, int]]] = {}
-    counts: dict[str, int] = {}
+    found: dict[str, list[tuple[float, int]]] = {}
     for position, _, name, value in predictions(Path(options.out)):
-        counts[name] = counts.get(name, 0) + 1
-        for heap, key in ((best, value), (worst, -value)):
-            push(heap.setdefault(name, []), (key, -position), options.thumbnails)
+        found.setdefault(name, []).append((value, position))
     sections = []
-    for name in sorted(counts, key=lambda name: (-counts[name], name)):
-        certain = [-position for _, position in sorted(best[name], reverse=True)]
-        uncertain = [-position for _, position in sorted(worst[name], reverse=True) if -position not in certain]
-        values = {-position: abs(key) for key, position in (*best[name], *worst[name])}
-        rows = [(title, [picture(images.decode(content, position), images.names[position], f"{values[position]:.1%}")
-                         for position, content in zip(found, images.read(found), strict=True)])
-                for title, found in (("Most certain", certain), ("Least certain", uncertain)) if found]
-        sections.append(Section(f"{name}: {counts[name]} images", rows))
+    for name, pairs in sorted(found.items(), key=lambda entry: (-len(entry[1]), entry[0])):
+        certain = sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:options.thumbnails]
+        uncertain = [pair for pair in sorted(pairs)[:options.thumbnails] if pair not in certain]
+        rows = [(title, [picture(images.decode(content, position), images.names[position], f"{value:.1%}")
+                         for (value, position), content in zip(shown, images.read([p for _, p in shown]), strict=True)])
+                for title, shown in (("Most certain", certain), ("Least certain", uncertain)) if shown]
+        sections.append(Section(f"{name}: {len(pairs)} images", rows))
     make_dir(Path(options.html).parent)
-    introduction = [f"{sum(counts.values())} images of {images.path.name}, classified by {options.load_path}.",
+    introduction = [f"{sum(map(len, found.values()))} images of {images.path.name}, classified by {options.load_path}.",
                     "Below each image: its file and the probability of its class."]
     write_page(options.html, "Predictions", introduction, sections)
     record.write()
     print(f"page: {options.html}")
-
-
-def push(heap: list[tuple[float, int]], item: tuple[float, int], most: int) -> None:
-    """Keep the `most` largest items."""
-    if len(heap) < most:
-        heapq.heappush(heap, item)
-    else:
-        heapq.heappushpop(heap, item)
 
 
 def sort_into(images: Images, options: SimpleNamespace) -> None:
