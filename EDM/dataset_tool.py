@@ -187,6 +187,8 @@ def convert(source: str | os.PathLike, dest: str | os.PathLike, max_images: int 
             further = {**further, "resize": RESIZES[transform]}
         save("dataset.json", labels_json(written, images.classes, further).encode())
     check.finish(source, labels)
+    width, height, channels = check.first
+    print(f"{dest}: {len(labels)} images, {channels} x {height} x {width}", flush=True)
 
 
 def _chunks(items: Iterator[Item]) -> Iterator[tuple[int, list[Item]]]:

@@ -8,6 +8,7 @@
 """
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from shared.cli import UserError, nearest
 from shared.data.photographs import MEAN, STD
+from shared.networks import one_line
 from shared.training.fingerprint import fingerprint_arrays
 from TorchSSL.encoders.checkpoints import read_msn
 from TorchSSL.encoders.vit import VisionTransformer
@@ -166,12 +168,15 @@ def _open_timm(text: str) -> Encoder:
     name, _, weights = text.partition("@")
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries: the error below says it
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # random weights are the same at every start
             net = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0)
     except Exception as error:  # noqa: BLE001 (a download may fail in many ways)
-        raise UserError(f"timm:{text}: cannot be made ({type(error).__name__}: {error})") from None
+        raise UserError(f"timm:{text}: cannot be made ({one_line(error)}); without network access give timm:{name}@FILE"
+                        ) from None
+
     if not weights:
         warnings.warn(f"timm:{name} has random weights; give timm:{name}@pretrained, which downloads them, or "
                       f"timm:{name}@FILE", stacklevel=3)
