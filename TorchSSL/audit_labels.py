@@ -29,7 +29,7 @@ from shared.data.datasets import has_split
 from shared.data.images import ImageSet
 from shared.data.writers import labels_json
 from shared.distributed import World
-from shared.training.files import atomic, make_dir, write_array, write_csv, write_json, write_text
+from shared.training.files import atomic, check_writable, make_dir, write_array, write_csv, write_json, write_text
 from shared.training.record import Record
 from TorchSSL.audit import diffusion, findings
 from TorchSSL.audit.findings import LabelIssues, Neighbours
@@ -140,6 +140,7 @@ def check_flags(options: SimpleNamespace) -> None:
                         "place")
     if target.exists() and not Record(target, {}, {}).path.exists():
         raise UserError(f"--apply {target} exists and was not written by this program; choose another name")
+    check_writable(target, "--apply")
 
 
 def check_labels(images: Images, options: SimpleNamespace) -> None:

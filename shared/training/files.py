@@ -85,15 +85,15 @@ def write_csv(path: str | os.PathLike, head: Sequence[str], rows: Iterable[Seque
         csv.writer(file, lineterminator="\n").writerows(chain([head], rows))
 
 
-def check_writable(path: str | os.PathLike, flag: str) -> None:
-    """Raise UserError, naming `flag`, for a path that no file can be written to; before the work for it is done.
+def check_writable(path: str | os.PathLike, flag: str, is_folder: bool = False) -> None:
+    """Raise UserError, naming `flag`, for a file, or a folder, that cannot be written; before the work for it is done.
 
     Folders that are missing above it do not matter: `make_dir` makes them.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not is_folder:
         raise UserError(f"{flag}: {path} is a folder; give the name of a file")
-    folder = path.absolute().parent
+    folder = path.absolute() if is_folder else path.absolute().parent
     while not folder.exists():
         folder = folder.parent
     trial = folder / f".{path.name[:100]}.{os.getpid()}.tmp"

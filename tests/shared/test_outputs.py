@@ -14,6 +14,7 @@ from EDM import fid, generate
 from shared.cli import UserError
 from shared.report import __main__ as page
 from shared.training.files import atomic, check_writable
+from TorchSSL import audit_labels, predict
 from TorchSSL import eval as evaluation
 
 # Script, its flags but for the output, the flag of the output.
@@ -44,6 +45,19 @@ def test_it_is_found_first(name: str, place: str, tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match=f"^{flag}: .*{target}.*; ?(choose|give)|^{flag}: {target} is a folder"):
         module.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("module, flags, flag", [
+    (predict, ["--load_path=none.pth", "--images=none"], "--sort-into"),
+    (audit_labels, ["--dataset=digits", "--save_path=audit"], "--apply")])
+def test_a_further_output_is_tried_first(module: ModuleType, flags: list[str], flag: str, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for target in ("/proc/none/x.csv", "file/x.csv"):
+        with pytest.raises(UserError, match=f"^{flag}: cannot write {target}: "):
+            module.main([*flags, f"{flag}={target}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_place_below_folders_that_are_not_there_is_fine(tmp_path: Path) -> None:
