@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from sklearn.datasets import load_sample_images
 
 from MetaSemi.imagenet.views import CentreCrop, Epochs, RandomCrop, resize
 from shared.cli import UserError
-from shared.data.photographs import MEAN, STD, Photographs, Request, looks_whole
+from shared.data.photographs import MEAN, STD, Photographs, Request, list_photographs, looks_whole
 from shared.data.pool import batches, choose_decoder
 from shared.training.randomness import numpy_rng
+from TorchSSL.encoders.images import own_images
 
 CPU = torch.device("cpu")
 LEVEL = 1 / 255 / min(STD)  # one grey level, normalised
@@ -189,3 +192,25 @@ def test_normalised_as_imagenet_is() -> None:
     images, _ = central_batches("torchvision", photographs([stream.getvalue()] * 5))[0]
     expected = [(128 / 255 - mean) / std for mean, std in zip(MEAN, STD, strict=True)]
     np.testing.assert_allclose(images.mean((0, 2, 3)), expected, atol=1e-5)
+
+
+def test_one_bit_of_a_photograph_is_another_content(tmp_path: Path) -> None:
+    """Also in a file of the same size and time, of which only the inode or the time of change differs."""
+    file = tmp_path / "set" / "cat" / "0.bmp"
+    file.parent.mkdir(parents=True)
+    Image.fromarray(np.zeros((80, 90, 3), np.uint8)).save(file)
+
+    def fingerprints() -> tuple[str, str]:
+        return list_photographs(tmp_path / "set").fingerprint, own_images(str(tmp_path / "set"), "train").fingerprint
+
+    before, state, content = fingerprints(), file.stat(), bytearray(file.read_bytes())
+    assert fingerprints() == before
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert all(one != other for one, other in zip(fingerprints(), before, strict=True))
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "set").rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "set")
+    assert fingerprints() == before
