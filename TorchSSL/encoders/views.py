@@ -51,7 +51,7 @@ def make_views(images: Tensor, draws: ViewDraws, size: int) -> Tensor:
     """Return views, float32 [N, 3, size, size], normalised. images: uint8 [N, C, H, W], C = 1 or 3."""
     x = crop(images.expand(-1, 3, -1, -1).float() / 255, draws, size)
     x = blur(jitter(x, draws), draws.blur * size)
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (to_device(torch.tensor(values), x.device).view(3, 1, 1) for values in (MEAN, STD))
     return (x - mean) / std
 
 
@@ -73,7 +73,7 @@ def crop(x: Tensor, draws: ViewDraws, size: int) -> Tensor:
 def jitter(x: Tensor, draws: ViewDraws) -> Tensor:
     """Change brightness, contrast, saturation and hue of [N, 3, S, S] in 0..1, in this order; make some grey."""
     factors = to_device(draws.colour.astype(np.float32), x.device)[:, :, None, None, None]
-    luma = torch.tensor(LUMA, device=x.device).view(3, 1, 1)
+    luma = to_device(torch.tensor(LUMA), x.device).view(3, 1, 1)
 
     def grey() -> Tensor:
         return (x * luma).sum(1, keepdim=True)

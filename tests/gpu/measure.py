@@ -1,8 +1,9 @@
 """Run programs on the null GPU and say what a training step of each costs.
 
-    python -m tests.gpu.measure [NAME...]     # print the costs; with --write also into budgets.json
+    python -m tests.gpu.measure [NAME...]                 # print the costs; with --write also into budgets.json
+    python -m tests.gpu.measure --published [NAME...]     # the same of the published commands at their published size
 
-The programs are those of tests/gpu/programs.py.
+The programs are those of tests/gpu/programs.py and tests/gpu/published.py.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from tests.gpu.build import wanted
 from tests.gpu.programs import PROGRAMS, Program
+from tests.gpu.published import PUBLISHED
 from tests.shared.programs import ROOT
 
 HERE = Path(__file__).parent
@@ -94,18 +96,34 @@ def _cost(found: Mapping[str, Any]) -> Cost:
                 tuple(f"{row['name']}: {row['mistake']} {row['where']}" for row in found.get("mistakes", ())))
 
 
+def report(name: str, ranks: int, cost: Cost) -> None:
+    print(f"{name:28} {ranks} rank(s): {cost.launches:6} launches {cost.waits:4} waits "
+          f"{cost.peak / 2**20:8.1f} MiB  {cost.error or ''} {cost.mistakes or ''}", flush=True)
+    for where in cost.where if cost.waits else ():
+        print(f"{'':10} {where}")
+
+
+def published(names: list[str]) -> None:
+    """Report what the published commands cost on each of their GPUs."""
+    with TemporaryDirectory() as folder:
+        for name in names or PUBLISHED:
+            program, ranks = PUBLISHED[name]
+            report(name, ranks, measure({name: program}, ranks, Path(folder))[name])
+
+
 def main() -> None:
-    names = [name for name in sys.argv[1:] if name != "--write"] or list(PROGRAMS)
-    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    names = [name for name in sys.argv[1:] if not name.startswith("--")]
+    if "--published" in sys.argv:
+        return published(names)
+    names = names or list(PROGRAMS)
+    found: dict[str, dict[str, dict[str, int]]] = {}
     for ranks in (1, 2):
         with TemporaryDirectory() as folder:
             for name, cost in measure({name: PROGRAMS[name] for name in names}, ranks, Path(folder)).items():
-                print(f"{name:24} {ranks} rank(s): {cost.launches:6} launches {cost.waits:4} waits "
-                      f"{cost.peak / 2**20:8.1f} MiB  {cost.error or ''} {cost.mistakes or ''}")
-                for where in cost.where if cost.waits else ():
-                    print(f"{'':10} {where}")
-                budgets.setdefault(name, {})[str(ranks)] = {"launches": cost.launches, "peak": cost.peak}
+                report(name, ranks, cost)
+                found.setdefault(name, {})[str(ranks)] = {"launches": cost.launches, "peak": cost.peak}
     if "--write" in sys.argv:
+        budgets = json.loads(BUDGETS.read_text()) | found
         BUDGETS.write_text(json.dumps(dict(sorted(budgets.items())), indent=1) + "\n")
 
 

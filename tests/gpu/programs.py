@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.ddae import tiny as ddae
 from tests.edm import latent_runs
 from tests.edm import training_runs as edm
+from tests.metasemi import photographs
 
 ROOT = Path(__file__).resolve().parents[2]
 EDM = ("--cond=1", "--cbase=8", "--cres=1,1", "--num-blocks=1", "--attn-resolutions=4", "--batch=16", "--tick=1000",
@@ -78,11 +79,11 @@ def train_ldm(script: str, config: str, slow: bool = True, compiled: bool = Fals
     return Program(f"EDM/imagenet/{script}.py", args, slow, compiled=compiled)
 
 
-def daso(name: str, slow: bool = True, compiled: bool = False) -> Program:
+def daso(name: str, *pairs: str, slow: bool = True, compiled: bool = False) -> Program:
     config = ROOT / "DASO" / "configs" / "digits" / f"{name}.yaml"
     return Program("DASO/main.py", lambda folder, steps: [
         "--config-file", str(config), "SOLVER.MAX_ITER", str(steps), "PERIODS.LOG", "1000", "PERIODS.EVAL", "1000",
-        "PERIODS.CHECKPOINT", "1000", "OUTPUT_DIR", str(folder / "out"), "COMPILE", str(compiled)],
+        "PERIODS.CHECKPOINT", "1000", "OUTPUT_DIR", str(folder / "out"), "COMPILE", str(compiled), *pairs],
                    slow, compiled=compiled)
 
 
@@ -91,6 +92,21 @@ def metasemi(script: str, *flags: str, slow: bool = True, compiled: bool = False
         "--dataset=digits", "-a=small", "--num-label=20", "--batch-size=8", f"--total-steps={steps}", "--warmup=2",
         "--milestones=[4, 5]", "--test-freq=1000", "--print-freq=1000", "--save-path=run", "--gpu",
         f"--compile={compiled}", *flags], slow, compiled=compiled)
+
+
+def metasemi_imagenet(script: str) -> Program:
+    def args(folder: Path, steps: int) -> list[str]:
+        photographs.pack(photographs.make_tree(folder, 40), 20)
+        return [*photographs.TINY[:-4], "--batch-size=2", "--epochs=100", "--data=.", "--save-path=run",
+                "--print-freq=1000", "--decoder=torchvision", f"--iterations={steps}", "--compile=False"]
+    return Program(f"MetaSemi/{script}.py", args, slow=True)
+
+
+def train_msn() -> Program:
+    return Program("TorchSSL/train_msn.py", lambda folder, steps: [
+        "--dataset=digits", "--model=deit_tiny", "--img_size=16", "--patch_size=8", "--embed_dim=16", "--depth=2",
+        "--num_heads=2", "--hidden=32", "--output_dim=8", "--prototypes=20", "--focal_views=2", "--focal_size=8",
+        "--batch_size=600", f"--epochs={EPOCHS}", "--warmup=1", "--log_every=1000", f"--outdir={folder}"], slow=True)
 
 
 def with_wait(program: Program) -> Program:
@@ -107,6 +123,7 @@ PROGRAMS = {
     **{name: torchssl(name) for name in (
         "fixmatch", "flexmatch", "softmatch", "uda", "uda_flex", "defixmatch", "sequencematch", "freematch_entropy",
         "fullysupervised", "meanteacher", "mixmatch", "pimodel", "pseudolabel", "pseudolabel_flex")},
+    "msn": train_msn(),
     "edm": train_edm("--augment=0.12", slow=False),
     "edm in rounds": train_edm("--augment=0.12", "--batch-gpu=4"),
     "edm, ncsnpp": train_edm("--arch=ncsnpp"),
@@ -130,9 +147,14 @@ PROGRAMS = {
     "tdsm": tdsm("train_noise", "--cbase=8", "--cres=1,1", "--num-blocks=1", "--attn-resolutions=4",
                  "--noise_type=clean", "--augment=0", waits=1),
     "daso": daso("fixmatch_daso", slow=False),
+    **{f"daso, {name}": daso(name) for name in (
+        "supervised", "pseudolabel", "meanteacher", "mixmatch", "usadtm", "acr", "simpro")},
+    "daso, abc": daso("fixmatch_abc", "ALGORITHM.ABC.SCHEDULE", "max_iter"),
     "daso, remixmatch": daso("remixmatch_daso"),
     "daso, remixmatch, compiled": daso("remixmatch_daso", compiled=True),
     "metasemi": metasemi("train_meta", "--mix-up", slow=False),
     "metasemi, compiled": metasemi("train_meta", "--mix-up", compiled=True),
     "metasemi baseline": metasemi("train_baseline"),
+    "metasemi, ImageNet": metasemi_imagenet("train_meta_imagenet"),
+    "metasemi baseline, ImageNet": metasemi_imagenet("train_imagenet"),
 }

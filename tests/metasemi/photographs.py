@@ -33,10 +33,10 @@ def _photographs() -> list[np.ndarray]:
     return load_sample_images().images
 
 
-def make_tree(folder: Path) -> Path:
+def make_tree(folder: Path, per_class: int = TRAIN) -> Path:
     """Write train/<wnid>/ and val/<wnid>/ with photographs of unequal sizes below `folder`."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", TRAIN), ("val", VAL)):
+    for part, count in (("train", per_class), ("val", VAL)):
         for wnid in CLASSES:
             (folder / part / wnid).mkdir(parents=True)
             for number in range(count):
@@ -59,9 +59,9 @@ def call(script: Any, *args: str | Path) -> None:
         sys.argv = before
 
 
-def pack(folder: Path) -> Path:
+def pack(folder: Path, per_class: int = 3) -> Path:
     """Do what the README does with a tree: split it and pack the nine files into `folder`, which is returned."""
-    call(split_imagenet, "--data-path", folder, "--list-path", folder / "lists", "--per-class", "3")
+    call(split_imagenet, "--data-path", folder, "--list-path", folder / "lists", "--per-class", per_class)
     for name, part in (("train_label", "labeled"), ("train_unlabel", "unlabeled"), ("val", "val")):
         shuffle = ["--no-shuffle"] if name == "val" else []
         call(im2rec, folder / name, folder / part, "--recursive", "--list", "--num-thread", "2")
