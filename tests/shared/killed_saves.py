@@ -94,13 +94,14 @@ def train(folder: Path, steps: int, completed: int, write: float = NEVER, flush:
 def main() -> None:
     folder, kills, chance = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     folder.mkdir()
-    completed = os.open(folder / "completed", os.O_RDWR | os.O_CREAT)
+    completed, step = os.open(folder / "completed", os.O_RDWR | os.O_CREAT), 0
     for kill in range(kills):
         # A save makes some 200 writes, then 2 flushes and 2 renamings.
         moment = dict(write=chance.randint(1, 400)) if kill % 2 else dict(flush=chance.randint(1, 8))
         status = train(folder, WITHOUT_END, completed, **moment)
         assert status == -signal.SIGKILL, status
-        newest, whole = load_newest(folder / "checkpoint.pt"), int(os.pread(completed, 12, 0) or 0)
+        # A save can be whole though its process died before saying so.
+        newest, whole = load_newest(folder / "checkpoint.pt"), max(step, int(os.pread(completed, 12, 0) or 0))
         step = newest[1]["step"] if newest else 0
         assert whole <= step <= whole + EVERY, f"step {step} found, {whole} completed"
     steps = step + 2 * EVERY
