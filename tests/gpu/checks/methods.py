@@ -88,6 +88,7 @@ def waits(place: Place) -> dict[str, Any]:
     """No step makes the host wait: PyTorch raises where one would. The first may fill caches."""
     @contextlib.contextmanager
     def strictly(run: Run, step: int) -> Iterator[None]:
+        # An evaluation may follow the last step, inside the loop.
         torch.cuda.set_sync_debug_mode("error" if 3 <= step < 5 else "default")
         try:
             yield
@@ -96,7 +97,7 @@ def waits(place: Place) -> dict[str, Any]:
 
     names, waiting = names_of(place), {}
     for name in names:
-        found = run(name, place.folder / name, 5, around=strictly)
+        found = run(name, place.folder / name, 7, around=strictly)
         torch.cuda.set_sync_debug_mode("default")
         if found.status and not PROGRAMS[name].waits:
             waiting[name] = found.errors[-400:]
