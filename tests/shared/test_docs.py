@@ -19,7 +19,7 @@ MOST_WORDS = 900
 # Flags of torchrun, pip, docker and sbatch.
 FLAGS_OF_OTHERS = {"--nproc_per_node", "--nnodes", "--standalone", "--rdzv_backend", "--max-restarts",
                    "--signals-to-handle", "--gpus", "--all", "--extra", "--num", "--help", "--local_rank", "--null",
-                   "--rm", "--multi_gpu", "--num_processes"}
+                   "--rm", "--cpu", "--multi_gpu", "--num_processes"}
 
 
 def prose(text: str) -> str:

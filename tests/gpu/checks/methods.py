@@ -152,9 +152,9 @@ def resume(place: Place) -> dict[str, Any]:
     differ = []
     for name in FAMILIES[:3]:
         flags = flags_of(name, STRICT)
-        whole = run(name, place.folder / "whole" / name, 5, flags, whole=True)
-        part = run(name, place.folder / "part" / name, 5, flags, around=stopped, whole=True)
-        rest = run(name, place.folder / "part" / name, 5, flags, whole=True)
+        whole = run(name, place.folder / "whole" / name, 5, flags)
+        part = run(name, place.folder / "part" / name, 5, flags, around=stopped)
+        rest = run(name, place.folder / "part" / name, 5, flags)
         runs = (whole, part, rest)
         assert [one.status for one in runs] == [0, 143, 0], [one.errors[-300:] for one in runs]
         if any(not torch.equal(whole.after[key], rest.after[key]) for key in whole.after):

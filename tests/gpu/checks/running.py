@@ -36,11 +36,11 @@ class Outcome:
 
 
 def run(name: str, folder: Path, steps: int, flags: Sequence[str] = (), *, around: Around | None = None,
-        record: bool = False, whole: bool = False) -> Outcome:
+        record: bool = False) -> Outcome:
     """Run a program for `steps` steps in `folder`, which may hold its earlier run, with further flags.
 
-    around: (run, step) -> the context of that step. record: keep what is logged, which waits for the device. whole: up
-    to the program's end, which may be some steps later; otherwise it ends after these steps, with status 0.
+    The program ends after these steps, with status 0. around: (run, step) -> the context of that step. record: keep
+    what is logged, which waits for the device.
     """
     program, outcome = PROGRAMS[name], Outcome()
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def run(name: str, folder: Path, steps: int, flags: Sequence[str] = (), *, aroun
     os.chdir(folder)
     errors = io.StringIO()
     try:
-        with watched(outcome, around, record, None if whole else steps), contextlib.redirect_stderr(errors):
+        with watched(outcome, around, record, steps), contextlib.redirect_stderr(errors):
             try:
                 runpy.run_path(sys.argv[0], run_name="__main__")
             except SystemExit as end:
@@ -68,7 +68,7 @@ def run(name: str, folder: Path, steps: int, flags: Sequence[str] = (), *, aroun
 
 
 @contextlib.contextmanager
-def watched(outcome: Outcome, around: Around | None, record: bool, last: int | None) -> Iterator[None]:
+def watched(outcome: Outcome, around: Around | None, record: bool, last: int) -> Iterator[None]:
     """Note in `outcome` what runs in this context compute; end the program after `last` steps."""
     steps, add = Run.steps, Log.add
 
