@@ -110,34 +110,40 @@ def memory(place: Place) -> dict[str, Any]:
     small from the start, with one line that blames no other flag."""
     total = torch.cuda.get_device_properties(0).total_memory
 
-    @contextlib.contextmanager
-    def little(run: Run, step: int) -> Iterator[None]:
+    def fill() -> list[torch.Tensor]:
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+        torch.cuda.set_per_process_memory_fraction(max(torch.cuda.memory_reserved() / total, 1e-6))
         held = []
         for size in (2**20, 2**16, 512):
             with contextlib.suppress(torch.OutOfMemoryError):
                 while True:
                     held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
-        yield
+        return held
 
-    def remedy(name: str, folder: Path, around: Around | None, fraction: float) -> str:
-        torch.cuda.set_per_process_memory_fraction(fraction)
+    @contextlib.contextmanager
+    def little(run: Run, step: int) -> Iterator[None]:
+        held = fill()
+        yield
+        held.clear()
+
+    def remedy(name: str, folder: Path, around: Around | None) -> str:
+        held = [] if around else fill()
         try:
             found = run(name, folder, 5, around=around)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
+        held.clear()
         torch.cuda.empty_cache()
         lines = [line for line in found.errors.splitlines() if line.startswith("error: ")]
         assert found.status == 2 and len(lines) == 1 and "out of memory" in lines[0], (name, found.errors[-400:])
         return lines[0].partition("; ")[2]
 
-    said = {name: remedy(name, place.folder / name, little, 1.0) for name in EAGER}
+    said = {name: remedy(name, place.folder / name, little) for name in EAGER}
     named = re.compile(r"lower .*(--[a-z]|[A-Z]+[._][A-Z])")
     helpless = {name: words for name, words in said.items() if not named.match(words)}
     assert not helpless, helpless
     for name in FAMILIES:
-        remedy(name, place.folder / "none" / name, None, 1e-6)
+        remedy(name, place.folder / "none" / name, None)
     return {"programs": len(said), "remedies": sorted(set(said.values()))}
 
 
