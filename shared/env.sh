@@ -22,7 +22,7 @@ END
 }
 
 fewlabel_make_venv() (
-    venv=$fewlabel_root/.venv
+    venv=$(readlink -f "$fewlabel_root/.venv")  # it may be a link to a larger disk
     stamp=$fewlabel_root$'\n'$(cat "$fewlabel_root/requirements.txt")  # a .venv that was moved does not work
     exec 8>> "$venv.lock" && "$fewlabel_python" -c 'import fcntl; fcntl.flock(8, fcntl.LOCK_EX)' || exit
     [[ ! -x $venv/bin/python || $(cat "$venv/complete.txt" 2> /dev/null) != "$stamp" ]] || exit 0
