@@ -234,6 +234,6 @@ def chosen_classes(flags: SimpleNamespace, label_dim: int, trained: Conditions) 
         raise UserError(f"--{name}: {flags.network} was trained without an image of class {said}; it knows "
                         f"{', '.join(map(str, trained.present[:20]))}")
     if absent:
-        warnings.warn(f"{flags.network} was trained without images of class {said}, which is left out",
+        warnings.warn(f"{flags.network} was trained without images of class {said}: left out",
                       stacklevel=2)
     return [index for index in classes if index not in absent]

@@ -256,7 +256,7 @@ def test_own_classes_keep_their_names_and_a_json_holds_corrected_labels(tmp_path
     (["--apply=fixed.txt"], "ending in .csv or .json"),
     (["--apply={noisy}"], "ending in .csv or .json"),
     (["--apply=there.csv"], "there.csv exists and was not written by this program"),
-    (["--folds=500"], "no class of"),
+    (["--folds=500"], "has fewer labels"),
     (["--dataset=nothing"], "nothing"),
 ])
 def test_bad_flags_are_one_line_and_nothing_is_touched(flags: list[str], words: str, noisy: Path, tmp_path: Path,
