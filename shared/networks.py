@@ -127,7 +127,7 @@ def start_from(net: nn.Module, source: str, classes: Sequence[str], in_channels:
     heads = label_layers(net, len(classes))
     state = named_as(net, find_state(content, source), source)
     ours, known = net.state_dict(), content.get("classes")
-    other_classes = known is not None and list(known) != list(classes)
+    other_classes = bool(known) and list(known) != list(classes)
     fresh = [name for name in ours if name.rpartition(".")[0] in heads
              and (other_classes or name not in state or state[name].shape != ours[name].shape)]
     needless = [name for name in ours if name not in state and name.startswith(ROTATION_HEAD)

@@ -214,6 +214,10 @@ class SmallImages(Source):
         pool = self.test
         return {"classes": self.classes, "mean": pool.mean, "std": pool.std, "size": self.size}
 
+    def normalise_as(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        for pool in (self.batches.pool, self.test):
+            pool.mean, pool.std = mean, std
+
     def check(self, folder: Path) -> None:
         """Refuse to continue a run with labelled images other than its own; UserError."""
         options = self.options

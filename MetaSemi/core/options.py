@@ -17,11 +17,11 @@ NOT_NEGATIVE, FRACTION = Float(0), Float(0, 1)
 # What may differ between a command and the run that it continues: nothing here changes the numbers (`batch_size` of
 # ImageNet: that of all processes counts; decoders differ by a grey level at most).
 NOT_THE_METHOD = frozenset({"data_path", "download", "num_workers", "resume", "print_freq", "save_path", "gpu",
-                            "overwrite", "start_step", "compile", "given"})
+                            "overwrite", "start_step", "compile", "pretrained", "given"})
 NOT_THE_METHOD_OF_IMAGENET = frozenset({
     "data", "workers", "batch_size", "print_freq", "resume", "start_epoch", "save_path", "local_rank", "dali_cpu",
     "gamma", "decoder", "device", "evaluate", "skip_bad", "iterations", "overwrite", "save_seconds", "compile",
-    "given"})
+    "pretrained", "given"})
 
 ALPHA = Option("--alpha", POSITIVE, 1.0, "mix-up coefficients are drawn from Beta(alpha, alpha)")
 EPSILON = Option("--epsilon", POSITIVE, 1e-2, "L2 norm of the perturbation of the weights")
@@ -103,8 +103,11 @@ ARITHMETIC = (
     Option("--strict", Flag, False, "the paper's arithmetic: fp32 without TF32, deterministic kernels, nothing fused"),
     Option("--compile", Flag, None, "torch.compile the network", default_help="on a GPU, unless --strict"),
 )
+PRETRAINED = Option("--pretrained", metavar="FILE", help="start from the weights of a file (.pth, .safetensors); for "
+                    "other classes the label layer is made anew")
 OVERWRITE = Option("--overwrite", Flag, False, "start anew in a folder of another run (without it: an error)")
 OURS = (
+    PRETRAINED,
     *ARITHMETIC,
     Option("--download", Flag, False, "fetch missing files of the data set"),
     OVERWRITE,
@@ -119,6 +122,7 @@ IMAGENET_OURS = (
            "--epochs"),
     Option("--save-seconds", NOT_NEGATIVE, 600.0, "time between two checkpoints, one of which follows every epoch",
            unit="s"),
+    PRETRAINED,
     *ARITHMETIC,
     Option("--device", metavar="NAME", help="cpu, cuda or cuda:1", default_help="all GPUs, if any"),
     OVERWRITE,
@@ -185,6 +189,8 @@ def read_imagenet_options(script: str, doc: str, flags: Mapping[str, Sequence[Op
 def _with_method(options: SimpleNamespace, script: str, other: frozenset[str]) -> SimpleNamespace:
     if options.precision == "bf16" and options.strict:
         raise UserError("--strict is fp32; leave out --precision bf16")
+    if options.pretrained and options.resume:
+        raise UserError("--pretrained starts a run, --resume continues one; give one of them")
     plain = {key: value for key, value in sorted(vars(options).items()) if key not in other}
     options.method = {"script": script, **plain}
     return options

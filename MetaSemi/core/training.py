@@ -24,6 +24,7 @@ from shared import distributed
 from shared.cli import UserError
 from shared.cpu.allocator import keep_freed_memory
 from shared.distributed import World, sync_batchnorm
+from shared.networks import start_from
 from shared.training.checkpoint import keep_layout, load_newest, read_checkpoint
 from shared.training.files import atomic, write_json
 from shared.training.log import Log, tensorboard_writer
@@ -53,10 +54,11 @@ class Source:
     """Where images come from, and the published names and lines of the scripts that take them.
 
     Attributes: batch (images of a kind in the global batch), length (steps between evaluations), first and total (steps
-    of a new run), layout (memory order of images and network). A source also has the methods
-    network() -> untrained network, stream(first, stop) -> this rank's batches of these steps, rate(step) -> learning
-    rate, place(step) -> what the log's lines say of a step, `step` among it, test_batches() -> (batches for `evaluate`,
-    their number), facts(state) -> entries of result.json, and str(source) -> the log's line about the images.
+    of a new run), layout (memory order of images and network), channels, classes (names; None if not known). A source
+    also has the methods network() -> untrained network, stream(first, stop) -> this rank's batches of these steps,
+    rate(step) -> learning rate, place(step) -> what the log's lines say of a step, `step` among it, test_batches() ->
+    (batches for `evaluate`, their number), facts(state) -> entries of result.json, and str(source) -> the log's line
+    about the images.
     """
 
     network_entry, best_entry = "model", "best_acc"  # in checkpoints
@@ -72,6 +74,9 @@ class Source:
     def stored(self, net: nn.Module) -> Any:
         """Return the network's part of a checkpoint: an object with state_dict and load_state_dict."""
         return net
+
+    def normalise_as(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Normalise all images so, as the weights of --pretrained expect; UserError if that cannot be."""
 
     def config(self) -> dict[str, Any]:
         """Return the values besides the options that must agree for a run to be continued."""
@@ -124,6 +129,12 @@ class Training:
         self.say("Building model and optimizer...")
         torch.manual_seed(options.seed)
         net = source.network().to(memory_format=source.layout)
+        if options.pretrained is not None:
+            classes = source.classes or tuple(map(str, range(options.num_classes)))
+            start = start_from(net, options.pretrained, classes, source.channels)
+            if start.mean and start.std:
+                source.normalise_as(start.mean, start.std)
+            self.say(start.note)
         self.net = sync_batchnorm(net.to(world.device), world).train()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=options.lr, momentum=options.momentum,
                                          weight_decay=options.weight_decay, fused=not options.strict)
@@ -131,7 +142,8 @@ class Training:
 
         images = source.batch * (2 if unlabeled else 1)
         log = Log(folder, world, every=source.log_every, image_batch=images, tensorboard=False)
-        self.run = Run(folder, config, world=world, log=log, checkpoint=CHECKPOINT, inputs=source.inputs,
+        self.run = Run(folder, config, world=world, log=log, checkpoint=CHECKPOINT,
+                       inputs={**source.inputs, "--pretrained": options.pretrained},
                        keep={source.network_entry: source.stored(self.net), "optimizer": self.optimizer,
                              source.best_entry: self.best, "meters": self.meters},
                        resume=resume, overwrite=options.overwrite, save_every=source.length,

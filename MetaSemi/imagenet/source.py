@@ -46,6 +46,7 @@ class RecordImages(Source):
     best_line = "Best acc1={:.5f}"
     rate_tag, test_tags = "train/learning-rate", ("test/acc1", "test/acc5")
     by_epoch = True
+    channels = 3
 
     def __init__(self, options: SimpleNamespace, world: World, unlabeled: bool) -> None:
         self.options, self.world, self.log_every = options, world, options.print_freq
@@ -98,6 +99,11 @@ class RecordImages(Source):
 
     def network(self) -> nn.Module:
         return make_classifier(self.options.arch, self.options.num_classes, self.options.imcrop)
+
+    def normalise_as(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        if not np.allclose((mean, std), (MEAN, STD), atol=1e-3):
+            raise UserError(f"--pretrained {self.options.pretrained}: its weights expect images normalised by {mean} "
+                            f"and {std}, photographs are by {MEAN} and {STD}; give weights of such images")
 
     def stored(self, net: nn.Module) -> Prefixed:
         return Prefixed(net)
