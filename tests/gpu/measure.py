@@ -34,7 +34,9 @@ NO_VALUES = ("shared.training.run:Run._check_finite", "MetaSemi.core.training:ev
 @dataclass(frozen=True)
 class Cost:
     """What a program's step costs: launches of kernels and library calls (median), waits of the host (most of any
-    step without a line of the log), the lines that wait, and the peak of the allocator in bytes (weights included).
+    step without a line of the log), the lines that wait, and the peak of the allocator in bytes (weights included; most
+    of any step). Threads of the backward pass free some tensors late, so the peak of MetaSemi at two ranks varies from
+    step to step by a copy of the gradients: its budgets are the highest of many runs.
 
     error: what ended the program before its time, or None. mistakes: in its collectives.
     """
