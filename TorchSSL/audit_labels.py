@@ -75,7 +75,7 @@ FLAGS = {
                metavar="FILE"),
         Option("--thumbnails", Int(1), 12, "images of a kind on the page", unit="images"),
         Option("--overwrite", Flag, False, "replace the results of other settings or images"),
-        Option("--device", Text, None, "cpu, cuda, cuda:1 or mps", default_help="a GPU if available"),
+        Option("--device", Text, None, "cpu, cuda or cuda:1", default_help="a GPU if available"),
     ),
 }
 PAGE, ISSUES, PROBABILITIES, TRANSITION, SUMMARY = ("audit.html", "issues.csv", "probabilities.npz", "transition.json",

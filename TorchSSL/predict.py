@@ -57,7 +57,7 @@ FLAGS = {
     ),
     "speed": (
         Option("--batch_size", Int(1), 256, "images read at a time", unit="images"),
-        Option("--device", Text, None, "cpu, cuda, cuda:1 or mps", default_help="a GPU if available"),
+        Option("--device", Text, None, "cpu, cuda or cuda:1", default_help="a GPU if available"),
     ),
 }
 DECIMALS = 6  # of a probability

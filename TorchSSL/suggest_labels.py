@@ -74,7 +74,7 @@ FLAGS = {
     "output": (
         Option("--save_path", Text, required=True, help="folder for label_these.csv", metavar="DIR"),
         Option("--overwrite", Flag, False, "replace suggestions of other settings or images"),
-        Option("--device", Text, None, "cpu, cuda, cuda:1 or mps", default_help="a GPU if available"),
+        Option("--device", Text, None, "cpu, cuda or cuda:1", default_help="a GPU if available"),
     ),
 }
 CSV_FILE, SHEET, PAGE = "label_these.csv", "contact_sheet.png", "label_these.html"

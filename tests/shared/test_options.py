@@ -73,6 +73,8 @@ def test_help_names_every_option(script: str, command: str, capsys: pytest.Captu
     assert left.value.code == 0
     assert all((option.name if option.is_flag else option.placeholder) in text for option in options
                if not option.hidden)
+    assert "mps" not in {word.strip(".,;()") for option in declared_options(script, command)
+                         for word in (option.help or "").split()}  # no step was ever tried on it
 
 
 @pytest.mark.parametrize("option", [*DASO_KEYS.values(), *DDAE_KEYS, *DIFFUSION_KEYS["DDPM"], *DIFFUSION_KEYS["EDM"]],
